@@ -1,0 +1,169 @@
+# libmoe: `make help` lists the targets.
+
+CC ?= cc
+ifeq ($(origin CC),default)
+CC := cc
+endif
+AR ?= ar
+BUILD ?= build
+LIB ?= lib
+PREFIX ?= /usr/local
+LIBDIR ?= $(PREFIX)/lib
+INCLUDEDIR ?= $(PREFIX)/include
+DESTDIR ?=
+WERROR ?= 1
+SANITIZE ?=
+PKG_CONFIG ?= pkg-config
+
+MAJOR := $(shell sed -n 's/^.define MOE_VERSION_MAJOR \([0-9]*\)/\1/p' include/moe/version.h)
+MINOR := $(shell sed -n 's/^.define MOE_VERSION_MINOR \([0-9]*\)/\1/p' include/moe/version.h)
+PATCH := $(shell sed -n 's/^.define MOE_VERSION_PATCH \([0-9]*\)/\1/p' include/moe/version.h)
+VERSION := $(MAJOR).$(MINOR).$(PATCH)
+SONAME := libmoe.so.$(shell cat src/soname)
+MACHINE := $(shell $(CC) -dumpmachine 2>/dev/null)
+
+# ---- flags ----------------------------------------------------------------------------------------
+
+WARN := -Wall -Wextra -Wpedantic -Wshadow -Wconversion $(if $(filter 1,$(WERROR)),-Werror)
+ifneq ($(SANITIZE),)
+SAN := -fsanitize=$(SANITIZE) -fno-sanitize-recover=all -fno-omit-frame-pointer
+endif
+COMMON := -std=c11 -g -pthread -D_GNU_SOURCE -Iinclude -Isrc $(WARN) $(SAN)
+# No contraction: an expression is a fused multiply-add where the source says so and nowhere else.
+MATH := -ffp-contract=off -fno-math-errno -fno-trapping-math
+SHIPPED := $(COMMON) -fPIC -fvisibility=hidden -DNDEBUG -DMOE_BUILD $(MATH)
+CFLAGS ?=
+
+# ---- sources --------------------------------------------------------------------------------------
+
+CORE := $(wildcard src/*.c) $(wildcard src/comm/*.c)
+KERNELS := $(filter-out src/cpu/dispatch_isa.c,$(wildcard src/cpu/*.c))
+VARIANTS := f32_plain f64_plain
+ISA_FLAGS_plain :=
+ifneq ($(filter x86_64%,$(MACHINE)),)
+VARIANTS += f32_avx2 f64_avx2 f32_avx512 f64_avx512
+HAVE_X86 := -DMOE_HAVE_X86
+ISA_FLAGS_avx2 := -mavx2 -mfma
+ISA_FLAGS_avx512 := -mavx512f -mavx512vl -mavx512dq -mavx512bw -mfma -mprefer-vector-width=512
+endif
+
+CORE_OBJECTS := $(CORE:%.c=$(BUILD)/%.o) $(BUILD)/src/cpu/dispatch_isa.o
+KERNEL_OBJECTS := $(foreach v,$(VARIANTS),$(KERNELS:src/cpu/%.c=$(BUILD)/src/cpu/%.$(v).o))
+OBJECTS := $(CORE_OBJECTS) $(KERNEL_OBJECTS)
+
+.PHONY: all help clean install uninstall dist demo
+all: $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/pkgconfig/moe.pc
+	@printf '\n%-24s %s\n' 'built' 'what'
+	@printf '%-24s %s\n' '$(LIB)/libmoe.a' 'static library, $(words $(VARIANTS)) CPU variants: $(VARIANTS)'
+	@printf '%-24s %s\n' '$(LIB)/libmoe.so' 'shared library $(SONAME), version $(VERSION)'
+	@printf '%-24s %s\n' 'not built' 'CUDA, NCCL, MPI and file modules: not part of this release'
+ifeq ($(HAVE_X86),)
+	@printf '%-24s %s\n' 'not built' 'AVX2 and AVX-512 variants: $(MACHINE) has none'
+endif
+
+# Rebuild everything when compiler or flags change.
+FLAGS_STAMP := $(BUILD)/flags
+FLAGS_TEXT := $(CC) $(SHIPPED) $(CFLAGS) $(VARIANTS)
+$(FLAGS_STAMP): force
+	@mkdir -p $(BUILD)
+	@echo '$(FLAGS_TEXT)' | cmp -s - $@ || echo '$(FLAGS_TEXT)' > $@
+.PHONY: force
+force:
+
+$(BUILD)/src/cpu/dispatch_isa.o: src/cpu/dispatch_isa.c $(FLAGS_STAMP)
+	@mkdir -p $(@D)
+	$(CC) $(SHIPPED) -O2 $(HAVE_X86) $(CFLAGS) -MMD -MP -c $< -o $@
+
+$(BUILD)/src/%.o: src/%.c $(FLAGS_STAMP)
+	@mkdir -p $(@D)
+	$(CC) $(SHIPPED) -O2 $(CFLAGS) -MMD -MP -c $< -o $@
+
+define KERNEL_RULE
+$(BUILD)/src/cpu/%.$(1).o: src/cpu/%.c $(FLAGS_STAMP)
+	@mkdir -p $$(@D)
+	$$(CC) $$(SHIPPED) -O3 -DMOE_VARIANT=$(1) $(if $(filter f64_%,$(1)),-DMOE_F64) \
+	    $$(ISA_FLAGS_$(word 2,$(subst _, ,$(1)))) $$(CFLAGS) -MMD -MP -c $$< -o $$@
+endef
+$(foreach v,$(VARIANTS),$(eval $(call KERNEL_RULE,$(v))))
+
+$(LIB)/libmoe.a: $(OBJECTS)
+	@mkdir -p $(@D)
+	rm -f $@
+	$(AR) rcs $@ $(OBJECTS)
+
+$(LIB)/libmoe.so.$(VERSION): $(OBJECTS) src/libmoe.map src/soname
+	@mkdir -p $(@D)
+	$(CC) -shared $(SAN) -Wl,-soname,$(SONAME) -Wl,--version-script=src/libmoe.map \
+	    $(if $(SAN),,-Wl,-z,defs) -Wl,-z,relro,-z,now $(LDFLAGS) -o $@ $(OBJECTS) -lm -pthread
+
+$(LIB)/libmoe.so: $(LIB)/libmoe.so.$(VERSION)
+	ln -sf libmoe.so.$(VERSION) $(LIB)/$(SONAME)
+	ln -sf $(SONAME) $@
+
+# ---- pkg-config -----------------------------------------------------------------------------------
+
+# $(call PC,prefix,libdir,includedir)
+PC = sed -e 's|@PREFIX@|$(1)|' -e 's|@LIBDIR@|$(2)|' -e 's|@INCLUDEDIR@|$(3)|' -e 's|@VERSION@|$(VERSION)|' \
+    -e 's|@NAME@|libmoe|' -e 's|@LIBRARY@|moe|' -e 's|@REQUIRES@||' -e 's|@PRIVATE@|-lm -pthread|' \
+    -e 's|@DESCRIPTION@|Mixture-of-Experts layer, forward and backward|' moe.pc.in
+
+$(LIB)/pkgconfig/moe.pc: moe.pc.in include/moe/version.h Makefile
+	@mkdir -p $(@D)
+	@$(call PC,$(CURDIR),$(abspath $(LIB)),$(CURDIR)/include) > $@
+
+# ---- install --------------------------------------------------------------------------------------
+
+HEADERS := $(wildcard include/moe/*.h)
+
+install: $(LIB)/libmoe.a $(LIB)/libmoe.so
+	install -d $(DESTDIR)$(INCLUDEDIR)/moe $(DESTDIR)$(LIBDIR)/pkgconfig
+	install -m 644 $(HEADERS) $(DESTDIR)$(INCLUDEDIR)/moe
+	install -m 644 $(LIB)/libmoe.a $(DESTDIR)$(LIBDIR)
+	install -m 755 $(LIB)/libmoe.so.$(VERSION) $(DESTDIR)$(LIBDIR)
+	ln -sf libmoe.so.$(VERSION) $(DESTDIR)$(LIBDIR)/$(SONAME)
+	ln -sf $(SONAME) $(DESTDIR)$(LIBDIR)/libmoe.so
+	$(call PC,$(PREFIX),$(LIBDIR),$(INCLUDEDIR)) > $(DESTDIR)$(LIBDIR)/pkgconfig/moe.pc
+	chmod 644 $(DESTDIR)$(LIBDIR)/pkgconfig/moe.pc
+
+uninstall:
+	rm -f $(HEADERS:include/%=$(DESTDIR)$(INCLUDEDIR)/%)
+	rm -f $(DESTDIR)$(LIBDIR)/libmoe.a $(DESTDIR)$(LIBDIR)/libmoe.so $(DESTDIR)$(LIBDIR)/$(SONAME)
+	rm -f $(DESTDIR)$(LIBDIR)/libmoe.so.$(VERSION) $(DESTDIR)$(LIBDIR)/pkgconfig/moe.pc
+	-rmdir $(DESTDIR)$(INCLUDEDIR)/moe 2>/dev/null || true
+
+dist:
+	mkdir -p dist
+	git archive --format=tar.gz --prefix=libmoe-$(VERSION)/ -o dist/libmoe-$(VERSION).tar.gz HEAD
+
+clean:
+	rm -rf $(BUILD) build-* dist
+	find $(LIB) -mindepth 1 ! -name .gitignore -delete
+
+# ---- demo -----------------------------------------------------------------------------------------
+
+DEMO := $(wildcard examples/demo/*.c)
+$(BUILD)/demo: $(DEMO) $(wildcard examples/demo/*.h) $(LIB)/libmoe.a
+	$(CC) -std=c11 -O3 -march=native -Wall -Wextra -Iinclude $(DEMO) $(LIB)/libmoe.a -lm -pthread -o $@
+
+demo: $(BUILD)/demo
+	$(BUILD)/demo $(if $(FILE),--file '$(FILE)') $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+
+help:
+	@sed -n 's/^#: //p' Makefile
+
+#: make                build lib/libmoe.a and lib/libmoe.so (CC=, CFLAGS=, WERROR=0, BUILD=, LIB=)
+#: make check          all tests of the first tier, under five minutes
+#: make check-asan     suites, hosts and vectors under AddressSanitizer and UBSan
+#: make check-tsan     threaded suites and hosts under ThreadSanitizer
+#: make check-valgrind hosts under valgrind
+#: make check-headers  each header alone in every language version
+#: make check-abi      map, headers, symbols, layouts, abidiff
+#: make check-format   clang-format
+#: make check-long     everything long
+#: make demo           train a language model (FILE=path, STEPS=n, ARGS=...)
+#: make install        PREFIX=, DESTDIR=, LIBDIR=, INCLUDEDIR=
+#: make uninstall dist clean
+
+include tests/tests.mk
+
+-include $(OBJECTS:.o=.d)

@@ -1,0 +1,23 @@
+/* text.h - real text of this machine, cut into a training and a held-out part. */
+#ifndef DEMO_TEXT_H
+#define DEMO_TEXT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct text {
+    uint8_t *bytes;
+    size_t size, room, limit;
+    size_t train_size; /* bytes[0..train_size) to train on, the rest is held out */
+    size_t files;
+} text;
+
+/* Reads a file, or every text file below a directory in sorted order, up to `limit` bytes. Every tenth
+ * file is held out, or the last tenth of a single file. Returns 0, or -1 with a message on stderr. */
+int text_read(text *t, const char *path, size_t limit);
+void text_free(text *t);
+
+/* Bits per byte of the held-out part if bytes were independent, with the training part's frequencies. */
+double text_unigram_bits(const text *t);
+
+#endif

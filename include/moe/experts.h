@@ -1,0 +1,135 @@
+/* moe/experts.h - a pool of E feed-forward experts.
+ *
+ *     plain:  h = act(x W1 + b1),                    z = h W2 + b2
+ *     gated:  h = act(x W1 + b1) * (x W3 + b3),      z = h W2 + b2     (Shazeer 2020, arXiv 2002.05202)
+ *
+ * x is [rows,D], h [rows,F], z [rows,O]. A pool may serve several gates and layers; one backward at a
+ * time per pool (another one meanwhile gets MOE_ERROR_INVALID_STATE), any number of forwards. */
+#ifndef MOE_EXPERTS_H
+#define MOE_EXPERTS_H
+
+#include <moe/pass.h>
+#include <moe/status.h>
+#include <moe/types.h>
+
+MOE_BEGIN_DECLS
+
+/* gelu_tanh(z) = z/2 (1 + tanh(sqrt(2/pi)(z + 0.044715 z^3))), gelu_erf(z) = z Phi(z), silu(z) =
+ * z sigmoid(z), relu'(0) = 0. From MOE_ACTIVATION_SWIGLU on there are W3 and b3. */
+enum {
+    MOE_ACTIVATION_RELU = 0,
+    MOE_ACTIVATION_GELU_TANH = 1,
+    MOE_ACTIVATION_GELU_ERF = 2,
+    MOE_ACTIVATION_SILU = 3,
+    MOE_ACTIVATION_SWIGLU = 16, /* act = silu */
+    MOE_ACTIVATION_GEGLU_TANH = 17,
+    MOE_ACTIVATION_GEGLU_ERF = 18,
+    MOE_ACTIVATION_REGLU = 19 /* act = relu */
+};
+
+/* Where the gate (W1) and up (W3) projections of a gated expert lie. */
+enum {
+    MOE_GLU_SEPARATE = 0,   /* two parameters, "w1" and "w3" */
+    MOE_GLU_GATE_UP = 1,    /* one parameter "w13" with 2F columns: W1's, then W3's */
+    MOE_GLU_UP_GATE = 2,    /* W3's, then W1's */
+    MOE_GLU_INTERLEAVED = 3 /* gate 0, up 0, gate 1, up 1, ... */
+};
+
+/* Order of a weight's last two dimensions. */
+enum {
+    MOE_WEIGHT_IN_OUT = 0, /* [E,in,out]: y = x W */
+    MOE_WEIGHT_OUT_IN = 1  /* [E,out,in]: y = x W^T, as torch.nn.Linear */
+};
+
+/* How the pool keeps its weights. */
+enum {
+    MOE_STORAGE_ROW_MAJOR = 0, /* as the parameter records say; packed on the fly */
+    MOE_STORAGE_PREPACKED = 1, /* row-major stays the truth and the pool keeps a packed copy, refreshed by
+                                  moe_experts_weights_changed; MOE_ERROR_NOT_SUPPORTED so far */
+    MOE_STORAGE_PANELS = 2     /* opaque, owned; MOE_ERROR_NOT_SUPPORTED so far */
+};
+
+/* A function applied to an output; also used by the layer. */
+enum { MOE_OUTPUT_LINEAR = 0, MOE_OUTPUT_SIGMOID = 1 };
+
+/* What the plan's weight multiplies. */
+enum {
+    MOE_WEIGHT_ON_OUTPUT = 0, /* z */
+    MOE_WEIGHT_ON_HIDDEN = 1, /* h; MOE_ERROR_NOT_SUPPORTED so far */
+    MOE_WEIGHT_ON_INPUT = 2   /* x; MOE_ERROR_NOT_SUPPORTED so far */
+};
+
+/* How a pool is made. Fill with moe_experts_config_init, then change what you need. */
+typedef struct moe_experts_config {
+    uint64_t struct_size;
+    int64_t d_model;          /* D >= 1; default 0 is refused */
+    int64_t d_hidden;         /* F >= 1; default 0 is refused */
+    int64_t d_out;            /* O >= 1; default MOE_SAME = D */
+    int64_t num_experts;      /* E, 1 to 2^31 - 1; default 0 is refused */
+    int32_t activation;       /* MOE_ACTIVATION_*; default ReLU */
+    int32_t bias;             /* 1: b1, b2 (and b3); default 0 */
+    int32_t glu_order;        /* MOE_GLU_*; default separate */
+    int32_t weight_layout;    /* MOE_WEIGHT_IN_OUT or MOE_WEIGHT_OUT_IN; default [E,in,out] */
+    int32_t storage;          /* MOE_STORAGE_*; default row-major */
+    int32_t dtype;            /* MOE_DTYPE_* of x, y and parameters; default f32 */
+    int32_t output;           /* MOE_OUTPUT_*, of each expert's z before the weight; default linear */
+    int32_t weight_position;  /* MOE_WEIGHT_ON_*; default output */
+    double activation_alpha;  /* clamped SwiGLU; default 0; more is MOE_ERROR_NOT_SUPPORTED so far */
+    double activation_limit;  /* default 0; likewise */
+    double activation_offset; /* default 0; likewise */
+    int32_t parameters;       /* MOE_PARAMETERS_*; default MOE_PARAMETERS_OWNED */
+    int32_t reserved;         /* 0 */
+    double init_std;          /* default MOE_INIT_DEFAULT (-1): 1/sqrt(fan_in) */
+} moe_experts_config;
+
+/* Writes every default and the caller's size. Returns as moe_context_config_init. Since 0.1. */
+MOE_API moe_status moe_experts_config_init(moe_experts_config *config, size_t size);
+
+/* Creates a pool.
+ *   experts  out: the new pool; untouched on error
+ *   context  holds a reference
+ *   config   copied
+ * Owned parameters are zero until moe_experts_init_parameters.
+ * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OVERFLOW,
+ * MOE_ERROR_OUT_OF_MEMORY or an error of the struct's size. Since 0.1. */
+MOE_API moe_status moe_experts_create(moe_experts **experts, moe_context *context,
+                                      const moe_experts_config *config);
+
+/* Gives up the program's reference. NULL is legal. Since 0.1. */
+MOE_API void moe_experts_destroy(moe_experts *experts);
+
+/* Writes the config the pool was made with. config: in: struct_size; out: the rest.
+ * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT or an error of the struct's size. Since 0.1. */
+MOE_API moe_status moe_experts_get_config(const moe_experts *experts, moe_experts_config *config);
+
+/* y[t] = sum over the entries of token t of weight * expert(x[t]), in order of entry. A token without
+ * rows gets 0.
+ *   pass  made for this pool, or for a layer with it
+ *   args  reads tokens, x, y, flags (MOE_FORWARD_ADD, MOE_FORWARD_NO_SAVE), plan (required; used with
+ *         its ids and weights; its T, E and dtype must fit; copied)
+ * Returns as moe_layer_forward. Since 0.1. */
+MOE_API moe_status moe_experts_forward(moe_experts *experts, moe_pass *pass,
+                                       const moe_forward_args *args);
+
+/* Gradients by x, by the plan's weights and by the parameters.
+ *   args  reads dy, x if it moved, flags; writes dx, entry_weight_grad [N] (out; may be NULL; 0 for
+ *         entries without a row) and the parameter gradients
+ * Returns as moe_layer_backward. Since 0.1. */
+MOE_API moe_status moe_experts_backward(moe_experts *experts, moe_pass *pass,
+                                        const moe_backward_args *args);
+
+/* Tells the pool that weight data changed, so that packed copies are renewed at the next use. Costs
+ * nothing for MOE_STORAGE_ROW_MAJOR. Returns MOE_OK or MOE_ERROR_INVALID_ARGUMENT. Since 0.1. */
+MOE_API moe_status moe_experts_weights_changed(moe_experts *experts);
+
+/* Which experts have received gradients since the last zero_gradients (or the last overwriting
+ * backward): only those need an optimizer step.
+ *   experts  the pool
+ *   touched  out: [E] 1 if touched, else 0
+ *   count    out: how many are 1; may be NULL
+ * Returns MOE_OK or MOE_ERROR_INVALID_ARGUMENT. Since 0.1. */
+MOE_API moe_status moe_experts_touched(const moe_experts *experts, uint8_t *touched, int64_t *count);
+
+MOE_END_DECLS
+
+#endif

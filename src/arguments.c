@@ -1,0 +1,288 @@
+/* arguments.c - the arguments of forward and backward: everything that can be wrong with them is
+ * found here, before anything is written. */
+#include "pass_state.h"
+
+#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
+#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
+
+typedef long long ll; /* for %lld */
+
+enum {
+    FORWARD_FLAGS = MOE_FORWARD_TRAIN | MOE_FORWARD_NO_SAVE | MOE_FORWARD_PLAN_ONLY |
+                    MOE_FORWARD_RECOMPUTE | MOE_FORWARD_ADD,
+    BACKWARD_FLAGS = MOE_BACKWARD_OVERWRITE | MOE_BACKWARD_SKIP_DX | MOE_BACKWARD_SKIP_PARAMETERS |
+                     MOE_BACKWARD_ADD_DX
+};
+
+/* A matrix [rows,width] of the host: resolves stride 0, checks it and the size of the whole. */
+static moe_status check_matrix(const char *name, const void *data, int64_t *stride, int64_t rows,
+                               int64_t width, int64_t element, bool required, const char *function)
+{
+    if (!data && required && rows > 0 && width > 0)
+        REFUSE_ARGUMENT("%s is NULL for %lld rows", name, (ll)rows);
+    if (*stride < 0) REFUSE_ARGUMENT("%s_stride is %lld", name, (ll)*stride);
+    if (*stride == 0) *stride = width;
+    if (*stride < width && rows > 1)
+        REFUSE_ARGUMENT("%s_stride is %lld, a row has %lld elements", name, (ll)*stride, (ll)width);
+    if (moe__mul(moe__mul(rows, *stride), element) < 0)
+        REFUSE(MOE_ERROR_OVERFLOW, "%s: %lld rows of stride %lld do not fit in 63 bits", name, (ll)rows,
+               (ll)*stride);
+    return MOE_OK;
+}
+
+/* Whether two matrices of `rows` rows share memory. */
+static bool overlap(const void *a, int64_t a_stride, int64_t a_width, const void *b,
+                    int64_t b_stride, int64_t b_width, int64_t rows, int64_t element)
+{
+    if (!a || !b || rows == 0) return false;
+    uintptr_t a_begin = (uintptr_t)a, b_begin = (uintptr_t)b;
+    uintptr_t a_end = a_begin + (uintptr_t)(((rows - 1) * a_stride + a_width) * element);
+    uintptr_t b_end = b_begin + (uintptr_t)(((rows - 1) * b_stride + b_width) * element);
+    return a_begin < b_end && b_begin < a_end;
+}
+
+/* ---- forward -------------------------------------------------------------------------------------- */
+
+static moe_status check_flags(const moe_forward_args *a, const moe_pass *pass, const char *function)
+{
+    if (a->flags & ~(uint64_t)FORWARD_FLAGS)
+        REFUSE_ARGUMENT("flags 0x%llx has unknown bits", (unsigned long long)a->flags);
+    if ((a->flags & MOE_FORWARD_NO_SAVE) && (a->flags & MOE_FORWARD_PLAN_ONLY))
+        REFUSE_ARGUMENT("MOE_FORWARD_NO_SAVE clashes with MOE_FORWARD_PLAN_ONLY");
+    if ((a->flags & MOE_FORWARD_RECOMPUTE) &&
+        (a->flags & (MOE_FORWARD_NO_SAVE | MOE_FORWARD_PLAN_ONLY | MOE_FORWARD_ADD)))
+        REFUSE_ARGUMENT("MOE_FORWARD_RECOMPUTE clashes with NO_SAVE, PLAN_ONLY and ADD");
+    if ((a->flags & MOE_FORWARD_RECOMPUTE) && a->plan)
+        REFUSE_ARGUMENT("MOE_FORWARD_RECOMPUTE uses the kept plan; plan must be NULL");
+    if (pass->layer && pass->layer->config.output != MOE_OUTPUT_LINEAR &&
+        (a->flags & MOE_FORWARD_ADD))
+        REFUSE_ARGUMENT("MOE_FORWARD_ADD clashes with the layer's output function");
+    if (a->tokens < 0) REFUSE_ARGUMENT("tokens is %lld", (ll)a->tokens);
+    if (a->reserved != 0) REFUSE_ARGUMENT("reserved is %d", (int)a->reserved);
+    if (a->stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
+    if (a->token_key) REFUSE(MOE_ERROR_NOT_SUPPORTED, "token_key: hash routing is not available");
+    return MOE_OK;
+}
+
+/* Every masked token of a replayed plan must be without rows, as it was when the plan was made. */
+static moe_status check_replayed_mask(const moe_forward_args *a, const moe__plan_arrays *plan,
+                                      const char *function)
+{
+    for (int64_t t = 0; a->token_mask && t < a->tokens; t++)
+        for (int64_t n = plan->token_begin[t]; n < plan->token_begin[t + 1] && !a->token_mask[t]; n++)
+            if (plan->row_of_entry[n] >= 0)
+                REFUSE_ARGUMENT("token_mask masks token %lld, which has rows in the plan", (ll)t);
+    return MOE_OK;
+}
+
+static moe_status check_replay(const moe__forward *f, const moe__plan_arrays *plan, int64_t experts,
+                               int32_t dtype, const char *function)
+{
+    const moe_forward_args *a = &f->a;
+    if (plan->tokens != a->tokens)
+        REFUSE_ARGUMENT("the plan is for %lld tokens, tokens is %lld", (ll)plan->tokens,
+                        (ll)a->tokens);
+    if (plan->num_experts != experts)
+        REFUSE_ARGUMENT("the plan is for %lld experts, there are %lld", (ll)plan->num_experts,
+                        (ll)experts);
+    if (plan->dtype != dtype)
+        REFUSE_ARGUMENT("the plan's dtype is %d, the object's is %d", (int)plan->dtype, (int)dtype);
+    if (f->recompute) return check_replayed_mask(a, plan, function);
+    if (a->top_k != MOE_FROM_CONFIG)
+        REFUSE_ARGUMENT("top_k is %lld; with a plan it must be MOE_FROM_CONFIG", (ll)a->top_k);
+    if (a->capacity != MOE_FROM_CONFIG)
+        REFUSE_ARGUMENT("capacity is %lld; with a plan it must be MOE_FROM_CONFIG", (ll)a->capacity);
+    if (a->group_begin && a->groups != plan->groups)
+        REFUSE_ARGUMENT("groups is %lld, the plan has %lld", (ll)a->groups, (ll)plan->groups);
+    for (int64_t g = 0; a->group_begin && g <= plan->groups; g++)
+        if (a->group_begin[g] != plan->group_begin[g])
+            REFUSE_ARGUMENT("group_begin[%lld] is %lld, the plan has %lld", (ll)g,
+                            (ll)a->group_begin[g], (ll)plan->group_begin[g]);
+    return check_replayed_mask(a, plan, function);
+}
+
+/* Where the routing comes from: the gate, a plan handed in, or the one that was kept. */
+static moe_status check_routing(moe__forward *f, const moe_pass *pass, const char *function)
+{
+    const moe_forward_args *a = &f->a;
+    int64_t experts = pass->gate ? pass->gate->config.num_experts : pass->experts->config.num_experts;
+    int32_t dtype = pass->gate ? pass->gate->config.dtype : pass->experts->config.dtype;
+    const moe__plan_arrays *plan = NULL;
+    if (a->plan_use != MOE_PLAN_IDS_AND_WEIGHTS && a->plan_use != MOE_PLAN_IDS)
+        REFUSE_ARGUMENT("plan_use is %d", (int)a->plan_use);
+    f->recompute = (a->flags & MOE_FORWARD_RECOMPUTE) != 0;
+    if (f->recompute) {
+        if (pass->uses != f->uses || (pass->state != MOE__PASS_PLAN && pass->state != MOE__PASS_SAVED))
+            REFUSE(MOE_ERROR_INVALID_STATE,
+                   "MOE_FORWARD_RECOMPUTE without a forward that kept its plan");
+        plan = &pass->plan.a;
+        f->route = pass->routed;
+    } else if (a->plan) {
+        plan = &a->plan->a;
+        f->route = (f->uses & MOE__USE_GATE) && a->plan_use == MOE_PLAN_IDS;
+        if (a->plan_use == MOE_PLAN_IDS && !pass->gate)
+            REFUSE_ARGUMENT("plan_use is MOE_PLAN_IDS, but there is no gate to find the weights");
+        if (f->uses == MOE__USE_GATE && !f->route)
+            REFUSE_ARGUMENT("a gate replays a plan with plan_use MOE_PLAN_IDS only");
+    } else {
+        f->route = (f->uses & MOE__USE_GATE) != 0;
+        if (!f->route) REFUSE_ARGUMENT("plan is NULL, and there is no gate to make one");
+    }
+    f->replay = plan != NULL;
+    f->own_plan = plan == &pass->plan.a;
+    if (plan) {
+        f->entries = plan->entries;
+        f->a.groups = plan->groups;
+        MOE_TRY(check_replay(f, plan, experts, dtype, function));
+        f->a.group_begin = plan->group_begin;
+        return MOE_OK;
+    }
+    MOE_TRY(moe__check_groups(a->group_begin, a->groups, a->tokens, function));
+    if (f->a.groups == 0) f->a.groups = 1;
+    return MOE_OK;
+}
+
+static moe_status check_top_k(moe__forward *f, const moe_gate_config *c, const char *function)
+{
+    int64_t asked = f->a.top_k, E = c->num_experts;
+    f->top_k = c->kind == MOE_GATE_SOFTMAX_DENSE ? E : asked == MOE_FROM_CONFIG ? c->top_k : asked;
+    if (asked != MOE_FROM_CONFIG && (asked < 1 || asked > E || f->top_k != asked))
+        REFUSE_ARGUMENT("top_k is %lld with %lld experts", (ll)asked, (ll)E);
+    if (!f->replay) f->entries = moe__mul(f->a.tokens, f->top_k);
+    if (f->entries < 0)
+        REFUSE(MOE_ERROR_OVERFLOW, "%lld tokens of %lld experts do not fit in 63 bits",
+               (ll)f->a.tokens, (ll)f->top_k);
+    if (f->a.capacity < MOE_FROM_CONFIG) REFUSE_ARGUMENT("capacity is %lld", (ll)f->a.capacity);
+    return MOE_OK;
+}
+
+static moe_status check_noise(const moe_forward_args *a, const moe_gate_config *c,
+                              const char *function)
+{
+    const int64_t limit = (int64_t)1 << 32; /* words of the counter have 32 bits */
+    if (c->kind != MOE_GATE_NOISY_TOP_K) {
+        if (a->noise) REFUSE_ARGUMENT("noise is given, but the gate's kind %d has none", (int)c->kind);
+        return MOE_OK;
+    }
+    if (!(a->flags & MOE_FORWARD_TRAIN) || a->noise) return MOE_OK;
+    if (a->step < 0 || a->step >= limit)
+        REFUSE_ARGUMENT("step is %lld; with noise it must be in [0, 2^32)", (ll)a->step);
+    if (a->token_first < 0 || a->token_first >= limit || a->tokens > limit - a->token_first)
+        REFUSE_ARGUMENT("token_first is %lld with %lld tokens; with noise both must stay below 2^32",
+                        (ll)a->token_first, (ll)a->tokens);
+    return MOE_OK;
+}
+
+static moe_status check_loss_weights(const moe__forward *f, const moe_gate_config *c,
+                                     const char *function)
+{
+    for (int i = MOE_LOSS_THRESHOLD; f->weights && i < MOE_LOSS_SLOTS; i++)
+        if (f->weights[i] != 0) REFUSE_ARGUMENT("loss_weights[%d] is %g, there is no such loss", i, f->weights[i]);
+    if (f->weights && f->weights[MOE_LOSS_LOAD] != 0 && c->kind != MOE_GATE_NOISY_TOP_K)
+        REFUSE_ARGUMENT("loss_weights[MOE_LOSS_LOAD] is %g, but the gate is not MOE_GATE_NOISY_TOP_K",
+                        f->weights[MOE_LOSS_LOAD]);
+    return MOE_OK;
+}
+
+/* What the gate reads: x or gate_x, the host's logits and noise. */
+static moe_status check_gate(moe__forward *f, const moe_pass *pass, const char *function)
+{
+    moe_forward_args *a = &f->a;
+    const moe_gate_config *c = &pass->gate->config;
+    int64_t element = moe__dtype_size(c->dtype);
+    MOE_TRY(check_top_k(f, c, function));
+    MOE_TRY(check_noise(a, c, function));
+    f->weights = a->loss_weights;
+    MOE_TRY(check_loss_weights(f, c, function));
+    bool draws = c->kind == MOE_GATE_NOISY_TOP_K && (a->flags & MOE_FORWARD_TRAIN);
+    bool reads = draws || !a->logits_in;
+    if (c->d_model == 0 && !a->logits_in && a->tokens > 0)
+        REFUSE_ARGUMENT("logits_in is NULL and the gate has no weights (its d_model is 0)");
+    if (a->gate_x)
+        MOE_TRY(check_matrix("gate_x", a->gate_x, &a->gate_x_stride, a->tokens, c->d_model, element,
+                             reads, function));
+    else if (reads && pass->experts && (f->uses & MOE__USE_EXPERTS) &&
+             c->d_model != pass->experts->config.d_model)
+        REFUSE_ARGUMENT("gate_x is NULL, and x is %lld wide where the gate reads %lld",
+                        (ll)pass->experts->config.d_model, (ll)c->d_model);
+    else
+        MOE_TRY(check_matrix("x", a->x, &a->x_stride, a->tokens, c->d_model, element, reads,
+                             function));
+    MOE_TRY(check_matrix("logits", a->logits_in, &a->logits_stride, a->tokens, c->num_experts,
+                         element, false, function));
+    MOE_TRY(check_matrix("noise", a->noise, &a->noise_stride, a->tokens, c->num_experts, element,
+                         false, function));
+    if (a->logits_in && !draws) return MOE_OK;
+    return moe__parameters_check_bound(&pass->gate->parameters, function);
+}
+
+static moe_status check_experts(moe__forward *f, const moe_pass *pass, const char *function)
+{
+    moe_forward_args *a = &f->a;
+    const moe_experts_config *c = &pass->experts->config;
+    int64_t element = moe__dtype_size(c->dtype);
+    MOE_TRY(check_matrix("x", a->x, &a->x_stride, a->tokens, c->d_model, element, true, function));
+    MOE_TRY(check_matrix("y", a->y, &a->y_stride, a->tokens, c->d_out, element, !f->recompute,
+                         function));
+    if (overlap(a->x, a->x_stride, c->d_model, a->y, a->y_stride, c->d_out, a->tokens, element))
+        REFUSE_ARGUMENT("x and y overlap");
+    return moe__parameters_check_bound(&pass->experts->parameters, function);
+}
+
+moe_status moe__forward_check(moe__forward *f, const moe_pass *pass, const moe_forward_args *args,
+                              int32_t uses, const char *function)
+{
+    *f = (moe__forward){.uses = uses};
+    MOE_TRY(moe__struct_read(&moe__forward_args_info, &f->a, args, false, function));
+    MOE_TRY(check_flags(&f->a, pass, function));
+    MOE_TRY(check_routing(f, pass, function));
+    if (f->route) MOE_TRY(check_gate(f, pass, function));
+    if (uses & MOE__USE_EXPERTS) return check_experts(f, pass, function);
+    if (f->a.y) REFUSE_ARGUMENT("y must be NULL: a gate writes no y");
+    return MOE_OK;
+}
+
+/* ---- backward ------------------------------------------------------------------------------------- */
+
+static moe_status check_backward_flags(const moe_backward_args *b, const moe_pass *pass, int32_t uses,
+                                       const char *function)
+{
+    if (b->flags & ~(uint64_t)BACKWARD_FLAGS)
+        REFUSE_ARGUMENT("flags 0x%llx has unknown bits", (unsigned long long)b->flags);
+    if (b->stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
+    if (pass->state == MOE__PASS_FAILED)
+        REFUSE(MOE_ERROR_INVALID_STATE, "the pass failed in the middle; it needs a new forward");
+    if (pass->state != MOE__PASS_SAVED || pass->uses != uses)
+        REFUSE(MOE_ERROR_INVALID_STATE, "the pass holds no forward of this kind with its activations");
+    return MOE_OK;
+}
+
+moe_status moe__backward_check(moe_backward_args *b, const moe_pass *pass,
+                               const moe_backward_args *args, int32_t uses, const char *function)
+{
+    MOE_TRY(moe__struct_read(&moe__backward_args_info, b, args, false, function));
+    MOE_TRY(check_backward_flags(b, pass, uses, function));
+    int64_t T = pass->plan.a.tokens, E = pass->plan.a.num_experts;
+    int64_t element = moe__dtype_size(pass->plan.a.dtype);
+    const moe_experts_config *c = uses & MOE__USE_EXPERTS ? &pass->experts->config : NULL;
+    int64_t gate_width = pass->gate ? pass->gate->config.d_model : 0;
+    int64_t width = c ? c->d_model : gate_width;
+    if (c)
+        MOE_TRY(check_matrix("dy", b->dy, &b->dy_stride, T, c->d_out, element, true, function));
+    else if (b->dy)
+        REFUSE_ARGUMENT("dy must be NULL: a gate has entry_weight_grad instead");
+    MOE_TRY(check_matrix("dx", b->dx, &b->dx_stride, T, width, element, false, function));
+    MOE_TRY(check_matrix("d_gate_x", b->d_gate_x, &b->d_gate_x_stride, T, gate_width, element, false,
+                         function));
+    MOE_TRY(check_matrix("d_logits", b->d_logits_out, &b->d_logits_stride, T, E, element, false,
+                         function));
+    if (c && overlap(b->dx, b->dx_stride, width, b->dy, b->dy_stride, c->d_out, T, element))
+        REFUSE_ARGUMENT("dx and dy overlap");
+    if (!pass->routed && b->d_gate_x)
+        REFUSE_ARGUMENT("d_gate_x is given, but the gate did not run in the forward");
+    if (!pass->routed && b->d_logits_out)
+        REFUSE_ARGUMENT("d_logits_out is given, but the gate did not run in the forward");
+    if (pass->routed && (uses & MOE__USE_GATE) && !pass->logits_from_host)
+        MOE_TRY(moe__parameters_check_bound(&pass->gate->parameters, function));
+    return c ? moe__parameters_check_bound(&pass->experts->parameters, function) : MOE_OK;
+}

@@ -1,0 +1,163 @@
+/* cost.c - how much memory and arithmetic a layer takes, answered from its configs.
+ *
+ *     parameters:  gate D E (+ E) (+ D E for the noise);  experts E (m D F + F O) (+ biases), m = 2 if gated
+ *     forward:     2 T D E per router product + 2 N (m D F + F O) + 2 N O for combine
+ *     backward:    twice the products (by the input and by the weight) + 4 N O around combine */
+#include "cpus.h"
+#include "pass_state.h"
+
+#include <string.h>
+
+#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
+
+static void query_defaults(void *instance)
+{
+    *(moe_cost_query *)instance = (moe_cost_query){.top_k = MOE_FROM_CONFIG};
+}
+static void cost_defaults(void *instance) { *(moe_cost *)instance = (moe_cost){0}; }
+
+const moe__struct_info moe__cost_query_info = {"moe_cost_query", sizeof(moe_cost_query),
+                                               sizeof(moe_cost_query), query_defaults};
+const moe__struct_info moe__cost_info = {"moe_cost", sizeof(moe_cost), sizeof(moe_cost),
+                                         cost_defaults};
+
+moe_status moe_cost_query_init(moe_cost_query *query, size_t size)
+{
+    return moe__struct_init(&moe__cost_query_info, query, size, __func__);
+}
+moe_status moe_cost_init(moe_cost *cost, size_t size)
+{
+    return moe__struct_init(&moe__cost_info, cost, size, __func__);
+}
+
+/* A query with its structs read and its defaults resolved. */
+typedef struct cost_case {
+    moe_cost_query q;
+    moe_gate_config gate;
+    moe_experts_config experts;
+    moe_layer_config layer;
+    bool has_gate, has_experts;
+    int64_t top_k, entries, groups, num_experts, threads;
+} cost_case;
+
+static moe_status read_configs(cost_case *c, const moe_cost_query *query, const char *function)
+{
+    MOE_TRY(moe__struct_read(&moe__cost_query_info, &c->q, query, false, function));
+    c->has_gate = c->q.gate != NULL;
+    c->has_experts = c->q.experts != NULL;
+    if (!c->has_gate && !c->has_experts)
+        REFUSE(MOE_ERROR_INVALID_ARGUMENT, "gate and experts are both NULL");
+    if (c->has_gate) {
+        MOE_TRY(moe__struct_read(&moe__gate_config_info, &c->gate, c->q.gate, false, function));
+        MOE_TRY(moe__gate_config_check(&c->gate, function));
+    }
+    if (c->has_experts) {
+        MOE_TRY(moe__struct_read(&moe__experts_config_info, &c->experts, c->q.experts, false,
+                                 function));
+        MOE_TRY(moe__experts_config_check(&c->experts, function));
+    }
+    MOE_TRY(moe__struct_read(&moe__layer_config_info, &c->layer, c->q.layer, true, function));
+    c->layer.gate = NULL;
+    return moe__layer_config_check(&c->layer, function);
+}
+
+static moe_status read_query(cost_case *c, const moe_cost_query *query, const char *function)
+{
+    memset(c, 0, sizeof *c);
+    MOE_TRY(read_configs(c, query, function));
+    int64_t top_k = c->q.top_k;
+    c->num_experts = c->has_gate ? c->gate.num_experts : c->experts.num_experts;
+    if (c->has_gate && c->has_experts && c->num_experts != c->experts.num_experts)
+        REFUSE(MOE_ERROR_INVALID_ARGUMENT, "the gate has %lld experts, the pool has %lld",
+               (long long)c->num_experts, (long long)c->experts.num_experts);
+    if (c->has_gate && top_k == MOE_FROM_CONFIG) top_k = c->gate.top_k;
+    if (c->has_gate && c->gate.kind == MOE_GATE_SOFTMAX_DENSE) top_k = c->num_experts;
+    if (top_k < 0 || (c->has_gate && (top_k < 1 || top_k > c->num_experts)))
+        REFUSE(MOE_ERROR_INVALID_ARGUMENT, "top_k is %lld with %lld experts", (long long)top_k,
+               (long long)c->num_experts);
+    if (c->q.tokens < 0) REFUSE(MOE_ERROR_INVALID_ARGUMENT, "tokens is %lld", (long long)c->q.tokens);
+    if (c->q.groups < 0) REFUSE(MOE_ERROR_INVALID_ARGUMENT, "groups is %lld", (long long)c->q.groups);
+    if (c->q.threads < 0 || c->q.threads > 4096)
+        REFUSE(MOE_ERROR_INVALID_ARGUMENT, "threads is %d", (int)c->q.threads);
+    c->top_k = top_k;
+    c->groups = moe__max(c->q.groups, 1);
+    c->threads = c->q.threads ? c->q.threads : moe__available_threads();
+    c->entries = moe__mul(c->q.tokens, top_k);
+    return MOE_OK;
+}
+
+/* Products of a multiply-add pool for one row: m D F + F O. */
+static int64_t expert_products(const moe_experts_config *e)
+{
+    int64_t in = moe__mul(e->d_model, e->d_hidden), out = moe__mul(e->d_hidden, e->d_out);
+    return moe__add(moe__mul(moe__is_gated(e->activation) ? 2 : 1, in), out);
+}
+
+static int64_t expert_parameters(const moe_experts_config *e)
+{
+    int64_t biases = moe__add(moe__mul(moe__is_gated(e->activation) ? 2 : 1, e->d_hidden), e->d_out);
+    return moe__add(expert_products(e), e->bias ? biases : 0);
+}
+
+static int64_t gate_parameters(const moe_gate_config *g)
+{
+    int64_t matrix = moe__mul(g->d_model, g->num_experts);
+    int64_t matrices = moe__mul(g->kind == MOE_GATE_NOISY_TOP_K ? 2 : 1, matrix);
+    return moe__add(matrices, g->bias ? g->num_experts : 0);
+}
+
+moe_status moe_layer_memory(const moe_cost_query *query, moe_cost *cost)
+{
+    cost_case c;
+    double weights[MOE_LOSS_SLOTS] = {0};
+    MOE_TRY(moe__struct_check_out(&moe__cost_info, cost, __func__));
+    MOE_TRY(read_query(&c, query, __func__));
+    int64_t element = moe__dtype_size(c.has_gate ? c.gate.dtype : c.experts.dtype);
+    int64_t gate = c.has_gate ? gate_parameters(&c.gate) : 0;
+    int64_t expert = c.has_experts ? expert_parameters(&c.experts) : 0;
+    int64_t count = moe__add(gate, moe__mul(c.num_experts, expert));
+    if (c.has_gate) moe__gate_loss_weights(&c.gate, weights);
+    moe__pass_shape shape =
+        moe__pass_shape_of(c.has_gate ? &c.gate : NULL, c.has_experts ? &c.experts : NULL,
+                           c.layer.output, weights, true, false, c.q.flags);
+    shape.tokens = c.q.tokens;
+    shape.entries = c.entries;
+    shape.groups = c.groups;
+    shape.top_k = c.top_k;
+    shape.threads = (int32_t)c.threads;
+    moe_cost known = {.parameter_bytes = moe__mul(count, element),
+                      .gradient_bytes = moe__mul(count, element),
+                      .parameter_count = count,
+                      .pass_bytes = moe__pass_shape_bytes(&shape),
+                      .active_parameters = moe__add(gate, moe__mul(c.top_k, expert))};
+    if (known.parameter_bytes < 0 || known.pass_bytes < 0 || known.active_parameters < 0)
+        return moe__fail(MOE_ERROR_OVERFLOW, __func__, "the answer does not fit in 63 bits");
+    moe__struct_write(&moe__cost_info, cost, &known);
+    return MOE_OK;
+}
+
+moe_status moe_layer_flops(const moe_cost_query *query, moe_cost *cost)
+{
+    cost_case c;
+    MOE_TRY(moe__struct_check_out(&moe__cost_info, cost, __func__));
+    MOE_TRY(read_query(&c, query, __func__));
+    int64_t router = 0, rows = 0, combine = 0;
+    if (c.has_gate) {
+        bool noise = c.gate.kind == MOE_GATE_NOISY_TOP_K && (c.q.flags & MOE_FORWARD_TRAIN);
+        router = moe__mul(moe__mul(noise ? 2 : 1, moe__mul(c.gate.d_model, c.num_experts)),
+                          c.q.tokens);
+    }
+    if (c.has_experts) {
+        rows = moe__mul(c.entries, expert_products(&c.experts));
+        combine = moe__mul(c.entries, c.experts.d_out);
+    }
+    int64_t products = moe__add(router, rows);
+    moe_cost known = {0};
+    MOE_TRY(moe__struct_read(&moe__cost_info, &known, cost, false, __func__));
+    known.forward_flops = moe__mul(2, moe__add(products, combine));
+    known.backward_flops = moe__mul(4, moe__add(products, combine));
+    if (known.forward_flops < 0 || known.backward_flops < 0)
+        return moe__fail(MOE_ERROR_OVERFLOW, __func__, "the answer does not fit in 63 bits");
+    moe__struct_write(&moe__cost_info, cost, &known);
+    return MOE_OK;
+}

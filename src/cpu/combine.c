@@ -1,0 +1,100 @@
+/* combine.c - weighted rows back to tokens, and the adjoint.
+ *
+ *     forward:   acc = fma(weight, rows_in[row], acc) in order of entry from +0;  tokens_out = o(acc)
+ *     backward:  rows_out[r] = weight tokens_in[t],  entry_weight_grad[n] = tokens_in[t] . rows_in[row]
+ *
+ * o is the identity or the logistic function; output_backward is its gradient. */
+#include "cpu/kernels.h"
+#include "cpu/lanes.h"
+
+/* acc[0..width) for the columns from j of token t. */
+static void accumulate(const moe__rows_job *job, int64_t t, int64_t j, int64_t width, real *acc)
+{
+    const moe__plan_arrays *p = job->plan;
+    const real *weight = p->weight_of_entry;
+    for (int64_t i = 0; i < width; i++) acc[i] = R(0.0);
+    for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++) {
+        if (p->row_of_entry[n] < 0) continue;
+        const real *in = (const real *)job->rows_in + p->row_of_entry[n] * job->rows_in_stride + j;
+        real w = job->unweighted ? R(1.0) : weight[n];
+        for (int64_t i = 0; i < width; i++) acc[i] = r_fma(w, in[i], acc[i]);
+    }
+}
+
+static void forward_token(const moe__rows_job *job, int64_t t)
+{
+    enum { STRETCH = 64 };
+    real *out = (real *)job->tokens_out + t * job->tokens_out_stride;
+    int masked = job->token_mask && !job->token_mask[t];
+    for (int64_t j = 0; j < job->width; j += STRETCH) {
+        int64_t width = moe__min(STRETCH, job->width - j);
+        real acc[STRETCH];
+        accumulate(job, t, j, width, acc);
+        for (int64_t i = 0; i < width && job->sigmoid; i++)
+            acc[i] = masked ? R(0.0) : r_sigmoid(acc[i]);
+        for (int64_t i = 0; i < width; i++)
+            out[j + i] = job->add ? out[j + i] + acc[i] : acc[i];
+        if (!job->tokens_saved) continue;
+        real *saved = (real *)job->tokens_saved + t * job->width + j;
+        for (int64_t i = 0; i < width; i++) saved[i] = acc[i];
+    }
+}
+
+static void forward_range(void *argument, int64_t begin, int64_t end)
+{
+    for (int64_t t = begin; t < end; t++) forward_token(argument, t);
+}
+
+moe_status MOE_KERNEL(combine_forward)(moe__rows_job *job)
+{
+    return moe__parallel_range(job->workers.context, job->plan->tokens, 64, forward_range, job,
+                               job->workers.function);
+}
+
+/* By token, so that entries without a row get their 0 too. */
+static void backward_range(void *argument, int64_t begin, int64_t end)
+{
+    const moe__rows_job *job = argument;
+    const moe__plan_arrays *p = job->plan;
+    const real *weight = p->weight_of_entry;
+    real *grad = job->entry_weight_grad;
+    for (int64_t t = begin; t < end; t++) {
+        const real *d = (const real *)job->tokens_in + t * job->tokens_in_stride;
+        for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++) {
+            int64_t row = p->row_of_entry[n];
+            if (grad) grad[n] = R(0.0);
+            if (row < 0) continue;
+            if (grad)
+                grad[n] = lane_dot(d, (const real *)job->rows_in + row * job->rows_in_stride,
+                                   job->width);
+            if (!job->rows_out) continue;
+            real *out = (real *)job->rows_out + row * job->rows_out_stride;
+            real w = job->unweighted ? R(1.0) : weight[n];
+            for (int64_t j = 0; j < job->width; j++) out[j] = w * d[j];
+        }
+    }
+}
+
+moe_status MOE_KERNEL(combine_backward)(moe__rows_job *job)
+{
+    return moe__parallel_range(job->workers.context, job->plan->tokens, 64, backward_range, job,
+                               job->workers.function);
+}
+
+/* tokens_out = tokens_in y (1 - y), y = tokens_saved dense */
+static void output_range(void *argument, int64_t begin, int64_t end)
+{
+    const moe__rows_job *job = argument;
+    for (int64_t t = begin; t < end; t++) {
+        const real *d = (const real *)job->tokens_in + t * job->tokens_in_stride;
+        const real *y = (const real *)job->tokens_saved + t * job->width;
+        real *out = (real *)job->tokens_out + t * job->tokens_out_stride;
+        for (int64_t j = 0; j < job->width; j++) out[j] = d[j] * (y[j] * (R(1.0) - y[j]));
+    }
+}
+
+moe_status MOE_KERNEL(output_backward)(moe__rows_job *job)
+{
+    return moe__parallel_range(job->workers.context, job->plan->tokens, 64, output_range, job,
+                               job->workers.function);
+}

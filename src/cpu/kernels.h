@@ -1,0 +1,31 @@
+/* kernels.h - every kernel of a CPU table, by the names of its slots in backend.h. */
+#ifndef MOE_CPU_KERNELS_H
+#define MOE_CPU_KERNELS_H
+
+#include "backend.h"
+#include "cpu/real.h"
+
+/* grouped_gemm.c: the three products over all experts of a plan. _plan fills tile_begin and returns
+ * the number of tiles; _tile computes one, with `scratch` bytes of gemm_scratch for itself. */
+int64_t MOE_KERNEL(gemm_rows_plan)(moe__gemm_rows_job *job);
+int64_t MOE_KERNEL(gemm_dw_plan)(moe__gemm_dw_job *job);
+size_t MOE_KERNEL(gemm_scratch)(void);
+void MOE_KERNEL(gemm_rows_tile)(const moe__gemm_rows_job *job, int64_t tile, void *scratch);
+void MOE_KERNEL(gemm_dw_tile)(const moe__gemm_dw_job *job, int64_t tile, void *scratch);
+
+int64_t MOE_KERNEL(worker_bytes)(void);
+moe_status MOE_KERNEL(route_forward)(moe__route_job *job);
+moe_status MOE_KERNEL(losses_forward)(moe__losses_job *job);
+moe_status MOE_KERNEL(gate_backward)(moe__gate_backward_job *job);
+moe_status MOE_KERNEL(plan_rows)(moe__plan_rows_job *job);
+moe_status MOE_KERNEL(dispatch_forward)(moe__rows_job *job);
+moe_status MOE_KERNEL(dispatch_backward)(moe__rows_job *job);
+moe_status MOE_KERNEL(combine_forward)(moe__rows_job *job);
+moe_status MOE_KERNEL(combine_backward)(moe__rows_job *job);
+moe_status MOE_KERNEL(output_backward)(moe__rows_job *job);
+moe_status MOE_KERNEL(experts_forward)(moe__experts_job *job);
+moe_status MOE_KERNEL(experts_backward)(moe__experts_job *job);
+
+extern const moe__backend MOE_KERNEL(table);
+
+#endif

@@ -1,0 +1,41 @@
+/* lanes.h - reductions along a row that do not depend on the width of a vector.
+ *
+ * 16 lanes, element i in lane i % 16 in ascending i, then the tree (i, i+8), (i, i+4), (i, i+2),
+ * (i, i+1). A vector unit of any width up to 16 elements computes exactly that. */
+#ifndef MOE_CPU_LANES_H
+#define MOE_CPU_LANES_H
+
+#include "cpu/real.h"
+#include "numeric.h"
+
+#include <stdint.h>
+
+static inline real lane_tree(real lane[16])
+{
+    for (int i = 0; i < 8; i++) lane[i] = lane[i] + lane[i + 8];
+    for (int i = 0; i < 4; i++) lane[i] = lane[i] + lane[i + 4];
+    for (int i = 0; i < 2; i++) lane[i] = lane[i] + lane[i + 2];
+    return lane[0] + lane[1];
+}
+
+static inline real lane_sum(const real *a, int64_t n)
+{
+    real lane[16] = {R(0.0)};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int l = 0; l < 16; l++) lane[l] = lane[l] + a[i + l];
+    for (int l = 0; i < n; i++, l++) lane[l] = lane[l] + a[i];
+    return lane_tree(lane);
+}
+
+static inline real lane_dot(const real *a, const real *b, int64_t n)
+{
+    real lane[16] = {R(0.0)};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int l = 0; l < 16; l++) lane[l] = r_fma(a[i + l], b[i + l], lane[l]);
+    for (int l = 0; i < n; i++, l++) lane[l] = r_fma(a[i], b[i], lane[l]);
+    return lane_tree(lane);
+}
+
+#endif

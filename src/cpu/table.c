@@ -1,0 +1,21 @@
+/* table.c - the table of one variant: this element type on this instruction set. */
+#include "cpu/kernels.h"
+
+#define TEXT2(x) #x
+#define TEXT(x) TEXT2(x)
+
+const moe__backend MOE_KERNEL(table) = {
+    .name = "cpu " TEXT(MOE_VARIANT),
+    .worker_bytes = MOE_KERNEL(worker_bytes),
+    .route_forward = MOE_KERNEL(route_forward),
+    .losses_forward = MOE_KERNEL(losses_forward),
+    .gate_backward = MOE_KERNEL(gate_backward),
+    .plan_rows = MOE_KERNEL(plan_rows),
+    .dispatch_forward = MOE_KERNEL(dispatch_forward),
+    .dispatch_backward = MOE_KERNEL(dispatch_backward),
+    .combine_forward = MOE_KERNEL(combine_forward),
+    .combine_backward = MOE_KERNEL(combine_backward),
+    .experts_forward = MOE_KERNEL(experts_forward),
+    .experts_backward = MOE_KERNEL(experts_backward),
+    .output_backward = MOE_KERNEL(output_backward),
+};

@@ -1,0 +1,113 @@
+/* dispatch_combine.c - dispatch and combine around a host's own experts: their arguments. */
+#include "backend.h"
+
+#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
+#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
+
+typedef long long ll; /* for %lld */
+
+static void args_defaults(void *instance) { *(moe_rows_args *)instance = (moe_rows_args){0}; }
+
+const moe__struct_info moe__rows_args_info = {"moe_rows_args", sizeof(moe_rows_args),
+                                              sizeof(moe_rows_args), args_defaults};
+
+moe_status moe_rows_args_init(moe_rows_args *args, size_t size)
+{
+    return moe__struct_init(&moe__rows_args_info, args, size, __func__);
+}
+
+enum { TOKENS_IN = 1, TOKENS_OUT = 2, ROWS_IN = 4, ROWS_OUT = 8 };
+
+static moe_status check_matrix(const char *name, const void *data, int64_t *stride, int64_t rows,
+                               const moe_rows_args *a, bool required, const char *function)
+{
+    if (!data && required && rows > 0) REFUSE_ARGUMENT("%s is NULL for %lld rows", name, (ll)rows);
+    if (*stride < 0) REFUSE_ARGUMENT("%s_stride is %lld", name, (ll)*stride);
+    if (*stride == 0) *stride = a->width;
+    if (*stride < a->width && rows > 1)
+        REFUSE_ARGUMENT("%s_stride is %lld, width is %lld", name, (ll)*stride, (ll)a->width);
+    if (moe__mul(moe__mul(rows, *stride), moe__dtype_size(a->dtype)) < 0)
+        REFUSE(MOE_ERROR_OVERFLOW, "%s: %lld rows of stride %lld do not fit in 63 bits", name, (ll)rows,
+               (ll)*stride);
+    return MOE_OK;
+}
+
+/* `needs` says which matrices the call cannot do without. */
+static moe_status read_args(moe__rows_job *job, const moe_plan *plan, const moe_rows_args *args,
+                            int needs, const char *function)
+{
+    moe_rows_args a;
+    if (!plan) REFUSE_ARGUMENT("plan is NULL");
+    MOE_TRY(moe__struct_read(&moe__rows_args_info, &a, args, false, function));
+    if (a.flags & ~(uint64_t)(MOE_ROWS_ADD | MOE_ROWS_UNWEIGHTED))
+        REFUSE_ARGUMENT("flags 0x%llx has unknown bits", (unsigned long long)a.flags);
+    if (a.width < 1) REFUSE_ARGUMENT("width is %lld", (ll)a.width);
+    if (a.dtype != plan->a.dtype)
+        REFUSE_ARGUMENT("dtype is %d, the plan's is %d", (int)a.dtype, (int)plan->a.dtype);
+    if (a.reserved != 0) REFUSE_ARGUMENT("reserved is %d", (int)a.reserved);
+    if (a.stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
+    int64_t T = plan->a.tokens, rows = plan->a.rows;
+    MOE_TRY(check_matrix("tokens_in", a.tokens_in, &a.tokens_in_stride, T, &a, needs & TOKENS_IN,
+                         function));
+    MOE_TRY(check_matrix("tokens_out", a.tokens_out, &a.tokens_out_stride, T, &a, needs & TOKENS_OUT,
+                         function));
+    MOE_TRY(check_matrix("rows_in", a.rows_in, &a.rows_in_stride, rows, &a,
+                         (needs & ROWS_IN) || ((needs & TOKENS_IN) && a.entry_weight_grad), function));
+    MOE_TRY(check_matrix("rows_out", a.rows_out, &a.rows_out_stride, rows, &a, needs & ROWS_OUT,
+                         function));
+    *job = (moe__rows_job){.workers = {.context = plan->context, .function = function},
+                           .plan = &plan->a,
+                           .width = a.width,
+                           .tokens_in = a.tokens_in,
+                           .tokens_in_stride = a.tokens_in_stride,
+                           .tokens_out = a.tokens_out,
+                           .tokens_out_stride = a.tokens_out_stride,
+                           .rows_in = a.rows_in,
+                           .rows_in_stride = a.rows_in_stride,
+                           .rows_out = a.rows_out,
+                           .rows_out_stride = a.rows_out_stride,
+                           .entry_weight_grad = a.entry_weight_grad,
+                           .add = (a.flags & MOE_ROWS_ADD) != 0,
+                           .unweighted = (a.flags & MOE_ROWS_UNWEIGHTED) != 0};
+    return MOE_OK;
+}
+
+static moe_status run(moe_status (*slot)(moe__rows_job *), moe__rows_job *job)
+{
+    fenv_t saved;
+    moe__fenv_enter(&saved);
+    moe_status status = slot(job);
+    moe__fenv_leave(&saved);
+    return status;
+}
+
+moe_status moe_dispatch_forward(const moe_plan *plan, const moe_rows_args *args)
+{
+    moe__rows_job job;
+    MOE_TRY(read_args(&job, plan, args, TOKENS_IN | ROWS_OUT, __func__));
+    return run(moe__kernels(plan->context, plan->a.dtype)->dispatch_forward, &job);
+}
+
+moe_status moe_dispatch_backward(const moe_plan *plan, const moe_rows_args *args)
+{
+    moe__rows_job job;
+    MOE_TRY(read_args(&job, plan, args, ROWS_IN | TOKENS_OUT, __func__));
+    return run(moe__kernels(plan->context, plan->a.dtype)->dispatch_backward, &job);
+}
+
+moe_status moe_combine_forward(const moe_plan *plan, const moe_rows_args *args)
+{
+    moe__rows_job job;
+    MOE_TRY(read_args(&job, plan, args, ROWS_IN | TOKENS_OUT, __func__));
+    return run(moe__kernels(plan->context, plan->a.dtype)->combine_forward, &job);
+}
+
+moe_status moe_combine_backward(const moe_plan *plan, const moe_rows_args *args)
+{
+    moe__rows_job job;
+    MOE_TRY(read_args(&job, plan, args, TOKENS_IN, __func__));
+    if (!job.rows_out && !job.entry_weight_grad && plan->a.rows > 0)
+        return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__,
+                         "rows_out and entry_weight_grad are both NULL");
+    return run(moe__kernels(plan->context, plan->a.dtype)->combine_backward, &job);
+}

@@ -1,0 +1,292 @@
+/* internal.h - what the files of src/ share: errors, structs of growing size, memory, parallel work,
+ * and the objects behind the handles. Includes no CUDA, MPI or NCCL header; src/cpu includes it too. */
+#ifndef MOE_INTERNAL_H
+#define MOE_INTERNAL_H
+
+#include <moe/moe.h>
+
+#include <fenv.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* ---- errors (status.c) ------------------------------------------------------------------------ */
+
+/* Records the thread's message, "function: reason with values", and returns `status`. The function
+ * that finds an error calls it; everyone above passes the code on. */
+#if defined(__GNUC__)
+__attribute__((format(printf, 3, 4)))
+#endif
+moe_status moe__fail(moe_status status, const char *function, const char *format, ...);
+
+#define MOE_TRY(call)                                                                              \
+    do {                                                                                           \
+        moe_status try_status = (call);                                                            \
+        if (try_status != MOE_OK) return try_status;                                               \
+    } while (0)
+
+/* ---- structs of growing size (struct.c) -------------------------------------------------------- */
+
+/* All of a public struct that this library knows: `size` now, `first_size` in its first release. */
+typedef struct moe__struct_info {
+    const char *name;
+    size_t size, first_size;
+    void (*defaults)(void *instance); /* writes every field but struct_size */
+} moe__struct_info;
+
+/* One per public struct, each beside the code that owns it. */
+extern const moe__struct_info moe__context_config_info, moe__gate_config_info,
+    moe__experts_config_info, moe__layer_config_info, moe__pass_config_info, moe__binding_info,
+    moe__parameter_record_info, moe__forward_args_info, moe__backward_args_info, moe__losses_info,
+    moe__stats_info, moe__tensor_view_info, moe__plan_args_info, moe__plan_view_info,
+    moe__rows_args_info, moe__cost_query_info, moe__cost_info;
+
+/* The body of every moe_*_init. */
+moe_status moe__struct_init(const moe__struct_info *info, void *instance, size_t size,
+                            const char *function);
+/* Reads a caller's struct of any legal size into `known` (info->size bytes): defaults first, then what
+ * the caller has. known's struct_size becomes info->size. A NULL `from` gives all defaults if
+ * `null_ok`, else MOE_ERROR_INVALID_ARGUMENT. */
+moe_status moe__struct_read(const moe__struct_info *info, void *known, const void *from, bool null_ok,
+                            const char *function);
+/* Checks a caller's output struct before work is done, and writes `known` into it (zeroing a longer
+ * tail) keeping the caller's struct_size. */
+moe_status moe__struct_check_out(const moe__struct_info *info, const void *to, const char *function);
+void moe__struct_write(const moe__struct_info *info, void *to, const void *known);
+
+/* ---- sizes ------------------------------------------------------------------------------------- */
+
+/* Product or sum of non-negative sizes, or -1 if it does not fit in int64_t or one is -1. */
+static inline int64_t moe__mul(int64_t a, int64_t b)
+{
+    if (a < 0 || b < 0) return -1;
+    return b != 0 && a > INT64_MAX / b ? -1 : a * b;
+}
+static inline int64_t moe__add(int64_t a, int64_t b)
+{
+    if (a < 0 || b < 0) return -1;
+    return a > INT64_MAX - b ? -1 : a + b;
+}
+static inline int64_t moe__min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t moe__max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Bytes of one element; 0 for a number that is no dtype. */
+static inline int64_t moe__dtype_size(int32_t dtype)
+{
+    switch (dtype) {
+    case MOE_DTYPE_F32:
+    case MOE_DTYPE_I32: return 4;
+    case MOE_DTYPE_F64:
+    case MOE_DTYPE_I64: return 8;
+    case MOE_DTYPE_BF16:
+    case MOE_DTYPE_F16: return 2;
+    default: return 0;
+    }
+}
+
+/* ---- context: memory and parallel work (context.c, pool.c) -------------------------------------- */
+
+typedef struct moe__pool moe__pool;
+typedef struct moe__backend moe__backend;
+
+struct moe_context {
+    atomic_int references;
+    int32_t backend, isa, threads, log_level;
+    moe_alloc_fn alloc;
+    moe_free_fn free;
+    void *alloc_user;
+    moe_parallel_fn parallel; /* NULL: pool */
+    void *parallel_user;
+    moe_log_fn log;
+    void *log_user;
+    moe__pool *pool;
+    const moe__backend *kernels_f32, *kernels_f64;
+};
+
+void moe__context_retain(moe_context *context);
+
+/* 64-byte aligned memory of the context's allocator; NULL if there is none or bytes <= 0. */
+void *moe__alloc(moe_context *context, int64_t bytes);
+/* The same, zero-filled; with the default allocator untouched pages stay unmapped. */
+void *moe__alloc_zeroed(moe_context *context, int64_t bytes);
+void moe__free(moe_context *context, void *memory, int64_t bytes); /* NULL is legal */
+
+#if defined(__GNUC__)
+__attribute__((format(printf, 3, 4)))
+#endif
+void moe__log(const moe_context *context, int32_t level, const char *format, ...);
+
+/* Runs task(argument, i) for i in [0, count), each under the default floating-point environment, on
+ * the host's parallel-for or the pool, the calling thread taking part. Work that is cut finer than
+ * into context->threads tasks uses an atomic counter in `argument`. count <= 1 runs in place. */
+moe_status moe__parallel(moe_context *context, int64_t count, moe_task_fn task, void *argument,
+                         const char *function);
+
+/* Splits [0, count) into ranges of at least `grain` and runs body(argument, begin, end) for each. For
+ * work where every element is independent. */
+typedef void (*moe__range_fn)(void *argument, int64_t begin, int64_t end);
+moe_status moe__parallel_range(moe_context *context, int64_t count, int64_t grain, moe__range_fn body,
+                               void *argument, const char *function);
+
+/* A public call that computes on the calling thread stands between these two, so that a caller's
+ * rounding mode or flush-to-zero changes nothing. */
+static inline void moe__fenv_enter(fenv_t *saved)
+{
+    (void)fegetenv(saved);
+    (void)fesetenv(FE_DFL_ENV);
+}
+static inline void moe__fenv_leave(const fenv_t *saved) { (void)fesetenv(saved); }
+
+static inline const moe__backend *moe__kernels(const moe_context *context, int32_t dtype)
+{
+    return dtype == MOE_DTYPE_F64 ? context->kernels_f64 : context->kernels_f32;
+}
+
+/* ---- one block of memory cut into arrays ------------------------------------------------------- */
+
+/* With base NULL it only counts, so the same layout code answers "how much" and hands out. */
+typedef struct moe__arena {
+    char *base;
+    int64_t used; /* -1: overflow */
+} moe__arena;
+
+/* count elements of `size` bytes, 64-byte aligned; NULL while counting. */
+static inline void *moe__arena_take(moe__arena *arena, int64_t count, int64_t size)
+{
+    int64_t bytes = moe__mul(count, size);
+    int64_t begin = arena->used;
+    int64_t end = moe__add(begin, moe__add(bytes, 63));
+    arena->used = end < 0 ? -1 : end & ~(int64_t)63;
+    return arena->base && end >= 0 ? arena->base + begin : NULL;
+}
+
+/* ---- plan (plan.c) ------------------------------------------------------------------------------ */
+
+/* The arrays of moe_plan_view, writable. */
+typedef struct moe__plan_arrays {
+    int64_t tokens, entries, rows, num_experts, groups;
+    int64_t *token_begin;     /* [T+1] */
+    int32_t *expert_of_entry; /* [N] */
+    void *weight_of_entry;    /* [N] dtype */
+    int64_t *row_of_entry;    /* [N] */
+    int64_t *slot_of_entry;   /* [N] */
+    int64_t *expert_begin;    /* [E+1] */
+    int64_t *token_of_row;    /* [N], R used */
+    int64_t *entry_of_row;    /* [N], R used */
+    int64_t *group_begin;     /* [G+1] */
+    int32_t dtype;
+} moe__plan_arrays;
+
+struct moe_plan {
+    moe_context *context;
+    moe__plan_arrays a;
+    void *memory; /* of all arrays; NULL for a plan inside a pass */
+    int64_t bytes;
+    bool of_pass;
+};
+
+/* Takes the arrays of a plan of these sizes out of `arena` and sets the sizes (rows = 0). */
+void moe__plan_layout(moe__plan_arrays *plan, moe__arena *arena, int64_t tokens, int64_t entries,
+                      int64_t num_experts, int64_t groups, int32_t dtype);
+/* Copies everything; `to` has been laid out for from's sizes. */
+void moe__plan_copy_arrays(moe__plan_arrays *to, const moe__plan_arrays *from);
+/* Checks group_begin[groups+1]: from 0 to tokens, ascending. NULL with groups 0 or 1 is good. */
+moe_status moe__check_groups(const int64_t *group_begin, int64_t groups, int64_t tokens,
+                             const char *function);
+
+/* ---- strided operands ---------------------------------------------------------------------------- */
+
+#include "cpu/grouped_gemm.h" /* moe__rows, moe__matrices: plain descriptions, no kernel */
+
+/* ---- parameters (parameter.c) -------------------------------------------------------------------- */
+
+/* One parameter of a gate or pool: [E,rows,cols] or, for a vector, [E,cols] or [cols]. */
+typedef struct moe__parameter {
+    const char *name;
+    int64_t shape[MOE_MAX_DIMS];
+    int32_t dims;
+    int32_t per_expert; /* 1: the first dimension is the expert */
+    int32_t dtype;
+    int32_t init_tensor; /* number in the counter of init_parameters, frozen: see parameter.c */
+    double init_std;     /* 0: zeros */
+    void *own_data, *own_grad; /* memory of the object, or NULL */
+    int64_t own_bytes;         /* of each */
+    void *data, *grad;         /* element 0, or NULL */
+    void **data_each, **grad_each; /* [E] or NULL; point into `lists` */
+    void **lists;                  /* [2E] or NULL; kept once allocated */
+    int64_t data_stride[MOE_MAX_DIMS], grad_stride[MOE_MAX_DIMS];
+    int32_t owned;                 /* data is own_data */
+    int32_t owned_grad;            /* grad is own_grad */
+} moe__parameter;
+
+enum { MOE__MAX_PARAMETERS = 6 };
+
+typedef struct moe__parameter_list {
+    moe_context *context;
+    int64_t count;
+    int64_t num_experts;
+    moe__parameter p[MOE__MAX_PARAMETERS];
+    /* How columns map to logical W1 / W3 columns for init: see moe__logical_column. */
+    int32_t weight_layout, glu_order;
+} moe__parameter_list;
+
+/* Adds one parameter to the list (not allocated yet). */
+void moe__parameter_add(moe__parameter_list *list, const char *name, int32_t per_expert, int32_t dims,
+                        const int64_t *shape, int32_t dtype, int32_t init_tensor, double init_std);
+/* Allocates what `parameters` (MOE_PARAMETERS_*) asks for; on error everything is freed again. */
+moe_status moe__parameters_allocate(moe__parameter_list *list, int32_t parameters, const char *function);
+void moe__parameters_free(moe__parameter_list *list);
+/* MOE_ERROR_INVALID_STATE naming the first parameter that has no data. */
+moe_status moe__parameters_check_bound(const moe__parameter_list *list, const char *function);
+const moe__parameter *moe__parameter_by_name(const moe__parameter_list *list, const char *name);
+
+/* ---- gate, experts, layer, comm ------------------------------------------------------------------ */
+
+struct moe_gate {
+    atomic_int references;
+    atomic_flag backward_running;
+    moe_context *context;
+    moe_gate_config config;
+    moe__parameter_list parameters;
+};
+
+struct moe_experts {
+    atomic_int references;
+    atomic_flag backward_running;
+    moe_context *context;
+    moe_experts_config config; /* d_out resolved */
+    moe__parameter_list parameters;
+    uint8_t *touched; /* [E] since the last zero_gradients */
+};
+
+struct moe_comm {
+    atomic_int references;
+    moe_context *context;
+    int32_t rank, size;
+};
+
+struct moe_layer {
+    atomic_int references;
+    moe_context *context;
+    moe_layer_config config;
+    moe_gate *gate; /* may be NULL */
+    moe_experts *experts;
+    moe_comm *comm; /* may be NULL */
+    char names[2 * MOE__MAX_PARAMETERS][32]; /* "gate.weight", ... */
+};
+
+void moe__gate_retain(moe_gate *gate);
+void moe__experts_retain(moe_experts *experts);
+void moe__comm_retain(moe_comm *comm);
+void moe__layer_retain(moe_layer *layer);
+
+/* Lists the parameters that a config asks for; allocates nothing. parameter.c */
+void moe__gate_parameters_describe(moe_gate *gate);
+void moe__experts_parameters_describe(moe_experts *experts);
+/* Fills layer->names: "gate." or "experts." before the object's own. */
+void moe__layer_name_parameters(moe_layer *layer);
+
+static inline bool moe__is_gated(int32_t activation) { return activation >= MOE_ACTIVATION_SWIGLU; }
+
+#endif

@@ -1,0 +1,550 @@
+/* layer.c - the layer, step by step: the page to read first.
+ *
+ *     forward:   route -> plan -> losses -> experts -> combine
+ *     backward:  output -> experts -> dispatch (its adjoint) -> gate
+ *
+ * A gate alone runs the first three steps, a pool alone the last two; all go through moe__run_forward
+ * and moe__run_backward. Arguments were checked before (arguments.c), memory is cut by pass_layout.c,
+ * and the arithmetic is the backend's (backend.h). */
+#include "pass_state.h"
+#include "philox.h"
+
+#include <string.h>
+
+#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
+#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
+
+/* ---- forward -------------------------------------------------------------------------------------- */
+
+/* The empty plan of a gate: K entries for every token, to be filled by the route step. */
+static void start_plan(moe__plan_arrays *plan, const moe__forward *f)
+{
+    for (int64_t t = 0; t <= f->a.tokens; t++) plan->token_begin[t] = t * f->top_k;
+    for (int64_t g = 0; g <= f->a.groups; g++)
+        plan->group_begin[g] = f->a.group_begin ? f->a.group_begin[g] : g * f->a.tokens;
+}
+
+/* Copies the mask and lists the tokens that are none: valid_token, and where each group's begin. */
+static void note_mask(moe_pass *pass, const moe__forward *f)
+{
+    const moe__plan_arrays *plan = &pass->plan.a;
+    int64_t count = 0;
+    for (int64_t g = 0; g < plan->groups; g++) {
+        pass->valid_begin[g] = count;
+        for (int64_t t = plan->group_begin[g]; t < plan->group_begin[g + 1]; t++) {
+            pass->mask[t] = !f->a.token_mask || f->a.token_mask[t];
+            if (pass->mask[t]) pass->valid_token[count++] = t;
+        }
+    }
+    pass->valid_begin[plan->groups] = count;
+}
+
+/* capacity_factor * K * T / E, rounded; never beyond what the group could send. */
+static int64_t factor_capacity(const moe_gate_config *c, int64_t tokens)
+{
+    double exact = c->capacity_factor * (double)c->top_k * (double)tokens / (double)c->num_experts;
+    int64_t most = tokens * c->top_k;
+    int64_t below = exact >= (double)most ? most : (int64_t)exact;
+    double rest = exact - (double)below;
+    bool up = (c->capacity_rounding == MOE_ROUND_UP && rest > 0) ||
+              (c->capacity_rounding == MOE_ROUND_NEAREST && rest >= 0.5);
+    return moe__min(most, moe__max(c->capacity_minimum, below + up));
+}
+
+/* Rows an expert takes from each group, or NULL without a limit. */
+static const int64_t *find_capacities(moe_pass *pass, const moe__forward *f)
+{
+    const moe_gate_config *c = &pass->gate_config;
+    if (f->a.capacity == MOE_FROM_CONFIG && c->capacity_kind == MOE_CAPACITY_NONE) return NULL;
+    for (int64_t g = 0; g < pass->plan.a.groups; g++) {
+        int64_t tokens = pass->valid_begin[g + 1] - pass->valid_begin[g];
+        pass->group_capacity[g] = f->a.capacity != MOE_FROM_CONFIG ? f->a.capacity
+                                  : c->capacity_kind == MOE_CAPACITY_NUMBER
+                                      ? c->capacity
+                                      : factor_capacity(c, tokens);
+    }
+    return pass->group_capacity;
+}
+
+static void fill_route_job(moe_pass *pass, const moe__forward *f)
+{
+    moe__route_job *r = &pass->route;
+    const moe_forward_args *a = &f->a;
+    int64_t layer_id = pass->layer ? pass->layer->config.layer_id : 0;
+    r->config = &pass->gate_config;
+    r->tokens = a->tokens;
+    r->input_width = pass->gate_config.d_model;
+    r->x = pass->gate_x;
+    r->x_stride = pass->gate_x_stride;
+    moe__gate_operands(pass->gate, r);
+    r->logits_in = a->logits_in;
+    r->logits_stride = a->logits_stride;
+    r->noise_in = a->noise;
+    r->noise_stride = a->noise_stride;
+    r->token_mask = a->token_mask ? pass->mask : NULL;
+    r->noise_stream = moe__stream((uint32_t)layer_id, (uint32_t)pass->gate_config.stream_id,
+                                  MOE__PURPOSE_NOISE);
+    r->step = a->step;
+    r->token_first = a->token_first;
+    r->train = (a->flags & MOE_FORWARD_TRAIN) != 0;
+    r->keep_ids = f->replay;
+    r->token_begin = pass->plan.a.token_begin;
+    r->expert_of_entry = pass->plan.a.expert_of_entry;
+    r->weight = pass->plan_weight;
+}
+
+/* Logits, noise, selection, weights, capacity: the plan. */
+static moe_status route_step(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
+{
+    moe__plan_arrays *plan = &pass->plan.a;
+    fill_route_job(pass, f);
+    MOE_TRY(kernels->route_forward(&pass->route));
+    memcpy(plan->weight_of_entry, pass->plan_weight,
+           (size_t)(plan->entries * moe__dtype_size(plan->dtype)));
+    moe__plan_rows_job rows = {.workers = pass->route.workers,
+                               .plan = plan,
+                               .token_mask = pass->route.token_mask,
+                               .drop_policy = pass->gate_config.drop_policy,
+                               .renormalize_after_drop = pass->gate_config.renormalize_after_drop,
+                               .keep_rows = f->replay};
+    if (!f->replay) rows.group_capacity = find_capacities(pass, f);
+    return kernels->plan_rows(&rows);
+}
+
+/* A plan with weights takes the place of the route step: there are no logits. */
+static void replay_step(moe_pass *pass)
+{
+    const moe__plan_arrays *plan = &pass->plan.a;
+    moe__workers workers = pass->route.workers;
+    memset(&pass->route, 0, sizeof pass->route);
+    pass->route.workers = workers;
+    pass->route.config = &pass->gate_config;
+    pass->route.tokens = plan->tokens;
+    pass->route.token_begin = plan->token_begin;
+    pass->route.expert_of_entry = plan->expert_of_entry;
+    pass->route.weight = pass->plan_weight;
+    memcpy(pass->plan_weight, plan->weight_of_entry,
+           (size_t)(plan->entries * moe__dtype_size(plan->dtype)));
+}
+
+static moe_status losses_step(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
+{
+    moe__losses_job *l = &pass->losses;
+    double value[MOE_LOSS_SLOTS], stats[MOE_STAT_SLOTS];
+    l->route = &pass->route;
+    l->plan = &pass->plan.a;
+    l->weights = pass->weights;
+    l->valid_begin = pass->valid_begin;
+    l->valid_tokens = pass->valid_begin[pass->plan.a.groups];
+    l->valid_token = f->a.token_mask ? pass->valid_token : NULL;
+    l->value = value;
+    l->stats = stats;
+    MOE_TRY(kernels->losses_forward(l));
+    for (int64_t e = 0; e < pass->plan.a.num_experts; e++)
+        pass->rows_of_expert[e] = pass->plan.a.expert_begin[e + 1] - pass->plan.a.expert_begin[e];
+    if (f->recompute) return MOE_OK; /* they were counted by the first forward */
+    memcpy(pass->value, value, sizeof value);
+    memcpy(pass->stats, stats, sizeof stats);
+    return MOE_OK;
+}
+
+static moe_status experts_step(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
+{
+    moe__experts_job *e = &pass->experts_job;
+    const moe_experts_config *c = &pass->experts->config;
+    bool sigmoid = pass->layer && pass->layer->config.output == MOE_OUTPUT_SIGMOID;
+    e->config = c;
+    e->plan = &pass->plan.a;
+    e->x = pass->x;
+    e->x_stride = pass->x_stride;
+    moe__experts_operands(pass->experts, e);
+    MOE_TRY(kernels->experts_forward(e));
+    if (!f->a.y && !pass->y_saved) return MOE_OK; /* a recompute that wants no y */
+    moe__rows_job combine = {.workers = e->workers,
+                             .plan = e->plan,
+                             .width = c->d_out,
+                             .tokens_out = f->a.y,
+                             .tokens_out_stride = f->a.y_stride,
+                             .rows_in = e->out,
+                             .rows_in_stride = c->d_out,
+                             .add = (f->a.flags & MOE_FORWARD_ADD) != 0,
+                             .sigmoid = sigmoid,
+                             .tokens_saved = pass->y_saved,
+                             .token_mask = f->a.token_mask ? pass->mask : NULL};
+    if (!combine.tokens_out) {
+        combine.tokens_out = pass->y_saved;
+        combine.tokens_out_stride = c->d_out;
+        combine.tokens_saved = NULL;
+    }
+    return kernels->combine_forward(&combine);
+}
+
+static moe_status forward_steps(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
+{
+    if (f->replay && !f->own_plan)
+        moe__plan_copy_arrays(&pass->plan.a, &f->a.plan->a);
+    else if (!f->replay)
+        start_plan(&pass->plan.a, f);
+    note_mask(pass, f);
+    if (f->route)
+        MOE_TRY(route_step(pass, f, kernels));
+    else
+        replay_step(pass);
+    MOE_TRY(losses_step(pass, f, kernels));
+    if (f->uses & MOE__USE_EXPERTS) return experts_step(pass, f, kernels);
+    return MOE_OK;
+}
+
+/* Remembers where the inputs are, and which config this call has. */
+static void note_arguments(moe_pass *pass, const moe__forward *f)
+{
+    const moe_forward_args *a = &f->a;
+    memset(&pass->gate_config, 0, sizeof pass->gate_config);
+    if (pass->gate) pass->gate_config = pass->gate->config;
+    pass->gate_config.num_experts = pass->plan.a.num_experts;
+    if (f->route && f->top_k > 0) pass->gate_config.top_k = f->top_k;
+    pass->x = a->x;
+    pass->x_stride = a->x_stride;
+    pass->gate_saw_x = !a->gate_x;
+    pass->gate_x = a->gate_x ? a->gate_x : a->x;
+    pass->gate_x_stride = a->gate_x ? a->gate_x_stride : a->x_stride;
+    pass->logits_from_host = a->logits_in != NULL;
+    pass->route.workers.function = pass->experts_job.workers.function = "";
+}
+
+/* Losses and statistics on the host's side, in the layer's dtype. */
+static void write_results(const moe_pass *pass, const moe_forward_args *a)
+{
+    bool f64 = pass->plan.a.dtype == MOE_DTYPE_F64;
+    for (int i = 0; a->losses_out && i < MOE_LOSS_SLOTS; i++) {
+        if (f64)
+            ((double *)a->losses_out)[i] = pass->value[i];
+        else
+            ((float *)a->losses_out)[i] = (float)pass->value[i];
+    }
+    for (int i = 0; a->stats_out && i < MOE_STAT_SLOTS; i++) {
+        if (f64)
+            ((double *)a->stats_out)[i] = pass->stats[i];
+        else
+            ((float *)a->stats_out)[i] = (float)pass->stats[i];
+    }
+}
+
+static moe__pass_shape forward_shape(const moe_pass *pass, const moe__forward *f,
+                                     double weights[MOE_LOSS_SLOTS])
+{
+    bool with_experts = (f->uses & MOE__USE_EXPERTS) != 0;
+    memset(weights, 0, MOE_LOSS_SLOTS * sizeof *weights);
+    if (f->route && f->weights)
+        memcpy(weights, f->weights, MOE_LOSS_SLOTS * sizeof *weights);
+    else if (f->route)
+        moe__gate_loss_weights(&pass->gate->config, weights);
+    moe__pass_shape shape = moe__pass_shape_of(
+        pass->gate ? &pass->gate->config : NULL, with_experts ? &pass->experts->config : NULL,
+        pass->layer ? pass->layer->config.output : MOE_OUTPUT_LINEAR, weights, f->route, f->replay,
+        f->a.flags);
+    shape.tokens = f->a.tokens;
+    shape.entries = f->entries;
+    shape.groups = f->a.groups;
+    shape.top_k = f->top_k;
+    shape.threads = pass->context->threads;
+    return shape;
+}
+
+moe_status moe__run_forward(moe_pass *pass, const moe_forward_args *args, int32_t uses,
+                            const char *function)
+{
+    moe__forward f;
+    double weights[MOE_LOSS_SLOTS];
+    MOE_TRY(moe__forward_check(&f, pass, args, uses, function));
+    moe__pass_shape shape = forward_shape(pass, &f, weights);
+    const moe__backend *kernels = moe__kernels(pass->context, shape.dtype);
+    MOE_TRY(moe__pass_make_room(pass, &shape, f.own_plan, function));
+
+    memcpy(pass->weights, weights, sizeof weights);
+    note_arguments(pass, &f);
+    pass->route.workers.function = pass->experts_job.workers.function = function;
+    fenv_t saved;
+    moe__fenv_enter(&saved);
+    moe_status status = forward_steps(pass, &f, kernels);
+    moe__fenv_leave(&saved);
+
+    pass->uses = uses;
+    pass->routed = f.route;
+    pass->flags = f.a.flags;
+    pass->state = status != MOE_OK                        ? MOE__PASS_FAILED
+                  : shape.save                            ? MOE__PASS_SAVED
+                  : (f.a.flags & MOE_FORWARD_PLAN_ONLY)   ? MOE__PASS_PLAN
+                                                          : MOE__PASS_EMPTY;
+    if (status == MOE_OK && !f.recompute) write_results(pass, &f.a);
+    return status;
+}
+
+/* ---- backward ------------------------------------------------------------------------------------- */
+
+/* dy through the layer's sigmoid: dy y (1 - y). */
+static moe_status output_step(moe_pass *pass, const moe_backward_args *b, const moe__backend *kernels)
+{
+    int64_t O = pass->experts->config.d_out;
+    moe__rows_job job = {.workers = pass->experts_job.workers,
+                         .plan = &pass->plan.a,
+                         .width = O,
+                         .tokens_in = b->dy,
+                         .tokens_in_stride = b->dy_stride,
+                         .tokens_out = pass->dy_inner,
+                         .tokens_out_stride = O,
+                         .tokens_saved = pass->y_saved};
+    return kernels->output_backward(&job);
+}
+
+static void note_touched(moe_pass *pass, bool overwrite)
+{
+    const int64_t *begin = pass->plan.a.expert_begin;
+    uint8_t *touched = pass->experts->touched;
+    for (int64_t e = 0; e < pass->plan.a.num_experts; e++)
+        touched[e] = (uint8_t)((!overwrite && touched[e]) || begin[e + 1] > begin[e]);
+}
+
+/* dx[T,D] of the experts' rows. */
+static moe_status dispatch_step(moe_pass *pass, const moe_backward_args *b,
+                                const moe__backend *kernels)
+{
+    int64_t D = pass->experts->config.d_model;
+    moe__rows_job job = {.workers = pass->experts_job.workers,
+                         .plan = &pass->plan.a,
+                         .width = D,
+                         .rows_in = pass->dx_rows,
+                         .rows_in_stride = D,
+                         .tokens_out = b->dx,
+                         .tokens_out_stride = b->dx_stride,
+                         .add = (b->flags & MOE_BACKWARD_ADD_DX) != 0};
+    return kernels->dispatch_backward(&job);
+}
+
+static moe_status experts_backward_step(moe_pass *pass, const moe_backward_args *b,
+                                        const moe__backend *kernels)
+{
+    moe__experts_job *e = &pass->experts_job;
+    bool parameters = !(b->flags & MOE_BACKWARD_SKIP_PARAMETERS);
+    bool want_dx = b->dx && !(b->flags & MOE_BACKWARD_SKIP_DX);
+    e->x = b->x ? b->x : pass->x;
+    moe__experts_operands(pass->experts, e);
+    moe__experts_gradients(pass->experts, e, parameters);
+    e->overwrite = (b->flags & MOE_BACKWARD_OVERWRITE) != 0;
+    e->dy = b->dy;
+    e->dy_stride = b->dy_stride;
+    e->dx_rows = want_dx ? pass->dx_rows : NULL;
+    e->entry_weight_grad = pass->routed || b->entry_weight_grad ? pass->entry_grad : NULL;
+    if (pass->y_saved) {
+        MOE_TRY(output_step(pass, b, kernels));
+        e->dy = pass->dy_inner;
+        e->dy_stride = pass->experts->config.d_out;
+    }
+    MOE_TRY(kernels->experts_backward(e));
+    if (parameters) note_touched(pass, e->overwrite);
+    if (b->entry_weight_grad)
+        memcpy(b->entry_weight_grad, pass->entry_grad,
+               (size_t)(pass->plan.a.entries * moe__dtype_size(pass->plan.a.dtype)));
+    return want_dx ? dispatch_step(pass, b, kernels) : MOE_OK;
+}
+
+/* Weight of each loss times the host's factor. */
+static void find_loss_factors(moe_pass *pass, const moe_backward_args *b)
+{
+    bool f64 = pass->plan.a.dtype == MOE_DTYPE_F64;
+    for (int i = 0; i < MOE_LOSS_SLOTS; i++) {
+        double factor = !b->loss_grad ? 1
+                        : f64         ? ((const double *)b->loss_grad)[i]
+                                      : (double)((const float *)b->loss_grad)[i];
+        pass->factor[i] = pass->weights[i] != 0 ? pass->weights[i] * factor : 0;
+    }
+}
+
+static moe_status gate_backward_step(moe_pass *pass, const moe_backward_args *b, bool with_experts,
+                                     const moe__backend *kernels)
+{
+    moe__gate_backward_job *g = &pass->gate_job;
+    bool want_dx = !(b->flags & MOE_BACKWARD_SKIP_DX);
+    bool add = (b->flags & MOE_BACKWARD_ADD_DX) != 0;
+    const void *moved = b->gate_x ? b->gate_x : pass->gate_saw_x ? b->x : NULL;
+    find_loss_factors(pass, b);
+    if (moved) pass->route.x = moved;
+    moe__gate_operands(pass->gate, &pass->route);
+    moe__gate_gradients(pass->gate, g, !(b->flags & MOE_BACKWARD_SKIP_PARAMETERS));
+    g->losses = &pass->losses;
+    g->loss_factor = pass->factor;
+    g->entry_weight_grad = with_experts ? pass->entry_grad : b->entry_weight_grad;
+    g->dx = NULL;
+    if (want_dx && b->d_gate_x) {
+        g->dx = b->d_gate_x;
+        g->dx_stride = b->d_gate_x_stride;
+        g->dx_add = add;
+    } else if (want_dx && pass->gate_saw_x && b->dx) {
+        g->dx = b->dx;
+        g->dx_stride = b->dx_stride;
+        g->dx_add = with_experts || add; /* the experts' share is there already */
+    }
+    g->d_logits_out = want_dx ? b->d_logits_out : NULL;
+    g->d_logits_stride = b->d_logits_stride;
+    g->overwrite = 0; /* set to zero before: what this forward did not use has gradient 0 */
+    g->logits_from_host = pass->logits_from_host;
+    return kernels->gate_backward(g);
+}
+
+static moe_status backward_steps(moe_pass *pass, const moe_backward_args *b, int32_t uses,
+                                 const moe__backend *kernels)
+{
+    bool with_experts = (uses & MOE__USE_EXPERTS) != 0;
+    bool overwrite = (b->flags & MOE_BACKWARD_OVERWRITE) != 0 &&
+                     !(b->flags & MOE_BACKWARD_SKIP_PARAMETERS);
+    if (with_experts) MOE_TRY(experts_backward_step(pass, b, kernels));
+    if (!pass->gate || !(uses & MOE__USE_GATE)) return MOE_OK;
+    if (overwrite) MOE_TRY(moe_gate_zero_gradients(pass->gate, NULL));
+    return pass->routed ? gate_backward_step(pass, b, with_experts, kernels) : MOE_OK;
+}
+
+/* One backward at a time per gate and per pool. */
+static moe_status begin_backward(moe_pass *pass, int32_t uses, const char *function)
+{
+    bool with_gate = pass->gate && (uses & MOE__USE_GATE);
+    if (with_gate && atomic_flag_test_and_set(&pass->gate->backward_running))
+        REFUSE(MOE_ERROR_INVALID_STATE, "another backward of the gate is running");
+    if (!(uses & MOE__USE_EXPERTS) || !atomic_flag_test_and_set(&pass->experts->backward_running))
+        return MOE_OK;
+    if (with_gate) atomic_flag_clear(&pass->gate->backward_running);
+    REFUSE(MOE_ERROR_INVALID_STATE, "another backward of the expert pool is running");
+}
+
+static void end_backward(moe_pass *pass, int32_t uses)
+{
+    if (pass->gate && (uses & MOE__USE_GATE)) atomic_flag_clear(&pass->gate->backward_running);
+    if (uses & MOE__USE_EXPERTS) atomic_flag_clear(&pass->experts->backward_running);
+}
+
+moe_status moe__run_backward(moe_pass *pass, const moe_backward_args *args, int32_t uses,
+                             const char *function)
+{
+    moe_backward_args b;
+    MOE_TRY(moe__backward_check(&b, pass, args, uses, function));
+    MOE_TRY(begin_backward(pass, uses, function));
+    const moe__backend *kernels = moe__kernels(pass->context, pass->plan.a.dtype);
+    pass->route.workers.function = pass->experts_job.workers.function = function;
+    fenv_t saved;
+    moe__fenv_enter(&saved);
+    moe_status status = backward_steps(pass, &b, uses, kernels);
+    moe__fenv_leave(&saved);
+    end_backward(pass, uses);
+    if (status != MOE_OK) pass->state = MOE__PASS_FAILED;
+    return status;
+}
+
+/* ---- the object ------------------------------------------------------------------------------------ */
+
+static void layer_defaults(void *instance) { *(moe_layer_config *)instance = (moe_layer_config){0}; }
+
+const moe__struct_info moe__layer_config_info = {"moe_layer_config", sizeof(moe_layer_config),
+                                                 sizeof(moe_layer_config), layer_defaults};
+
+moe_status moe_layer_config_init(moe_layer_config *config, size_t size)
+{
+    return moe__struct_init(&moe__layer_config_info, config, size, __func__);
+}
+
+static moe_status check_objects(const moe_layer_config *c, const char *function)
+{
+    const moe_gate *g = c->gate;
+    const moe_experts *e = c->experts;
+    if (!e) REFUSE_ARGUMENT("experts is NULL");
+    if (g && g->context != e->context) REFUSE_ARGUMENT("gate and experts are of different contexts");
+    if (g && g->config.num_experts != e->config.num_experts)
+        REFUSE_ARGUMENT("the gate has %lld experts, the pool has %lld",
+                        (long long)g->config.num_experts, (long long)e->config.num_experts);
+    if (g && g->config.dtype != e->config.dtype)
+        REFUSE_ARGUMENT("the gate's dtype is %d, the pool's is %d", (int)g->config.dtype,
+                        (int)e->config.dtype);
+    if (c->comm && c->comm->context != e->context)
+        REFUSE_ARGUMENT("comm and experts are of different contexts");
+    return MOE_OK;
+}
+
+moe_status moe__layer_config_check(const moe_layer_config *c, const char *function)
+{
+    if (c->output < 0 || c->output > MOE_OUTPUT_SIGMOID) REFUSE_ARGUMENT("output is %d", (int)c->output);
+    if (c->layer_id < 0 || c->layer_id > 65535)
+        REFUSE_ARGUMENT("layer_id is %d; it must be in [0, 65535]", (int)c->layer_id);
+    if (c->shared) REFUSE(MOE_ERROR_NOT_SUPPORTED, "shared: a shared expert is not available");
+    if (c->residual) REFUSE(MOE_ERROR_NOT_SUPPORTED, "residual: a residual branch is not available");
+    if (c->shared_gate)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "shared_gate is %d: not available", (int)c->shared_gate);
+    if (c->residual_mix)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "residual_mix is %d: not available", (int)c->residual_mix);
+    return MOE_OK;
+}
+
+moe_status moe_layer_create(moe_layer **layer, const moe_layer_config *config)
+{
+    moe_layer_config c;
+    if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
+    MOE_TRY(moe__struct_read(&moe__layer_config_info, &c, config, false, __func__));
+    MOE_TRY(moe__layer_config_check(&c, __func__));
+    MOE_TRY(check_objects(&c, __func__));
+    moe_context *context = c.experts->context;
+    moe_layer *l = moe__alloc_zeroed(context, sizeof *l);
+    if (!l) return moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for the layer");
+    atomic_init(&l->references, 1);
+    l->context = context;
+    l->config = c;
+    l->gate = c.gate;
+    l->experts = c.experts;
+    l->comm = c.comm;
+    moe__context_retain(context);
+    moe__experts_retain(l->experts);
+    if (l->gate) moe__gate_retain(l->gate);
+    if (l->comm) moe__comm_retain(l->comm);
+    moe__layer_name_parameters(l);
+    *layer = l;
+    return MOE_OK;
+}
+
+void moe__layer_retain(moe_layer *layer) { atomic_fetch_add(&layer->references, 1); }
+
+void moe_layer_destroy(moe_layer *layer)
+{
+    if (!layer || atomic_fetch_sub(&layer->references, 1) != 1) return;
+    moe_context *context = layer->context;
+    moe_gate_destroy(layer->gate);
+    moe_experts_destroy(layer->experts);
+    moe_comm_destroy(layer->comm);
+    moe__free(context, layer, sizeof *layer);
+    moe_context_destroy(context);
+}
+
+moe_status moe_layer_get_config(const moe_layer *layer, moe_layer_config *config)
+{
+    if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
+    MOE_TRY(moe__struct_check_out(&moe__layer_config_info, config, __func__));
+    moe__struct_write(&moe__layer_config_info, config, &layer->config);
+    return MOE_OK;
+}
+
+static moe_status check_pass(const moe_layer *layer, const moe_pass *pass, const char *function)
+{
+    if (!layer) REFUSE_ARGUMENT("layer is NULL");
+    if (!pass) REFUSE_ARGUMENT("pass is NULL");
+    if (pass->layer != layer) REFUSE_ARGUMENT("the pass was made for another layer");
+    return MOE_OK;
+}
+
+moe_status moe_layer_forward(moe_layer *layer, moe_pass *pass, const moe_forward_args *args)
+{
+    MOE_TRY(check_pass(layer, pass, __func__));
+    int32_t uses = layer->gate ? MOE__USE_GATE | MOE__USE_EXPERTS : MOE__USE_EXPERTS;
+    return moe__run_forward(pass, args, uses, __func__);
+}
+
+moe_status moe_layer_backward(moe_layer *layer, moe_pass *pass, const moe_backward_args *args)
+{
+    MOE_TRY(check_pass(layer, pass, __func__));
+    int32_t uses = layer->gate ? MOE__USE_GATE | MOE__USE_EXPERTS : MOE__USE_EXPERTS;
+    return moe__run_backward(pass, args, uses, __func__);
+}

@@ -1,0 +1,499 @@
+/* parameter.c - the parameters of gate, pool and layer: what there is, where it lives, binding, zeroing.
+ *
+ * A parameter is [E,rows,cols] or [E,cols] in a pool, [rows,cols] or [cols] in a gate. Data and gradient
+ * each live at a base with strides, or (pools only) at one pointer per expert. */
+#include "internal.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
+#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
+
+typedef long long ll; /* for %lld */
+
+/* ---- structs -------------------------------------------------------------------------------------- */
+
+static void binding_defaults(void *instance) { *(moe_binding *)instance = (moe_binding){0}; }
+static void record_defaults(void *instance)
+{
+    *(moe_parameter_record *)instance = (moe_parameter_record){0};
+}
+
+const moe__struct_info moe__binding_info = {"moe_binding", sizeof(moe_binding), sizeof(moe_binding),
+                                            binding_defaults};
+const moe__struct_info moe__parameter_record_info = {
+    "moe_parameter_record", sizeof(moe_parameter_record), sizeof(moe_parameter_record),
+    record_defaults};
+
+moe_status moe_binding_init(moe_binding *binding, size_t size)
+{
+    return moe__struct_init(&moe__binding_info, binding, size, __func__);
+}
+moe_status moe_parameter_record_init(moe_parameter_record *record, size_t size)
+{
+    return moe__struct_init(&moe__parameter_record_info, record, size, __func__);
+}
+
+/* ---- the list ------------------------------------------------------------------------------------- */
+
+static void contiguous(int64_t stride[MOE_MAX_DIMS], const int64_t *shape, int32_t dims)
+{
+    int64_t step = 1;
+    for (int32_t d = MOE_MAX_DIMS - 1; d >= 0; d--) {
+        stride[d] = d < dims ? step : 0;
+        if (d < dims) step = moe__mul(step, shape[d]);
+    }
+}
+
+static int64_t element_count(const moe__parameter *p)
+{
+    int64_t count = 1;
+    for (int32_t d = 0; d < p->dims; d++) count = moe__mul(count, p->shape[d]);
+    return count;
+}
+
+void moe__parameter_add(moe__parameter_list *list, const char *name, int32_t per_expert, int32_t dims,
+                        const int64_t *shape, int32_t dtype, int32_t init_tensor, double init_std)
+{
+    moe__parameter *p = &list->p[list->count++];
+    *p = (moe__parameter){.name = name,
+                          .dims = dims,
+                          .per_expert = per_expert,
+                          .dtype = dtype,
+                          .init_tensor = init_tensor,
+                          .init_std = init_std};
+    for (int32_t d = 0; d < MOE_MAX_DIMS; d++) p->shape[d] = d < dims ? shape[d] : 1;
+    contiguous(p->data_stride, p->shape, dims);
+    contiguous(p->grad_stride, p->shape, dims);
+}
+
+/* Numbers of tensors in the counter of init_parameters, frozen; see parameter_init.c. */
+enum { GATE_WEIGHT = 1, GATE_BIAS, GATE_NOISE, W1 = 16, B1, W3, B3, W2, B2 };
+
+void moe__gate_parameters_describe(moe_gate *gate)
+{
+    const moe_gate_config *c = &gate->config;
+    moe__parameter_list *list = &gate->parameters;
+    const int64_t matrix[2] = {c->d_model, c->num_experts};
+    bool noisy = c->kind == MOE_GATE_NOISY_TOP_K;
+    double std = c->init_std != MOE_INIT_DEFAULT ? c->init_std : noisy ? 0 : 0.02;
+    list->context = gate->context;
+    list->num_experts = c->num_experts;
+    if (c->d_model == 0) return;
+    moe__parameter_add(list, "weight", 0, 2, matrix, c->dtype, GATE_WEIGHT, std);
+    if (c->bias) moe__parameter_add(list, "bias", 0, 1, &matrix[1], c->dtype, GATE_BIAS, 0);
+    if (noisy) moe__parameter_add(list, "noise_weight", 0, 2, matrix, c->dtype, GATE_NOISE, std);
+}
+
+/* Square roots are exactly rounded: the same bits everywhere. */
+static double inverse_root(int64_t n)
+{
+    return 1 / __builtin_sqrt((double)n);
+}
+
+static void add_expert_weight(moe_experts *experts, const char *name, int64_t in, int64_t out,
+                              int32_t tensor, int64_t fan_in)
+{
+    const moe_experts_config *c = &experts->config;
+    bool out_in = c->weight_layout == MOE_WEIGHT_OUT_IN;
+    const int64_t shape[3] = {c->num_experts, out_in ? out : in, out_in ? in : out};
+    double std = c->init_std != MOE_INIT_DEFAULT ? c->init_std : inverse_root(fan_in);
+    moe__parameter_add(&experts->parameters, name, 1, 3, shape, c->dtype, tensor, std);
+}
+
+static void add_expert_bias(moe_experts *experts, const char *name, int64_t width, int32_t tensor)
+{
+    const moe_experts_config *c = &experts->config;
+    const int64_t shape[2] = {c->num_experts, width};
+    if (c->bias) moe__parameter_add(&experts->parameters, name, 1, 2, shape, c->dtype, tensor, 0);
+}
+
+void moe__experts_parameters_describe(moe_experts *experts)
+{
+    const moe_experts_config *c = &experts->config;
+    moe__parameter_list *list = &experts->parameters;
+    int64_t D = c->d_model, F = c->d_hidden, O = c->d_out;
+    bool gated = moe__is_gated(c->activation);
+    list->context = experts->context;
+    list->num_experts = c->num_experts;
+    list->weight_layout = c->weight_layout;
+    list->glu_order = c->glu_order;
+    if (gated && c->glu_order != MOE_GLU_SEPARATE) {
+        add_expert_weight(experts, "w13", D, moe__mul(2, F), W1, D);
+        add_expert_bias(experts, "b13", moe__mul(2, F), B1);
+    } else {
+        add_expert_weight(experts, "w1", D, F, W1, D);
+        add_expert_bias(experts, "b1", F, B1);
+        if (gated) add_expert_weight(experts, "w3", D, F, W3, D);
+        if (gated) add_expert_bias(experts, "b3", F, B3);
+    }
+    add_expert_weight(experts, "w2", F, O, W2, F);
+    add_expert_bias(experts, "b2", O, B2);
+}
+
+void moe__layer_name_parameters(moe_layer *layer)
+{
+    int64_t of_gate = layer->gate ? layer->gate->parameters.count : 0;
+    for (int64_t i = 0; i < of_gate + layer->experts->parameters.count; i++) {
+        const char *name = i < of_gate ? layer->gate->parameters.p[i].name
+                                       : layer->experts->parameters.p[i - of_gate].name;
+        (void)snprintf(layer->names[i], sizeof layer->names[i], "%s.%s",
+                       i < of_gate ? "gate" : "experts", name);
+    }
+}
+
+/* ---- memory --------------------------------------------------------------------------------------- */
+
+void moe__parameters_free(moe__parameter_list *list)
+{
+    for (int64_t i = 0; i < list->count; i++) {
+        moe__parameter *p = &list->p[i];
+        moe__free(list->context, p->own_data, p->own_bytes);
+        moe__free(list->context, p->own_grad, p->own_bytes);
+        moe__free(list->context, p->lists, 2 * list->num_experts * (int64_t)sizeof(void *));
+    }
+    list->count = 0;
+}
+
+static void use_own(moe__parameter *p)
+{
+    p->data = p->own_data;
+    p->grad = p->own_grad;
+    p->data_each = p->grad_each = NULL;
+    p->owned = p->own_data != NULL;
+    p->owned_grad = p->own_grad != NULL;
+    contiguous(p->data_stride, p->shape, p->dims);
+    contiguous(p->grad_stride, p->shape, p->dims);
+}
+
+moe_status moe__parameters_allocate(moe__parameter_list *list, int32_t parameters,
+                                    const char *function)
+{
+    moe_status status = MOE_OK;
+    for (int64_t i = 0; i < list->count && status == MOE_OK; i++) {
+        moe__parameter *p = &list->p[i];
+        p->own_bytes = moe__mul(element_count(p), moe__dtype_size(p->dtype));
+        if (p->own_bytes < 0) {
+            status = moe__fail(MOE_ERROR_OVERFLOW, function, "%s does not fit in 63 bits", p->name);
+            break;
+        }
+        if (parameters == MOE_PARAMETERS_BOUND) continue;
+        p->own_data = moe__alloc_zeroed(list->context, p->own_bytes);
+        if (p->own_data && parameters == MOE_PARAMETERS_OWNED)
+            p->own_grad = moe__alloc_zeroed(list->context, p->own_bytes);
+        if (!p->own_data || (parameters == MOE_PARAMETERS_OWNED && !p->own_grad))
+            status = moe__fail(MOE_ERROR_OUT_OF_MEMORY, function, "no %lld bytes for %s",
+                               (ll)p->own_bytes, p->name);
+        else
+            use_own(p);
+    }
+    if (status != MOE_OK) moe__parameters_free(list);
+    return status;
+}
+
+moe_status moe__parameters_check_bound(const moe__parameter_list *list, const char *function)
+{
+    for (int64_t i = 0; i < list->count; i++)
+        if (!list->p[i].data && !list->p[i].data_each)
+            REFUSE(MOE_ERROR_INVALID_STATE, "parameter %s is not bound", list->p[i].name);
+    return MOE_OK;
+}
+
+const moe__parameter *moe__parameter_by_name(const moe__parameter_list *list, const char *name)
+{
+    for (int64_t i = 0; i < list->count; i++)
+        if (strcmp(list->p[i].name, name) == 0) return &list->p[i];
+    return NULL;
+}
+
+/* ---- count, find, record ---------------------------------------------------------------------------- */
+
+int64_t moe_gate_parameter_count(const moe_gate *gate) { return gate ? gate->parameters.count : 0; }
+
+int64_t moe_experts_parameter_count(const moe_experts *experts)
+{
+    return experts ? experts->parameters.count : 0;
+}
+
+int64_t moe_layer_parameter_count(const moe_layer *layer)
+{
+    return layer ? moe_gate_parameter_count(layer->gate) + layer->experts->parameters.count : 0;
+}
+
+static int64_t find(const moe__parameter_list *list, const char *name)
+{
+    const moe__parameter *p = moe__parameter_by_name(list, name);
+    return p ? p - list->p : -1;
+}
+
+int64_t moe_gate_parameter_find(const moe_gate *gate, const char *name)
+{
+    return gate && name ? find(&gate->parameters, name) : -1;
+}
+
+int64_t moe_experts_parameter_find(const moe_experts *experts, const char *name)
+{
+    return experts && name ? find(&experts->parameters, name) : -1;
+}
+
+int64_t moe_layer_parameter_find(const moe_layer *layer, const char *name)
+{
+    for (int64_t i = 0; name && i < moe_layer_parameter_count(layer); i++)
+        if (strcmp(layer->names[i], name) == 0) return i;
+    return -1;
+}
+
+static moe_status check_index(int64_t index, int64_t count, const char *function)
+{
+    if (index < 0 || index >= count)
+        REFUSE_ARGUMENT("index is %lld, there are %lld parameters", (ll)index, (ll)count);
+    return MOE_OK;
+}
+
+static moe_status write_record(const moe__parameter *p, const char *name, moe_parameter_record *record,
+                               const char *function)
+{
+    moe_parameter_record known = {.name = name,
+                                  .data = p->data,
+                                  .grad = p->grad,
+                                  .data_per_expert = p->data_each,
+                                  .grad_per_expert = p->grad_each,
+                                  .element_count = element_count(p),
+                                  .dims = p->dims,
+                                  .kind = MOE_KIND_WEIGHT,
+                                  .data_dtype = p->dtype,
+                                  .grad_dtype = p->dtype,
+                                  .trainable = 1,
+                                  .owned = p->owned};
+    MOE_TRY(moe__struct_check_out(&moe__parameter_record_info, record, function));
+    known.sharding = p->per_expert ? MOE_SHARD_EXPERT : MOE_SHARD_REPLICATED;
+    memcpy(known.shape, p->shape, sizeof known.shape);
+    memcpy(known.global_shape, p->shape, sizeof known.global_shape);
+    memcpy(known.data_stride, p->data_stride, sizeof known.data_stride);
+    memcpy(known.grad_stride, p->grad_stride, sizeof known.grad_stride);
+    moe__struct_write(&moe__parameter_record_info, record, &known);
+    return MOE_OK;
+}
+
+moe_status moe_gate_parameter(const moe_gate *gate, int64_t index, moe_parameter_record *record)
+{
+    if (!gate) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "gate is NULL");
+    MOE_TRY(check_index(index, gate->parameters.count, __func__));
+    return write_record(&gate->parameters.p[index], gate->parameters.p[index].name, record, __func__);
+}
+
+moe_status moe_experts_parameter(const moe_experts *experts, int64_t index,
+                                 moe_parameter_record *record)
+{
+    if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
+    MOE_TRY(check_index(index, experts->parameters.count, __func__));
+    return write_record(&experts->parameters.p[index], experts->parameters.p[index].name, record,
+                        __func__);
+}
+
+moe_status moe_layer_parameter(const moe_layer *layer, int64_t index, moe_parameter_record *record)
+{
+    if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
+    int64_t of_gate = moe_gate_parameter_count(layer->gate);
+    MOE_TRY(check_index(index, moe_layer_parameter_count(layer), __func__));
+    const moe__parameter *p = index < of_gate ? &layer->gate->parameters.p[index]
+                                              : &layer->experts->parameters.p[index - of_gate];
+    return write_record(p, layer->names[index], record, __func__);
+}
+
+/* ---- bind ----------------------------------------------------------------------------------------- */
+
+static bool all_zero(const int64_t stride[MOE_MAX_DIMS])
+{
+    for (int d = 0; d < MOE_MAX_DIMS; d++)
+        if (stride[d] != 0) return false;
+    return true;
+}
+
+/* Resolves the strides of a binding and refuses those that make elements share a place: taken by size,
+ * each must step over all that the smaller ones span. `first` is 1 with a pointer per expert. */
+static moe_status resolve_strides(int64_t out[MOE_MAX_DIMS], const int64_t asked[MOE_MAX_DIMS],
+                                  const moe__parameter *p, int32_t first, const char *which,
+                                  const char *function)
+{
+    bool used[MOE_MAX_DIMS] = {false};
+    int64_t span = 1; /* elements from the first to the last place so far */
+    contiguous(out, p->shape, p->dims);
+    if (all_zero(asked)) return MOE_OK;
+    for (int32_t d = first; d < p->dims; d++) out[d] = asked[d];
+    for (int32_t taken = first; taken < p->dims; taken++) {
+        int32_t least = -1;
+        for (int32_t d = first; d < p->dims; d++) {
+            if (out[d] == INT64_MIN) REFUSE(MOE_ERROR_OVERFLOW, "%s_stride[%d] of %s", which, (int)d, p->name);
+            int64_t size = out[d] < 0 ? -out[d] : out[d];
+            int64_t best = least < 0 ? 0 : out[least] < 0 ? -out[least] : out[least];
+            if (!used[d] && (least < 0 || size < best)) least = d;
+        }
+        used[least] = true;
+        int64_t size = out[least] < 0 ? -out[least] : out[least];
+        if (p->shape[least] <= 1) continue;
+        if (size < span)
+            REFUSE_ARGUMENT("%s_stride[%d] of %s is %lld: elements would share a place", which,
+                            (int)least, p->name, (ll)out[least]);
+        span = moe__add(span, moe__mul(size, p->shape[least] - 1));
+        if (moe__mul(span, moe__dtype_size(p->dtype)) < 0)
+            REFUSE(MOE_ERROR_OVERFLOW, "%s_stride[%d] of %s is %lld", which, (int)least, p->name,
+                   (ll)out[least]);
+    }
+    return MOE_OK;
+}
+
+static moe_status check_pointers(const moe__parameter *p, const moe_binding *b, int64_t experts,
+                                 const char *function)
+{
+    if ((b->data_per_expert || b->grad_per_expert) && !p->per_expert)
+        REFUSE_ARGUMENT("%s has no experts: a pointer per expert clashes with it", p->name);
+    if (b->data && b->data_per_expert)
+        REFUSE_ARGUMENT("%s: data and data_per_expert are both given", p->name);
+    if (b->grad && b->grad_per_expert)
+        REFUSE_ARGUMENT("%s: grad and grad_per_expert are both given", p->name);
+    if (!b->data && !b->data_per_expert) REFUSE_ARGUMENT("%s: data is NULL", p->name);
+    if (b->grad && b->grad == b->data) REFUSE_ARGUMENT("%s: grad and data are the same", p->name);
+    for (int64_t e = 0; b->data_per_expert && e < experts; e++) {
+        if (!b->data_per_expert[e]) REFUSE_ARGUMENT("%s: data of expert %lld is NULL", p->name, (ll)e);
+        if (b->grad_per_expert && b->grad_per_expert[e] == b->data_per_expert[e])
+            REFUSE_ARGUMENT("%s: grad and data of expert %lld are the same", p->name, (ll)e);
+    }
+    return MOE_OK;
+}
+
+static moe_status check_dtypes(const moe__parameter *p, const moe_binding *b, const char *function)
+{
+    if (moe__dtype_size(b->data_dtype) == 0 || b->data_dtype >= MOE_DTYPE_I32)
+        REFUSE_ARGUMENT("%s: data_dtype is %d", p->name, (int)b->data_dtype);
+    if (moe__dtype_size(b->grad_dtype) == 0 || b->grad_dtype >= MOE_DTYPE_I32)
+        REFUSE_ARGUMENT("%s: grad_dtype is %d", p->name, (int)b->grad_dtype);
+    if (b->data_dtype != p->dtype)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "%s: data_dtype is %d, the object's is %d", p->name,
+               (int)b->data_dtype, (int)p->dtype);
+    if ((b->grad || b->grad_per_expert) && b->grad_dtype != p->dtype)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "%s: grad_dtype is %d, the object's is %d", p->name,
+               (int)b->grad_dtype, (int)p->dtype);
+    return MOE_OK;
+}
+
+/* The parameter's lists of pointers, made at their first use and kept. */
+static moe_status make_lists(moe__parameter_list *list, moe__parameter *p, const char *function)
+{
+    if (p->lists) return MOE_OK;
+    p->lists = moe__alloc(list->context, 2 * list->num_experts * (int64_t)sizeof(void *));
+    if (!p->lists)
+        REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for %lld pointers of %s",
+               (ll)(2 * list->num_experts), p->name);
+    return MOE_OK;
+}
+
+static moe_status bind(moe__parameter_list *list, int64_t index, const moe_binding *binding,
+                       const char *function)
+{
+    moe_binding b;
+    int64_t data_stride[MOE_MAX_DIMS], grad_stride[MOE_MAX_DIMS], E = list->num_experts;
+    MOE_TRY(check_index(index, list->count, function));
+    moe__parameter *p = &list->p[index];
+    if (!binding) {
+        if (!p->own_data) REFUSE(MOE_ERROR_INVALID_STATE, "%s has no memory of its own", p->name);
+        use_own(p);
+        return MOE_OK;
+    }
+    MOE_TRY(moe__struct_read(&moe__binding_info, &b, binding, false, function));
+    MOE_TRY(check_pointers(p, &b, E, function));
+    MOE_TRY(check_dtypes(p, &b, function));
+    MOE_TRY(resolve_strides(data_stride, b.data_stride, p, b.data_per_expert != NULL, "data", function));
+    MOE_TRY(resolve_strides(grad_stride, b.grad_stride, p, b.grad_per_expert != NULL, "grad", function));
+    if (b.data_per_expert || b.grad_per_expert) MOE_TRY(make_lists(list, p, function));
+    for (int64_t e = 0; b.data_per_expert && e < E; e++)
+        p->lists[e] = (void *)(uintptr_t)b.data_per_expert[e]; /* read only */
+    for (int64_t e = 0; b.grad_per_expert && e < E; e++) p->lists[E + e] = b.grad_per_expert[e];
+    p->data = (void *)(uintptr_t)b.data; /* read only */
+    p->grad = b.grad;
+    p->data_each = b.data_per_expert ? p->lists : NULL;
+    p->grad_each = b.grad_per_expert ? p->lists + E : NULL;
+    memcpy(p->data_stride, data_stride, sizeof data_stride);
+    memcpy(p->grad_stride, grad_stride, sizeof grad_stride);
+    p->owned = p->owned_grad = 0;
+    return MOE_OK;
+}
+
+moe_status moe_gate_bind(moe_gate *gate, int64_t index, const moe_binding *binding)
+{
+    if (!gate) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "gate is NULL");
+    return bind(&gate->parameters, index, binding, __func__);
+}
+
+moe_status moe_experts_bind(moe_experts *experts, int64_t index, const moe_binding *binding)
+{
+    if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
+    return bind(&experts->parameters, index, binding, __func__);
+}
+
+moe_status moe_layer_bind(moe_layer *layer, int64_t index, const moe_binding *binding)
+{
+    if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
+    int64_t of_gate = moe_gate_parameter_count(layer->gate);
+    MOE_TRY(check_index(index, moe_layer_parameter_count(layer), __func__));
+    return index < of_gate ? bind(&layer->gate->parameters, index, binding, __func__)
+                           : bind(&layer->experts->parameters, index - of_gate, binding, __func__);
+}
+
+/* ---- zero ----------------------------------------------------------------------------------------- */
+
+/* Rows of a gradient: everything but the last dimension. */
+static void zero_range(void *argument, int64_t begin, int64_t end)
+{
+    const moe__parameter *p = argument;
+    int64_t element = moe__dtype_size(p->dtype), width = p->shape[p->dims - 1];
+    int64_t rows = p->dims == 3 ? p->shape[1] : 1, step = p->grad_stride[p->dims - 1];
+    for (int64_t r = begin; r < end; r++) {
+        int64_t outer = p->dims == 1 ? 0 : r / rows, inner = p->dims == 3 ? r % rows : 0;
+        char *base = p->grad_each ? p->grad_each[outer] : p->grad;
+        int64_t at = (p->grad_each || p->dims == 1 ? 0 : outer * p->grad_stride[0]) +
+                     (p->dims == 3 ? inner * p->grad_stride[1] : 0);
+        if (!base) continue;
+        if (step == 1) {
+            memset(base + at * element, 0, (size_t)(width * element));
+            continue;
+        }
+        for (int64_t j = 0; j < width; j++)
+            memset(base + (at + j * step) * element, 0, (size_t)element);
+    }
+}
+
+static moe_status zero_gradients(moe__parameter_list *list, void *stream, const char *function)
+{
+    if (stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
+    for (int64_t i = 0; i < list->count; i++) {
+        moe__parameter *p = &list->p[i];
+        if (!p->grad && !p->grad_each) continue;
+        int64_t width = p->shape[p->dims - 1], rows = element_count(p) / width;
+        MOE_TRY(moe__parallel_range(list->context, rows, moe__max(1, 65536 / width), zero_range, p,
+                                    function));
+    }
+    return MOE_OK;
+}
+
+moe_status moe_gate_zero_gradients(moe_gate *gate, void *stream)
+{
+    if (!gate) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "gate is NULL");
+    return zero_gradients(&gate->parameters, stream, __func__);
+}
+
+moe_status moe_experts_zero_gradients(moe_experts *experts, void *stream)
+{
+    if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
+    MOE_TRY(zero_gradients(&experts->parameters, stream, __func__));
+    memset(experts->touched, 0, (size_t)experts->config.num_experts);
+    return MOE_OK;
+}
+
+moe_status moe_layer_zero_gradients(moe_layer *layer, void *stream)
+{
+    if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
+    if (layer->gate) MOE_TRY(moe_gate_zero_gradients(layer->gate, stream));
+    return moe_experts_zero_gradients(layer->experts, stream);
+}

@@ -1,0 +1,123 @@
+/* parameter_init.c - first values of owned parameters.
+ *
+ * Element (expert, row, column) of the logical matrix W1, W3, W2 [in,out], or of the router's [D,E], is
+ * std times the normal number column % 4 of the counter
+ *
+ *     {purpose 2 << 24 | gate's stream_id << 16 | tensor, expert, row, column / 4}
+ *
+ * whatever layout, GLU order or dtype it is stored in: see docs/numerics.md, "Initial parameters". */
+#include "internal.h"
+#include "philox.h"
+
+#include <string.h>
+
+typedef struct fill {
+    const moe__parameter_list *list;
+    const moe__parameter *p;
+    uint64_t seed;
+    uint32_t stream_id;
+    int64_t rows, cols; /* logical, of one expert's matrix as stored: inputs and outputs */
+} fill;
+
+enum { UP_AFTER_GATE = 2 }; /* tensor number of W3 minus that of W1 */
+
+/* Which half of a fused parameter a stored output column is, and its column there. */
+static int64_t logical_column(const fill *f, int64_t column, uint32_t *tensor)
+{
+    int64_t half = f->cols / 2;
+    bool fused = strcmp(f->p->name, "w13") == 0, up = false;
+    if (!fused) return column;
+    switch (f->list->glu_order) {
+    case MOE_GLU_INTERLEAVED:
+        up = column % 2 == 1;
+        column = column / 2;
+        break;
+    default:
+        up = (column >= half) == (f->list->glu_order == MOE_GLU_GATE_UP);
+        column = column % half;
+    }
+    if (up) *tensor += UP_AFTER_GATE;
+    return column;
+}
+
+static float first_value(const fill *f, int64_t expert, int64_t row, int64_t column)
+{
+    uint32_t tensor = (uint32_t)f->p->init_tensor, counter[4], bits[4];
+    float four[4];
+    column = logical_column(f, column, &tensor);
+    moe__counter(counter, moe__stream(tensor, f->stream_id, MOE__PURPOSE_INIT), (uint32_t)expert,
+                 (uint32_t)row, (uint32_t)(column / 4));
+    moe__philox(f->seed, counter, bits);
+    moe__normal4(bits, four);
+    return (float)(f->p->init_std * (double)four[column % 4]);
+}
+
+/* Stored rows [begin,end) of all experts' matrices: the first stored dimension after the expert. */
+static void fill_range(void *argument, int64_t begin, int64_t end)
+{
+    const fill *f = argument;
+    bool out_in = f->p->per_expert && f->list->weight_layout == MOE_WEIGHT_OUT_IN;
+    int64_t stored_rows = out_in ? f->cols : f->rows, width = out_in ? f->rows : f->cols;
+    for (int64_t r = begin; r < end; r++)
+        for (int64_t j = 0; j < width; j++) {
+            int64_t expert = r / stored_rows, i = r % stored_rows;
+            float value = first_value(f, expert, out_in ? j : i, out_in ? i : j);
+            if (f->p->dtype == MOE_DTYPE_F64)
+                ((double *)f->p->own_data)[r * width + j] = (double)value;
+            else
+                ((float *)f->p->own_data)[r * width + j] = value;
+        }
+}
+
+static moe_status init_one(const moe__parameter_list *list, const moe__parameter *p, uint64_t seed,
+                           int32_t stream_id, const char *function)
+{
+    int matrix_dims = p->dims - p->per_expert;
+    int64_t experts = p->per_expert ? p->shape[0] : 1;
+    if (!p->owned) return MOE_OK;
+    if (p->init_std == 0 || matrix_dims < 2) {
+        memset(p->own_data, 0, (size_t)p->own_bytes);
+        return MOE_OK;
+    }
+    int64_t first = p->shape[p->per_expert], second = p->shape[p->per_expert + 1];
+    bool out_in = p->per_expert && list->weight_layout == MOE_WEIGHT_OUT_IN;
+    fill f = {.list = list,
+              .p = p,
+              .seed = seed,
+              .stream_id = (uint32_t)stream_id,
+              .rows = out_in ? second : first,
+              .cols = out_in ? first : second};
+    return moe__parallel_range(list->context, experts * first, moe__max(1, 4096 / second), fill_range,
+                               &f, function);
+}
+
+static moe_status init_all(const moe__parameter_list *list, uint64_t seed, int32_t stream_id,
+                           const char *function)
+{
+    fenv_t saved;
+    moe_status status = MOE_OK;
+    moe__fenv_enter(&saved);
+    for (int64_t i = 0; i < list->count && status == MOE_OK; i++)
+        status = init_one(list, &list->p[i], seed, stream_id, function);
+    moe__fenv_leave(&saved);
+    return status;
+}
+
+moe_status moe_gate_init_parameters(moe_gate *gate, uint64_t seed)
+{
+    if (!gate) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "gate is NULL");
+    return init_all(&gate->parameters, seed, gate->config.stream_id, __func__);
+}
+
+moe_status moe_experts_init_parameters(moe_experts *experts, uint64_t seed)
+{
+    if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
+    return init_all(&experts->parameters, seed, 0, __func__);
+}
+
+moe_status moe_layer_init_parameters(moe_layer *layer, uint64_t seed)
+{
+    if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
+    if (layer->gate) MOE_TRY(moe_gate_init_parameters(layer->gate, seed));
+    return moe_experts_init_parameters(layer->experts, seed);
+}

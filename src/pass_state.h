@@ -1,0 +1,124 @@
+/* pass_state.h - what a pass holds, and how its memory is cut.
+ *
+ * A pass keeps the jobs it gave to the backend in its forward; the backward hands them back, so that
+ * everything a backward needs is here and nowhere else. */
+#ifndef MOE_PASS_STATE_H
+#define MOE_PASS_STATE_H
+
+#include "backend.h"
+
+/* What a pass must have room for. */
+typedef struct moe__pass_shape {
+    const moe_gate_config *gate;       /* NULL: no gate */
+    const moe_experts_config *experts; /* NULL: no experts; d_out resolved */
+    int64_t tokens, entries, num_experts, groups, top_k;
+    int32_t dtype, threads;
+    int32_t route;           /* 1: the gate runs (no plan with weights) */
+    int32_t noise;           /* 1: it draws noise */
+    int32_t save;            /* 1: a backward will come */
+    int32_t output_sigmoid;  /* of the layer */
+    int32_t plain_counts;    /* 1: plain_ids are needed */
+    int32_t columns;         /* 1: a loss or the load needs columns */
+    int32_t sequence;        /* 1: the sequence loss is on */
+} moe__pass_shape;
+
+enum {
+    MOE__PASS_EMPTY = 0,  /* before the first forward, after reserve */
+    MOE__PASS_PLAN = 1,   /* a forward that kept the routing only */
+    MOE__PASS_SAVED = 2,  /* ready for a backward */
+    MOE__PASS_FAILED = 3  /* a forward or backward failed in the middle */
+};
+
+enum { MOE__USE_GATE = 1, MOE__USE_EXPERTS = 2 };
+
+struct moe_pass {
+    moe_context *context;
+    moe_layer *layer; /* may be NULL */
+    moe_gate *gate;   /* may be NULL */
+    moe_experts *experts; /* may be NULL */
+    char *memory;
+    int64_t capacity; /* bytes of memory */
+    int32_t host_memory;
+    int32_t state;
+    uint64_t flags;   /* of the last forward */
+    int32_t uses;     /* MOE__USE_*: what the last forward ran over */
+    int32_t routed;   /* 1: its gate ran, 0: a plan with weights was replayed */
+    int32_t gate_saw_x;
+    int32_t logits_from_host;
+
+    moe_plan plan;
+    moe_gate_config gate_config; /* with this call's top_k */
+    moe__route_job route;
+    moe__losses_job losses;
+    moe__experts_job experts_job;
+    moe__gate_backward_job gate_job;
+    const void *x;
+    int64_t x_stride;
+    const void *gate_x;
+    int64_t gate_x_stride;
+    void *y_saved;       /* [T,O], with a sigmoid on the layer's output */
+    void *dy_inner;      /* [T,O], likewise */
+    void *dx_rows;       /* [R,D] */
+    void *entry_grad;    /* [N] */
+    void *plan_weight;   /* [N] weights before dropping */
+    int64_t *rows_of_expert; /* [E] */
+    uint8_t *mask;       /* [T] copy */
+    int64_t *valid_token, *valid_begin;
+    int64_t *group_capacity;
+    double weights[MOE_LOSS_SLOTS], value[MOE_LOSS_SLOTS], stats[MOE_STAT_SLOTS];
+    double factor[MOE_LOSS_SLOTS];
+};
+
+/* Cuts `arena` into the arrays of `pass` for this shape; with a NULL base it counts. */
+void moe__pass_layout(moe_pass *pass, moe__arena *arena, const moe__pass_shape *shape);
+
+/* Bytes a pass of this shape needs, or -1 on overflow. */
+int64_t moe__pass_shape_bytes(const moe__pass_shape *shape);
+
+/* Makes room for the shape, keeping the plan at the front if `keep_plan`. Nothing changes on error. */
+moe_status moe__pass_make_room(moe_pass *pass, const moe__pass_shape *shape, bool keep_plan,
+                               const char *function);
+
+/* Checked arguments of a forward: strides and defaults resolved. */
+typedef struct moe__forward {
+    moe_forward_args a;
+    const double *weights; /* of the losses */
+    int64_t top_k, entries;
+    int32_t uses;   /* MOE__USE_* */
+    bool route;     /* the gate runs */
+    bool replay;    /* the plan is there already: handed in, or kept for a recompute */
+    bool own_plan;  /* it is the pass's own */
+    bool recompute;
+} moe__forward;
+
+/* arguments.c: everything that can be wrong is found here, before anything is written. */
+moe_status moe__forward_check(moe__forward *f, const moe_pass *pass, const moe_forward_args *args,
+                              int32_t uses, const char *function);
+moe_status moe__backward_check(moe_backward_args *b, const moe_pass *pass,
+                               const moe_backward_args *args, int32_t uses, const char *function);
+
+/* layer.c: the steps of a forward and a backward over gate, experts or both. */
+moe_status moe__run_forward(moe_pass *pass, const moe_forward_args *args, int32_t uses,
+                            const char *function);
+moe_status moe__run_backward(moe_pass *pass, const moe_backward_args *args, int32_t uses,
+                             const char *function);
+
+/* The shape for a batch; weights are the losses'. pass_layout.c */
+moe__pass_shape moe__pass_shape_of(const moe_gate_config *gate, const moe_experts_config *experts,
+                                   int32_t layer_output, const double *weights, bool route,
+                                   bool replay, uint64_t flags);
+/* A gate config's weights as an array. gate.c */
+void moe__gate_loss_weights(const moe_gate_config *config, double weights[MOE_LOSS_SLOTS]);
+
+/* Checks of configs, shared by create and the cost queries. experts: resolves d_out. */
+moe_status moe__gate_config_check(const moe_gate_config *config, const char *function);
+moe_status moe__experts_config_check(moe_experts_config *config, const char *function);
+moe_status moe__layer_config_check(const moe_layer_config *config, const char *function);
+
+/* The strided operands of a gate's or pool's parameters; data, or gradients. experts.c, gate.c */
+void moe__experts_operands(const moe_experts *experts, moe__experts_job *job);
+void moe__experts_gradients(const moe_experts *experts, moe__experts_job *job, bool wanted);
+void moe__gate_operands(const moe_gate *gate, moe__route_job *job);
+void moe__gate_gradients(const moe_gate *gate, moe__gate_backward_job *job, bool wanted);
+
+#endif

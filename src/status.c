@@ -1,0 +1,46 @@
+/* status.c - names of errors, and the message of a thread's last failed call. */
+#include "internal.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+
+enum { MESSAGE_SIZE = 512 };
+
+static _Thread_local char last_error[MESSAGE_SIZE];
+
+const char *moe_status_name(moe_status status)
+{
+#define NAME(name, number, meaning)                                                                \
+    case number: return #name;
+    switch (status) {
+        MOE_STATUS_LIST(NAME)
+    default: return "unknown status";
+    }
+#undef NAME
+}
+
+const char *moe_status_text(moe_status status)
+{
+#define TEXT(name, number, meaning)                                                                \
+    case number: return meaning;
+    switch (status) {
+        MOE_STATUS_LIST(TEXT)
+    default: return "unknown status";
+    }
+#undef TEXT
+}
+
+const char *moe_last_error(void) { return last_error; }
+
+void moe_clear_last_error(void) { last_error[0] = 0; }
+
+moe_status moe__fail(moe_status status, const char *function, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    int used = snprintf(last_error, sizeof last_error, "%s: ", function);
+    if (used > 0 && used < MESSAGE_SIZE)
+        (void)vsnprintf(last_error + used, sizeof last_error - (size_t)used, format, arguments);
+    va_end(arguments);
+    return status;
+}
