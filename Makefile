@@ -6,7 +6,7 @@ CC := cc
 endif
 AR ?= ar
 BUILD ?= build
-LIB ?= lib
+LIB ?= $(if $(filter build,$(BUILD)),lib,$(BUILD)/lib)
 PREFIX ?= /usr/local
 LIBDIR ?= $(PREFIX)/lib
 INCLUDEDIR ?= $(PREFIX)/include

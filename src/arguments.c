@@ -92,8 +92,9 @@ static moe_status check_replay(const moe__forward *f, const moe__plan_arrays *pl
         REFUSE_ARGUMENT("top_k is %lld; with a plan it must be MOE_FROM_CONFIG", (ll)a->top_k);
     if (a->capacity != MOE_FROM_CONFIG)
         REFUSE_ARGUMENT("capacity is %lld; with a plan it must be MOE_FROM_CONFIG", (ll)a->capacity);
-    if (a->group_begin && a->groups != plan->groups)
-        REFUSE_ARGUMENT("groups is %lld, the plan has %lld", (ll)a->groups, (ll)plan->groups);
+    int64_t groups = a->groups == 0 && a->group_begin ? 1 : a->groups;
+    if (groups != 0 && groups != plan->groups)
+        REFUSE_ARGUMENT("groups is %lld, the plan has %lld", (ll)groups, (ll)plan->groups);
     for (int64_t g = 0; a->group_begin && g <= plan->groups; g++)
         if (a->group_begin[g] != plan->group_begin[g])
             REFUSE_ARGUMENT("group_begin[%lld] is %lld, the plan has %lld", (ll)g,
@@ -130,10 +131,12 @@ static moe_status check_routing(moe__forward *f, const moe_pass *pass, const cha
     }
     f->replay = plan != NULL;
     f->own_plan = plan == &pass->plan.a;
+    if (f->own_plan && pass->state == MOE__PASS_FAILED)
+        REFUSE(MOE_ERROR_INVALID_STATE, "the plan belongs to this pass, which failed in the middle");
     if (plan) {
         f->entries = plan->entries;
-        f->a.groups = plan->groups;
         MOE_TRY(check_replay(f, plan, experts, dtype, function));
+        f->a.groups = plan->groups;
         f->a.group_begin = plan->group_begin;
         return MOE_OK;
     }

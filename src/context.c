@@ -12,9 +12,7 @@
 #define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
 #define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
 
-enum { MOST_THREADS = 4096 };
-
-/* ---- config --------------------------------------------------------------------------------------- */
+/* ---- config --------------------------------------------------------------------------------- */
 
 static void config_defaults(void *instance)
 {
@@ -41,8 +39,8 @@ static moe_status check_config(const moe_context_config *c, const char *function
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "backend MOE_BACKEND_CUDA is not in this build");
     if (c->backend != MOE_BACKEND_CPU) REFUSE_ARGUMENT("backend is %d", (int)c->backend);
     if (c->isa < MOE_ISA_AUTO || c->isa > MOE_ISA_AVX512) REFUSE_ARGUMENT("isa is %d", (int)c->isa);
-    if (c->threads < 0 || c->threads > MOST_THREADS)
-        REFUSE_ARGUMENT("threads is %d; it must be in [0, %d]", (int)c->threads, MOST_THREADS);
+    if (c->threads < 0 || c->threads > MOE__MAX_THREADS)
+        REFUSE_ARGUMENT("threads is %d; it must be in [0, %d]", (int)c->threads, MOE__MAX_THREADS);
     if (c->log_level < MOE_LOG_ERROR || c->log_level > MOE_LOG_DEBUG)
         REFUSE_ARGUMENT("log_level is %d", (int)c->log_level);
     if (!c->alloc != !c->free)
@@ -56,7 +54,7 @@ static moe_status check_config(const moe_context_config *c, const char *function
     return MOE_OK;
 }
 
-/* ---- memory --------------------------------------------------------------------------------------- */
+/* ---- memory --------------------------------------------------------------------------------- */
 
 /* From this size on the default allocator maps pages: they come zeroed, and untouched ones cost
  * nothing. Which way memory goes back is told by its size. */
@@ -113,7 +111,7 @@ void moe__free(moe_context *context, void *memory, int64_t bytes)
     release(context, memory, bytes);
 }
 
-/* ---- life ----------------------------------------------------------------------------------------- */
+/* ---- life ----------------------------------------------------------------------------------- */
 
 moe_status moe_context_create(moe_context **context, const moe_context_config *config)
 {
@@ -134,7 +132,6 @@ moe_status moe_context_create(moe_context **context, const moe_context_config *c
                      .log_user = k.log_user};
     c.kernels_f32 = moe__cpu_backend(c.isa, MOE_DTYPE_F32);
     c.kernels_f64 = moe__cpu_backend(c.isa, MOE_DTYPE_F64);
-    if (c.threads > MOST_THREADS) c.threads = MOST_THREADS;
     moe_context *made = allocate(&c, sizeof c);
     if (!made) return moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for the context");
     *made = c;
@@ -169,7 +166,7 @@ int32_t moe_context_isa(const moe_context *context) { return context ? context->
 
 int32_t moe_context_backend(const moe_context *context) { return context ? context->backend : -1; }
 
-/* ---- log ------------------------------------------------------------------------------------------ */
+/* ---- log ------------------------------------------------------------------------------------ */
 
 void moe__log(const moe_context *context, int32_t level, const char *format, ...)
 {
@@ -182,12 +179,13 @@ void moe__log(const moe_context *context, int32_t level, const char *format, ...
     context->log(context->log_user, level, text);
 }
 
-/* ---- parallel work ---------------------------------------------------------------------------------- */
+/* ---- parallel work -------------------------------------------------------------------------- */
 
-/* A host's parallel-for is trusted to run every task once, and counted. */
+/* A host's parallel-for is trusted to run every task once, and its calls are counted. */
 typedef struct host_run {
     moe_task_fn task;
     void *argument;
+    int64_t count;
     _Atomic int64_t ran;
 } host_run;
 
@@ -195,16 +193,18 @@ static void host_task(void *argument, int64_t index)
 {
     host_run *run = argument;
     fenv_t saved;
-    moe__fenv_enter(&saved);
-    run->task(run->argument, index);
-    moe__fenv_leave(&saved);
+    if (index >= 0 && index < run->count) {
+        moe__fenv_enter(&saved);
+        run->task(run->argument, index);
+        moe__fenv_leave(&saved);
+    }
     (void)atomic_fetch_add(&run->ran, 1);
 }
 
 static moe_status run_on_host(moe_context *context, int64_t count, moe_task_fn task, void *argument,
                               const char *function)
 {
-    host_run run = {.task = task, .argument = argument};
+    host_run run = {.task = task, .argument = argument, .count = count};
     int32_t result = context->parallel(context->parallel_user, count, host_task, &run);
     int64_t ran = atomic_load(&run.ran);
     if (result != 0)
@@ -218,26 +218,29 @@ static moe_status run_on_host(moe_context *context, int64_t count, moe_task_fn t
 moe_status moe__parallel(moe_context *context, int64_t count, moe_task_fn task, void *argument,
                          const char *function)
 {
+    fenv_t saved;
     if (count > 1 && context->parallel) return run_on_host(context, count, task, argument, function);
     if (count > 1 && context->pool) {
         moe__pool_run(context->pool, count, task, argument);
         return MOE_OK;
     }
+    moe__fenv_enter(&saved);
     for (int64_t i = 0; i < count; i++) task(argument, i);
+    moe__fenv_leave(&saved);
     return MOE_OK;
 }
 
 typedef struct range_run {
     moe__range_fn body;
     void *argument;
-    int64_t count, step;
+    int64_t each, longer; /* elements of a range; the first `longer` ranges have one more */
 } range_run;
 
 static void range_task(void *argument, int64_t index)
 {
     const range_run *run = argument;
-    int64_t begin = index * run->step;
-    run->body(run->argument, begin, moe__min(begin + run->step, run->count));
+    int64_t begin = index * run->each + moe__min(index, run->longer);
+    run->body(run->argument, begin, begin + run->each + (index < run->longer));
 }
 
 moe_status moe__parallel_range(moe_context *context, int64_t count, int64_t grain, moe__range_fn body,
@@ -246,8 +249,7 @@ moe_status moe__parallel_range(moe_context *context, int64_t count, int64_t grai
     if (count <= 0) return MOE_OK;
     /* A few ranges for every thread, so that a slow one does not hold up the rest. */
     int64_t most = context->threads > 1 ? 4 * (int64_t)context->threads : 1;
-    int64_t pieces = moe__max(1, moe__min(most, count / grain));
-    range_run run = {body, argument, count, (count + pieces - 1) / pieces};
-    pieces = (count + run.step - 1) / run.step;
-    return moe__parallel(context, pieces, range_task, &run, function);
+    int64_t ranges = moe__max(1, moe__min(most, count / grain));
+    range_run run = {body, argument, count / ranges, count % ranges};
+    return moe__parallel(context, ranges, range_task, &run, function);
 }

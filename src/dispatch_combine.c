@@ -16,7 +16,7 @@ moe_status moe_rows_args_init(moe_rows_args *args, size_t size)
     return moe__struct_init(&moe__rows_args_info, args, size, __func__);
 }
 
-enum { TOKENS_IN = 1, TOKENS_OUT = 2, ROWS_IN = 4, ROWS_OUT = 8 };
+enum { TOKENS_IN = 1, TOKENS_OUT = 2, ROWS_IN = 4, ROWS_OUT = 8, ROWS_IN_FOR_WEIGHTS = 16 };
 
 static moe_status check_matrix(const char *name, const void *data, int64_t *stride, int64_t rows,
                                const moe_rows_args *a, bool required, const char *function)
@@ -26,9 +26,10 @@ static moe_status check_matrix(const char *name, const void *data, int64_t *stri
     if (*stride == 0) *stride = a->width;
     if (*stride < a->width && rows > 1)
         REFUSE_ARGUMENT("%s_stride is %lld, width is %lld", name, (ll)*stride, (ll)a->width);
-    if (moe__mul(moe__mul(rows, *stride), moe__dtype_size(a->dtype)) < 0)
+    int64_t span = moe__max(*stride, a->width);
+    if (moe__mul(moe__mul(rows, span), moe__dtype_size(a->dtype)) < 0)
         REFUSE(MOE_ERROR_OVERFLOW, "%s: %lld rows of stride %lld do not fit in 63 bits", name, (ll)rows,
-               (ll)*stride);
+               (ll)span);
     return MOE_OK;
 }
 
@@ -42,6 +43,8 @@ static moe_status read_args(moe__rows_job *job, const moe_plan *plan, const moe_
     if (a.flags & ~(uint64_t)(MOE_ROWS_ADD | MOE_ROWS_UNWEIGHTED))
         REFUSE_ARGUMENT("flags 0x%llx has unknown bits", (unsigned long long)a.flags);
     if (a.width < 1) REFUSE_ARGUMENT("width is %lld", (ll)a.width);
+    if (a.dtype == MOE_DTYPE_BF16 || a.dtype == MOE_DTYPE_F16)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d is not available on CPU", (int)a.dtype);
     if (a.dtype != plan->a.dtype)
         REFUSE_ARGUMENT("dtype is %d, the plan's is %d", (int)a.dtype, (int)plan->a.dtype);
     if (a.reserved != 0) REFUSE_ARGUMENT("reserved is %d", (int)a.reserved);
@@ -52,7 +55,8 @@ static moe_status read_args(moe__rows_job *job, const moe_plan *plan, const moe_
     MOE_TRY(check_matrix("tokens_out", a.tokens_out, &a.tokens_out_stride, T, &a, needs & TOKENS_OUT,
                          function));
     MOE_TRY(check_matrix("rows_in", a.rows_in, &a.rows_in_stride, rows, &a,
-                         (needs & ROWS_IN) || ((needs & TOKENS_IN) && a.entry_weight_grad), function));
+                         (needs & ROWS_IN) || ((needs & ROWS_IN_FOR_WEIGHTS) && a.entry_weight_grad),
+                         function));
     MOE_TRY(check_matrix("rows_out", a.rows_out, &a.rows_out_stride, rows, &a, needs & ROWS_OUT,
                          function));
     *job = (moe__rows_job){.workers = {.context = plan->context, .function = function},
@@ -105,7 +109,7 @@ moe_status moe_combine_forward(const moe_plan *plan, const moe_rows_args *args)
 moe_status moe_combine_backward(const moe_plan *plan, const moe_rows_args *args)
 {
     moe__rows_job job;
-    MOE_TRY(read_args(&job, plan, args, TOKENS_IN, __func__));
+    MOE_TRY(read_args(&job, plan, args, TOKENS_IN | ROWS_IN_FOR_WEIGHTS, __func__));
     if (!job.rows_out && !job.entry_weight_grad && plan->a.rows > 0)
         return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__,
                          "rows_out and entry_weight_grad are both NULL");

@@ -78,20 +78,29 @@ void moe__plan_copy_arrays(moe__plan_arrays *to, const moe__plan_arrays *from)
 
 /* ---- blocks --------------------------------------------------------------------------------------- */
 
-moe_status moe__plan_block_create(moe__plan_block *block, moe_context *context, int64_t tokens,
-                                  int64_t entries, int64_t num_experts, int64_t groups, int32_t dtype,
-                                  const char *function)
+/* Sizes and bytes of the block, before there is memory. */
+static moe_status measure(moe__plan_block *block, int64_t tokens, int64_t entries, int64_t num_experts,
+                          int64_t groups, int32_t dtype, const char *function)
 {
     moe__arena arena = {NULL, 0};
     moe__plan_layout(&block->a, &arena, tokens, entries, num_experts, groups, dtype);
     block->bytes = arena.used;
     if (block->bytes < 0)
-        REFUSE(MOE_ERROR_OVERFLOW, "a plan of %lld tokens and %lld entries does not fit in 63 bits",
-               (ll)tokens, (ll)entries);
+        REFUSE(MOE_ERROR_OVERFLOW,
+               "a plan of %lld tokens, %lld entries and %lld groups does not fit in 63 bits",
+               (ll)tokens, (ll)entries, (ll)groups);
+    return MOE_OK;
+}
+
+moe_status moe__plan_block_create(moe__plan_block *block, moe_context *context, int64_t tokens,
+                                  int64_t entries, int64_t num_experts, int64_t groups, int32_t dtype,
+                                  const char *function)
+{
+    MOE_TRY(measure(block, tokens, entries, num_experts, groups, dtype, function));
     block->memory = moe__alloc(context, block->bytes);
     if (!block->memory)
         REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no %lld bytes for the plan", (ll)block->bytes);
-    arena = (moe__arena){block->memory, 0};
+    moe__arena arena = {block->memory, 0};
     moe__plan_layout(&block->a, &arena, tokens, entries, num_experts, groups, dtype);
     return MOE_OK;
 }
@@ -195,7 +204,7 @@ moe_status moe__check_groups(const int64_t *group_begin, int64_t groups, int64_t
     if (!group_begin && groups > 1)
         REFUSE_ARGUMENT("group_begin is NULL, groups is %lld", (ll)groups);
     if (!group_begin) return MOE_OK;
-    if (groups == 0) REFUSE_ARGUMENT("group_begin is given, groups is 0");
+    if (groups == 0) groups = 1;
     if (group_begin[0] != 0) REFUSE_ARGUMENT("group_begin[0] is %lld", (ll)group_begin[0]);
     for (int64_t g = 0; g < groups; g++)
         if (group_begin[g + 1] < group_begin[g])
@@ -226,7 +235,7 @@ static moe_status check_fields(const moe_plan_args *a, const char *function)
     if (a->token_priority) REFUSE(MOE_ERROR_NOT_SUPPORTED, "token_priority is not available");
     if (a->renormalize_after_drop < 0 || a->renormalize_after_drop > 1)
         REFUSE_ARGUMENT("renormalize_after_drop is %d", (int)a->renormalize_after_drop);
-    return moe__check_groups(a->group_begin, a->groups, a->tokens, function);
+    return MOE_OK;
 }
 
 /* The number of entries, after checking token_begin or top_k. */
@@ -315,9 +324,13 @@ moe_status moe_plan_build(moe_plan *plan, const moe_plan_args *args)
     MOE_TRY(moe__plan_check_own(plan, __func__));
     MOE_TRY(moe__struct_read(&moe__plan_args_info, &a, args, false, __func__));
     MOE_TRY(check_fields(&a, __func__));
-    MOE_TRY(count_entries(&a, &entries, __func__));
-    MOE_TRY(check_ids(&a, entries, __func__));
+    /* Sizes are known to fit before an array of that size is read. */
     int64_t groups = moe__max(a.groups, 1), capacity_bytes = moe__mul(groups, sizeof(int64_t));
+    MOE_TRY(measure(&block, a.tokens, 0, a.num_experts, groups, a.dtype, __func__));
+    MOE_TRY(moe__check_groups(a.group_begin, a.groups, a.tokens, __func__));
+    MOE_TRY(count_entries(&a, &entries, __func__));
+    MOE_TRY(measure(&block, a.tokens, entries, a.num_experts, groups, a.dtype, __func__));
+    MOE_TRY(check_ids(&a, entries, __func__));
     MOE_TRY(moe__plan_block_create(&block, plan->context, a.tokens, entries, a.num_experts, groups,
                                    a.dtype, __func__));
     int64_t *group_capacity = moe__alloc(plan->context, capacity_bytes);

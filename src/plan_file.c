@@ -1,10 +1,11 @@
 /* plan_file.c - checking a plan, and saving it to memory and loading it again.
  *
  *     "MOEPLAN1", then int64 little-endian: tokens, entries, rows, num_experts, groups, dtype;
- *     token_begin[T+1], group_begin[G+1], row_of_entry[N], slot_of_entry[N] as int64;
+ *     token_begin[T+1], group_begin[G+1], expert_begin[E+1], row_of_entry[N], slot_of_entry[N] as int64;
  *     expert_of_entry[N] as int32; weight_of_entry[N] as f32 or f64; FNV-1a of all before it as uint64
  *
- * expert_begin, token_of_row and entry_of_row follow from the rest and are not saved. */
+ * token_of_row and entry_of_row follow from the rest and are not saved. All sizes are bounded by the
+ * number of bytes, so that a forged file cannot ask for more memory than a few times its own size. */
 #include "plan_block.h"
 
 #include <string.h>
@@ -138,9 +139,10 @@ static uint64_t fnv1a(const unsigned char *bytes, int64_t count)
 }
 
 /* Bytes of a saved plan, or -1 on overflow. */
-static int64_t saved_bytes(int64_t tokens, int64_t entries, int64_t groups, int32_t dtype)
+static int64_t saved_bytes(int64_t tokens, int64_t entries, int64_t experts, int64_t groups,
+                           int32_t dtype)
 {
-    int64_t words = moe__add(moe__add(tokens, 1), moe__add(groups, 1));
+    int64_t words = moe__add(moe__add(moe__add(tokens, experts), groups), 3);
     int64_t per_entry = 8 + 8 + 4 + moe__dtype_size(dtype);
     int64_t arrays = moe__add(moe__mul(words, 8), moe__mul(entries, per_entry));
     return moe__add(arrays, HEADER_BYTES + 8);
@@ -154,7 +156,7 @@ moe_status moe_plan_save(const moe_plan *plan, void *buffer, int64_t capacity, i
     if (capacity < 0) REFUSE_ARGUMENT("capacity is %lld", (ll)capacity);
     if (!buffer && capacity > 0) REFUSE_ARGUMENT("buffer is NULL, capacity is %lld", (ll)capacity);
     const moe__plan_arrays *p = &plan->a;
-    int64_t bytes = saved_bytes(p->tokens, p->entries, p->groups, p->dtype);
+    int64_t bytes = saved_bytes(p->tokens, p->entries, p->num_experts, p->groups, p->dtype);
     unsigned char *at = buffer;
     *size = bytes;
     if (capacity < bytes)
@@ -167,6 +169,7 @@ moe_status moe_plan_save(const moe_plan *plan, void *buffer, int64_t capacity, i
     put_words(&at, header, HEADER_WORDS);
     put_words(&at, p->token_begin, p->tokens + 1);
     put_words(&at, p->group_begin, p->groups + 1);
+    put_words(&at, p->expert_begin, p->num_experts + 1);
     put_words(&at, p->row_of_entry, p->entries);
     put_words(&at, p->slot_of_entry, p->entries);
     for (int64_t n = 0; n < p->entries; n++) put(&at, (uint32_t)p->expert_of_entry[n], 4);
@@ -202,7 +205,7 @@ static moe_status check_header(const unsigned char *bytes, int64_t size, int64_t
         (header[5] != MOE_DTYPE_F32 && header[5] != MOE_DTYPE_F64))
         CORRUPT("tokens %lld, entries %lld, rows %lld, experts %lld, groups %lld, dtype %lld", (ll)tokens,
                 (ll)entries, (ll)rows, (ll)experts, (ll)header[4], (ll)header[5]);
-    if (saved_bytes(tokens, entries, header[4], (int32_t)header[5]) != size)
+    if (saved_bytes(tokens, entries, experts, header[4], (int32_t)header[5]) != size)
         CORRUPT("%lld bytes do not fit %lld tokens and %lld entries", (ll)size, (ll)tokens,
                 (ll)entries);
     return MOE_OK;
@@ -212,6 +215,7 @@ static void take_arrays(moe__plan_arrays *p, const unsigned char *at)
 {
     take_words(&at, p->token_begin, p->tokens + 1);
     take_words(&at, p->group_begin, p->groups + 1);
+    take_words(&at, p->expert_begin, p->num_experts + 1);
     take_words(&at, p->row_of_entry, p->entries);
     take_words(&at, p->slot_of_entry, p->entries);
     for (int64_t n = 0; n < p->entries; n++)
@@ -226,20 +230,17 @@ static void take_arrays(moe__plan_arrays *p, const unsigned char *at)
     }
 }
 
-/* expert_begin, token_of_row and entry_of_row from checked entries. check_rows finds what does not fit. */
+/* token_of_row and entry_of_row from checked entries. check_rows finds what does not fit. */
 static void rebuild_rows(moe__plan_arrays *p)
 {
     for (int64_t r = 0; r < p->rows; r++) p->token_of_row[r] = p->entry_of_row[r] = -1;
-    for (int64_t e = 0; e <= p->num_experts; e++) p->expert_begin[e] = 0;
     for (int64_t t = 0; t < p->tokens; t++)
         for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++) {
             int64_t row = p->row_of_entry[n];
             if (row < 0) continue;
             p->token_of_row[row] = t;
             p->entry_of_row[row] = n;
-            p->expert_begin[p->expert_of_entry[n] + 1]++;
         }
-    for (int64_t e = 0; e < p->num_experts; e++) p->expert_begin[e + 1] += p->expert_begin[e];
 }
 
 moe_status moe_plan_load(moe_plan *plan, const void *buffer, int64_t size)

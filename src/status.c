@@ -3,6 +3,7 @@
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
 
 enum { MESSAGE_SIZE = 512 };
 
@@ -36,11 +37,16 @@ void moe_clear_last_error(void) { last_error[0] = 0; }
 
 moe_status moe__fail(moe_status status, const char *function, const char *format, ...)
 {
+    char text[MESSAGE_SIZE]; /* apart: an argument may be moe_last_error() itself */
     va_list arguments;
     va_start(arguments, format);
-    int used = snprintf(last_error, sizeof last_error, "%s: ", function);
+    int used = snprintf(text, sizeof text, "%s: ", function);
     if (used > 0 && used < MESSAGE_SIZE)
-        (void)vsnprintf(last_error + used, sizeof last_error - (size_t)used, format, arguments);
+        (void)vsnprintf(text + used, sizeof text - (size_t)used, format, arguments);
     va_end(arguments);
+    /* One line, whatever a caller's string holds. */
+    for (char *c = text; *c; c++)
+        if ((unsigned char)*c < ' ') *c = ' ';
+    memcpy(last_error, text, strlen(text) + 1);
     return status;
 }

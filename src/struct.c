@@ -48,6 +48,9 @@ moe_status moe__struct_init(const moe__struct_info *info, void *instance, size_t
     uint64_t caller_size = size;
     if (!instance)
         return moe__fail(MOE_ERROR_INVALID_ARGUMENT, function, "%s is NULL", info->name);
+    if (info->size > sizeof known)
+        return moe__fail(MOE_ERROR_INTERNAL, function, "%s has %llu bytes", info->name,
+                         (unsigned long long)info->size);
     MOE_TRY(check_size(info, size, function));
     write_defaults(info, known);
     memset(instance, 0, size);

@@ -1,0 +1,105 @@
+# tests.mk - the tests. Three tiers: make check (minutes), .ci/run (tens of minutes), make check-long.
+
+CHECK_CFLAGS = $(shell $(PKG_CONFIG) --cflags check 2>/dev/null)
+CHECK_LIBS = $(shell $(PKG_CONFIG) --libs check 2>/dev/null)
+
+SUPPORT := $(wildcard tests/reference/*.c) $(wildcard tests/support/*.c)
+SUITES := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/check_*.c))
+HOSTS := $(patsubst tests/hosts/%.c,$(BUILD)/tests/hosts/%,$(wildcard tests/hosts/*.c))
+EXAMPLES := $(patsubst examples/%.c,$(BUILD)/examples/%,$(wildcard examples/*.c))
+RPATH = -Wl,-rpath,$(abspath $(LIB))
+TEST_FLAGS = $(COMMON) -O1 $(CFLAGS) -MMD -MP -Itests -DMOE_SOURCE_DIR='"$(CURDIR)"'
+
+.PHONY: check check-have-check check-suites check-hosts check-vectors check-headers check-abi \
+    check-install check-demo check-format format abi-baseline check-asan check-tsan check-valgrind check-long \
+    test-programs
+
+check-have-check:
+	@$(PKG_CONFIG) --exists check 2>/dev/null || { \
+	    echo 'The tests need the Check library and pkg-config: apt-get install check pkg-config'; exit 1; }
+
+$(BUILD)/tests/support/%.o: tests/%.c $(FLAGS_STAMP)
+	@mkdir -p $(@D)
+	$(CC) $(TEST_FLAGS) -c $< -o $@
+
+SUPPORT_OBJECTS := $(SUPPORT:tests/%.c=$(BUILD)/tests/support/%.o)
+
+$(BUILD)/tests/check_%: tests/check_%.c $(SUPPORT_OBJECTS) $(LIB)/libmoe.a
+	@mkdir -p $(@D)
+	$(CC) $(TEST_FLAGS) $(MATH) $(CHECK_CFLAGS) $< $(SUPPORT_OBJECTS) $(LIB)/libmoe.a $(CHECK_LIBS) \
+	    -lm -ldl -o $@
+
+$(BUILD)/tests/hosts/%: tests/hosts/%.c $(LIB)/libmoe.so
+	@mkdir -p $(@D)
+	$(CC) $(TEST_FLAGS) $< -L$(LIB) -lmoe $(RPATH) -lm -o $@
+
+$(BUILD)/examples/%: examples/%.c $(LIB)/libmoe.so
+	@mkdir -p $(@D)
+	$(CC) $(TEST_FLAGS) $< -L$(LIB) -lmoe $(RPATH) -lm -o $@
+
+RUNNER := $(wildcard tests/vector_runner/*.c)
+$(BUILD)/run_vectors: $(RUNNER) $(wildcard tests/vector_runner/*.h) $(LIB)/libmoe.so
+	$(CC) $(filter-out -Isrc,$(COMMON)) -O1 $(CFLAGS) $(RUNNER) -L$(LIB) -lmoe $(RPATH) -lm -o $@
+
+test-programs: check-have-check $(SUITES) $(HOSTS) $(EXAMPLES) $(BUILD)/run_vectors
+
+# Each argument of run_programs.sh is one command; it prints their closing lines and the sum.
+RUN := sh tests/run_programs.sh
+VECTORS = "$(BUILD)/run_vectors tests/vectors"
+SCRIPTS = "sh tests/headers/check.sh" "sh tests/abi/check.sh $(LIB)" \
+    "sh tests/packaging/check_install.sh $(BUILD)"
+
+check: all test-programs $(BUILD)/demo
+	@$(RUN) $(SUITES) $(HOSTS) $(EXAMPLES) $(VECTORS) $(SCRIPTS) "sh tests/packaging/check_demo.sh $(BUILD)"
+
+check-suites: test-programs
+	@$(RUN) $(SUITES) $(HOSTS) $(EXAMPLES) $(VECTORS)
+check-hosts: $(HOSTS)
+	@$(RUN) $(HOSTS)
+check-vectors: $(BUILD)/run_vectors
+	$(BUILD)/run_vectors tests/vectors
+check-headers:
+	@$(RUN) "sh tests/headers/check.sh"
+check-abi: $(LIB)/libmoe.so
+	@$(RUN) "sh tests/abi/check.sh $(LIB)"
+check-install: all
+	@$(RUN) "sh tests/packaging/check_install.sh $(BUILD)"
+
+# ---- sanitizers and valgrind ------------------------------------------------------------------------
+
+check-asan:
+	CK_FORK=no $(MAKE) BUILD=build-asan SANITIZE=address,undefined check-suites
+
+THREADED := context determinism layer
+TSAN_PROGRAMS = $(foreach s,$(THREADED),$(wildcard build-tsan/tests/check_$(s))) \
+    $(patsubst tests/hosts/%.c,build-tsan/tests/hosts/%,$(wildcard tests/hosts/*.c))
+check-tsan:
+	$(MAKE) BUILD=build-tsan SANITIZE=thread test-programs
+	@MOE_SANITIZED=1 $(RUN) $(foreach s,$(THREADED),build-tsan/tests/check_$(s)) \
+	    $(patsubst tests/hosts/%.c,build-tsan/tests/hosts/%,$(wildcard tests/hosts/*.c))
+
+VALGRIND := valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite,possible
+check-valgrind: $(HOSTS)
+	@$(RUN) $(foreach h,$(HOSTS),"$(VALGRIND) $(h)")
+
+check-long:
+	MOE_LONG=1 $(MAKE) check
+	$(MAKE) check-asan check-tsan check-valgrind
+	$(MAKE) CC=clang BUILD=build-clang check-suites
+	for isa in plain avx2; do $(BUILD)/run_vectors --isa $$isa tests/vectors || exit 1; done
+
+# ---- format and baselines ---------------------------------------------------------------------------
+
+FORMATTED := $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] examples/*.c \
+    examples/demo/*.[ch] tests/*.c tests/reference/*.[ch] tests/support/*.[ch] tests/hosts/*.[ch] \
+    tests/vector_runner/*.[ch])
+format:
+	clang-format -i $(FORMATTED)
+check-format:
+	clang-format --dry-run -Werror $(FORMATTED)
+
+abi-baseline: $(LIB)/libmoe.so
+	python3 tests/abi/make_layout.py > tests/abi/layout.c
+	abidw --no-corpus-path --no-comp-dir-path --headers-dir include/moe $(LIB)/libmoe.so --out-file tests/abi/libmoe.abi
+
+-include $(SUITES:=.d) $(HOSTS:=.d) $(SUPPORT_OBJECTS:.o=.d)

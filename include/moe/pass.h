@@ -93,7 +93,7 @@ typedef struct moe_forward_args {
                                      NULL: all are tokens */
     const int64_t *group_begin;   /* in: [groups+1] first token of each group, ascending from 0 to T, or NULL:
                                      one group */
-    int64_t groups;               /* 0 = one group */
+    int64_t groups;               /* 0 = one group, with or without group_begin */
     const int64_t *token_key;     /* in: [T] for hash routing; must be NULL so far */
     const moe_plan *plan;         /* in: a routing to replay, copied; or NULL */
     int32_t plan_use;             /* MOE_PLAN_*; default MOE_PLAN_IDS_AND_WEIGHTS */

@@ -27,7 +27,7 @@ typedef struct moe_plan_args {
     int32_t dtype;              /* of weights, here and in the plan: MOE_DTYPE_F32 (default) or F64 */
     const uint8_t *token_mask;  /* in: [T] 0: the token gets no rows; NULL: all are tokens */
     const int64_t *group_begin; /* in: [groups+1] or NULL; capacity acts per group */
-    int64_t groups;             /* 0 = one */
+    int64_t groups;             /* 0 = one, with or without group_begin */
     int64_t capacity;           /* rows of an expert in each group; default MOE_FROM_CONFIG (-1) = no limit */
     int32_t drop_policy;        /* MOE_DROP_*; default token order */
     int32_t renormalize_after_drop; /* as in moe_gate_config; default 0 */
@@ -107,7 +107,7 @@ MOE_API moe_status moe_plan_load(moe_plan *plan, const void *buffer, int64_t siz
  * order of token, "rows" [R,width] in order of row. */
 typedef struct moe_rows_args {
     uint64_t struct_size;
-    uint64_t flags;          /* MOE_ROWS_*; default 0 */
+    uint64_t flags;          /* MOE_ROWS_*; default 0. One that a call has no use for is ignored */
     int64_t width;           /* elements of a row, >= 1 */
     const void *tokens_in;   /* [T,width] or NULL, as each call says */
     int64_t tokens_in_stride;

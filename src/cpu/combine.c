@@ -30,8 +30,10 @@ static void forward_token(const moe__rows_job *job, int64_t t)
         int64_t width = moe__min(STRETCH, job->width - j);
         real acc[STRETCH];
         accumulate(job, t, j, width, acc);
-        for (int64_t i = 0; i < width && job->sigmoid; i++)
-            acc[i] = masked ? R(0.0) : r_sigmoid(acc[i]);
+        if (masked)
+            for (int64_t i = 0; i < width; i++) acc[i] = R(0.0);
+        else if (job->sigmoid)
+            for (int64_t i = 0; i < width; i++) acc[i] = r_sigmoid(acc[i]);
         for (int64_t i = 0; i < width; i++)
             out[j + i] = job->add ? out[j + i] + acc[i] : acc[i];
         if (!job->tokens_saved) continue;

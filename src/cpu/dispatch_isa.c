@@ -10,18 +10,21 @@ extern const moe__backend moe__cpu_table_f32_avx512, moe__cpu_table_f64_avx512;
 int32_t moe__cpu_best_isa(void)
 {
 #ifdef MOE_HAVE_X86
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return MOE_ISA_PLAIN;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
         return MOE_ISA_AVX512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return MOE_ISA_AVX2;
-#endif
+    return MOE_ISA_AVX2;
+#else
     return MOE_ISA_PLAIN;
+#endif
 }
 
 const moe__backend *moe__cpu_backend(int32_t isa, int32_t dtype)
 {
     int f64 = dtype == MOE_DTYPE_F64;
-    if (isa > moe__cpu_best_isa()) return NULL;
+    if (isa < MOE_ISA_PLAIN || isa > moe__cpu_best_isa()) return NULL;
+    if (dtype != MOE_DTYPE_F32 && !f64) return NULL;
 #ifdef MOE_HAVE_X86
     if (isa == MOE_ISA_AVX512) return f64 ? &moe__cpu_table_f64_avx512 : &moe__cpu_table_f32_avx512;
     if (isa == MOE_ISA_AVX2) return f64 ? &moe__cpu_table_f64_avx2 : &moe__cpu_table_f32_avx2;

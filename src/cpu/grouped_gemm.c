@@ -1,88 +1,148 @@
 /* grouped_gemm.c - one blocked product over all experts of a plan: forward, dX and dW.
  *
- * A tile is up to BLOCK_M rows by BLOCK_N columns of one expert's result. It is computed in scratch, k
- * block by k block: a panels [k][TILE_M] and b panels [k][NR] are packed, and a micro-kernel of TILE_M x
- * NR accumulators runs over them. Accumulators of a later k block begin with what the earlier one
- * stored, so that every element is one chain of fused multiply-adds in ascending k from +0, whatever
- * the tile shape; only whole chains leave the scratch. For dW the summed dimension is rows, in blocks
- * of SUM_ROWS from the start of a segment: block sums are added in order, then segments. */
+ *     rows:  out[R,n] = a[R,k] b[k,n] + bias          dw:  dw[k,n] = a[R,k]^T g[R,n]
+ *
+ * A tile is up to BLOCK_M rows by BLOCK_N columns of one expert's result. The summed dimension (k, or R
+ * for dW) is cut in blocks of BLOCK_K: the left operand is packed in panels [BLOCK_K][up to TILE_M], the
+ * right one in a panel [BLOCK_K][TILE_N], and a micro-kernel keeps a piece of the result in registers.
+ * Between two blocks the accumulators wait in scratch, exactly, so that every element is one chain of
+ * fused multiply-adds from +0 in ascending index, whatever the tile. For dW a chain ends after SUM_ROWS
+ * rows of a segment: block sums are added in order, then segment sums. */
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
 #include <string.h>
 
 enum {
-    NR = TILE_V * VEC_N,
-    PANELS_M = 8,
-    BLOCK_M = TILE_M * PANELS_M, /* rows of a tile */
-    BLOCK_N = 256 / NR * NR,     /* columns of a tile */
+    TILE_N = TILE_V * VEC_N,
+    PANELS = 8,
+    BLOCK_M = TILE_M * PANELS,
+    BLOCK_N = 256,
     BLOCK_K = 256,
-    SUM_ROWS = 4096
+    SUM_ROWS = 4096,
+    IN_PLACE_M = 4,                             /* up to so many rows b is not worth packing */
+    GROUPS_M = (TILE_M + VEC_N - 1) / VEC_N,    /* vectors that cover a panel's row */
+    PANEL_A = TILE_M * BLOCK_K + GROUPS_M * VEC_N /* whole vectors spill over the end of a panel */
 };
+
+_Static_assert(BLOCK_N % TILE_N == 0, "a tile is whole panels wide");
 
 /* Scratch of a worker. */
 typedef struct tile_scratch {
-    real a[BLOCK_M * BLOCK_K]; /* packed a: [panel][k][TILE_M] */
-    real b[BLOCK_K * NR];      /* one packed panel of b: [k][NR] */
-    real c[BLOCK_M * BLOCK_N]; /* the chains */
-    real sum[BLOCK_M * BLOCK_N]; /* dW: sums of blocks and segments */
-    real segment[BLOCK_M * BLOCK_N];
+    real a[PANELS * PANEL_A];
+    real b[BLOCK_K * TILE_N];
+    real edge[TILE_M * TILE_N];      /* a piece of the result that is not stored as it is */
+    real bias[TILE_N];
+    real chain[BLOCK_M * BLOCK_N];   /* accumulators between two blocks of k */
+    real segment[BLOCK_M * BLOCK_N]; /* dW over several blocks: the sum of a segment, of a matrix */
+    real sum[BLOCK_M * BLOCK_N];
 } tile_scratch;
 
 size_t MOE_KERNEL(gemm_scratch)(void) { return sizeof(tile_scratch); }
 
+static int64_t blocks(int64_t n, int64_t block) { return n / block + (n % block != 0); }
+
+/* Where part i begins when n is cut in `parts` that differ by one at most. */
+static int64_t part(int64_t n, int64_t parts, int64_t i)
+{
+    return n / parts * i + moe__min(i, n % parts);
+}
+
 /* ---- micro-kernel --------------------------------------------------------------------------------- */
 
-/* c[m,NR] = chain over p of a[p,m] b[p,NR], continued from c. m is a constant at every call, so that
- * the loops unroll and acc lives in registers. */
-static inline __attribute__((always_inline)) void micro(int m, int64_t k, const real *a, const real *b,
-                                                        real *c, int64_t c_stride)
+/* The lines that a later product reads: line p of a block is at + (p / 8) jump + (p % 8) step. */
+typedef struct read_ahead {
+    const real *at;
+    int64_t step, jump;
+} read_ahead;
+
+/* out[m,TILE_N] (=|+=) chain over p of a[p,m] b[p,TILE_N], continued from `from` (NULL: +0), + bias */
+typedef struct micro_job {
+    int64_t k;
+    const real *a, *b;
+    int64_t b_stride;
+    const real *from; /* rows BLOCK_N apart */
+    real *out;
+    int64_t out_stride;
+    const real *bias; /* [TILE_N] or NULL */
+    int32_t add;
+    read_ahead ahead;
+} micro_job;
+
+V_INLINE void micro_store(const int m, const micro_job *job, vec acc[TILE_M][TILE_V])
 {
+    if (job->bias) {
+        V_UNROLL
+        for (int v = 0; v < TILE_V; v++) {
+            vec bias = v_load(job->bias + v * VEC_N);
+            V_UNROLL
+            for (int i = 0; i < m; i++) acc[i][v] = v_add(acc[i][v], bias);
+        }
+    }
+    V_UNROLL
+    for (int i = 0; i < m; i++) {
+        real *out = job->out + i * job->out_stride;
+        V_UNROLL
+        for (int v = 0; v < TILE_V; v++, out += VEC_N)
+            v_store(out, job->add ? v_add(v_load(out), acc[i][v]) : acc[i][v]);
+    }
+}
+
+/* m is a constant at every call, so that the loops unroll and acc lives in registers. */
+V_INLINE void micro(const int m, const micro_job *job)
+{
+    const real *a = job->a, *b = job->b, *line = job->ahead.at;
+    const int64_t k = job->k, stride = job->b_stride;
     vec acc[TILE_M][TILE_V];
-    for (int i = 0; i < m; i++)
-        for (int v = 0; v < TILE_V; v++) acc[i][v] = v_load(c + i * c_stride + v * VEC_N);
-    for (int64_t p = 0; p < k; p++) {
+    V_UNROLL
+    for (int i = 0; i < m; i++) {
+        V_UNROLL
+        for (int v = 0; v < TILE_V; v++)
+            acc[i][v] = job->from ? v_load(job->from + i * BLOCK_N + v * VEC_N) : v_zero();
+    }
+    for (int64_t p = 0; p < k; p++, a += m, b += stride) {
         vec row[TILE_V];
-        for (int v = 0; v < TILE_V; v++) row[v] = v_load(b + p * NR + v * VEC_N);
-#pragma GCC unroll 16
+        V_UNROLL
+        for (int v = 0; v < TILE_V; v++) row[v] = v_load(b + v * VEC_N);
+        const real *ahead = line + (p >> 3) * job->ahead.jump + (p & 7) * job->ahead.step;
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + 64 / sizeof(real));
+        V_UNROLL
         for (int i = 0; i < m; i++) {
-            vec x = v_set1(a[p * TILE_M + i]);
+            vec x = v_set1(a[i]);
+            V_UNROLL
             for (int v = 0; v < TILE_V; v++) acc[i][v] = v_fma(x, row[v], acc[i][v]);
         }
     }
-    for (int i = 0; i < m; i++)
-        for (int v = 0; v < TILE_V; v++) v_store(c + i * c_stride + v * VEC_N, acc[i][v]);
+    micro_store(m, job, acc);
 }
 
-/* Few rows take a smaller kernel; c has room for all rows of the one that is taken. */
-static void micro_rows(int64_t m, int64_t k, const real *a, const real *b, real *c, int64_t c_stride)
+/* One kernel for each number of rows: 16 rows as 8 and 8 cost little more than their share. */
+static void micro_rows(int64_t m, const micro_job *job)
 {
-#if defined(__AVX512F__)
-    if (m > 8) {
-        micro(14, k, a, b, c, c_stride);
-        return;
-    }
-    if (m > 4) {
-        micro(8, k, a, b, c, c_stride);
-        return;
-    }
-#elif defined(__aarch64__) && defined(__ARM_NEON)
-    if (m > 4) {
-        micro(8, k, a, b, c, c_stride);
-        return;
-    }
-#elif defined(__AVX2__) && defined(__FMA__)
-    if (m > 4) {
-        micro(6, k, a, b, c, c_stride);
-        return;
-    }
+    switch (m) {
+    case 1: micro(1, job); break;
+    case 2: micro(2, job); break;
+    case 3: micro(3, job); break;
+    case 4: micro(4, job); break;
+#if TILE_M > 4
+    case 5: micro(5, job); break;
+    case 6: micro(6, job); break;
 #endif
-    if (m > 2)
-        micro(4, k, a, b, c, c_stride);
-    else if (m == 2)
-        micro(2, k, a, b, c, c_stride);
-    else
-        micro(1, k, a, b, c, c_stride);
+#if TILE_M > 6
+    case 7: micro(7, job); break;
+    case 8: micro(8, job); break;
+#endif
+#if TILE_M > 8
+    case 9: micro(9, job); break;
+    case 10: micro(10, job); break;
+    case 11: micro(11, job); break;
+    case 12: micro(12, job); break;
+    case 13: micro(13, job); break;
+    case 14: micro(14, job); break;
+#endif
+    default: break;
+    }
 }
 
 /* ---- packing -------------------------------------------------------------------------------------- */
@@ -92,93 +152,159 @@ static const real *row_of(const moe__rows *rows, int64_t r)
     return (const real *)rows->data + (rows->row_index ? rows->row_index[r] : r) * rows->stride;
 }
 
-static real scale_of(const moe__rows *rows, int64_t r) { return ((const real *)rows->scale)[r]; }
-
-/* Rows r .. r+m-1, columns p .. p+k-1, as panels [panel][k][TILE_M]; missing rows of a panel are 0. */
-static void pack_a_rows(real *to, const moe__rows *a, int64_t r, int64_t m, int64_t p, int64_t k)
+/* x * 1 is x, so rows without a scale are multiplied too. */
+static real scale_of(const moe__rows *rows, int64_t r)
 {
-    for (int64_t i = 0; i < m; i++) {
-        const real *from = row_of(a, r + i) + p;
-        real *panel = to + i / TILE_M * TILE_M * BLOCK_K + i % TILE_M;
-        if (a->scale) {
-            real scale = scale_of(a, r + i);
-            for (int64_t j = 0; j < k; j++) panel[j * TILE_M] = from[j] * scale;
-        } else {
-            for (int64_t j = 0; j < k; j++) panel[j * TILE_M] = from[j];
+    return rows->scale ? ((const real *)rows->scale)[r] : R(1.0);
+}
+
+/* to[k][m] = columns p .. p+k-1 of rows r .. r+m-1, m <= TILE_M. Whole vectors are stored, in ascending
+ * order: what is beyond the m columns of one line is overwritten by the next. */
+static void pack_rows(real *to, const moe__rows *a, int64_t r, int64_t m, int64_t p, int64_t k)
+{
+    const real *from[GROUPS_M * VEC_N];
+    real scale[GROUPS_M * VEC_N];
+    int64_t groups = blocks(m, VEC_N), q = 0;
+    for (int64_t i = 0; i < groups * VEC_N; i++) {
+        from[i] = row_of(a, r + moe__min(i, m - 1)) + p;
+        scale[i] = scale_of(a, r + moe__min(i, m - 1));
+    }
+    for (; q + VEC_N <= k; q += VEC_N) {
+        vec t[GROUPS_M][VEC_N];
+        for (int64_t g = 0; g < groups; g++) {
+            for (int i = 0; i < VEC_N; i++)
+                t[g][i] = v_mul(v_load(from[g * VEC_N + i] + q), v_set1(scale[g * VEC_N + i]));
+            v_transpose(t[g]);
+        }
+        for (int i = 0; i < VEC_N; i++)
+            for (int64_t g = 0; g < groups; g++) v_store(to + (q + i) * m + g * VEC_N, t[g][i]);
+    }
+    for (; q < k; q++)
+        for (int64_t i = 0; i < m; i++) to[q * m + i] = from[i][q] * scale[i];
+}
+
+/* The panels of rows r .. r+m-1. */
+static void pack_a_rows(tile_scratch *s, const moe__rows *a, int64_t r, int64_t m, int64_t p, int64_t k)
+{
+    int64_t panels = blocks(m, TILE_M);
+    for (int64_t q = 0; q < panels; q++) {
+        int64_t i = part(m, panels, q);
+        pack_rows(s->a + q * PANEL_A, a, r + i, part(m, panels, q + 1) - i, p, k);
+    }
+}
+
+/* The panels of columns i .. i+m-1 of rows r .. r+k-1: column i of a is row i of dW. */
+static void pack_a_columns(tile_scratch *s, const moe__rows *a, int64_t r, int64_t k, int64_t i,
+                           int64_t m)
+{
+    int64_t panels = blocks(m, TILE_M);
+    for (int64_t p = 0; p < k; p++) {
+        const real *from = row_of(a, r + p) + i;
+        real scale = scale_of(a, r + p);
+        for (int64_t q = 0; q < panels; q++) {
+            int64_t first = part(m, panels, q), width = part(m, panels, q + 1) - first;
+            real *to = s->a + q * PANEL_A + p * width;
+            if (first + GROUPS_M * VEC_N <= m)
+                for (int g = 0; g < GROUPS_M * VEC_N; g += VEC_N)
+                    v_store(to + g, v_mul(v_load(from + first + g), v_set1(scale)));
+            else
+                for (int64_t l = 0; l < width; l++) to[l] = from[first + l] * scale;
         }
     }
-    for (int64_t i = m; i % TILE_M != 0; i++) {
-        real *panel = to + i / TILE_M * TILE_M * BLOCK_K + i % TILE_M;
-        for (int64_t j = 0; j < k; j++) panel[j * TILE_M] = R(0.0);
-    }
 }
 
-/* The same transposed: columns i .. i+m-1 of rows r .. r+k-1 become panel rows. */
-static void pack_a_columns(real *to, const moe__rows *a, int64_t r, int64_t k, int64_t i, int64_t m)
+/* to[k][TILE_N] = b[k,n] where columns (stride_row 1) or rows (stride_col 1) are contiguous or neither
+ * is; columns beyond n are 0. */
+static void pack_b(real *to, const real *b, int64_t row, int64_t col, int64_t k, int64_t n)
 {
-    for (int64_t j = 0; j < k; j++) {
-        const real *from = row_of(a, r + j) + i;
-        real scale = a->scale ? scale_of(a, r + j) : R(1.0);
-        for (int64_t first = 0; first < m; first += TILE_M) {
-            real *panel = to + first * BLOCK_K + j * TILE_M;
-            int64_t width = moe__min(TILE_M, m - first);
-            for (int64_t l = 0; l < width; l++)
-                panel[l] = a->scale ? from[first + l] * scale : from[first + l];
-            for (int64_t l = width; l < TILE_M; l++) panel[l] = R(0.0);
-        }
+    int64_t p = 0;
+    if (n == TILE_N && col == 1) {
+        for (; p < k; p++)
+            for (int v = 0; v < TILE_N; v += VEC_N) v_store(to + p * TILE_N + v, v_load(b + p * row + v));
+    } else if (n == TILE_N && row == 1) {
+        for (; p + VEC_N <= k; p += VEC_N)
+            for (int v = 0; v < TILE_N; v += VEC_N) {
+                vec t[VEC_N];
+                V_UNROLL
+                for (int i = 0; i < VEC_N; i++) t[i] = v_load(b + (v + i) * col + p);
+                v_transpose(t);
+                V_UNROLL
+                for (int i = 0; i < VEC_N; i++) v_store(to + (p + i) * TILE_N + v, t[i]);
+            }
+    }
+    for (; p < k; p++) {
+        for (int64_t j = 0; j < n; j++) to[p * TILE_N + j] = b[p * row + j * col];
+        for (int64_t j = n; j < TILE_N; j++) to[p * TILE_N + j] = R(0.0);
     }
 }
 
-/* b[p .. p+k-1, j .. j+n-1] as one panel [k][NR], columns beyond n are 0. */
-static void pack_b(real *to, const real *b, int64_t stride_row, int64_t stride_col, int64_t k,
-                   int64_t n)
-{
-    if (n < NR) memset(to, 0, (size_t)(k * NR) * sizeof *to);
-    if (stride_col == 1 && n == NR) {
-        for (int64_t p = 0; p < k; p++)
-            for (int v = 0; v < TILE_V; v++)
-                v_store(to + p * NR + v * VEC_N, v_load(b + p * stride_row + v * VEC_N));
-    } else if (stride_row == 1) { /* read along k, a few columns at a time */
-        for (int64_t j = 0; j < n; j++)
-            for (int64_t p = 0; p < k; p++) to[p * NR + j] = b[j * stride_col + p];
-    } else {
-        for (int64_t p = 0; p < k; p++)
-            for (int64_t j = 0; j < n; j++) to[p * NR + j] = b[p * stride_row + j * stride_col];
-    }
-}
-
-/* Rows r .. r+k-1 of g, columns j .. j+n-1, as a panel of b. */
+/* Columns j .. j+n-1 of rows r .. r+k-1 of g as a panel of b. */
 static void pack_g(real *to, const moe__rows *g, int64_t r, int64_t k, int64_t j, int64_t n)
 {
-    if (n < NR) memset(to, 0, (size_t)(k * NR) * sizeof *to);
-    for (int64_t p = 0; p < k; p++) {
+    for (int64_t p = 0; p < k; p++, to += TILE_N) {
         const real *from = row_of(g, r + p) + j;
-        if (g->scale) {
-            real scale = scale_of(g, r + p);
-            for (int64_t i = 0; i < n; i++) to[p * NR + i] = from[i] * scale;
+        real scale = scale_of(g, r + p);
+        if (n == TILE_N) {
+            for (int v = 0; v < TILE_N; v += VEC_N)
+                v_store(to + v, v_mul(v_load(from + v), v_set1(scale)));
         } else {
-            for (int64_t i = 0; i < n; i++) to[p * NR + i] = from[i];
+            for (int64_t l = 0; l < n; l++) to[l] = from[l] * scale;
+            for (int64_t l = n; l < TILE_N; l++) to[l] = R(0.0);
         }
     }
 }
 
-/* One packed k block: c[m,n] continues its chains with a panels and the panel of b at column j. */
-static void run_panels(tile_scratch *s, int64_t m, int64_t k, int64_t j)
+/* ---- results -------------------------------------------------------------------------------------- */
+
+/* Where a tile's finished chains go: (i,j) to out[row(i) * stride_row + j * stride_col], row(i) being
+ * index[i] if there is an index, else i. */
+typedef struct sink {
+    real *out;
+    int64_t stride_row, stride_col;
+    const int64_t *index;
+    const real *bias; /* by bias_step, or NULL */
+    int64_t bias_step;
+    int32_t add;
+} sink;
+
+/* edge[m,TILE_N], bias added, to columns j .. j+n-1 of rows i .. i+m-1. */
+static void store_edge(const tile_scratch *s, const sink *to, int64_t i, int64_t m, int64_t j, int64_t n)
 {
-    for (int64_t i = 0; i < m; i += TILE_M)
-        micro_rows(moe__min(TILE_M, m - i), k, s->a + i * BLOCK_K, s->b, s->c + i * BLOCK_N + j,
-                   BLOCK_N);
+    for (int64_t l = 0; l < m; l++) {
+        const real *from = s->edge + l * TILE_N;
+        real *out = to->out + (to->index ? to->index[i + l] : i + l) * to->stride_row + j * to->stride_col;
+        for (int64_t c = 0; c < n; c++)
+            out[c * to->stride_col] = to->add ? out[c * to->stride_col] + from[c] : from[c];
+    }
 }
 
-static void clear_chains(tile_scratch *s, int64_t m)
+/* A block of k for panel j .. j+n-1 of a tile [m,..]: all packed rows of a times job->b. The chains go
+ * on from scratch and back to it, or, at the last block, to the sink. */
+static void run_panel(tile_scratch *s, micro_job job, int64_t m, int64_t j, int64_t n, int first,
+                      const sink *to)
 {
-    int64_t rows = (m + TILE_M - 1) / TILE_M * TILE_M;
-    memset(s->c, 0, (size_t)(rows * BLOCK_N) * sizeof *s->c);
+    int64_t panels = blocks(m, TILE_M);
+    int direct = to && n == TILE_N && to->stride_col == 1 && !to->index;
+    if (to && to->bias) {
+        for (int64_t l = 0; l < TILE_N; l++)
+            s->bias[l] = l < n ? to->bias[(j + l) * to->bias_step] : R(0.0);
+        job.bias = s->bias;
+    }
+    for (int64_t q = 0; q < panels; q++) {
+        int64_t i = part(m, panels, q), rows = part(m, panels, q + 1) - i;
+        real *chain = s->chain + i * BLOCK_N + j;
+        job.a = s->a + q * PANEL_A;
+        job.from = first ? NULL : chain;
+        job.out = direct ? to->out + i * to->stride_row + j : to ? s->edge : chain;
+        job.out_stride = direct ? to->stride_row : to ? TILE_N : BLOCK_N;
+        job.add = direct && to->add;
+        micro_rows(rows, &job);
+        if (to && !direct) store_edge(s, to, i, rows, j, n);
+        job.ahead = (read_ahead){job.b, 0, 0};
+    }
 }
 
 /* ---- tiles ---------------------------------------------------------------------------------------- */
-
-static int64_t blocks(int64_t n, int64_t block) { return n / block + (n % block != 0); }
 
 /* The expert a tile belongs to: the last with tile_begin <= tile. */
 static int64_t expert_of_tile(const int64_t *tile_begin, int64_t experts, int64_t tile)
@@ -211,22 +337,21 @@ int64_t MOE_KERNEL(gemm_rows_plan)(moe__gemm_rows_job *job)
     return job->tile_begin[job->experts];
 }
 
-/* Chains to out: bias, then set or add. */
-static void store_rows(const moe__gemm_rows_job *job, const tile_scratch *s, int64_t e, int64_t r,
-                       int64_t m, int64_t j, int64_t n)
+/* A block of k of b: in place for a few rows, else packed while the panel after it is fetched. */
+static micro_job right_operand(tile_scratch *s, const moe__matrices *m, const real *b, int64_t k,
+                               int64_t n, int64_t rows)
 {
-    const real *bias = matrix_of(&job->bias, e);
-    int64_t step = job->bias.stride_col;
-    for (int64_t i = 0; i < m; i++) {
-        real *out = (real *)job->out + (r + i) * job->out_stride + j;
-        const real *c = s->c + i * BLOCK_N;
-        if (job->out_add)
-            for (int64_t l = 0; l < n; l++) out[l] = out[l] + (bias ? c[l] + bias[(j + l) * step] : c[l]);
-        else if (bias)
-            for (int64_t l = 0; l < n; l++) out[l] = c[l] + bias[(j + l) * step];
-        else
-            memcpy(out, c, (size_t)n * sizeof *out);
-    }
+    int64_t row = m->stride_row, col = m->stride_col;
+    int by_columns = row == 1 && col != 1;
+    if (rows <= IN_PLACE_M && n == TILE_N && col == 1)
+        return (micro_job){.k = k, .b = b, .b_stride = row, .ahead = {b + 16 * row, row, 8 * row}};
+    pack_b(s->b, b, row, col, k, n);
+    const real *next = b + TILE_N * col;
+    int64_t line = 128 / (int64_t)sizeof(real); /* two cache lines */
+    return (micro_job){.k = k,
+                       .b = s->b,
+                       .b_stride = TILE_N,
+                       .ahead = by_columns ? (read_ahead){next, line, col} : (read_ahead){next, row, 8 * row}};
 }
 
 void MOE_KERNEL(gemm_rows_tile)(const moe__gemm_rows_job *job, int64_t tile, void *scratch)
@@ -234,20 +359,29 @@ void MOE_KERNEL(gemm_rows_tile)(const moe__gemm_rows_job *job, int64_t tile, voi
     tile_scratch *s = scratch;
     int64_t e = expert_of_tile(job->tile_begin, job->experts, tile);
     int64_t place = tile - job->tile_begin[e], columns = blocks(job->n, BLOCK_N);
-    int64_t r = job->expert_begin[e] + place / columns * BLOCK_M, j = place % columns * BLOCK_N;
-    int64_t m = moe__min(BLOCK_M, job->expert_begin[e + 1] - r), n = moe__min(BLOCK_N, job->n - j);
-    const real *b = matrix_of(&job->b, e);
-    int64_t row = job->b.stride_row, col = job->b.stride_col;
-    clear_chains(s, m);
-    for (int64_t p = 0; p < job->k; p += BLOCK_K) {
+    int64_t all = job->expert_begin[e + 1] - job->expert_begin[e], parts = blocks(all, BLOCK_M);
+    int64_t i = part(all, parts, place / columns), m = part(all, parts, place / columns + 1) - i;
+    int64_t r = job->expert_begin[e] + i, j = place % columns * BLOCK_N;
+    int64_t n = moe__min(BLOCK_N, job->n - j), row = job->b.stride_row, col = job->b.stride_col;
+    const real *b = matrix_of(&job->b, e), *bias = matrix_of(&job->bias, e);
+    const sink out = {.out = (real *)job->out + (job->out_index ? 0 : r * job->out_stride) + j,
+                      .stride_row = job->out_stride,
+                      .stride_col = 1,
+                      .index = job->out_index ? job->out_index + r : NULL,
+                      .bias = bias ? bias + j * job->bias.stride_col : NULL,
+                      .bias_step = job->bias.stride_col,
+                      .add = job->out_add};
+    int64_t p = 0;
+    do { /* once for k = 0, whose chains are +0 */
         int64_t k = moe__min(BLOCK_K, job->k - p);
-        pack_a_rows(s->a, &job->a, r, m, p, k);
-        for (int64_t l = 0; l < n; l += NR) {
-            pack_b(s->b, b + p * row + (j + l) * col, row, col, k, moe__min(NR, n - l));
-            run_panels(s, m, k, l);
+        pack_a_rows(s, &job->a, r, m, p, k);
+        for (int64_t l = 0; l < n; l += TILE_N) {
+            int64_t width = moe__min(TILE_N, n - l);
+            micro_job work = right_operand(s, &job->b, b + p * row + (j + l) * col, k, width, m);
+            run_panel(s, work, m, l, width, p == 0, p + k == job->k ? &out : NULL);
         }
-    }
-    store_rows(job, s, e, r, m, j, n);
+        p += BLOCK_K;
+    } while (p < job->k);
 }
 
 /* ---- dW ------------------------------------------------------------------------------------------- */
@@ -272,22 +406,42 @@ int64_t MOE_KERNEL(gemm_dw_plan)(moe__gemm_dw_job *job)
     return job->tile_begin[job->experts];
 }
 
-/* c[m,n] = one chain over rows r .. r+count-1 of a[:,i..]^T g[:,j..]. */
-static void dw_chain(const moe__gemm_dw_job *job, tile_scratch *s, int64_t r, int64_t count, int64_t i,
-                     int64_t m, int64_t j, int64_t n)
+/* Rows i .. i+m-1 and columns j .. j+n-1 of one expert's gradient. */
+typedef struct place {
+    int64_t e, i, m, j, n;
+} place;
+
+/* One chain over rows r .. r+count-1 of a[:,i..]^T g[:,j..], to `to` or, NULL, left in s->chain. */
+static void dw_chain(const moe__gemm_dw_job *job, tile_scratch *s, const place *at, int64_t r,
+                     int64_t count, const sink *to)
 {
-    clear_chains(s, m);
-    for (int64_t p = 0; p < count; p += BLOCK_K) {
+    int64_t p = 0;
+    do { /* once for no rows: the chains are +0 */
         int64_t k = moe__min(BLOCK_K, count - p);
-        pack_a_columns(s->a, &job->a, r + p, k, i, m);
-        for (int64_t l = 0; l < n; l += NR) {
-            pack_g(s->b, &job->g, r + p, k, j + l, moe__min(NR, n - l));
-            run_panels(s, m, k, l);
+        pack_a_columns(s, &job->a, r + p, k, at->i, at->m);
+        for (int64_t l = 0; l < at->n; l += TILE_N) {
+            int64_t width = moe__min(TILE_N, at->n - l);
+            pack_g(s->b, &job->g, r + p, k, at->j + l, width);
+            micro_job work = {.k = k, .b = s->b, .b_stride = TILE_N, .ahead = {s->b, 0, 0}};
+            run_panel(s, work, at->m, l, width, p == 0, p + k == count ? to : NULL);
         }
+        p += BLOCK_K;
+    } while (p < count);
+}
+
+/* The same for the bias: chain[n] = sum of rows r .. r+count-1 of g[:,j..], added to +0 in order. */
+static void bias_chain(const moe__gemm_dw_job *job, tile_scratch *s, const place *at, int64_t r,
+                       int64_t count)
+{
+    memset(s->chain, 0, BLOCK_N * sizeof *s->chain);
+    for (int64_t p = r; p < r + count; p++) {
+        const real *from = row_of(&job->g, p) + at->j;
+        real scale = scale_of(&job->g, p);
+        for (int64_t l = 0; l < at->n; l++) s->chain[l] = s->chain[l] + from[l] * scale;
     }
 }
 
-static void add_tile(real *to, const real *from, int64_t m, int first)
+static void add_chains(real *to, const real *from, int64_t m, int first)
 {
     if (first)
         memcpy(to, from, (size_t)(m * BLOCK_N) * sizeof *to);
@@ -295,56 +449,32 @@ static void add_tile(real *to, const real *from, int64_t m, int first)
         for (int64_t i = 0; i < m * BLOCK_N; i++) to[i] = to[i] + from[i];
 }
 
-/* sum[m,n] over all segments of expert e, each over its blocks of SUM_ROWS rows. */
-static void dw_sum(const moe__gemm_dw_job *job, tile_scratch *s, int64_t e, int64_t i, int64_t m,
-                   int64_t j, int64_t n)
+/* s->sum[m,n] over all segments of the expert, each over its blocks of SUM_ROWS rows; m = 0: one row,
+ * the bias. A segment without rows is not added. */
+static void sum_segments(const moe__gemm_dw_job *job, tile_scratch *s, const place *at)
 {
-    int64_t first = e * job->segments_per_expert;
+    int64_t first = at->e * job->segments_per_expert, m = moe__max(1, at->m);
     memset(s->sum, 0, (size_t)(m * BLOCK_N) * sizeof *s->sum);
     for (int64_t g = 0, any = 0; g < job->segments_per_expert; g++) {
         int64_t begin = job->segment_begin[first + g], end = job->segment_begin[first + g + 1];
         for (int64_t r = begin; r < end; r += SUM_ROWS) {
-            dw_chain(job, s, r, moe__min(SUM_ROWS, end - r), i, m, j, n);
-            add_tile(s->segment, s->c, m, r == begin);
+            if (at->m == 0)
+                bias_chain(job, s, at, r, moe__min(SUM_ROWS, end - r));
+            else
+                dw_chain(job, s, at, r, moe__min(SUM_ROWS, end - r), NULL);
+            add_chains(s->segment, s->chain, m, r == begin);
         }
-        if (end > begin) add_tile(s->sum, s->segment, m, !any++);
+        if (end > begin) add_chains(s->sum, s->segment, m, !any++);
     }
 }
 
-/* sum[0,n] of the columns of g, by the same rule with plain additions. */
-static void bias_sum(const moe__gemm_dw_job *job, tile_scratch *s, int64_t e, int64_t j, int64_t n)
-{
-    int64_t first = e * job->segments_per_expert;
-    memset(s->sum, 0, BLOCK_N * sizeof *s->sum);
-    for (int64_t g = 0, any = 0; g < job->segments_per_expert; g++) {
-        int64_t begin = job->segment_begin[first + g], end = job->segment_begin[first + g + 1];
-        for (int64_t r = begin; r < end; r += SUM_ROWS) {
-            memset(s->c, 0, BLOCK_N * sizeof *s->c);
-            for (int64_t p = r; p < moe__min(r + SUM_ROWS, end); p++) {
-                const real *row = row_of(&job->g, p) + j;
-                real scale = job->g.scale ? scale_of(&job->g, p) : R(1.0);
-                for (int64_t l = 0; l < n; l++)
-                    s->c[l] = s->c[l] + (job->g.scale ? row[l] * scale : row[l]);
-            }
-            add_tile(s->segment, s->c, 1, r == begin);
-        }
-        if (end > begin) add_tile(s->sum, s->segment, 1, !any++);
-    }
-}
-
-static void store_gradient(real *to, int64_t row, int64_t col, const real *sum, int64_t m, int64_t n,
-                           int32_t overwrite)
+static void store_sum(const tile_scratch *s, const sink *to, int64_t m, int64_t n)
 {
     for (int64_t i = 0; i < m; i++) {
-        real *out = to + i * row;
-        const real *from = sum + i * BLOCK_N;
-        if (col == 1 && overwrite)
-            memcpy(out, from, (size_t)n * sizeof *out);
-        else if (col == 1)
-            for (int64_t l = 0; l < n; l++) out[l] = out[l] + from[l];
-        else
-            for (int64_t l = 0; l < n; l++)
-                out[l * col] = overwrite ? from[l] : out[l * col] + from[l];
+        real *out = to->out + i * to->stride_row;
+        const real *from = s->sum + i * BLOCK_N;
+        for (int64_t l = 0; l < n; l++)
+            out[l * to->stride_col] = to->add ? out[l * to->stride_col] + from[l] : from[l];
     }
 }
 
@@ -352,17 +482,26 @@ void MOE_KERNEL(gemm_dw_tile)(const moe__gemm_dw_job *job, int64_t tile, void *s
 {
     tile_scratch *s = scratch;
     int64_t e = expert_of_tile(job->tile_begin, job->experts, tile);
-    int64_t place = tile - job->tile_begin[e], columns = blocks(job->n, BLOCK_N);
-    int64_t i = place / columns * BLOCK_M, j = place % columns * BLOCK_N;
-    int64_t m = moe__min(BLOCK_M, job->k - i), n = moe__min(BLOCK_N, job->n - j);
+    int64_t number = tile - job->tile_begin[e], columns = blocks(job->n, BLOCK_N);
+    int64_t i = number / columns * BLOCK_M, j = number % columns * BLOCK_N;
+    int64_t n = moe__min(BLOCK_N, job->n - j), rows = rows_of_expert(job, e);
     real *dw = matrix_of(&job->dw, e), *dbias = matrix_of(&job->dbias, e);
     if (dbias && i == 0) {
-        bias_sum(job, s, e, j, n);
-        store_gradient(dbias + j * job->dbias.stride_col, 0, job->dbias.stride_col, s->sum, 1, n,
-                       job->overwrite);
+        int64_t col = job->dbias.stride_col;
+        sum_segments(job, s, &(place){e, 0, 0, j, n});
+        store_sum(s, &(sink){.out = dbias + j * col, .stride_col = col, .add = !job->overwrite}, 1, n);
     }
-    if (!dw || m <= 0) return;
-    dw_sum(job, s, e, i, m, j, n);
-    store_gradient(dw + i * job->dw.stride_row + j * job->dw.stride_col, job->dw.stride_row,
-                   job->dw.stride_col, s->sum, m, n, job->overwrite);
+    if (!dw || job->k == 0) return;
+    const place at = {e, i, moe__min(BLOCK_M, job->k - i), j, n};
+    int64_t row = job->dw.stride_row, col = job->dw.stride_col;
+    const sink to = {.out = dw + i * row + j * col,
+                     .stride_row = row,
+                     .stride_col = col,
+                     .add = !job->overwrite};
+    if (job->segments_per_expert == 1 && rows <= SUM_ROWS) {
+        dw_chain(job, s, &at, job->segment_begin[e], rows, &to);
+    } else {
+        sum_segments(job, s, &at);
+        store_sum(s, &to, at.m, n);
+    }
 }

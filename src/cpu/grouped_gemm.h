@@ -1,17 +1,19 @@
 /* grouped_gemm.h - plain descriptions of the three grouped products; kernels.h has their functions.
  *
- *     rows:  out[r,:] (=|+=) scale_r a[r,:] b_e (+ bias_e)      for the rows r of each expert e
+ *     rows:  out[r,:] (=|+=) (scale_r a[r,:]) b_e (+ bias_e)    for the rows r of each expert e
  *     dw:    dw_e (=|+=) sum over e's rows of a[r,:]^T g[r,:],  dbias_e (=|+=) sum of g[r,:]
  *
  * Elements are the kernel's `real`, strides count elements. dX is the first with the strides of the
- * weights exchanged. */
+ * weights exchanged. Each element of a product is one chain of fused multiply-adds from +0 in ascending
+ * index of the summed dimension; docs/numerics.md has the rule for sums over rows. */
 #ifndef MOE_CPU_GROUPED_GEMM_H
 #define MOE_CPU_GROUPED_GEMM_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-/* Row r is data[(row_index ? row_index[r] : r) * stride + 0, 1, ...], times scale[r] if there is one. */
+/* Row r is data[(row_index ? row_index[r] : r) * stride + 0, 1, ...]; if there is a scale, each element
+ * times scale[r], rounded. */
 typedef struct moe__rows {
     const void *data;
     int64_t stride;
@@ -37,6 +39,7 @@ typedef struct moe__gemm_rows_job {
     moe__matrices bias;          /* [n] by stride_col, or not there; added after the chain */
     void *out;                   /* [rows,n] */
     int64_t out_stride;
+    const int64_t *out_index;    /* row r goes to row out_index[r] of out; NULL: to row r */
     int32_t out_add;             /* 1: out = out + result */
     int64_t *tile_begin;         /* [experts+1] of the caller */
 } moe__gemm_rows_job;

@@ -6,6 +6,7 @@
 #define MOE_CPU_LANES_H
 
 #include "cpu/real.h"
+#include "cpu/simd.h"
 #include "numeric.h"
 
 #include <stdint.h>
@@ -28,12 +29,18 @@ static inline real lane_sum(const real *a, int64_t n)
     return lane_tree(lane);
 }
 
+/* Written in vectors: gcc makes 16 scalar chains of the plain loop. */
 static inline real lane_dot(const real *a, const real *b, int64_t n)
 {
-    real lane[16] = {R(0.0)};
+    enum { VECTORS = 16 / VEC_N };
+    real lane[16];
+    vec sum[VECTORS];
     int64_t i = 0;
+    for (int v = 0; v < VECTORS; v++) sum[v] = v_set1(R(0.0));
     for (; i + 16 <= n; i += 16)
-        for (int l = 0; l < 16; l++) lane[l] = r_fma(a[i + l], b[i + l], lane[l]);
+        for (int v = 0; v < VECTORS; v++)
+            sum[v] = v_fma(v_load(a + i + v * VEC_N), v_load(b + i + v * VEC_N), sum[v]);
+    for (int v = 0; v < VECTORS; v++) v_store(lane + v * VEC_N, sum[v]);
     for (int l = 0; i < n; i++, l++) lane[l] = r_fma(a[i], b[i], lane[l]);
     return lane_tree(lane);
 }

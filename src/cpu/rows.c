@@ -51,7 +51,8 @@ static void sort_by_expert(moe__plan_arrays *p)
     p->rows = rows;
 }
 
-/* Weights of entries without a row become 0; if asked, a token's others are divided by their sum. */
+/* Weights of entries without a row become +0, whatever the sum; if asked, a token's others are divided
+ * by their sum, or are 0 where that is 0. */
 static void weigh_range(void *argument, int64_t begin, int64_t end)
 {
     const moe__plan_rows_job *job = argument;
@@ -61,11 +62,13 @@ static void weigh_range(void *argument, int64_t begin, int64_t end)
         int64_t first = p->token_begin[t], last = p->token_begin[t + 1];
         real sum = R(0.0);
         for (int64_t n = first; n < last; n++) {
-            if (p->row_of_entry[n] < 0) w[n] = R(0.0);
-            sum = sum + w[n];
+            if (p->row_of_entry[n] < 0)
+                w[n] = R(0.0);
+            else
+                sum = sum + w[n];
         }
-        if (!job->renormalize_after_drop) continue;
-        for (int64_t n = first; n < last; n++) w[n] = sum != R(0.0) ? w[n] / sum : R(0.0);
+        for (int64_t n = first; n < last && job->renormalize_after_drop; n++)
+            if (p->row_of_entry[n] >= 0) w[n] = sum != R(0.0) ? w[n] / sum : R(0.0);
     }
 }
 

@@ -1,99 +1,189 @@
 /* simd.h - one vector of `real` on each instruction set: the only file of src/cpu with intrinsics.
  *
- * vec holds VEC_N elements. v_fma rounds once. Without vector hardware a vec is a small array and the
- * fused multiply-add is the C library's. */
+ * vec holds VEC_N elements. v_load and v_store need no alignment. v_fma(a,b,c) = a b + c rounds once.
+ * v_zip_low(a,b) = a0 b0 a1 b1 .. of the lower halves, v_zip_high of the upper ones. Without vector
+ * hardware a vec is a small array and the fused multiply-add is the C library's.
+ * TILE_M x TILE_V vectors of accumulators fit the registers with room for TILE_V of b and one of a. */
 #ifndef MOE_CPU_SIMD_H
 #define MOE_CPU_SIMD_H
 
 #include "cpu/real.h"
 #include "numeric.h"
 
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+/* Arrays of vec stay in registers only if every loop over them is unrolled. */
+#ifdef __clang__
+#define V_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define V_UNROLL _Pragma("GCC unroll 16")
+#endif
+#define V_INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
 #include <immintrin.h>
+#define TILE_M 14
+#define TILE_V 2
+#ifdef MOE_F64
+#define VEC_N 8
+typedef __m512d vec;
+V_INLINE vec v_load(const real *p) { return _mm512_loadu_pd(p); }
+V_INLINE void v_store(real *p, vec a) { _mm512_storeu_pd(p, a); }
+V_INLINE vec v_set1(real a) { return _mm512_set1_pd(a); }
+V_INLINE vec v_add(vec a, vec b) { return _mm512_add_pd(a, b); }
+V_INLINE vec v_sub(vec a, vec b) { return _mm512_sub_pd(a, b); }
+V_INLINE vec v_mul(vec a, vec b) { return _mm512_mul_pd(a, b); }
+V_INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_pd(a, b, c); }
+V_INLINE vec v_zip_low(vec a, vec b)
+{
+    return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
+}
+V_INLINE vec v_zip_high(vec a, vec b)
+{
+    return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
+}
+#else
+#define VEC_N 16
+typedef __m512 vec;
+V_INLINE vec v_load(const real *p) { return _mm512_loadu_ps(p); }
+V_INLINE void v_store(real *p, vec a) { _mm512_storeu_ps(p, a); }
+V_INLINE vec v_set1(real a) { return _mm512_set1_ps(a); }
+V_INLINE vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
+V_INLINE vec v_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+V_INLINE vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+V_INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+V_INLINE vec v_zip_low(vec a, vec b)
+{
+    const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return _mm512_permutex2var_ps(a, from, b);
+}
+V_INLINE vec v_zip_high(vec a, vec b)
+{
+    const __m512i from =
+        _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return _mm512_permutex2var_ps(a, from, b);
+}
+#endif
+
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define TILE_M 6
+#define TILE_V 2
+#ifdef MOE_F64
+#define VEC_N 4
+typedef __m256d vec;
+V_INLINE vec v_load(const real *p) { return _mm256_loadu_pd(p); }
+V_INLINE void v_store(real *p, vec a) { _mm256_storeu_pd(p, a); }
+V_INLINE vec v_set1(real a) { return _mm256_set1_pd(a); }
+V_INLINE vec v_add(vec a, vec b) { return _mm256_add_pd(a, b); }
+V_INLINE vec v_sub(vec a, vec b) { return _mm256_sub_pd(a, b); }
+V_INLINE vec v_mul(vec a, vec b) { return _mm256_mul_pd(a, b); }
+V_INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_pd(a, b, c); }
+V_INLINE vec v_zip_low(vec a, vec b)
+{
+    return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);
+}
+V_INLINE vec v_zip_high(vec a, vec b)
+{
+    return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31);
+}
+#else
+#define VEC_N 8
+typedef __m256 vec;
+V_INLINE vec v_load(const real *p) { return _mm256_loadu_ps(p); }
+V_INLINE void v_store(real *p, vec a) { _mm256_storeu_ps(p, a); }
+V_INLINE vec v_set1(real a) { return _mm256_set1_ps(a); }
+V_INLINE vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
+V_INLINE vec v_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
+V_INLINE vec v_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
+V_INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+V_INLINE vec v_zip_low(vec a, vec b)
+{
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+}
+V_INLINE vec v_zip_high(vec a, vec b)
+{
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+}
+#endif
+
 #elif defined(__aarch64__) && defined(__ARM_NEON)
 #include <arm_neon.h>
-#endif
-
-/* TILE_M x TILE_V vectors of accumulators fit the registers with room for two of b and one of a. */
-#if defined(__AVX512F__)
-enum { TILE_M = 14, TILE_V = 2 };
-#elif defined(__AVX2__) && defined(__FMA__)
-enum { TILE_M = 6, TILE_V = 2 };
-#elif defined(__aarch64__) && defined(__ARM_NEON)
-enum { TILE_M = 8, TILE_V = 3 };
-#else
-enum { TILE_M = 4, TILE_V = 2 };
-#endif
-
-#if defined(__AVX512F__) && defined(MOE_F64)
-typedef __m512d vec;
-enum { VEC_N = 8 };
-static inline vec v_load(const real *p) { return _mm512_loadu_pd(p); }
-static inline void v_store(real *p, vec a) { _mm512_storeu_pd(p, a); }
-static inline vec v_set1(real a) { return _mm512_set1_pd(a); }
-static inline vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_pd(a, b, c); }
-#elif defined(__AVX512F__)
-typedef __m512 vec;
-enum { VEC_N = 16 };
-static inline vec v_load(const real *p) { return _mm512_loadu_ps(p); }
-static inline void v_store(real *p, vec a) { _mm512_storeu_ps(p, a); }
-static inline vec v_set1(real a) { return _mm512_set1_ps(a); }
-static inline vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-#elif defined(__AVX2__) && defined(__FMA__) && defined(MOE_F64)
-typedef __m256d vec;
-enum { VEC_N = 4 };
-static inline vec v_load(const real *p) { return _mm256_loadu_pd(p); }
-static inline void v_store(real *p, vec a) { _mm256_storeu_pd(p, a); }
-static inline vec v_set1(real a) { return _mm256_set1_pd(a); }
-static inline vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_pd(a, b, c); }
-#elif defined(__AVX2__) && defined(__FMA__)
-typedef __m256 vec;
-enum { VEC_N = 8 };
-static inline vec v_load(const real *p) { return _mm256_loadu_ps(p); }
-static inline void v_store(real *p, vec a) { _mm256_storeu_ps(p, a); }
-static inline vec v_set1(real a) { return _mm256_set1_ps(a); }
-static inline vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-#elif defined(__aarch64__) && defined(__ARM_NEON) && defined(MOE_F64)
+#define TILE_M 8
+#define TILE_V 2
+#ifdef MOE_F64
+#define VEC_N 2
 typedef float64x2_t vec;
-enum { VEC_N = 2 };
-static inline vec v_load(const real *p) { return vld1q_f64(p); }
-static inline void v_store(real *p, vec a) { vst1q_f64(p, a); }
-static inline vec v_set1(real a) { return vdupq_n_f64(a); }
-static inline vec v_fma(vec a, vec b, vec c) { return vfmaq_f64(c, a, b); }
-#elif defined(__aarch64__) && defined(__ARM_NEON)
-typedef float32x4_t vec;
-enum { VEC_N = 4 };
-static inline vec v_load(const real *p) { return vld1q_f32(p); }
-static inline void v_store(real *p, vec a) { vst1q_f32(p, a); }
-static inline vec v_set1(real a) { return vdupq_n_f32(a); }
-static inline vec v_fma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
+V_INLINE vec v_load(const real *p) { return vld1q_f64(p); }
+V_INLINE void v_store(real *p, vec a) { vst1q_f64(p, a); }
+V_INLINE vec v_set1(real a) { return vdupq_n_f64(a); }
+V_INLINE vec v_add(vec a, vec b) { return vaddq_f64(a, b); }
+V_INLINE vec v_sub(vec a, vec b) { return vsubq_f64(a, b); }
+V_INLINE vec v_mul(vec a, vec b) { return vmulq_f64(a, b); }
+V_INLINE vec v_fma(vec a, vec b, vec c) { return vfmaq_f64(c, a, b); }
+V_INLINE vec v_zip_low(vec a, vec b) { return vzip1q_f64(a, b); }
+V_INLINE vec v_zip_high(vec a, vec b) { return vzip2q_f64(a, b); }
 #else
-enum { VEC_N = 4 };
+#define VEC_N 4
+typedef float32x4_t vec;
+V_INLINE vec v_load(const real *p) { return vld1q_f32(p); }
+V_INLINE void v_store(real *p, vec a) { vst1q_f32(p, a); }
+V_INLINE vec v_set1(real a) { return vdupq_n_f32(a); }
+V_INLINE vec v_add(vec a, vec b) { return vaddq_f32(a, b); }
+V_INLINE vec v_sub(vec a, vec b) { return vsubq_f32(a, b); }
+V_INLINE vec v_mul(vec a, vec b) { return vmulq_f32(a, b); }
+V_INLINE vec v_fma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
+V_INLINE vec v_zip_low(vec a, vec b) { return vzip1q_f32(a, b); }
+V_INLINE vec v_zip_high(vec a, vec b) { return vzip2q_f32(a, b); }
+#endif
+
+#else
+#define TILE_M 4
+#define TILE_V 2
+#ifdef MOE_F64
+#define VEC_N 2
+#else
+#define VEC_N 4
+#endif
 typedef struct vec {
     real v[VEC_N];
 } vec;
-static inline vec v_load(const real *p)
-{
-    vec r;
-    for (int i = 0; i < VEC_N; i++) r.v[i] = p[i];
-    return r;
-}
-static inline void v_store(real *p, vec a)
+#define V_EACH(type_and_name, expression)                                                          \
+    V_INLINE vec type_and_name                                                                     \
+    {                                                                                              \
+        vec r;                                                                                     \
+        for (int i = 0; i < VEC_N; i++) r.v[i] = expression;                                       \
+        return r;                                                                                  \
+    }
+V_EACH(v_load(const real *p), p[i])
+V_EACH(v_set1(real a), a)
+V_EACH(v_add(vec a, vec b), a.v[i] + b.v[i])
+V_EACH(v_sub(vec a, vec b), a.v[i] - b.v[i])
+V_EACH(v_mul(vec a, vec b), a.v[i] * b.v[i])
+V_EACH(v_fma(vec a, vec b, vec c), r_fma(a.v[i], b.v[i], c.v[i]))
+V_EACH(v_zip_low(vec a, vec b), (i % 2 ? b : a).v[i / 2])
+V_EACH(v_zip_high(vec a, vec b), (i % 2 ? b : a).v[VEC_N / 2 + i / 2])
+#undef V_EACH
+V_INLINE void v_store(real *p, vec a)
 {
     for (int i = 0; i < VEC_N; i++) p[i] = a.v[i];
 }
-static inline vec v_set1(real a)
-{
-    vec r;
-    for (int i = 0; i < VEC_N; i++) r.v[i] = a;
-    return r;
-}
-static inline vec v_fma(vec a, vec b, vec c)
-{
-    vec r;
-    for (int i = 0; i < VEC_N; i++) r.v[i] = r_fma(a.v[i], b.v[i], c.v[i]);
-    return r;
-}
 #endif
+
+V_INLINE vec v_zero(void) { return v_set1(R(0.0)); }
+
+/* Rows t[0 .. VEC_N-1] become columns: zipping row i with row i + VEC_N/2 log2(VEC_N) times. */
+V_INLINE void v_transpose(vec *t)
+{
+    vec u[VEC_N];
+    V_UNROLL
+    for (int width = 1; width < VEC_N; width *= 2) {
+        V_UNROLL
+        for (int i = 0; i < VEC_N; i++) u[i] = t[i];
+        V_UNROLL
+        for (int i = 0; i < VEC_N / 2; i++) {
+            t[2 * i] = v_zip_low(u[i], u[i + VEC_N / 2]);
+            t[2 * i + 1] = v_zip_high(u[i], u[i + VEC_N / 2]);
+        }
+    }
+}
 
 #endif

@@ -1,0 +1,254 @@
+/* check_gradients.c - every gradient against central differences: of the reference, and of the library's
+ * own f64 path, in random directions, for every input and parameter by name.
+ *
+ *     (L(a + h v) - L(a - h v)) / 2h  =  <dL/da, v>      with relative error at most 1e-6
+ *
+ * The selection is held still: the reference by fixed_ids, the library by replaying the plan with
+ * MOE_PLAN_IDS. MOE_VERBOSE=1 prints the largest error of each name. */
+#include "support/layer_cases.h"
+
+#include <check.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const double STEP = 1e-6, ALLOWED = 1e-6;
+
+/* One tensor L depends on: where it is in a problem, and where its gradient is in a result. */
+typedef struct variable {
+    const char *name;
+    size_t in_problem, in_result; /* offsets of double pointers */
+} variable;
+
+#define VARIABLE(name, input, gradient) {name, offsetof(ref_problem, input), offsetof(ref_result, gradient)}
+static const variable variables[] = {
+    VARIABLE("x", x, dx),           VARIABLE("gate_x", gate_x, d_gate_x), VARIABLE("logits_in", logits_in, d_logits),
+    VARIABLE("dWg", Wg, dWg),       VARIABLE("dbg", bg, dbg),             VARIABLE("dWn", Wn, dWn),
+    VARIABLE("dW1", W1, dW1),       VARIABLE("db1", b1, db1),             VARIABLE("dW3", W3, dW3),
+    VARIABLE("db3", b3, db3),       VARIABLE("dW2", W2, dW2),             VARIABLE("db2", b2, db2)};
+enum { VARIABLES = sizeof variables / sizeof *variables };
+
+static double worst[2][VARIABLES]; /* reference, library */
+
+static int64_t count_of(const layer_case *c, const char *name)
+{
+    const ref_problem *p = &c->p;
+    if (strcmp(name, "x") == 0) return p->T * p->D;
+    if (strcmp(name, "gate_x") == 0) return p->T * p->gate_D;
+    if (strcmp(name, "logits_in") == 0) return p->T * p->E;
+    if (strcmp(name, "dWg") == 0 || strcmp(name, "dWn") == 0) return p->gate_D * p->E;
+    if (strcmp(name, "dbg") == 0) return p->E;
+    if (strcmp(name, "dW2") == 0) return p->E * p->F * p->O;
+    if (strcmp(name, "db2") == 0) return p->E * p->O;
+    return name[1] == 'b' ? p->E * p->F : p->E * p->D * p->F;
+}
+
+static const double **input_of(ref_problem *p, const variable *v)
+{
+    return (const double **)(void *)((char *)p + v->in_problem);
+}
+
+static const double *gradient_of(const ref_result *r, const variable *v)
+{
+    return *(double *const *)(const void *)((const char *)r + v->in_result);
+}
+
+/* Whether L depends on the variable at all in this case. */
+static int is_used(layer_case *c, const variable *v)
+{
+    int of_pool = v->name[0] == 'd' && strchr("123", v->name[2]) != NULL;
+    if (!*input_of(&c->p, v) || (c->no_experts && of_pool)) return 0;
+    if (strcmp(v->name, "dWg") == 0 || strcmp(v->name, "dbg") == 0) return !c->logits_in;
+    return !(c->no_experts && strcmp(v->name, "x") == 0 && c->p.gate_x);
+}
+
+/* L of the library for the case's present contents, with this routing. */
+static double library_value(const layer_case *c, const moe_plan *plan)
+{
+    layer_run r;
+    moe_losses losses;
+    moe_plan_view view;
+    const moe_plan *used;
+    layer_run_make(&r, c, MOE_DTYPE_F64, NULL);
+    r.f.plan = plan;
+    r.f.plan_use = MOE_PLAN_IDS;
+    ck_assert_msg(layer_run_forward(&r) == MOE_OK, "%s", moe_last_error());
+    ck_assert_int_eq(moe_losses_init(&losses, sizeof losses), MOE_OK);
+    ck_assert_int_eq(moe_pass_losses(r.pass, &losses), MOE_OK);
+    double value = losses.total;
+    for (int64_t i = 0; i < c->p.T * c->p.O && c->p.dy; i++) value += c->p.dy[i] * ((double *)r.y)[i];
+    ck_assert_int_eq(moe_pass_plan(r.pass, &used), MOE_OK);
+    ck_assert_int_eq(moe_plan_view_init(&view, sizeof view), MOE_OK);
+    ck_assert_int_eq(moe_plan_get(used, &view), MOE_OK);
+    for (int64_t n = 0; n < view.entries && c->p.weight_grad; n++)
+        value += c->p.weight_grad[n] * ((const double *)view.weight_of_entry)[n];
+    layer_run_free(&r);
+    return value;
+}
+
+static double reference_value(const layer_case *c)
+{
+    ref_result r;
+    ref_run(&c->p, &r, 0);
+    double value = r.total;
+    ref_free(&r);
+    return value;
+}
+
+/* The gradient that the library found, in the reference's order; NULL if it has none. */
+static double *library_gradient(const layer_run *r, const char *name, int64_t count)
+{
+    const void *from = strcmp(name, "x") == 0           ? r->dx
+                       : strcmp(name, "gate_x") == 0    ? r->d_gate_x
+                       : strcmp(name, "logits_in") == 0 ? r->d_logits
+                                                        : NULL;
+    int64_t got;
+    if (!from) return layer_run_gradient(r, name, &got);
+    double *gradient = malloc(((size_t)count + 1) * sizeof *gradient);
+    ck_assert_ptr_nonnull(gradient);
+    for (int64_t i = 0; i < count; i++) gradient[i] = layer_run_at(r, from, i);
+    return gradient;
+}
+
+static void expect(const layer_case *c, int which, int v, double difference, double product, double scale)
+{
+    double error = fabs(difference - product) / fmax(fabs(product), scale);
+    char text[256];
+    worst[which][v] = fmax(worst[which][v], error);
+    layer_case_print(c, text, sizeof text);
+    ck_assert_msg(error <= ALLOWED, "%s: %s by %s: difference %.12g, gradient %.12g, relative error %.3g", text,
+                  which ? "library" : "reference", variables[v].name, difference, product, error);
+}
+
+/* One direction of one variable, for the reference and the library. */
+static void check_direction(layer_case *c, int v, const ref_result *want, const layer_run *run,
+                            const moe_plan *plan, uint64_t *state)
+{
+    const double **slot = input_of(&c->p, &variables[v]), *kept = *slot;
+    int64_t count = count_of(c, variables[v].name);
+    double *moved = malloc(((size_t)count + 1) * sizeof *moved), *direction = malloc(((size_t)count + 1) * sizeof *direction);
+    double *of_library = library_gradient(run, variables[v].name, count);
+    double value[2][2], by_reference = 0, by_library = 0, size = 0;
+    const double *of_reference = gradient_of(want, &variables[v]);
+    ck_assert(moved && direction);
+    int is_x = strcmp(variables[v].name, "x") == 0;
+    for (int64_t i = 0; i < count; i++) {
+        direction[i] = random_normal(state);
+        double g = of_reference[i] + (is_x && !c->p.gate_x ? want->d_gate_x[i] : 0);
+        by_reference += g * direction[i];
+        by_library += of_library[i] * direction[i];
+        size += g * g;
+    }
+    for (int side = 0; side < 2; side++) {
+        for (int64_t i = 0; i < count; i++) moved[i] = kept[i] + (side ? -STEP : STEP) * direction[i];
+        *slot = moved;
+        value[0][side] = reference_value(c);
+        value[1][side] = library_value(c, plan);
+        *slot = kept;
+    }
+    double scale = sqrt(size) + 1e-6;
+    expect(c, 0, v, (value[0][0] - value[0][1]) / (2 * STEP), by_reference, scale);
+    expect(c, 1, v, (value[1][0] - value[1][1]) / (2 * STEP), by_library, scale);
+    free(moved), free(direction), free(of_library);
+}
+
+START_TEST(test_gradients_agree_with_central_differences)
+{
+    layer_case c = layer_cases[_i];
+    layer_run run;
+    ref_result want, fixed;
+    const moe_plan *used;
+    moe_plan *plan = NULL;
+    uint64_t state = 77 + (uint64_t)_i;
+    layer_case_make(&c, 1000 + (uint64_t)_i);
+    ref_run(&c.p, &fixed, 0);
+    c.p.fixed_ids = fixed.ids;
+    ref_run(&c.p, &want, 1);
+    layer_run_make(&run, &c, MOE_DTYPE_F64, NULL);
+    ck_assert_msg(layer_run_forward(&run) == MOE_OK, "%s", moe_last_error());
+    ck_assert_msg(layer_run_backward(&run) == MOE_OK, "%s", moe_last_error());
+    ck_assert_int_eq(moe_pass_plan(run.pass, &used), MOE_OK);
+    ck_assert_int_eq(moe_plan_create(&plan, run.context), MOE_OK);
+    ck_assert_int_eq(moe_plan_copy(plan, used), MOE_OK);
+    for (int v = 0; v < VARIABLES; v++)
+        for (int turn = 0; turn < 2 && is_used(&c, &variables[v]); turn++)
+            check_direction(&c, v, &want, &run, plan, &state);
+    moe_plan_destroy(plan);
+    layer_run_free(&run);
+    c.p.fixed_ids = NULL;
+    ref_free(&want), ref_free(&fixed);
+    layer_case_free(&c);
+}
+END_TEST
+
+/* By the weights of a plan: y is linear in them, so the difference is exact but for rounding. */
+START_TEST(test_gradients_of_entry_weights_agree_with_central_differences)
+{
+    layer_case c = {.name = "entry weights", .T = 12, .D = 7, .E = 5, .F = 6, .K = 3,
+                    .activation = MOE_ACTIVATION_SWIGLU, .layer_sigmoid = 1};
+    layer_run r;
+    uint64_t state = 5;
+    double weights[36], direction[36], value[2], product = 0;
+    int32_t ids[36];
+    moe_plan_args a;
+    moe_plan *plan = NULL;
+    layer_case_make(&c, 3);
+    layer_run_make(&r, &c, MOE_DTYPE_F64, NULL);
+    ck_assert_int_eq(moe_plan_create(&plan, r.context), MOE_OK);
+    ck_assert_int_eq(moe_plan_args_init(&a, sizeof a), MOE_OK);
+    for (int n = 0; n < 36; n++) {
+        ids[n] = (int32_t)(random_uniform(&state) * 6) - 1; /* some are none, some twice in a token */
+        weights[n] = random_normal(&state);
+        direction[n] = random_normal(&state);
+    }
+    a.tokens = 12, a.num_experts = 5, a.top_k = 3, a.expert_ids = ids, a.dtype = MOE_DTYPE_F64;
+    r.f.plan = plan;
+    r.b.d_logits_out = NULL;
+    for (int side = 2; side >= 0; side--) { /* the last one is the point itself */
+        double moved[36];
+        for (int n = 0; n < 36; n++) moved[n] = weights[n] + (side == 2 ? 1e-5 : side == 1 ? -1e-5 : 0) * direction[n];
+        a.weights = moved;
+        ck_assert_int_eq(moe_plan_build(plan, &a), MOE_OK);
+        ck_assert_msg(layer_run_forward(&r) == MOE_OK, "%s", moe_last_error());
+        double sum = 0;
+        for (int64_t i = 0; i < 12 * 7; i++) sum += ((double *)r.y)[i] * c.p.dy[i];
+        if (side > 0) value[side - 1] = sum;
+    }
+    ck_assert_msg(layer_run_backward(&r) == MOE_OK, "%s", moe_last_error());
+    for (int n = 0; n < 36; n++) {
+        if (ids[n] < 0) ck_assert_double_eq(((double *)r.entry_grad)[n], 0);
+        product += ((double *)r.entry_grad)[n] * direction[n];
+    }
+    ck_assert_double_le(fabs((value[1] - value[0]) / 2e-5 - product), 1e-6 * fabs(product));
+    moe_plan_destroy(plan);
+    layer_run_free(&r);
+    layer_case_free(&c);
+}
+END_TEST
+
+static void print_worst(void)
+{
+    const char *verbose = getenv("MOE_VERBOSE");
+    if (!verbose || verbose[0] != '1') return;
+    printf("%-12s %12s %12s\n", "by", "reference", "library");
+    for (int v = 0; v < VARIABLES; v++)
+        printf("%-12s %12.2e %12.2e\n", variables[v].name, worst[0][v], worst[1][v]);
+}
+
+int main(void)
+{
+    Suite *suite = suite_create("gradients");
+    TCase *tests = tcase_create("central differences");
+    tcase_set_timeout(tests, 600);
+    tcase_add_loop_test(tests, test_gradients_agree_with_central_differences, 0, LAYER_CASES);
+    tcase_add_test(tests, test_gradients_of_entry_weights_agree_with_central_differences);
+    suite_add_tcase(suite, tests);
+    SRunner *runner = srunner_create(suite);
+    srunner_set_fork_status(runner, CK_NOFORK); /* so that the errors can be collected */
+    srunner_run_all(runner, CK_ENV);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    print_worst();
+    return failed != 0;
+}

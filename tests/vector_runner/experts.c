@@ -1,0 +1,394 @@
+/* experts.c - the operations with experts: a pool on given rows, and the whole layer.
+ *
+ * Weights are handed over in every layout and GLU order the library has; the gradients come back the
+ * same way and are compared in the case's own order. */
+#include "run.h"
+
+#include <stdio.h>
+#include <string.h>
+
+/* One parameter of a pool in the library's layout, with its gradient. */
+typedef struct stored {
+    void *data, *grad;
+} stored;
+
+typedef struct pool {
+    const char *prefix; /* of the tensors' names: "", "s" or "r" */
+    int64_t E, D, F, O;
+    int gated;
+    void *W[4], *b[4];          /* [1..3]: the case's tensors, or NULL */
+    stored w1, w3, w2, b1, b3, b2; /* fused orders use w1 and b1 */
+} pool;
+
+static const struct {
+    const char *name;
+    int32_t value;
+} ACTIVATIONS[] = {{"relu", MOE_ACTIVATION_RELU},           {"gelu_tanh", MOE_ACTIVATION_GELU_TANH},
+                   {"gelu_erf", MOE_ACTIVATION_GELU_ERF},   {"silu", MOE_ACTIVATION_SILU},
+                   {"swiglu", MOE_ACTIVATION_SWIGLU},       {"geglu_tanh", MOE_ACTIVATION_GEGLU_TANH},
+                   {"geglu_erf", MOE_ACTIVATION_GEGLU_ERF}, {"reglu", MOE_ACTIVATION_REGLU}};
+
+static int activation(run *r, int32_t *out)
+{
+    const char *act = case_text(r->c, "act", "relu");
+    for (size_t i = 0; i < sizeof ACTIVATIONS / sizeof *ACTIVATIONS; i++)
+        if (strcmp(ACTIVATIONS[i].name, act) == 0) return *out = ACTIVATIONS[i].value, 0;
+    return run_fail(r, "unknown activation %s", act);
+}
+
+/* ---- layouts --------------------------------------------------------------------------------------- */
+
+/* Where column j of half h (0 gate, 1 up) lies among `width` stored columns. */
+static int64_t stored_column(const storage *s, int64_t j, int half, int64_t width)
+{
+    switch (s->glu_order) {
+    case MOE_GLU_GATE_UP: return half * (width / 2) + j;
+    case MOE_GLU_UP_GATE: return (1 - half) * (width / 2) + j;
+    case MOE_GLU_INTERLEAVED: return 2 * j + half;
+    default: return j;
+    }
+}
+
+/* Element (e,i,j) of half h in a stored [E,rows,width], or [E,width,rows] for MOE_WEIGHT_OUT_IN. */
+static int64_t place(const storage *s, int64_t e, int64_t i, int64_t j, int half, int64_t rows,
+                     int64_t width)
+{
+    int64_t column = stored_column(s, j, half, width);
+    return s->layout == MOE_WEIGHT_OUT_IN ? (e * width + column) * rows + i
+                                          : (e * rows + i) * width + column;
+}
+
+/* Copies a case's [E,rows,cols] into the stored form, or back (`out` set) from the gradient. rows = 1 with
+ * is_bias for vectors, which the layout leaves alone. */
+static void convert(run *r, pool *p, stored *to, const void *from, double *out, int64_t rows,
+                    int64_t cols, int half, int64_t width, int is_bias)
+{
+    storage s = r->o.storage;
+    if (is_bias) s.layout = MOE_WEIGHT_IN_OUT;
+    if (width == cols) s.glu_order = MOE_GLU_SEPARATE;
+    for (int64_t e = 0; e < p->E; e++)
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < cols; j++) {
+                int64_t from_at = (e * rows + i) * cols + j;
+                int64_t at = place(&s, e, i, j, half, rows, width);
+                if (out)
+                    out[from_at] = real_at(r, to->grad, at);
+                else
+                    set_real(r, to->data, at, from ? real_at(r, from, from_at) : 0);
+            }
+}
+
+static int fused(const run *r, const pool *p)
+{
+    return p->gated && r->o.storage.glu_order != MOE_GLU_SEPARATE;
+}
+
+static void reset(run *r, stored *s, int64_t count)
+{
+    s->data = run_reals(r, count);
+    s->grad = run_reals(r, count);
+    /* An overwriting backward must not mind what was there. */
+    for (int64_t i = 0; r->o.storage.strided && i < count; i++) set_real(r, s->grad, i, 1e6);
+}
+
+/* Every tensor of the pool in the stored form, with fresh gradients. */
+static void store_pool(run *r, pool *p)
+{
+    int64_t F = p->F, W = fused(r, p) ? 2 * F : F;
+    int has_bias = p->b[1] || p->b[2] || p->b[3];
+    stored *w3 = fused(r, p) ? &p->w1 : &p->w3, *b3 = fused(r, p) ? &p->b1 : &p->b3;
+    reset(r, &p->w1, p->E * p->D * W);
+    reset(r, &p->w2, p->E * F * p->O);
+    if (p->gated && !fused(r, p)) reset(r, &p->w3, p->E * p->D * F);
+    convert(r, p, &p->w1, p->W[1], NULL, p->D, F, 0, W, 0);
+    if (p->gated) convert(r, p, w3, p->W[3], NULL, p->D, F, 1, W, 0);
+    convert(r, p, &p->w2, p->W[2], NULL, F, p->O, 0, p->O, 0);
+    if (!has_bias) return;
+    reset(r, &p->b1, p->E * W);
+    reset(r, &p->b2, p->E * p->O);
+    if (p->gated && !fused(r, p)) reset(r, &p->b3, p->E * F);
+    convert(r, p, &p->b1, p->b[1], NULL, 1, F, 0, W, 1);
+    if (p->gated) convert(r, p, b3, p->b[3], NULL, 1, F, 1, W, 1);
+    convert(r, p, &p->b2, p->b[2], NULL, 1, p->O, 0, p->O, 1);
+}
+
+static void show_one(run *r, pool *p, const char *name, const char *suffix, stored *s, int64_t rows,
+                     int64_t cols, int half, int64_t width, int is_bias)
+{
+    char full[48];
+    (void)snprintf(full, sizeof full, "d%s%s%s", p->prefix, name, suffix);
+    convert(r, p, s, NULL, result_reals(r, full, p->E * rows * cols), rows, cols, half, width, is_bias);
+}
+
+static void show_gradients(run *r, pool *p, const char *suffix)
+{
+    int64_t F = p->F, W = fused(r, p) ? 2 * F : F;
+    int has_bias = p->b[1] || p->b[2] || p->b[3];
+    stored *w3 = fused(r, p) ? &p->w1 : &p->w3, *b3 = fused(r, p) ? &p->b1 : &p->b3;
+    show_one(r, p, "W1", suffix, &p->w1, p->D, F, 0, W, 0);
+    if (p->gated) show_one(r, p, "W3", suffix, w3, p->D, F, 1, W, 0);
+    show_one(r, p, "W2", suffix, &p->w2, F, p->O, 0, p->O, 0);
+    if (!has_bias) return;
+    show_one(r, p, "b1", suffix, &p->b1, 1, F, 0, W, 1);
+    if (p->gated) show_one(r, p, "b3", suffix, b3, 1, F, 1, W, 1);
+    show_one(r, p, "b2", suffix, &p->b2, 1, p->O, 0, p->O, 1);
+}
+
+static int bind_one(run *r, moe_experts *experts, const char *name, stored *s)
+{
+    moe_binding b;
+    int64_t index = moe_experts_parameter_find(experts, name);
+    if (index < 0) return 0;
+    if (!s->data) return run_fail(r, "the case has no tensor for %s", name);
+    CALL(r, moe_binding_init(&b, sizeof b));
+    b.data = s->data;
+    b.grad = s->grad;
+    b.data_dtype = b.grad_dtype = r->o.dtype;
+    CALL(r, moe_experts_bind(experts, index, &b));
+    return 0;
+}
+
+static int bind_pool(run *r, moe_experts *experts, pool *p)
+{
+    store_pool(r, p);
+    TRY(bind_one(r, experts, fused(r, p) ? "w13" : "w1", &p->w1));
+    TRY(bind_one(r, experts, "w3", &p->w3));
+    TRY(bind_one(r, experts, "w2", &p->w2));
+    TRY(bind_one(r, experts, fused(r, p) ? "b13" : "b1", &p->b1));
+    TRY(bind_one(r, experts, "b3", &p->b3));
+    return bind_one(r, experts, "b2", &p->b2);
+}
+
+/* Reads the tensors of a pool (prefix "", "s", "r") and makes it. */
+static int make_pool(run *r, pool *p, const char *prefix, moe_experts **experts)
+{
+    char name[16];
+    moe_experts_config e;
+    memset(p, 0, sizeof *p);
+    p->prefix = prefix;
+    int leading = prefix[0] == 0; /* shared and residual pools have no E */
+    (void)snprintf(name, sizeof name, "%sW1", prefix);
+    tensor *w1 = case_tensor(r->c, "in", name);
+    (void)snprintf(name, sizeof name, "%sW2", prefix);
+    tensor *w2 = case_tensor(r->c, "in", name);
+    if (!w1 || !w2 || w1->dims != 2 + leading || w2->dims != 2 + leading)
+        return run_fail(r, "the case has no %sW1 and %sW2", prefix, prefix);
+    for (int i = 1; i <= 3; i++) {
+        (void)snprintf(name, sizeof name, "%sW%d", prefix, i);
+        p->W[i] = run_input(r, name);
+        (void)snprintf(name, sizeof name, "%sb%d", prefix, i);
+        p->b[i] = run_input(r, name);
+    }
+    p->E = leading ? w1->dim[0] : 1;
+    p->D = w1->dim[leading];
+    p->F = w1->dim[leading + 1];
+    p->O = w2->dim[leading + 1];
+    CALL(r, moe_experts_config_init(&e, sizeof e));
+    TRY(activation(r, &e.activation));
+    p->gated = e.activation >= MOE_ACTIVATION_SWIGLU;
+    e.d_model = p->D;
+    e.d_hidden = p->F;
+    e.d_out = p->O;
+    e.num_experts = p->E;
+    e.bias = p->b[1] || p->b[2] || p->b[3];
+    e.dtype = r->o.dtype;
+    e.weight_layout = r->o.storage.layout;
+    if (p->gated) e.glu_order = r->o.storage.glu_order;
+    e.parameters = MOE_PARAMETERS_BOUND;
+    e.output = leading && case_integer(r->c, "expert_sigmoid", 0) ? MOE_OUTPUT_SIGMOID : MOE_OUTPUT_LINEAR;
+    CALL(r, moe_experts_create(experts, r->context, &e));
+    return 0;
+}
+
+/* ---- matrices with gaps ------------------------------------------------------------------------------ */
+
+static int64_t stride_of(const run *r, int64_t width) { return r->o.storage.strided ? width + 3 : width; }
+
+static void *spread(run *r, const void *dense, int64_t rows, int64_t width)
+{
+    int64_t stride = stride_of(r, width);
+    void *to = run_reals(r, rows * stride);
+    for (int64_t i = 0; i < rows * stride; i++) set_real(r, to, i, -77);
+    for (int64_t i = 0; dense && i < rows * width; i++)
+        set_real(r, to, i / width * stride + i % width, real_at(r, dense, i));
+    return to;
+}
+
+static int gather(run *r, const char *name, const void *from, int64_t rows, int64_t width)
+{
+    int64_t stride = stride_of(r, width);
+    double *to = result_reals(r, name, rows * width);
+    for (int64_t i = 0; i < rows * stride; i++) {
+        if (i % stride < width)
+            to[i / stride * width + i % stride] = real_at(r, from, i);
+        else if (real_at(r, from, i) != -77)
+            return run_fail(r, "%s: a gap between rows was written", name);
+    }
+    return 0;
+}
+
+/* ---- ffn_grouped -------------------------------------------------------------------------------------- */
+
+/* Token t goes to the one expert whose range holds it. */
+static int plan_from_offsets(run *r, const pool *p, int64_t T)
+{
+    tensor *offsets = case_tensor(r->c, "in", "offsets");
+    moe_plan_args a;
+    int32_t *ids = run_alloc(r, T * 4);
+    if (!offsets || offsets->count != p->E + 1) return run_fail(r, "offsets do not fit E");
+    const int32_t *begin = offsets->data;
+    for (int64_t e = 0; e < p->E; e++)
+        for (int64_t t = begin[e]; t < begin[e + 1]; t++) ids[t] = (int32_t)e;
+    CALL(r, moe_plan_create(&r->plan, r->context));
+    CALL(r, moe_plan_args_init(&a, sizeof a));
+    a.tokens = T;
+    a.num_experts = p->E;
+    a.top_k = 1;
+    a.expert_ids = ids;
+    a.dtype = r->o.dtype;
+    CALL(r, moe_plan_build(r->plan, &a));
+    return 0;
+}
+
+int op_ffn_grouped(run *r)
+{
+    pool p;
+    moe_forward_args f;
+    moe_backward_args b;
+    tensor *x = case_tensor(r->c, "in", "x");
+    if (!x || x->dims != 2) return run_fail(r, "there is no tensor x");
+    int64_t T = x->dim[0];
+    static const char *const dims[] = {"T", "R", "D", "E", "F"};
+    for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) (void)case_integer(r->c, dims[i], 0);
+    TRY(make_pool(r, &p, "", &r->experts));
+    TRY(bind_pool(r, r->experts, &p));
+    TRY(plan_from_offsets(r, &p, T));
+    CALL(r, moe_pass_create_for_experts(&r->pass, r->experts, NULL));
+    CALL(r, moe_forward_args_init(&f, sizeof f));
+    f.tokens = T;
+    f.x = spread(r, run_input(r, "x"), T, p.D);
+    f.x_stride = stride_of(r, p.D);
+    f.y = spread(r, NULL, T, p.O);
+    f.y_stride = stride_of(r, p.O);
+    f.plan = r->plan;
+    CALL(r, moe_experts_forward(r->experts, r->pass, &f));
+    TRY(gather(r, "y", f.y, T, p.O));
+    CALL(r, moe_backward_args_init(&b, sizeof b));
+    b.flags = r->o.storage.strided ? MOE_BACKWARD_OVERWRITE : 0;
+    b.dy = spread(r, run_input(r, "dy"), T, p.O);
+    b.dy_stride = stride_of(r, p.O);
+    b.dx = spread(r, NULL, T, p.D);
+    b.dx_stride = stride_of(r, p.D);
+    CALL(r, moe_experts_backward(r->experts, r->pass, &b));
+    TRY(gather(r, "dx", b.dx, T, p.D));
+    show_gradients(r, &p, "");
+    return 0;
+}
+
+/* ---- moe_layer ----------------------------------------------------------------------------------------- */
+
+/* Binds everything with fresh gradients, goes back with this dy, and shows the gradients. */
+static int layer_gradients(run *r, pool *p, const char *suffix, const void *dy, int64_t T)
+{
+    int64_t D = p->D, E = p->E;
+    moe_backward_args b;
+    char name[48];
+    stored wg = {0}, wn = {0};
+    int noisy = moe_gate_parameter_find(r->gate, "noise_weight") >= 0;
+    reset(r, &wg, D * E);
+    reset(r, &wn, D * E);
+    TRY(bind_gate(r, "weight", run_input(r, "Wg"), wg.grad));
+    if (noisy) TRY(bind_gate(r, "noise_weight", run_input(r, "Wnoise"), wn.grad));
+    TRY(bind_pool(r, r->experts, p));
+    CALL(r, moe_backward_args_init(&b, sizeof b));
+    b.flags = r->o.storage.strided ? MOE_BACKWARD_OVERWRITE : 0;
+    b.dy = spread(r, dy ? dy : run_reals(r, T * p->O), T, p->O);
+    b.dy_stride = stride_of(r, p->O);
+    b.dx = spread(r, NULL, T, D);
+    b.dx_stride = stride_of(r, D);
+    CALL(r, moe_layer_backward(r->layer, r->pass, &b));
+    (void)snprintf(name, sizeof name, "dx%s", suffix);
+    TRY(gather(r, name, b.dx, T, D));
+    (void)snprintf(name, sizeof name, "dWg%s", suffix);
+    result_copy(r, name, wg.grad, D * E);
+    (void)snprintf(name, sizeof name, "dWnoise%s", suffix);
+    if (noisy) result_copy(r, name, wn.grad, D * E);
+    show_gradients(r, p, suffix);
+    return 0;
+}
+
+static int make_layer(run *r, pool *p, const char *gating)
+{
+    moe_gate_config g;
+    moe_layer_config l;
+    pool shared, residual;
+    TRY(gate_config(r, &g, gating));
+    g.d_model = case_integer(r->c, "D", 0);
+    CALL(r, moe_gate_create(&r->gate, r->context, &g));
+    TRY(make_pool(r, p, "", &r->experts));
+    CALL(r, moe_layer_config_init(&l, sizeof l));
+    l.gate = r->gate;
+    l.experts = r->experts;
+    l.output = case_integer(r->c, "out_sigmoid", 0) ? MOE_OUTPUT_SIGMOID : MOE_OUTPUT_LINEAR;
+    if (case_tensor(r->c, "in", "sW1")) {
+        TRY(make_pool(r, &shared, "s", &r->shared));
+        l.shared = r->shared;
+        l.shared_gate = case_tensor(r->c, "in", "wsg") != NULL;
+    }
+    if (case_tensor(r->c, "in", "rW1")) {
+        TRY(make_pool(r, &residual, "r", &r->residual));
+        l.residual = r->residual;
+        l.residual_mix = case_tensor(r->c, "in", "Wc") != NULL;
+    }
+    CALL(r, moe_layer_create(&r->layer, &l));
+    CALL(r, moe_pass_create(&r->pass, r->layer, NULL));
+    return 0;
+}
+
+/* counts of a layer are the kept rows of each expert. */
+static int show_counts(run *r, int64_t E)
+{
+    moe_tensor_view v;
+    CALL(r, moe_tensor_view_init(&v, sizeof v));
+    CALL(r, moe_pass_tensor(r->pass, MOE_TENSOR_ROWS, &v));
+    int32_t *counts = result_ints(r, "counts", E);
+    for (int64_t e = 0; e < E; e++) counts[e] = (int32_t)((const int64_t *)v.data)[e];
+    return 0;
+}
+
+int op_layer(run *r)
+{
+    pool p;
+    moe_forward_args f;
+    int64_t T = case_integer(r->c, "T", 0), E = case_integer(r->c, "E", 0);
+    int hier = strcmp(r->c->op, "moe_hier") == 0;
+    const char *gating = hier ? "hier" : case_text(r->c, "gating", "topk");
+    int dense = strcmp(gating, "softmax_dense") == 0;
+    (void)case_integer(r->c, "F", 0);
+    if (hier) { /* A groups of B experts */
+        moe_gate_config g;
+        TRY(gate_config(r, &g, gating));
+        g.num_experts = case_integer(r->c, "A", 1) * case_integer(r->c, "B", 1);
+        CALL(r, moe_gate_create(&r->gate, r->context, &g));
+        return run_fail(r, "hierarchical gates have no mapping");
+    }
+    TRY(make_layer(r, &p, gating));
+    TRY(bind_gate(r, "weight", run_input(r, "Wg"), NULL));
+    if (moe_gate_parameter_find(r->gate, "noise_weight") >= 0)
+        TRY(bind_gate(r, "noise_weight", run_input(r, "Wnoise"), NULL));
+    TRY(bind_pool(r, r->experts, &p));
+    CALL(r, moe_forward_args_init(&f, sizeof f));
+    f.tokens = T;
+    f.flags = case_integer(r->c, "train", 1) ? MOE_FORWARD_TRAIN : 0;
+    f.x = spread(r, run_input(r, "x"), T, p.D);
+    f.x_stride = stride_of(r, p.D);
+    f.y = spread(r, NULL, T, p.O);
+    f.y_stride = stride_of(r, p.O);
+    f.noise = run_input(r, "noise");
+    CALL(r, moe_layer_forward(r->layer, r->pass, &f));
+    TRY(gather(r, "y", f.y, T, p.O));
+    TRY(show_gate(r, T, E, dense ? E : case_integer(r->c, "K", 1), "topk_w"));
+    TRY(show_counts(r, E));
+    TRY(layer_gradients(r, &p, "", run_input(r, "dy"), T));
+    return layer_gradients(r, &p, "_aux", NULL, T);
+}
