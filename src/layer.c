@@ -145,6 +145,8 @@ static moe_status losses_step(moe_pass *pass, const moe__forward *f, const moe__
     if (f->recompute) return MOE_OK; /* they were counted by the first forward */
     memcpy(pass->value, value, sizeof value);
     memcpy(pass->stats, stats, sizeof stats);
+    pass->total = 0;
+    for (int i = 0; i < MOE_LOSS_SLOTS; i++) pass->total += value[i];
     return MOE_OK;
 }
 
@@ -267,6 +269,7 @@ moe_status moe__run_forward(moe_pass *pass, const moe_forward_args *args, int32_
     fenv_t saved;
     moe__fenv_enter(&saved);
     moe_status status = forward_steps(pass, &f, kernels);
+    if (status == MOE_OK && !f.recompute) write_results(pass, &f.a);
     moe__fenv_leave(&saved);
 
     pass->uses = uses;
@@ -276,7 +279,6 @@ moe_status moe__run_forward(moe_pass *pass, const moe_forward_args *args, int32_
                   : shape.save                            ? MOE__PASS_SAVED
                   : (f.a.flags & MOE_FORWARD_PLAN_ONLY)   ? MOE__PASS_PLAN
                                                           : MOE__PASS_EMPTY;
-    if (status == MOE_OK && !f.recompute) write_results(pass, &f.a);
     return status;
 }
 

@@ -86,10 +86,14 @@ void moe__gate_parameters_describe(moe_gate *gate)
     if (noisy) moe__parameter_add(list, "noise_weight", 0, 2, matrix, c->dtype, GATE_NOISE, std);
 }
 
-/* Square roots are exactly rounded: the same bits everywhere. */
+/* The same bits whatever the caller's rounding. */
 static double inverse_root(int64_t n)
 {
-    return 1 / __builtin_sqrt((double)n);
+    fenv_t saved;
+    moe__fenv_enter(&saved);
+    double root = 1 / __builtin_sqrt((double)n);
+    moe__fenv_leave(&saved);
+    return root;
 }
 
 static void add_expert_weight(moe_experts *experts, const char *name, int64_t in, int64_t out,

@@ -186,10 +186,8 @@ moe_status moe_pass_losses(const moe_pass *pass, moe_losses *losses)
     moe_losses known = {0};
     MOE_TRY(check_has_forward(pass, losses, "losses", __func__));
     MOE_TRY(moe__struct_check_out(&moe__losses_info, losses, __func__));
-    for (int i = 0; i < MOE_LOSS_SLOTS; i++) {
-        known.value[i] = pass->value[i];
-        known.total += pass->value[i];
-    }
+    known.total = pass->total;
+    memcpy(known.value, pass->value, sizeof known.value);
     moe__struct_write(&moe__losses_info, losses, &known);
     return MOE_OK;
 }

@@ -66,7 +66,7 @@ struct moe_pass {
     int64_t *valid_token, *valid_begin;
     int64_t *group_capacity;
     double weights[MOE_LOSS_SLOTS], value[MOE_LOSS_SLOTS], stats[MOE_STAT_SLOTS];
-    double factor[MOE_LOSS_SLOTS];
+    double factor[MOE_LOSS_SLOTS], total;
 };
 
 /* Cuts `arena` into the arrays of `pass` for this shape; with a NULL base it counts. */

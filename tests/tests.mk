@@ -5,6 +5,8 @@ CHECK_LIBS = $(shell $(PKG_CONFIG) --libs check 2>/dev/null)
 
 SUPPORT := $(wildcard tests/reference/*.c) $(wildcard tests/support/*.c)
 SUITES := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/check_*.c))
+# The calls that check_memory counts.
+LINK_memory := -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=posix_memalign,--wrap=mmap
 HOSTS := $(patsubst tests/hosts/%.c,$(BUILD)/tests/hosts/%,$(wildcard tests/hosts/*.c))
 EXAMPLES := $(patsubst examples/%.c,$(BUILD)/examples/%,$(wildcard examples/*.c))
 RPATH = -Wl,-rpath,$(abspath $(LIB))
@@ -26,7 +28,7 @@ SUPPORT_OBJECTS := $(SUPPORT:tests/%.c=$(BUILD)/tests/support/%.o)
 
 $(BUILD)/tests/check_%: tests/check_%.c $(SUPPORT_OBJECTS) $(LIB)/libmoe.a
 	@mkdir -p $(@D)
-	$(CC) $(TEST_FLAGS) $(MATH) $(CHECK_CFLAGS) $< $(SUPPORT_OBJECTS) $(LIB)/libmoe.a $(CHECK_LIBS) \
+	$(CC) $(TEST_FLAGS) $(MATH) $(CHECK_CFLAGS) $(LINK_$*) $< $(SUPPORT_OBJECTS) $(LIB)/libmoe.a $(CHECK_LIBS) \
 	    -lm -ldl -o $@
 
 $(BUILD)/tests/hosts/%: tests/hosts/%.c $(LIB)/libmoe.so

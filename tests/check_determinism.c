@@ -1,0 +1,235 @@
+/* check_determinism.c - the same bytes for any number of threads, any instruction set, the host's own
+ * parallel-for in any order, any floating-point environment of the caller, and any split of a batch.
+ *
+ * Sizes give at least 8 tiles a product and are no multiple of a tile. */
+#include "support/layer_case.h"
+
+#include <check.h>
+#include <fenv.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+static layer_case big_case(void)
+{
+    layer_case c = {.name = "determinism", .T = 1201, .D = 300, .E = 8, .F = 520, .K = 2,
+                    .kind = MOE_GATE_NOISY_TOP_K, .activation = MOE_ACTIVATION_GEGLU_TANH,
+                    .expert_bias = 1, .groups = 3, .weight = {0.1, 0.1, 0.1, 0.1, 0.01, 0.1}};
+    if (getenv("MOE_SANITIZED")) c.T = 301, c.D = 70, c.F = 90; /* still several tiles, in a tenth of the time */
+    return c;
+}
+
+/* Everything a training step leaves, as one number. The noise is the library's own. */
+static uint64_t step_hash(const layer_case *c, int32_t dtype, const moe_context_config *config)
+{
+    layer_run r;
+    layer_run_make(&r, c, dtype, config);
+    r.f.noise = NULL;
+    r.f.step = 3;
+    r.f.token_first = 1000;
+    ck_assert_msg(layer_run_forward(&r) == MOE_OK, "%s", moe_last_error());
+    ck_assert_msg(layer_run_backward(&r) == MOE_OK, "%s", moe_last_error());
+    moe_losses losses;
+    ck_assert_int_eq(moe_losses_init(&losses, sizeof losses), MOE_OK);
+    ck_assert_int_eq(moe_pass_losses(r.pass, &losses), MOE_OK);
+    uint64_t hash = layer_run_hash(&r);
+    for (size_t b = 0; b < sizeof losses; b++)
+        hash = (hash ^ ((const unsigned char *)&losses)[b]) * 0x100000001b3u;
+    layer_run_free(&r);
+    return hash;
+}
+
+static moe_context_config with(int32_t threads, int32_t isa)
+{
+    moe_context_config k;
+    ck_assert_int_eq(moe_context_config_init(&k, sizeof k), MOE_OK);
+    k.threads = threads;
+    k.isa = isa;
+    return k;
+}
+
+START_TEST(test_determinism_over_threads_and_instruction_sets)
+{
+    static const int32_t threads[] = {1, 2, 3, 7};
+    layer_case c = big_case();
+    int32_t dtype = _i ? MOE_DTYPE_F64 : MOE_DTYPE_F32;
+    if (_i) c.T = c.T / 3, c.D = 77, c.F = 101;
+    layer_case_make(&c, 1);
+    moe_context_config k = with(1, MOE_ISA_AUTO);
+    uint64_t want = step_hash(&c, dtype, &k);
+    for (size_t t = 0; t < sizeof threads / sizeof *threads; t++)
+        for (int32_t isa = MOE_ISA_PLAIN; isa <= MOE_ISA_AVX512; isa++) {
+            moe_context *probe;
+            k = with(threads[t], isa);
+            if (isa == MOE_ISA_PLAIN && threads[t] != 2) continue; /* slow without the hardware */
+            if (moe_context_create(&probe, &k) == MOE_ERROR_NOT_SUPPORTED) continue;
+            moe_context_destroy(probe);
+            ck_assert_msg(step_hash(&c, dtype, &k) == want, "%d threads, isa %d", (int)threads[t], (int)isa);
+        }
+    layer_case_free(&c);
+}
+END_TEST
+
+/* ---- the host's parallel-for ------------------------------------------------------------------------- */
+
+enum { HOST_THREADS = 7, MOST_TASKS = 64 };
+
+typedef struct host_loop {
+    moe_task_fn task;
+    void *argument;
+    int64_t order[MOST_TASKS];
+    int64_t count;
+    _Atomic int64_t next;
+} host_loop;
+
+static void *host_thread(void *argument)
+{
+    host_loop *loop = argument;
+    for (;;) {
+        int64_t at = loop->next++;
+        if (at >= loop->count) return NULL;
+        loop->task(loop->argument, loop->order[at]);
+    }
+}
+
+static int32_t shuffled_parallel(void *user, int64_t count, moe_task_fn task, void *argument)
+{
+    uint64_t *state = user;
+    pthread_t threads[HOST_THREADS];
+    host_loop loop = {.task = task, .argument = argument, .count = count};
+    if (count > MOST_TASKS) return 1;
+    for (int64_t i = 0; i < count; i++) loop.order[i] = i;
+    for (int64_t i = count - 1; i > 0; i--) {
+        int64_t j = (int64_t)(random_uniform(state) * (double)(i + 1)), swap = loop.order[i];
+        loop.order[i] = loop.order[j];
+        loop.order[j] = swap;
+    }
+    for (int i = 0; i < HOST_THREADS; i++)
+        if (pthread_create(&threads[i], NULL, host_thread, &loop) != 0) return 2;
+    for (int i = 0; i < HOST_THREADS; i++) (void)pthread_join(threads[i], NULL);
+    return 0;
+}
+
+START_TEST(test_determinism_with_shuffled_host_loop)
+{
+    layer_case c = big_case();
+    uint64_t state = 11;
+    layer_case_make(&c, 2);
+    moe_context_config k = with(2, MOE_ISA_AUTO);
+    uint64_t want = step_hash(&c, MOE_DTYPE_F32, &k);
+    k = with(HOST_THREADS, MOE_ISA_AUTO);
+    k.parallel = shuffled_parallel;
+    k.parallel_user = &state;
+    for (int turn = 0; turn < 3; turn++) ck_assert_uint_eq(step_hash(&c, MOE_DTYPE_F32, &k), want);
+    layer_case_free(&c);
+}
+END_TEST
+
+/* ---- the caller's floating-point environment ------------------------------------------------------------ */
+
+START_TEST(test_determinism_whatever_the_callers_rounding_and_flushing)
+{
+    layer_case c = big_case();
+    layer_run r;
+    fenv_t before;
+    c.T = 101, c.spread = 1e-18; /* squares are denormal: flushing would show */
+    layer_case_make(&c, 3);
+    moe_context_config k = with(2, MOE_ISA_AUTO);
+    uint64_t want = step_hash(&c, MOE_DTYPE_F32, &k), got;
+    layer_run_make(&r, &c, MOE_DTYPE_F32, &k);
+    r.f.noise = NULL;
+    (void)fegetenv(&before);
+    (void)fesetround(FE_UPWARD);
+#if defined(__x86_64__)
+    unsigned flushing = _mm_getcsr() | 0x8040u;
+    _mm_setcsr(flushing);
+#endif
+    moe_status forward = layer_run_forward(&r), backward = layer_run_backward(&r);
+    int rounding = fegetround();
+#if defined(__x86_64__)
+    unsigned after = _mm_getcsr() & ~0x3fu; /* without the sticky flags */
+    _mm_setcsr(flushing & ~0x3fu);
+    int kept = after == (flushing & ~0x3fu);
+#else
+    int kept = 1;
+#endif
+    (void)fesetenv(&before);
+    ck_assert_int_eq(forward, MOE_OK);
+    ck_assert_int_eq(backward, MOE_OK);
+    ck_assert_msg(kept, "the caller's flush-to-zero was not put back");
+    ck_assert_int_eq(rounding, FE_UPWARD);
+    layer_run_free(&r);
+    (void)fesetround(FE_UPWARD);
+    got = step_hash(&c, MOE_DTYPE_F32, &k);
+    (void)fesetenv(&before);
+    ck_assert_uint_eq(got, want);
+    layer_case_free(&c);
+}
+END_TEST
+
+/* ---- batches ------------------------------------------------------------------------------------------- */
+
+/* y and dx of tokens [first, first + count) computed as a batch of their own. */
+static void run_piece(layer_run *whole, int64_t first, int64_t count)
+{
+    const layer_case *c = whole->c;
+    layer_run piece = *whole;
+    size_t element = whole->dtype == MOE_DTYPE_F64 ? 8 : 4;
+    char *y = calloc((size_t)(count * c->p.O), element), *dx = calloc((size_t)(count * c->D), element);
+    ck_assert(y && dx);
+    piece.f.tokens = count;
+    piece.f.token_first = first;
+    piece.f.x = (char *)whole->x + (size_t)(first * c->D) * element;
+    piece.f.y = y;
+    piece.b.dy = (char *)whole->dy + (size_t)(first * c->p.O) * element;
+    piece.b.dx = dx;
+    piece.b.d_logits_out = piece.b.entry_weight_grad = NULL;
+    ck_assert_msg(layer_run_forward(&piece) == MOE_OK, "%s", moe_last_error());
+    ck_assert_msg(layer_run_backward(&piece) == MOE_OK, "%s", moe_last_error());
+    ck_assert_msg(memcmp(y, (char *)whole->y + (size_t)(first * c->p.O) * element, (size_t)(count * c->p.O) * element) == 0,
+                  "y of tokens %lld to %lld", (long long)first, (long long)(first + count - 1));
+    ck_assert_msg(memcmp(dx, (char *)whole->dx + (size_t)(first * c->D) * element, (size_t)(count * c->D) * element) == 0,
+                  "dx of tokens %lld to %lld", (long long)first, (long long)(first + count - 1));
+    free(y);
+    free(dx);
+}
+
+START_TEST(test_determinism_over_splits_of_the_batch)
+{
+    layer_case c = big_case();
+    layer_run r;
+    c.groups = 0;
+    c.T = 257;
+    memset(c.weight, 0, sizeof c.weight); /* losses see the batch */
+    layer_case_make(&c, 4);
+    layer_run_make(&r, &c, _i ? MOE_DTYPE_F64 : MOE_DTYPE_F32, NULL);
+    r.f.noise = NULL;
+    ck_assert_msg(layer_run_forward(&r) == MOE_OK, "%s", moe_last_error());
+    ck_assert_msg(layer_run_backward(&r) == MOE_OK, "%s", moe_last_error());
+    run_piece(&r, 0, 128);
+    run_piece(&r, 128, 129);
+    for (int64_t t = 0; t < 40; t++) run_piece(&r, t * 6, 1 + t % 7);
+    layer_run_free(&r);
+    layer_case_free(&c);
+}
+END_TEST
+
+int main(void)
+{
+    Suite *suite = suite_create("determinism");
+    TCase *tests = tcase_create("bytes");
+    tcase_set_timeout(tests, 600);
+    tcase_add_loop_test(tests, test_determinism_over_threads_and_instruction_sets, 0, 2);
+    tcase_add_test(tests, test_determinism_with_shuffled_host_loop);
+    tcase_add_test(tests, test_determinism_whatever_the_callers_rounding_and_flushing);
+    tcase_add_loop_test(tests, test_determinism_over_splits_of_the_batch, 0, 2);
+    suite_add_tcase(suite, tests);
+    SRunner *runner = srunner_create(suite);
+    srunner_run_all(runner, CK_ENV);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed != 0;
+}
