@@ -14,13 +14,15 @@ DESTDIR ?=
 WERROR ?= 1
 SANITIZE ?=
 PKG_CONFIG ?= pkg-config
+# The scripts of tests/ use the same compiler.
+export CC
 
 MAJOR := $(shell sed -n 's/^.define MOE_VERSION_MAJOR \([0-9]*\)/\1/p' include/moe/version.h)
 MINOR := $(shell sed -n 's/^.define MOE_VERSION_MINOR \([0-9]*\)/\1/p' include/moe/version.h)
 PATCH := $(shell sed -n 's/^.define MOE_VERSION_PATCH \([0-9]*\)/\1/p' include/moe/version.h)
 VERSION := $(MAJOR).$(MINOR).$(PATCH)
 SONAME := libmoe.so.$(shell cat src/soname)
-MACHINE := $(shell $(CC) -dumpmachine 2>/dev/null)
+MACHINE := $(shell $(CC) $(CFLAGS) -dumpmachine 2>/dev/null)
 
 # ---- flags ----------------------------------------------------------------------------------------
 
@@ -40,11 +42,14 @@ CORE := $(wildcard src/*.c) $(wildcard src/comm/*.c)
 KERNELS := $(filter-out src/cpu/dispatch_isa.c,$(wildcard src/cpu/*.c))
 VARIANTS := f32_plain f64_plain
 ISA_FLAGS_plain :=
-ifneq ($(filter x86_64%,$(MACHINE)),)
-VARIANTS += f32_avx2 f64_avx2 f32_avx512 f64_avx512
-HAVE_X86 := -DMOE_HAVE_X86
 ISA_FLAGS_avx2 := -mavx2 -mfma
 ISA_FLAGS_avx512 := -mavx512f -mavx512vl -mavx512dq -mavx512bw -mfma -mprefer-vector-width=512
+# What the compiler makes code for decides, not what it runs on.
+X86 := $(shell $(CC) $(CFLAGS) $(ISA_FLAGS_avx2) $(ISA_FLAGS_avx512) -dM -E -x c /dev/null 2>/dev/null | \
+    grep -cE '__(x86_64|AVX512BW|FMA)__')
+ifeq ($(X86),3)
+VARIANTS += f32_avx2 f64_avx2 f32_avx512 f64_avx512
+HAVE_X86 := -DMOE_HAVE_X86
 endif
 
 CORE_OBJECTS := $(CORE:%.c=$(BUILD)/%.o) $(BUILD)/src/cpu/dispatch_isa.o
@@ -58,15 +63,19 @@ all: $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/pkgconfig/moe.pc
 	@printf '%-24s %s\n' '$(LIB)/libmoe.so' 'shared library $(SONAME), version $(VERSION)'
 	@printf '%-24s %s\n' 'not built' 'CUDA, NCCL, MPI and file modules: not part of this release'
 ifeq ($(HAVE_X86),)
-	@printf '%-24s %s\n' 'not built' 'AVX2 and AVX-512 variants: $(MACHINE) has none'
+	@printf '%-24s %s\n' 'not built' 'AVX2 and AVX-512 variants: $(CC) makes none for $(MACHINE)'
 endif
 
-# Rebuild everything when compiler or flags change.
+# Rebuild everything when compiler or flags change, link again when a source came or went.
 FLAGS_STAMP := $(BUILD)/flags
-FLAGS_TEXT := $(CC) $(SHIPPED) $(CFLAGS) $(VARIANTS)
+OBJECTS_STAMP := $(BUILD)/objects
+FLAGS_TEXT = $(CC) $(SHIPPED) $(CFLAGS) $(LDFLAGS) $(VARIANTS)
+QUOTED = '$(subst ','\'',$(strip $(1)))'
+STAMP = @mkdir -p $(@D); printf '%s\n' $(call QUOTED,$(1)) | cmp -s - $@ || printf '%s\n' $(call QUOTED,$(1)) >$@
 $(FLAGS_STAMP): force
-	@mkdir -p $(BUILD)
-	@echo '$(FLAGS_TEXT)' | cmp -s - $@ || echo '$(FLAGS_TEXT)' > $@
+	$(call STAMP,$(FLAGS_TEXT))
+$(OBJECTS_STAMP): force
+	$(call STAMP,$(OBJECTS))
 .PHONY: force
 force:
 
@@ -86,14 +95,14 @@ $(BUILD)/src/cpu/%.$(1).o: src/cpu/%.c $(FLAGS_STAMP)
 endef
 $(foreach v,$(VARIANTS),$(eval $(call KERNEL_RULE,$(v))))
 
-$(LIB)/libmoe.a: $(OBJECTS)
+$(LIB)/libmoe.a: $(OBJECTS) $(OBJECTS_STAMP)
 	@mkdir -p $(@D)
 	rm -f $@
 	$(AR) rcs $@ $(OBJECTS)
 
-$(LIB)/libmoe.so.$(VERSION): $(OBJECTS) src/libmoe.map src/soname
+$(LIB)/libmoe.so.$(VERSION): $(OBJECTS) $(OBJECTS_STAMP) src/libmoe.map src/soname
 	@mkdir -p $(@D)
-	$(CC) -shared $(SAN) -Wl,-soname,$(SONAME) -Wl,--version-script=src/libmoe.map \
+	$(CC) -shared $(SAN) $(CFLAGS) -Wl,-soname,$(SONAME) -Wl,--version-script=src/libmoe.map \
 	    $(if $(SAN),,-Wl,-z,defs) -Wl,-z,relro,-z,now $(LDFLAGS) -o $@ $(OBJECTS) -lm -pthread
 
 $(LIB)/libmoe.so: $(LIB)/libmoe.so.$(VERSION)
@@ -107,9 +116,11 @@ PC = sed -e 's|@PREFIX@|$(1)|' -e 's|@LIBDIR@|$(2)|' -e 's|@INCLUDEDIR@|$(3)|' -
     -e 's|@NAME@|libmoe|' -e 's|@LIBRARY@|moe|' -e 's|@REQUIRES@||' -e 's|@PRIVATE@|-lm -pthread|' \
     -e 's|@DESCRIPTION@|Mixture-of-Experts layer, forward and backward|' moe.pc.in
 
-$(LIB)/pkgconfig/moe.pc: moe.pc.in include/moe/version.h Makefile
+# The file for the tree names the tree, which may have moved.
+$(LIB)/pkgconfig/moe.pc: moe.pc.in force
 	@mkdir -p $(@D)
-	@$(call PC,$(CURDIR),$(abspath $(LIB)),$(CURDIR)/include) > $@
+	@$(call PC,$(CURDIR),$(abspath $(LIB)),$(CURDIR)/include) >$@.new
+	@if cmp -s $@.new $@; then rm -f $@.new; else mv $@.new $@; fi
 
 # ---- install --------------------------------------------------------------------------------------
 
@@ -131,19 +142,31 @@ uninstall:
 	rm -f $(DESTDIR)$(LIBDIR)/libmoe.so.$(VERSION) $(DESTDIR)$(LIBDIR)/pkgconfig/moe.pc
 	-rmdir $(DESTDIR)$(INCLUDEDIR)/moe 2>/dev/null || true
 
+# What git tracks as it is now, or, in an unpacked archive, everything but what the build made.
+ARCHIVE := libmoe-$(VERSION)
+TRACKED = if test -e .git; then git ls-files; \
+    else find . -type f ! -path './build*/*' ! -path './dist/*' ! -path './lib/lib*' ! -path './lib/pkgconfig/*' | \
+    sed 's|^\./||'; fi
 dist:
-	mkdir -p dist
-	git archive --format=tar.gz --prefix=libmoe-$(VERSION)/ -o dist/libmoe-$(VERSION).tar.gz HEAD
+	@mkdir -p dist
+	@$(TRACKED) | sort | while read -r file; do test ! -f "$$file" || echo "$$file"; done >dist/files
+	tar -czf dist/$(ARCHIVE).tar.gz --owner=0 --group=0 --transform='s|^|$(ARCHIVE)/|' --no-recursion -T dist/files
+	@rm -f dist/files
 
+# Only what the build makes, by name: BUILD and LIB may be anywhere.
 clean:
-	rm -rf $(BUILD) build-* dist
-	find $(LIB) -mindepth 1 ! -name .gitignore -delete
+	rm -rf $(BUILD)/src $(BUILD)/tests $(BUILD)/examples
+	rm -f $(BUILD)/demo $(BUILD)/run_vectors $(FLAGS_STAMP) $(OBJECTS_STAMP)
+	rm -f $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/libmoe.so.* $(LIB)/pkgconfig/moe.pc
+	rm -rf build-asan build-tsan build-clang dist
+	-@rmdir $(LIB)/pkgconfig $(BUILD) 2>/dev/null || true
 
 # ---- demo -----------------------------------------------------------------------------------------
 
 DEMO := $(wildcard examples/demo/*.c)
-$(BUILD)/demo: $(DEMO) $(wildcard examples/demo/*.h) $(LIB)/libmoe.a
-	$(CC) -std=c11 -O3 -march=native -Wall -Wextra -Iinclude $(DEMO) $(LIB)/libmoe.a -lm -pthread -o $@
+$(BUILD)/demo: $(DEMO) $(wildcard examples/demo/*.h include/moe/*.h) $(LIB)/libmoe.a
+	$(CC) -std=c11 -O3 -march=native -Wall -Wextra -Iinclude $(SAN) $(CFLAGS) $(DEMO) $(LIB)/libmoe.a $(LDFLAGS) \
+	    -lm -pthread -o $@
 
 demo: $(BUILD)/demo
 	$(BUILD)/demo $(if $(FILE),--file '$(FILE)') $(if $(STEPS),--steps $(STEPS)) $(ARGS)

@@ -11,32 +11,66 @@
 typedef struct layer_case {
     const char *name;
     int64_t T, D, E, F, K;
-    int64_t O, gate_D;      /* 0: D */
+    int64_t O, gate_D; /* 0: D */
     int kind, score, order, renormalize, router_bias, logits_in;
     int activation, expert_bias, expert_sigmoid, layer_sigmoid;
     int layout, glu_order;
-    int no_experts;         /* 1: the gate alone, with a random gradient by the weights */
-    int eval;               /* 1: no noise */
+    int no_experts; /* 1: the gate alone, with a random gradient by the weights */
+    int eval;       /* 1: no noise */
     int cv_ddof, sequence_softmax, sequence_routed;
-    int capacity_kind;      /* MOE_CAPACITY_* */
+    int capacity_kind; /* MOE_CAPACITY_* */
     int64_t capacity, capacity_minimum;
     double capacity_factor;
     int capacity_rounding, renormalize_after_drop;
-    int64_t groups;         /* 0: one */
-    int masked;             /* 1: about a quarter of the tokens is padding, with NaN inside */
-    double weight[REF_LOSSES], route_scale /* 0: 1 */, renormalize_epsilon, noise_epsilon /* 0: 0.01 */;
-    double spread;          /* of the inputs; 0: 1 */
+    int64_t groups; /* 0: one */
+    int masked;     /* 1: about a quarter of the tokens is padding, with NaN inside */
+    double weight[REF_LOSSES], route_scale /* 0: 1 */, renormalize_epsilon,
+        noise_epsilon /* 0: 0.01 */;
+    double spread;    /* of the inputs; 0: 1 */
+    int loss_factors; /* 1: backward gets a factor for each loss, one of them 0 */
+    int philox;       /* 1: the library draws the noise */
+    int per_call;     /* 1: K, capacity and loss weights come with the call, not with the config */
+    int replay;  /* 1: a plan's ids, 2: its ids and weights; some are -1, some twice in a token */
+    int no_gate; /* 1: a layer without a gate, 2: the pool's own calls; needs replay 2 */
+    int strided; /* 1: rows of every operand lie apart, with a pattern between them */
+    int moved;   /* 1: x and gate_x are elsewhere in the backward */
+    int split;   /* 1: d_gate_x is wanted although the gate sees x */
+    int bound;   /* 1: parameters in host memory of odd strides, 2: a pointer for each expert */
     /* filled by layer_case_make */
     ref_problem p;
     int64_t *group_begin;
     uint8_t *mask;
+    int32_t *ids; /* [T,K] of a replay */
+    double call_weights[MOE_LOSS_SLOTS];
     double *arrays[24];
     int array_count;
 } layer_case;
 
+/* A configuration drawn at random; what contradicts itself is mended. */
+layer_case layer_case_draw(uint64_t *state);
+/* Its contents, and back. */
 void layer_case_make(layer_case *c, uint64_t seed);
 void layer_case_free(layer_case *c);
 void layer_case_print(const layer_case *c, char *text, size_t size);
+
+/* Numbers of the noise when the library draws it. */
+enum { CASE_SEED = 42, CASE_LAYER = 5, CASE_STREAM = 3, CASE_STEP = 9, CASE_TOKEN_FIRST = 1000 };
+
+/* A row operand of the host, dense for the test; for strided cases a wide copy is what the library sees. */
+typedef struct row_operand {
+    void *dense, *wide;
+    int64_t rows, width, stride; /* stride 0: no wide copy */
+    int is_output;
+} row_operand;
+
+/* Memory of a bound parameter. */
+typedef struct bound_memory {
+    char *data, *grad;
+    int64_t data_count, grad_count; /* elements */
+    void *data_each[16], *grad_each[16];
+} bound_memory;
+
+enum { RUN_OPERANDS = 9, RUN_PARAMETERS = 9 };
 
 /* The library's objects and results for a case; results are widened to double. */
 typedef struct layer_run {
@@ -47,36 +81,56 @@ typedef struct layer_run {
     moe_experts *experts;
     moe_layer *layer;
     moe_pass *pass;
+    moe_plan *plan;                                          /* replayed */
     void *x, *gate_x, *logits_in, *noise, *dy, *weight_grad; /* inputs of the dtype */
     void *y, *dx, *d_gate_x, *d_logits, *entry_grad;         /* outputs of the dtype */
-    int64_t x_bytes, y_bytes;
+    double loss_grad[MOE_LOSS_SLOTS];                        /* of the dtype */
+    void *moved_x, *moved_gate_x;
+    row_operand rows[RUN_OPERANDS];
+    bound_memory bound[RUN_PARAMETERS];
     moe_forward_args f;
     moe_backward_args b;
 } layer_run;
 
-/* Makes context (from `config`, may be NULL), objects with bound-in parameters, and arguments. Aborts the
- * test on an error. */
-void layer_run_make(layer_run *r, const layer_case *c, int32_t dtype, const moe_context_config *config);
+/* Makes context (from `config`, may be NULL), objects with the case's parameters, and arguments. Aborts
+ * the test on an error. */
+void layer_run_make(layer_run *r, const layer_case *c, int32_t dtype,
+                    const moe_context_config *config);
 void layer_run_free(layer_run *r);
+/* For strided cases they also copy inputs out, results back, and check what lies between rows. */
 moe_status layer_run_forward(layer_run *r);
 moe_status layer_run_backward(layer_run *r);
 
-/* Element i of an array of the run's dtype. */
+/* Bytes of an element, and element i of an array, of the run's dtype. */
+size_t layer_run_element(const layer_run *r);
 double layer_run_at(const layer_run *r, const void *data, int64_t i);
-/* Writes double data into a parameter's own memory, mapping layout and GLU order. */
+void layer_run_set(const layer_run *r, void *data, int64_t i, double value);
+/* Writes double data into the parameters, mapping layout and GLU order. */
 void layer_run_set_parameters(layer_run *r, const ref_problem *p);
 
 /* Compares everything with the reference; "" or the tensor, the index and both values. */
 const char *layer_run_compare(const layer_run *r, const ref_result *want);
 
-/* A parameter's gradient in the reference's order; malloc'd. name as in ref_result: "dW1", ... */
+/* A parameter's gradient in the reference's order; malloc'd. name as in ref_result: "dW1", ... Elements
+ * without a gradient are NaN. */
 double *layer_run_gradient(const layer_run *r, const char *name, int64_t *count);
 
 /* FNV-1a over y, dx, d_gate_x, d_logits and every gradient. */
 uint64_t layer_run_hash(const layer_run *r);
 
+/* layer_parameters.c: binds every parameter as the case asks, and checks the gaps. */
+void layer_run_bind(layer_run *r);
+const char *layer_run_check_gaps(const layer_run *r);
+
 /* Deterministic numbers: uniform in [0,1), roughly normal. */
 double random_uniform(uint64_t *state);
 double random_normal(uint64_t *state);
+
+/* Ends the test with the library's message unless the call succeeds. */
+#define MUST(call)                                                                  \
+    do {                                                                            \
+        moe_status must_status = (call);                                            \
+        if (must_status != MOE_OK) ck_abort_msg("%s: %s", #call, moe_last_error()); \
+    } while (0)
 
 #endif

@@ -6,9 +6,16 @@
 
 #define NOISY MOE_GATE_NOISY_TOP_K
 #define DENSE MOE_GATE_SOFTMAX_DENSE
-#define ALL_LOSSES {0.1, 0.0, 0.3, 0.2, 0.05, 0.4}
-#define NOISY_LOSSES {0.1, 0.2, 0.3, 0.2, 0.05, 0.4}
+#define ALL_LOSSES                    \
+    {                                 \
+        0.1, 0.0, 0.3, 0.2, 0.05, 0.4 \
+    }
+#define NOISY_LOSSES                  \
+    {                                 \
+        0.1, 0.2, 0.3, 0.2, 0.05, 0.4 \
+    }
 
+/* clang-format off */
 static const layer_case layer_cases[] = {
     {.name = "plain", .T = 13, .D = 6, .E = 5, .F = 7, .K = 2},
     {.name = "no tokens", .T = 0, .D = 6, .E = 5, .F = 7, .K = 2, .weight = ALL_LOSSES},
@@ -22,7 +29,8 @@ static const layer_case layer_cases[] = {
      .weight = NOISY_LOSSES},
     {.name = "D 1, F 1", .T = 9, .D = 1, .E = 4, .F = 1, .K = 2, .kind = NOISY,
      .weight = NOISY_LOSSES},
-    {.name = "D 3, F 3, O 1", .T = 9, .D = 3, .E = 4, .F = 3, .O = 1, .K = 2, .weight = ALL_LOSSES},
+    {.name = "D 3, F 3, O 1", .T = 9, .D = 3, .E = 4, .F = 3, .O = 1, .K = 2,
+     .weight = ALL_LOSSES},
     {.name = "empty experts", .T = 5, .D = 6, .E = 40, .F = 7, .K = 2, .weight = ALL_LOSSES},
     {.name = "dense", .T = 11, .D = 6, .E = 5, .F = 7, .kind = DENSE, .weight = ALL_LOSSES},
     {.name = "dense, sums", .T = 11, .D = 6, .E = 5, .F = 7, .kind = DENSE, .sequence_routed = 1,
@@ -55,8 +63,8 @@ static const layer_case layer_cases[] = {
     {.name = "sigmoid, renormalised", .T = 14, .D = 8, .E = 6, .F = 9, .K = 2, .score = 1,
      .order = 1, .renormalize = 1, .renormalize_epsilon = 1e-20, .route_scale = 1.5,
      .router_bias = 1, .weight = ALL_LOSSES},
-    {.name = "sequence by softmax", .T = 14, .D = 8, .E = 6, .F = 9, .K = 2, .sequence_softmax = 1,
-     .groups = 3, .weight = ALL_LOSSES},
+    {.name = "sequence by softmax", .T = 14, .D = 8, .E = 6, .F = 9, .K = 2,
+     .sequence_softmax = 1, .groups = 3, .weight = ALL_LOSSES},
     {.name = "capacity 0", .T = 14, .D = 8, .E = 6, .F = 9, .K = 2,
      .capacity_kind = MOE_CAPACITY_NUMBER, .weight = ALL_LOSSES},
     {.name = "factor up", .T = 29, .D = 8, .E = 6, .F = 9, .K = 2, .order = 1,
@@ -89,18 +97,71 @@ static const layer_case layer_cases[] = {
      .layer_sigmoid = 1, .weight = NOISY_LOSSES},
     {.name = "both sigmoids, mask", .T = 21, .D = 9, .E = 8, .F = 11, .K = 4, .kind = NOISY,
      .layer_sigmoid = 1, .expert_sigmoid = 1, .masked = 1, .weight = NOISY_LOSSES},
-    {.name = "gate alone", .T = 21, .D = 9, .E = 8, .F = 1, .K = 4, .kind = NOISY, .no_experts = 1,
-     .weight = NOISY_LOSSES},
+    {.name = "gate alone", .T = 21, .D = 9, .E = 8, .F = 1, .K = 4, .kind = NOISY,
+     .no_experts = 1, .weight = NOISY_LOSSES},
     {.name = "gate alone, own input", .T = 21, .D = 9, .E = 8, .F = 1, .K = 4, .gate_D = 4,
      .order = 1, .no_experts = 1, .router_bias = 1, .weight = ALL_LOSSES},
     {.name = "gate alone, capacity", .T = 21, .D = 9, .E = 8, .F = 1, .K = 4, .no_experts = 1,
      .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 5, .renormalize_after_drop = 1,
+     .weight = ALL_LOSSES},
+    {.name = "loss factors", .T = 17, .D = 6, .E = 7, .F = 5, .K = 3, .kind = NOISY,
+     .loss_factors = 1, .groups = 3, .weight = NOISY_LOSSES},
+    {.name = "the library's noise", .T = 17, .D = 6, .E = 7, .F = 5, .K = 3, .kind = NOISY,
+     .philox = 1, .weight = NOISY_LOSSES},
+    {.name = "K, capacity and weights of the call", .T = 17, .D = 6, .E = 7, .F = 5, .K = 3,
+     .kind = NOISY, .per_call = 1, .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 4,
+     .weight = NOISY_LOSSES},
+    {.name = "capacity of the call, dense", .T = 17, .D = 6, .E = 7, .F = 5, .kind = DENSE,
+     .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 4, .renormalize_after_drop = 1,
+     .weight = ALL_LOSSES},
+    {.name = "ids replayed", .T = 17, .D = 6, .E = 7, .F = 5, .K = 3, .kind = NOISY, .replay = 1,
+     .groups = 3, .weight = NOISY_LOSSES},
+    {.name = "ids replayed, sigmoid, dropped", .T = 27, .D = 6, .E = 7, .F = 5, .K = 3,
+     .order = 1, .score = 1, .renormalize = 1, .renormalize_epsilon = 0.01, .replay = 1,
+     .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 5, .renormalize_after_drop = 1,
+     .masked = 1, .weight = ALL_LOSSES},
+    {.name = "plan replayed", .T = 17, .D = 6, .E = 7, .F = 5, .K = 3, .replay = 2,
+     .activation = MOE_ACTIVATION_SWIGLU},
+    {.name = "layer without gate", .T = 17, .D = 6, .E = 7, .F = 5, .K = 3, .replay = 2,
+     .no_gate = 1, .layer_sigmoid = 1, .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 5,
+     .groups = 2},
+    {.name = "pool alone", .T = 17, .D = 6, .E = 7, .F = 5, .K = 3, .replay = 2, .no_gate = 2,
+     .expert_sigmoid = 1, .expert_bias = 1, .activation = MOE_ACTIVATION_GELU_ERF},
+    {.name = "rows apart", .T = 17, .D = 6, .E = 7, .F = 5, .O = 9, .K = 3, .kind = NOISY,
+     .strided = 1, .gate_D = 4, .weight = NOISY_LOSSES},
+    {.name = "rows apart, logits, mask", .T = 17, .D = 6, .E = 7, .F = 5, .K = 3, .strided = 1,
+     .logits_in = 1, .masked = 1, .layer_sigmoid = 1, .weight = ALL_LOSSES},
+    {.name = "x moved", .T = 17, .D = 6, .E = 7, .F = 5, .K = 3, .kind = NOISY, .moved = 1,
+     .weight = NOISY_LOSSES},
+    {.name = "x and gate_x moved, rows apart", .T = 17, .D = 6, .E = 7, .F = 5, .K = 3,
+     .kind = NOISY, .moved = 1, .gate_D = 4, .strided = 1, .weight = NOISY_LOSSES},
+    {.name = "the gate's share by itself", .T = 17, .D = 6, .E = 7, .F = 5, .K = 3,
+     .kind = NOISY, .split = 1, .weight = NOISY_LOSSES},
+    {.name = "odd strides of parameters", .T = 17, .D = 6, .E = 7, .F = 5, .O = 4, .K = 3,
+     .kind = NOISY, .router_bias = 1, .bound = 1, .expert_bias = 1,
+     .activation = MOE_ACTIVATION_SWIGLU, .weight = NOISY_LOSSES},
+    {.name = "odd strides, up gate, out in", .T = 17, .D = 6, .E = 7, .F = 5, .O = 4, .K = 3,
+     .bound = 1, .expert_bias = 1, .activation = MOE_ACTIVATION_GEGLU_ERF,
+     .glu_order = MOE_GLU_UP_GATE, .layout = 1, .weight = ALL_LOSSES},
+    {.name = "a pointer for each expert", .T = 17, .D = 6, .E = 7, .F = 5, .O = 4, .K = 3,
+     .bound = 2, .expert_bias = 1, .activation = MOE_ACTIVATION_SWIGLU, .weight = ALL_LOSSES},
+    {.name = "a pointer for each, interleaved", .T = 17, .D = 6, .E = 7, .F = 5, .O = 4, .K = 3,
+     .bound = 2, .expert_bias = 1, .activation = MOE_ACTIVATION_REGLU,
+     .glu_order = MOE_GLU_INTERLEAVED, .layout = 1, .weight = ALL_LOSSES},
+    {.name = "all masked but few", .T = 3, .D = 6, .E = 7, .F = 5, .K = 3, .kind = NOISY,
+     .masked = 1, .groups = 3, .weight = NOISY_LOSSES},
+    {.name = "all tokens to the same two", .T = 41, .D = 6, .E = 7, .F = 5, .K = 2,
+     .router_bias = 1, .spread = 1e-30, .activation = MOE_ACTIVATION_SILU,
+     .capacity_kind = MOE_CAPACITY_FACTOR, .capacity_factor = 1.25, .weight = ALL_LOSSES},
+    {.name = "E 1, everything to it", .T = 65, .D = 6, .E = 1, .F = 5, .K = 1, .order = 1,
+     .score = 1, .capacity_kind = MOE_CAPACITY_FACTOR, .capacity_factor = 0.5,
      .weight = ALL_LOSSES},
     {.name = "wide", .T = 33, .D = 65, .E = 9, .F = 70, .K = 3, .kind = NOISY,
      .activation = MOE_ACTIVATION_SWIGLU, .expert_bias = 1, .weight = NOISY_LOSSES},
     {.name = "many experts", .T = 40, .D = 17, .E = 300, .F = 5, .K = 7, .order = 1,
      .renormalize = 1, .weight = ALL_LOSSES},
 };
+/* clang-format on */
 
 enum { LAYER_CASES = sizeof layer_cases / sizeof *layer_cases };
 

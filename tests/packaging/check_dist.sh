@@ -1,0 +1,14 @@
+#!/bin/sh
+# check_dist.sh - the archive of make dist is complete: unpacked elsewhere it builds, installs and is used.
+cd "$(dirname "$0")/../.." || exit 1
+make=${MAKE:-make}
+out=$(mktemp -d) || exit 1
+trap 'rm -rf "$out"' EXIT
+$make -s dist >"$out/log" 2>&1 || { cat "$out/log"; exit 1; }
+tar -xzf dist/libmoe-*.tar.gz -C "$out" || exit 1
+cd "$out"/libmoe-* || exit 1
+for file in README.md LICENSE CHANGELOG.md moe.pc.in src/libmoe.map include/moe/moe.h; do
+    test -f "$file" || { echo "FAILED: the archive lacks $file"; exit 1; }
+done
+$make -j2 >"$out/log" 2>&1 && sh tests/packaging/check_install.sh >>"$out/log" 2>&1 || { cat "$out/log"; exit 1; }
+echo "dist: ${PWD##*/}, $(tail -n 1 "$out/log")"

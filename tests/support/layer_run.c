@@ -1,0 +1,310 @@
+/* layer_run.c - the library's objects for a case, and its forward and backward. */
+#include "support/layer_case.h"
+
+#include <check.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { PATTERN = 0x5a };
+
+size_t layer_run_element(const layer_run *r) { return r->dtype == MOE_DTYPE_F64 ? 8 : 4; }
+
+double layer_run_at(const layer_run *r, const void *data, int64_t i)
+{
+    return r->dtype == MOE_DTYPE_F64 ? ((const double *)data)[i] : (double)((const float *)data)[i];
+}
+
+void layer_run_set(const layer_run *r, void *data, int64_t i, double value)
+{
+    if (r->dtype == MOE_DTYPE_F64)
+        ((double *)data)[i] = value;
+    else
+        ((float *)data)[i] = (float)value;
+}
+
+static void *narrowed(const layer_run *r, const double *from, int64_t count)
+{
+    void *to = calloc((size_t)count + 1, layer_run_element(r));
+    ck_assert_ptr_nonnull(to);
+    for (int64_t i = 0; from && i < count; i++) layer_run_set(r, to, i, from[i]);
+    return to;
+}
+
+/* ---- objects -------------------------------------------------------------------------------------- */
+
+static void set_losses(moe_gate_config *g, const double *weight)
+{
+    g->importance_weight = weight[0], g->load_weight = weight[1], g->switch_weight = weight[2];
+    g->gshard_weight = weight[3], g->z_weight = weight[4], g->sequence_weight = weight[5];
+}
+
+static void make_gate(layer_run *r)
+{
+    static const double none[REF_LOSSES] = {0};
+    const layer_case *c = r->c;
+    moe_gate_config g;
+    MUST(moe_gate_config_init(&g, sizeof g));
+    g.d_model = c->p.gate_D, g.num_experts = c->E,
+    g.top_k = (c->per_call && !c->replay) || c->K == 0 ? 1 : c->K;
+    g.kind = c->kind, g.score = c->score, g.order = c->order, g.renormalize = c->renormalize;
+    g.renormalize_epsilon = c->renormalize_epsilon, g.route_scale = c->p.route_scale;
+    g.bias = c->router_bias, g.dtype = r->dtype, g.seed = CASE_SEED, g.stream_id = CASE_STREAM;
+    g.noise_epsilon = c->p.noise_epsilon, g.cv_ddof = c->cv_ddof;
+    set_losses(&g, c->per_call ? none : c->weight);
+    g.sequence_score = c->sequence_softmax ? MOE_SCORE_SOFTMAX : MOE_SCORE_SIGMOID;
+    g.sequence_counts = c->sequence_routed;
+    g.capacity_kind = c->capacity_kind, g.capacity = c->per_call ? 1 : c->capacity;
+    g.capacity_factor = c->capacity_factor, g.capacity_rounding = c->capacity_rounding;
+    g.capacity_minimum = c->capacity_minimum, g.renormalize_after_drop = c->renormalize_after_drop;
+    if (c->bound) g.parameters = MOE_PARAMETERS_BOUND;
+    MUST(moe_gate_create(&r->gate, r->context, &g));
+}
+
+static void make_pool(layer_run *r)
+{
+    const layer_case *c = r->c;
+    moe_experts_config e;
+    MUST(moe_experts_config_init(&e, sizeof e));
+    e.d_model = c->D, e.d_hidden = c->F, e.d_out = c->p.O, e.num_experts = c->E;
+    e.activation = c->activation, e.bias = c->expert_bias, e.dtype = r->dtype;
+    e.glu_order = c->activation >= MOE_ACTIVATION_SWIGLU ? c->glu_order : 0;
+    e.weight_layout = c->layout, e.output = c->expert_sigmoid;
+    if (c->bound) e.parameters = MOE_PARAMETERS_BOUND;
+    MUST(moe_experts_create(&r->experts, r->context, &e));
+}
+
+static void make_objects(layer_run *r)
+{
+    const layer_case *c = r->c;
+    moe_layer_config l;
+    if (!c->no_gate) make_gate(r);
+    if (c->no_experts) {
+        MUST(moe_pass_create_for_gate(&r->pass, r->gate, NULL));
+        return;
+    }
+    make_pool(r);
+    if (c->no_gate == 2) {
+        MUST(moe_pass_create_for_experts(&r->pass, r->experts, NULL));
+        return;
+    }
+    MUST(moe_layer_config_init(&l, sizeof l));
+    l.gate = r->gate, l.experts = r->experts, l.output = c->layer_sigmoid, l.layer_id = CASE_LAYER;
+    MUST(moe_layer_create(&r->layer, &l));
+    MUST(moe_pass_create(&r->pass, r->layer, NULL));
+}
+
+/* The plan of a replay. Capacity acts when a plan is made, so it is the plan's here. */
+static void make_plan(layer_run *r)
+{
+    const ref_problem *p = &r->c->p;
+    moe_plan_args a;
+    if (!r->c->replay) return;
+    void *weights = p->fixed_weights ? narrowed(r, p->fixed_weights, p->T * p->K) : NULL;
+    MUST(moe_plan_args_init(&a, sizeof a));
+    a.tokens = p->T, a.num_experts = p->E, a.top_k = p->K, a.expert_ids = r->c->ids,
+    a.weights = weights;
+    a.dtype = r->dtype, a.token_mask = p->mask, a.group_begin = p->group_begin,
+    a.groups = p->groups;
+    if (p->capacity >= 0) a.capacity = p->capacity;
+    a.renormalize_after_drop = p->renormalize_after_drop;
+    MUST(moe_plan_create(&r->plan, r->context));
+    MUST(moe_plan_build(r->plan, &a));
+    free(weights);
+}
+
+/* ---- arguments ------------------------------------------------------------------------------------ */
+
+static void make_arrays(layer_run *r)
+{
+    const ref_problem *p = &r->c->p;
+    r->x = narrowed(r, p->x, p->T * p->D);
+    r->gate_x = p->gate_x ? narrowed(r, p->gate_x, p->T * p->gate_D) : NULL;
+    r->logits_in = p->logits_in ? narrowed(r, p->logits_in, p->T * p->E) : NULL;
+    r->noise = narrowed(r, p->noise, p->T * p->E);
+    r->dy = narrowed(r, p->dy, p->T * p->O);
+    r->weight_grad = narrowed(r, p->weight_grad, p->T * p->K);
+    r->y = narrowed(r, NULL, p->T * p->O);
+    r->dx = narrowed(r, NULL, p->T * p->D);
+    r->d_gate_x = narrowed(r, NULL, p->T * p->gate_D);
+    r->d_logits = narrowed(r, NULL, p->T * p->E);
+    r->entry_grad = narrowed(r, NULL, p->T * p->K);
+    for (int i = 0; i < REF_LOSSES; i++) layer_run_set(r, r->loss_grad, i, p->factor[i]);
+}
+
+static void make_forward(layer_run *r)
+{
+    const ref_problem *p = &r->c->p;
+    const layer_case *c = r->c;
+    int routes = !p->fixed_weights, noisy = routes && p->kind == MOE_GATE_NOISY_TOP_K;
+    moe_forward_args *f = &r->f;
+    MUST(moe_forward_args_init(f, sizeof *f));
+    f->tokens = p->T, f->x = r->x, f->gate_x = routes ? r->gate_x : NULL;
+    f->logits_in = routes ? r->logits_in : NULL;
+    f->flags = c->eval ? 0 : MOE_FORWARD_TRAIN;
+    f->y = c->no_experts ? NULL : r->y;
+    f->noise = noisy && !c->philox ? r->noise : NULL;
+    f->step = CASE_STEP, f->token_first = CASE_TOKEN_FIRST;
+    f->token_mask = p->mask, f->group_begin = p->group_begin, f->groups = p->groups;
+    f->plan = r->plan, f->plan_use = c->replay == 1 ? MOE_PLAN_IDS : MOE_PLAN_IDS_AND_WEIGHTS;
+    if (!c->per_call) return;
+    f->loss_weights = c->call_weights;
+    if (c->replay) return; /* K and capacity are the plan's */
+    f->top_k = p->K;
+    if (p->capacity >= 0) f->capacity = p->capacity;
+}
+
+static void make_backward(layer_run *r)
+{
+    const ref_problem *p = &r->c->p;
+    const layer_case *c = r->c;
+    moe_backward_args *b = &r->b;
+    int routes = !p->fixed_weights;
+    MUST(moe_backward_args_init(b, sizeof *b));
+    b->dx = c->no_experts && (p->gate_x || c->split) ? NULL : r->dx;
+    b->d_logits_out = routes ? r->d_logits : NULL;
+    b->dy = c->no_experts ? NULL : r->dy;
+    b->entry_weight_grad = c->no_experts ? r->weight_grad : r->entry_grad;
+    b->d_gate_x = routes && (p->gate_x || c->split) ? r->d_gate_x : NULL;
+    b->loss_grad = c->loss_factors ? r->loss_grad : NULL;
+}
+
+/* ---- rows apart ----------------------------------------------------------------------------------- */
+
+static void widen(layer_run *r, int i, const void *dense, int64_t width, const void *argument,
+                  int64_t *stride, int is_output)
+{
+    size_t element = layer_run_element(r);
+    row_operand *o = &r->rows[i];
+    int64_t apart = width + 1 + 3 * i;
+    if (!argument || argument != dense || r->c->T == 0) return;
+    o->dense = (void *)(uintptr_t)dense, o->rows = r->c->T, o->width = width,
+    o->is_output = is_output;
+    o->stride = *stride = apart;
+    o->wide = malloc((size_t)(o->rows * apart) * element);
+    ck_assert_ptr_nonnull(o->wide);
+    memset(o->wide, PATTERN, (size_t)(o->rows * apart) * element);
+}
+
+/* Points the arguments at wide copies. */
+static void spread_rows(layer_run *r)
+{
+    const ref_problem *p = &r->c->p;
+    moe_forward_args *f = &r->f;
+    moe_backward_args *b = &r->b;
+    widen(r, 0, r->x, p->D, f->x, &f->x_stride, 0);
+    widen(r, 1, r->gate_x, p->gate_D, f->gate_x, &f->gate_x_stride, 0);
+    widen(r, 2, r->logits_in, p->E, f->logits_in, &f->logits_stride, 0);
+    widen(r, 3, r->noise, p->E, f->noise, &f->noise_stride, 0);
+    widen(r, 4, r->dy, p->O, b->dy, &b->dy_stride, 0);
+    widen(r, 5, r->y, p->O, f->y, &f->y_stride, 1);
+    widen(r, 6, r->dx, p->D, b->dx, &b->dx_stride, 1);
+    widen(r, 7, r->d_gate_x, p->gate_D, b->d_gate_x, &b->d_gate_x_stride, 1);
+    widen(r, 8, r->d_logits, p->E, b->d_logits_out, &b->d_logits_stride, 1);
+    const void **in[] = {&f->x, &f->gate_x, &f->logits_in, &f->noise, &b->dy};
+    void **out[] = {&f->y, &b->dx, &b->d_gate_x, &b->d_logits_out};
+    for (int i = 0; i < 5; i++)
+        if (r->rows[i].wide) *in[i] = r->rows[i].wide;
+    for (int i = 0; i < 4; i++)
+        if (r->rows[5 + i].wide) *out[i] = r->rows[5 + i].wide;
+}
+
+/* Inputs (is_output 0) to the wide copies, or outputs back, with a look at what lies between. */
+static void move_rows(layer_run *r, int is_output)
+{
+    size_t element = layer_run_element(r);
+    for (int i = 0; i < RUN_OPERANDS; i++) {
+        row_operand *o = &r->rows[i];
+        size_t bytes = (size_t)o->width * element, apart = (size_t)o->stride * element;
+        if (!o->wide || o->is_output != is_output) continue;
+        for (int64_t t = 0; t < o->rows; t++) {
+            char *wide = (char *)o->wide + (size_t)t * apart,
+                 *dense = (char *)o->dense + (size_t)t * bytes;
+            memcpy(is_output ? dense : wide, is_output ? wide : dense, bytes);
+            for (size_t at = bytes; at < apart; at++)
+                ck_assert_msg(wide[at] == PATTERN,
+                              "operand %d: written between rows, after row %lld", i, (long long)t);
+        }
+    }
+}
+
+/* ---- the run -------------------------------------------------------------------------------------- */
+
+void layer_run_make(layer_run *r, const layer_case *c, int32_t dtype,
+                    const moe_context_config *config)
+{
+    memset(r, 0, sizeof *r);
+    r->c = c;
+    r->dtype = dtype;
+    MUST(moe_context_create(&r->context, config));
+    make_objects(r);
+    make_plan(r);
+    make_arrays(r);
+    make_forward(r);
+    make_backward(r);
+    if (c->strided) spread_rows(r);
+    if (c->bound) layer_run_bind(r);
+    layer_run_set_parameters(r, &c->p);
+}
+
+void layer_run_free(layer_run *r)
+{
+    void *all[] = {r->x,           r->gate_x,     r->logits_in,   r->noise, r->dy,
+                   r->weight_grad, r->moved_x,    r->y,           r->dx,    r->d_gate_x,
+                   r->d_logits,    r->entry_grad, r->moved_gate_x};
+    moe_pass_destroy(r->pass);
+    moe_layer_destroy(r->layer);
+    moe_experts_destroy(r->experts);
+    moe_gate_destroy(r->gate);
+    moe_plan_destroy(r->plan);
+    moe_context_destroy(r->context);
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    for (int i = 0; i < RUN_OPERANDS; i++) free(r->rows[i].wide);
+    for (int i = 0; i < RUN_PARAMETERS; i++) {
+        free(r->bound[i].data), free(r->bound[i].grad);
+        for (int e = 0; e < 16; e++) free(r->bound[i].data_each[e]), free(r->bound[i].grad_each[e]);
+    }
+}
+
+moe_status layer_run_forward(layer_run *r)
+{
+    move_rows(r, 0);
+    moe_status status = r->layer     ? moe_layer_forward(r->layer, r->pass, &r->f)
+                        : r->experts ? moe_experts_forward(r->experts, r->pass, &r->f)
+                                     : moe_gate_forward(r->gate, r->pass, &r->f);
+    move_rows(r, 1);
+    return status;
+}
+
+/* A copy of an input at another address; the original is spoilt, for nobody may read it any more. */
+static void *move_away(const void *from, int64_t count, size_t element)
+{
+    size_t bytes = (size_t)count * element;
+    void *to = malloc(bytes + 1);
+    ck_assert_ptr_nonnull(to);
+    memcpy(to, from, bytes);
+    memset((void *)(uintptr_t)from, 0xff, bytes); /* NaN */
+    return to;
+}
+
+static void move_inputs(layer_run *r)
+{
+    const ref_problem *p = &r->c->p;
+    size_t element = layer_run_element(r);
+    if (r->moved_x || p->T == 0) return;
+    int64_t x_stride = r->f.x_stride ? r->f.x_stride : p->D;
+    int64_t gate_stride = r->f.gate_x_stride ? r->f.gate_x_stride : p->gate_D;
+    r->b.x = r->moved_x = move_away(r->f.x, p->T * x_stride, element);
+    if (r->f.gate_x)
+        r->b.gate_x = r->moved_gate_x = move_away(r->f.gate_x, p->T * gate_stride, element);
+}
+
+moe_status layer_run_backward(layer_run *r)
+{
+    if (!r->moved_x) move_rows(r, 0);
+    if (r->c->moved) move_inputs(r);
+    moe_status status = r->layer     ? moe_layer_backward(r->layer, r->pass, &r->b)
+                        : r->experts ? moe_experts_backward(r->experts, r->pass, &r->b)
+                                     : moe_gate_backward(r->gate, r->pass, &r->b);
+    move_rows(r, 1);
+    return status;
+}
