@@ -43,7 +43,8 @@ static bool overlap(const void *a, int64_t a_stride, int64_t a_width, const void
 
 /* ---- forward -------------------------------------------------------------------------------------- */
 
-static moe_status check_flags(const moe_forward_args *a, const moe_pass *pass, const char *function)
+static moe_status check_flags(const moe_forward_args *a, const moe_pass *pass, int32_t uses,
+                              const char *function)
 {
     if (a->flags & ~(uint64_t)FORWARD_FLAGS)
         REFUSE_ARGUMENT("flags 0x%llx has unknown bits", (unsigned long long)a->flags);
@@ -54,7 +55,7 @@ static moe_status check_flags(const moe_forward_args *a, const moe_pass *pass, c
         REFUSE_ARGUMENT("MOE_FORWARD_RECOMPUTE clashes with NO_SAVE, PLAN_ONLY and ADD");
     if ((a->flags & MOE_FORWARD_RECOMPUTE) && a->plan)
         REFUSE_ARGUMENT("MOE_FORWARD_RECOMPUTE uses the kept plan; plan must be NULL");
-    if (pass->layer && pass->layer->config.output != MOE_OUTPUT_LINEAR &&
+    if ((uses & MOE__USE_LAYER) && pass->layer->config.output != MOE_OUTPUT_LINEAR &&
         (a->flags & MOE_FORWARD_ADD))
         REFUSE_ARGUMENT("MOE_FORWARD_ADD clashes with the layer's output function");
     if (a->tokens < 0) REFUSE_ARGUMENT("tokens is %lld", (ll)a->tokens);
@@ -156,6 +157,8 @@ static moe_status check_top_k(moe__forward *f, const moe_gate_config *c, const c
         REFUSE(MOE_ERROR_OVERFLOW, "%lld tokens of %lld experts do not fit in 63 bits",
                (ll)f->a.tokens, (ll)f->top_k);
     if (f->a.capacity < MOE_FROM_CONFIG) REFUSE_ARGUMENT("capacity is %lld", (ll)f->a.capacity);
+    if (f->a.capacity != MOE_FROM_CONFIG && c->drop_policy != MOE_DROP_TOKEN_ORDER)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "drop_policy %d is not available", (int)c->drop_policy);
     return MOE_OK;
 }
 
@@ -208,7 +211,7 @@ static moe_status check_gate(moe__forward *f, const moe_pass *pass, const char *
              c->d_model != pass->experts->config.d_model)
         REFUSE_ARGUMENT("gate_x is NULL, and x is %lld wide where the gate reads %lld",
                         (ll)pass->experts->config.d_model, (ll)c->d_model);
-    else
+    else if (reads || !(f->uses & MOE__USE_EXPERTS)) /* else x is the experts' alone, of their width */
         MOE_TRY(check_matrix("x", a->x, &a->x_stride, a->tokens, c->d_model, element, reads,
                              function));
     MOE_TRY(check_matrix("logits", a->logits_in, &a->logits_stride, a->tokens, c->num_experts,
@@ -237,7 +240,7 @@ moe_status moe__forward_check(moe__forward *f, const moe_pass *pass, const moe_f
 {
     *f = (moe__forward){.uses = uses};
     MOE_TRY(moe__struct_read(&moe__forward_args_info, &f->a, args, false, function));
-    MOE_TRY(check_flags(&f->a, pass, function));
+    MOE_TRY(check_flags(&f->a, pass, uses, function));
     MOE_TRY(check_routing(f, pass, function));
     if (f->route) MOE_TRY(check_gate(f, pass, function));
     if (uses & MOE__USE_EXPERTS) return check_experts(f, pass, function);

@@ -70,6 +70,15 @@ static moe_status read_query(cost_case *c, const moe_cost_query *query, const ch
     if (c->has_gate && c->has_experts && c->num_experts != c->experts.num_experts)
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "the gate has %lld experts, the pool has %lld",
                (long long)c->num_experts, (long long)c->experts.num_experts);
+    if (c->has_gate && c->has_experts && c->gate.dtype != c->experts.dtype)
+        REFUSE(MOE_ERROR_INVALID_ARGUMENT, "the gate's dtype is %d, the pool's is %d",
+               (int)c->gate.dtype, (int)c->experts.dtype);
+    if (c->q.flags & ~(uint64_t)(MOE_FORWARD_TRAIN | MOE_FORWARD_NO_SAVE | MOE_FORWARD_PLAN_ONLY |
+                                 MOE_FORWARD_RECOMPUTE | MOE_FORWARD_ADD))
+        REFUSE(MOE_ERROR_INVALID_ARGUMENT, "flags 0x%llx has unknown bits",
+               (unsigned long long)c->q.flags);
+    if (c->q.reserved != 0)
+        REFUSE(MOE_ERROR_INVALID_ARGUMENT, "reserved is %d", (int)c->q.reserved);
     if (c->has_gate && top_k == MOE_FROM_CONFIG) top_k = c->gate.top_k;
     if (c->has_gate && c->gate.kind == MOE_GATE_SOFTMAX_DENSE) top_k = c->num_experts;
     if (top_k < 0 || (c->has_gate && (top_k < 1 || top_k > c->num_experts)))

@@ -43,7 +43,7 @@ static moe_status check_supported(const moe_experts_config *c, const char *funct
                                                           : "MOE_WEIGHT_ON_INPUT");
     if (c->activation_alpha != 0 || c->activation_limit != 0 || c->activation_offset != 0)
         REFUSE(MOE_ERROR_NOT_SUPPORTED,
-               "activation_alpha %g, limit %g, offset %g: clamped activations are not available",
+               "activation_alpha %g, activation_limit %g, activation_offset %g: clamped activations are not available",
                c->activation_alpha, c->activation_limit, c->activation_offset);
     if (c->dtype == MOE_DTYPE_BF16 || c->dtype == MOE_DTYPE_F16)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d is not available on CPU", (int)c->dtype);

@@ -112,7 +112,7 @@ static moe_status route_step(moe_pass *pass, const moe__forward *f, const moe__b
 }
 
 /* A plan with weights takes the place of the route step: there are no logits. */
-static void replay_step(moe_pass *pass)
+static void replay_step(moe_pass *pass, const moe__forward *f)
 {
     const moe__plan_arrays *plan = &pass->plan.a;
     moe__workers workers = pass->route.workers;
@@ -120,6 +120,7 @@ static void replay_step(moe_pass *pass)
     pass->route.workers = workers;
     pass->route.config = &pass->gate_config;
     pass->route.tokens = plan->tokens;
+    pass->route.token_mask = f->a.token_mask ? pass->mask : NULL;
     pass->route.token_begin = plan->token_begin;
     pass->route.expert_of_entry = plan->expert_of_entry;
     pass->route.weight = pass->plan_weight;
@@ -154,7 +155,7 @@ static moe_status experts_step(moe_pass *pass, const moe__forward *f, const moe_
 {
     moe__experts_job *e = &pass->experts_job;
     const moe_experts_config *c = &pass->experts->config;
-    bool sigmoid = pass->layer && pass->layer->config.output == MOE_OUTPUT_SIGMOID;
+    bool sigmoid = (f->uses & MOE__USE_LAYER) && pass->layer->config.output == MOE_OUTPUT_SIGMOID;
     e->config = c;
     e->plan = &pass->plan.a;
     e->x = pass->x;
@@ -191,7 +192,7 @@ static moe_status forward_steps(moe_pass *pass, const moe__forward *f, const moe
     if (f->route)
         MOE_TRY(route_step(pass, f, kernels));
     else
-        replay_step(pass);
+        replay_step(pass, f);
     MOE_TRY(losses_step(pass, f, kernels));
     if (f->uses & MOE__USE_EXPERTS) return experts_step(pass, f, kernels);
     return MOE_OK;
@@ -243,7 +244,7 @@ static moe__pass_shape forward_shape(const moe_pass *pass, const moe__forward *f
         moe__gate_loss_weights(&pass->gate->config, weights);
     moe__pass_shape shape = moe__pass_shape_of(
         pass->gate ? &pass->gate->config : NULL, with_experts ? &pass->experts->config : NULL,
-        pass->layer ? pass->layer->config.output : MOE_OUTPUT_LINEAR, weights, f->route, f->replay,
+        f->uses & MOE__USE_LAYER ? pass->layer->config.output : MOE_OUTPUT_LINEAR, weights, f->route, f->replay,
         f->a.flags);
     shape.tokens = f->a.tokens;
     shape.entries = f->entries;
@@ -370,7 +371,7 @@ static moe_status gate_backward_step(moe_pass *pass, const moe_backward_args *b,
     bool add = (b->flags & MOE_BACKWARD_ADD_DX) != 0;
     const void *moved = b->gate_x ? b->gate_x : pass->gate_saw_x ? b->x : NULL;
     find_loss_factors(pass, b);
-    if (moved) pass->route.x = moved;
+    pass->route.x = moved ? moved : pass->gate_x;
     moe__gate_operands(pass->gate, &pass->route);
     moe__gate_gradients(pass->gate, g, !(b->flags & MOE_BACKWARD_SKIP_PARAMETERS));
     g->losses = &pass->losses;
@@ -540,13 +541,13 @@ static moe_status check_pass(const moe_layer *layer, const moe_pass *pass, const
 moe_status moe_layer_forward(moe_layer *layer, moe_pass *pass, const moe_forward_args *args)
 {
     MOE_TRY(check_pass(layer, pass, __func__));
-    int32_t uses = layer->gate ? MOE__USE_GATE | MOE__USE_EXPERTS : MOE__USE_EXPERTS;
+    int32_t uses = MOE__USE_LAYER | MOE__USE_EXPERTS | (layer->gate ? MOE__USE_GATE : 0);
     return moe__run_forward(pass, args, uses, __func__);
 }
 
 moe_status moe_layer_backward(moe_layer *layer, moe_pass *pass, const moe_backward_args *args)
 {
     MOE_TRY(check_pass(layer, pass, __func__));
-    int32_t uses = layer->gate ? MOE__USE_GATE | MOE__USE_EXPERTS : MOE__USE_EXPERTS;
+    int32_t uses = MOE__USE_LAYER | MOE__USE_EXPERTS | (layer->gate ? MOE__USE_GATE : 0);
     return moe__run_backward(pass, args, uses, __func__);
 }

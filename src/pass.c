@@ -141,7 +141,7 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     if (max_top_k == MOE_FROM_CONFIG && gate)
         max_top_k = gate->kind == MOE_GATE_SOFTMAX_DENSE ? gate->num_experts : gate->top_k;
     if (max_top_k < 0) REFUSE_ARGUMENT("max_top_k is %lld", (ll)max_top_k);
-    if (gate) moe__gate_loss_weights(gate, weights);
+    for (int i = 0; i < MOE_LOSS_SLOTS; i++) weights[i] = 1; /* a call may bring its own */
     moe__pass_shape shape = moe__pass_shape_of(gate, experts,
                                                pass->layer ? pass->layer->config.output : 0, weights,
                                                true, true, MOE_FORWARD_TRAIN);
@@ -159,7 +159,7 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     return MOE_OK;
 }
 
-int64_t moe_pass_bytes(const moe_pass *pass) { return pass ? pass->capacity : 0; }
+int64_t moe_pass_bytes(const moe_pass *pass) { return !pass ? 0 : pass->host_memory ? pass->used : pass->capacity; }
 
 /* ---- what it shows -------------------------------------------------------------------------------- */
 

@@ -130,7 +130,7 @@ moe__pass_shape moe__pass_shape_of(const moe_gate_config *gate, const moe_expert
     s.output_sigmoid = layer_output == MOE_OUTPUT_SIGMOID;
     s.sequence = s.route && weights[MOE_LOSS_SEQUENCE] != 0;
     s.plain_counts = s.sequence && gate->sequence_counts == MOE_SEQUENCE_COUNTS_SCORES &&
-                     (noisy || replay) && gate->kind != MOE_GATE_SOFTMAX_DENSE;
+                     (replay || noisy);
     s.columns = s.route && (s.save || noisy || losses);
     return s;
 }
@@ -184,6 +184,7 @@ moe_status moe__pass_make_room(moe_pass *pass, const moe__pass_shape *shape, boo
         MOE_TRY(grow(pass, bytes, keep_plan ? plan_bytes(shape) : 0, function));
     moe__arena arena = {pass->memory, 0};
     moe__pass_layout(pass, &arena, shape);
+    pass->used = moe__max(pass->used, bytes);
     pass->plan.a.rows = keep_plan ? rows : 0;
     return MOE_OK;
 }

@@ -29,7 +29,7 @@ enum {
     MOE__PASS_FAILED = 3  /* a forward or backward failed in the middle */
 };
 
-enum { MOE__USE_GATE = 1, MOE__USE_EXPERTS = 2 };
+enum { MOE__USE_GATE = 1, MOE__USE_EXPERTS = 2, MOE__USE_LAYER = 4 };
 
 struct moe_pass {
     moe_context *context;
@@ -38,6 +38,7 @@ struct moe_pass {
     moe_experts *experts; /* may be NULL */
     char *memory;
     int64_t capacity; /* bytes of memory */
+    int64_t used;     /* most bytes of it that a forward or reserve has needed */
     int32_t host_memory;
     int32_t state;
     uint64_t flags;   /* of the last forward */

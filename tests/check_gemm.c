@@ -106,13 +106,13 @@ static void *start(const buffer *b) { return (char *)b->memory + width(b); }
 
 static double get(const buffer *b, int64_t i)
 {
-    ck_assert(i >= 0 && i < b->count);
+    if (i < 0 || i >= b->count) ck_abort_msg("element %lld of %lld", (long long)i, (long long)b->count);
     return b->f64 ? ((double *)start(b))[i] : (double)((float *)start(b))[i];
 }
 
 static void set(buffer *b, int64_t i, double value)
 {
-    ck_assert(i >= 0 && i < b->count);
+    if (i < 0 || i >= b->count) ck_abort_msg("element %lld of %lld", (long long)i, (long long)b->count);
     if (b->f64)
         ((double *)start(b))[i] = value;
     else

@@ -10,7 +10,7 @@ LINK_memory := -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=posix_memal
 HOSTS := $(patsubst tests/hosts/%.c,$(BUILD)/tests/hosts/%,$(wildcard tests/hosts/*.c))
 EXAMPLES := $(patsubst examples/%.c,$(BUILD)/examples/%,$(wildcard examples/*.c))
 RPATH = -Wl,-rpath,$(abspath $(LIB))
-TEST_FLAGS = $(COMMON) -O1 $(CFLAGS) -MMD -MP -Itests -DMOE_SOURCE_DIR='"$(CURDIR)"'
+TEST_FLAGS = $(COMMON) -O1 $(CFLAGS) -MMD -MP -MF $@.d -MT $@ -Itests -DMOE_SOURCE_DIR='"$(CURDIR)"'
 
 .PHONY: check check-have-check check-suites check-hosts check-vectors check-headers check-abi \
     check-install check-demo check-format format abi-baseline check-asan check-tsan check-valgrind check-long \
@@ -20,13 +20,14 @@ check-have-check:
 	@$(PKG_CONFIG) --exists check 2>/dev/null || { \
 	    echo 'The tests need the Check library and pkg-config: apt-get install check pkg-config'; exit 1; }
 
-$(BUILD)/tests/support/%.o: tests/%.c $(FLAGS_STAMP)
+$(BUILD)/tests/support/%.o: tests/%.c $(FLAGS_STAMP) | check-have-check
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) -c $< -o $@
 
 SUPPORT_OBJECTS := $(SUPPORT:tests/%.c=$(BUILD)/tests/support/%.o)
+.SECONDARY: $(SUPPORT_OBJECTS)
 
-$(BUILD)/tests/check_%: tests/check_%.c $(SUPPORT_OBJECTS) $(LIB)/libmoe.a
+$(BUILD)/tests/check_%: tests/check_%.c $(SUPPORT_OBJECTS) $(LIB)/libmoe.a | check-have-check
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) $(MATH) $(CHECK_CFLAGS) $(LINK_$*) $< $(SUPPORT_OBJECTS) $(LIB)/libmoe.a $(CHECK_LIBS) \
 	    -lm -ldl -o $@
@@ -41,6 +42,7 @@ $(BUILD)/examples/%: examples/%.c $(LIB)/libmoe.so
 
 RUNNER := $(wildcard tests/vector_runner/*.c)
 $(BUILD)/run_vectors: $(RUNNER) $(wildcard tests/vector_runner/*.h) $(LIB)/libmoe.so
+	@mkdir -p $(@D)
 	$(CC) $(filter-out -Isrc,$(COMMON)) -O1 $(CFLAGS) $(RUNNER) -L$(LIB) -lmoe $(RPATH) -lm -o $@
 
 test-programs: check-have-check $(SUITES) $(HOSTS) $(EXAMPLES) $(BUILD)/run_vectors
@@ -48,7 +50,7 @@ test-programs: check-have-check $(SUITES) $(HOSTS) $(EXAMPLES) $(BUILD)/run_vect
 # Each argument of run_programs.sh is one command; it prints their closing lines and the sum.
 RUN := sh tests/run_programs.sh
 VECTORS = "$(BUILD)/run_vectors tests/vectors"
-SCRIPTS = "sh tests/headers/check.sh" "sh tests/abi/check.sh $(LIB)" \
+SCRIPTS = "sh tests/headers/check.sh $(LIB)" "sh tests/abi/check.sh $(LIB)" \
     "sh tests/packaging/check_install.sh $(BUILD)"
 
 check: all test-programs $(BUILD)/demo
@@ -60,9 +62,9 @@ check-hosts: $(HOSTS)
 	@$(RUN) $(HOSTS)
 check-vectors: $(BUILD)/run_vectors
 	$(BUILD)/run_vectors tests/vectors
-check-headers:
-	@$(RUN) "sh tests/headers/check.sh"
-check-abi: $(LIB)/libmoe.so
+check-headers: $(LIB)/libmoe.a
+	@$(RUN) "sh tests/headers/check.sh $(LIB)"
+check-abi: $(LIB)/libmoe.so $(LIB)/libmoe.a
 	@$(RUN) "sh tests/abi/check.sh $(LIB)"
 check-install: all
 	@$(RUN) "sh tests/packaging/check_install.sh $(BUILD)"
@@ -73,15 +75,15 @@ check-asan:
 	CK_FORK=no $(MAKE) BUILD=build-asan SANITIZE=address,undefined check-suites
 
 THREADED := context determinism layer
-TSAN_PROGRAMS = $(foreach s,$(THREADED),$(wildcard build-tsan/tests/check_$(s))) \
-    $(patsubst tests/hosts/%.c,build-tsan/tests/hosts/%,$(wildcard tests/hosts/*.c))
 check-tsan:
 	$(MAKE) BUILD=build-tsan SANITIZE=thread test-programs
 	@MOE_SANITIZED=1 $(RUN) $(foreach s,$(THREADED),build-tsan/tests/check_$(s)) \
 	    $(patsubst tests/hosts/%.c,build-tsan/tests/hosts/%,$(wildcard tests/hosts/*.c))
 
 VALGRIND := valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite,possible
+NEED = @command -v $(1) >/dev/null || { echo 'This needs $(1): apt-get install $(2)'; exit 1; }
 check-valgrind: $(HOSTS)
+	$(call NEED,valgrind,valgrind)
 	@$(RUN) $(foreach h,$(HOSTS),"$(VALGRIND) $(h)")
 
 check-long:
@@ -96,12 +98,13 @@ FORMATTED := $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch
     examples/demo/*.[ch] tests/*.c tests/reference/*.[ch] tests/support/*.[ch] tests/hosts/*.[ch] \
     tests/vector_runner/*.[ch])
 format:
+	$(call NEED,clang-format,clang-format)
 	clang-format -i $(FORMATTED)
 check-format:
+	$(call NEED,clang-format,clang-format)
 	clang-format --dry-run -Werror $(FORMATTED)
 
 abi-baseline: $(LIB)/libmoe.so
-	python3 tests/abi/make_layout.py > tests/abi/layout.c
-	abidw --no-corpus-path --no-comp-dir-path --headers-dir include/moe $(LIB)/libmoe.so --out-file tests/abi/libmoe.abi
+	sh tests/abi/baseline.sh $(LIB)
 
--include $(SUITES:=.d) $(HOSTS:=.d) $(SUPPORT_OBJECTS:.o=.d)
+-include $(SUITES:=.d) $(HOSTS:=.d) $(EXAMPLES:=.d) $(SUPPORT_OBJECTS:=.d)

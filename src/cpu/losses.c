@@ -45,8 +45,10 @@ static void count_entries(const moe__losses_job *job)
     for (int64_t g = 0; g < plan->groups; g++) {
         int64_t first = plan->token_begin[plan->group_begin[g]];
         int64_t last = plan->token_begin[plan->group_begin[g + 1]];
-        for (int64_t n = first; n < last; n++)
-            if (ids[n] >= 0) of_group[ids[n]] += (double)w[n], job->counts[ids[n]]++;
+        for (int64_t t = plan->group_begin[g]; t < plan->group_begin[g + 1]; t++)
+            for (int64_t n = plan->token_begin[t];
+                 n < plan->token_begin[t + 1] && !is_masked(job->route->token_mask, t); n++)
+                if (ids[n] >= 0) of_group[ids[n]] += (double)w[n], job->counts[ids[n]]++;
         for (int64_t n = first; n < last; n++) {
             if (ids[n] < 0) continue;
             job->importance[ids[n]] += of_group[ids[n]];
@@ -55,6 +57,7 @@ static void count_entries(const moe__losses_job *job)
     }
     for (int64_t t = 0; t < plan->tokens; t++) {
         int64_t n = plan->token_begin[t];
+        if (is_masked(job->route->token_mask, t)) continue;
         if (n < plan->token_begin[t + 1] && ids[n] >= 0) job->first_counts[ids[n]]++;
     }
 }

@@ -220,17 +220,29 @@ static void chosen_backward(const moe_gate_config *c, const real *dw, real *s, c
         if (ids[j] >= 0) dh[ids[j]] = r_fma(scale * s[j], dw[j] - dot, dh[ids[j]]);
 }
 
-/* w_j = scale u_j / (U + eps), U = sum u:  du_j = scale (dw_j - sum_i dw_i u_i / (U + eps)) / (U + eps);
+/* sum_j a_j (u_j / sum) in the lanes of lane_dot. Dividing first lets a gradient that must vanish, such as
+ * that of a single renormalised score, cancel exactly. */
+static real normalized_dot(const real *a, const real *u, int64_t n, real sum)
+{
+    real lane[16] = {R(0.0)};
+    for (int64_t j = 0; j < n; j++) lane[j % 16] = r_fma(a[j], u[j] / sum, lane[j % 16]);
+    return lane_sum(lane, 16);
+}
+
+/* w_j = scale v_j, v_j = u_j / (U + eps), U = sum u:  du_j = scale (dw_j - sum_i dw_i v_i) / (U + eps);
  * sigmoid: dh_j = du_j u_j (1 - u_j);  softmax over all: dh_i = p_i (dp_i - sum_j p_j dp_j), where only
  * the chosen have dp = du and p = u. */
 static void scored_backward(const moe_gate_config *c, real *dw, real *u, const int32_t *ids,
                             int64_t n, const real *h, real *dh, real *p)
 {
     real scale = (real)c->route_scale;
+    int any = 0;
+    for (int64_t j = 0; j < n; j++) any |= ids[j] >= 0;
+    if (!any) return; /* its scores sum to 0 */
     score_of_chosen(u, ids, n, h, c->num_experts, c->score);
     if (c->renormalize) {
         real sum = lane_sum(u, n) + (real)c->renormalize_epsilon;
-        real dot = lane_dot(dw, u, n) / sum;
+        real dot = normalized_dot(dw, u, n, sum);
         for (int64_t j = 0; j < n; j++) dw[j] = (dw[j] - dot) / sum;
     }
     for (int64_t j = 0; j < n; j++) dw[j] = dw[j] * scale;

@@ -1,9 +1,12 @@
 /* case.c - reads a case: text lines, and raw little-endian files beside them. */
 #include "case.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+enum { MAX_COUNT = 1 << 28 }; /* elements of a tensor */
 
 static int64_t element_size(const char *dtype) { return strcmp(dtype, "f64") == 0 ? 8 : 4; }
 
@@ -28,6 +31,8 @@ static int read_tensor(vector_case *c, const char *directory, const char *text, 
         long long dim;
         if (sscanf(text + at, "%lld%n", &dim, &step) != 1 || dim < 0)
             return snprintf(error, 256, "bad tensor line: %.200s", text), -1;
+        if (dim > 0 && t->count > MAX_COUNT / dim)
+            return snprintf(error, 256, "too large: %.200s", text), -1;
         t->dim[d] = dim;
         t->count *= dim;
     }
@@ -38,9 +43,9 @@ static int read_tensor(vector_case *c, const char *directory, const char *text, 
     t->data = calloc(size + 8, 1);
     c->tensors++;
     FILE *f = t->count ? fopen(path, "rb") : NULL;
-    if (!t->data || (t->count && (!f || fread(t->data, 1, size, f) != size))) {
+    if (!t->data || (t->count && (!f || fread(t->data, 1, size, f) != size || fgetc(f) != EOF))) {
         if (f) fclose(f);
-        return snprintf(error, 256, "cannot read %zu bytes of %.180s", size, file), -1;
+        return snprintf(error, 256, "%.180s is not there or has not %zu bytes", file, size), -1;
     }
     if (f) fclose(f);
     return 0;
@@ -69,7 +74,7 @@ static int read_line(vector_case *c, const char *directory, char *line, char *er
         double maxabs, f32err;
         tensor *t = NULL;
         if (sscanf(rest, "%39s %lf %lf", name, &maxabs, &f32err) == 3) t = find(c, "out", name);
-        if (!t) return snprintf(error, 256, "bad tol line: %.200s", rest), -1;
+        if (!t || !isfinite(maxabs) || !isfinite(f32err)) return snprintf(error, 256, "bad tol line: %.200s", rest), -1;
         t->maxabs = maxabs;
         t->f32err = f32err;
         return 0;

@@ -25,6 +25,8 @@ typedef struct vector_case {
 
 /* Reads DIRECTORY/case.txt and its files. Returns 0, or -1 with the reason in error[256]. */
 int case_read(vector_case *c, const char *directory, char *error);
+/* Checks names, option values and shapes. Returns 0, or -1 with the reason in error[256]. */
+int case_check(const vector_case *c, char *error);
 void case_free(vector_case *c);
 
 /* A tensor by role and name, marked as used; NULL if there is none. */

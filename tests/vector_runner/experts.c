@@ -238,6 +238,9 @@ static int plan_from_offsets(run *r, const pool *p, int64_t T)
     if (!offsets || offsets->count != p->E + 1) return run_fail(r, "offsets do not fit E");
     const int32_t *begin = offsets->data;
     for (int64_t e = 0; e < p->E; e++)
+        if (begin[0] != 0 || begin[e] > begin[e + 1] || begin[p->E] != T)
+            return run_fail(r, "offsets do not ascend from 0 to T");
+    for (int64_t e = 0; e < p->E; e++)
         for (int64_t t = begin[e]; t < begin[e + 1]; t++) ids[t] = (int32_t)e;
     CALL(r, moe_plan_create(&r->plan, r->context));
     CALL(r, moe_plan_args_init(&a, sizeof a));

@@ -86,6 +86,8 @@ int gate_config(run *r, moe_gate_config *g, const char *gating)
     g->sequence_weight = case_number(c, "w_seqaux", 0);
     (void)case_number(c, "load_grad", 1); /* says which gradients the case has */
     TRY(choose(r, "seqaux_counts", "scores", COUNTS, &g->sequence_counts));
+    if (g->kind == MOE_GATE_NOISY_TOP_K && case_integer(c, "train", 1) && !case_tensor(c, "in", "noise"))
+        return run_fail(r, "there is no tensor noise");
     if (case_has(c, "capacity") && g->kind != MOE_GATE_EXPERT_CHOICE) {
         g->capacity_kind = MOE_CAPACITY_NUMBER;
         g->capacity = case_integer(c, "capacity", 0);

@@ -18,6 +18,7 @@ typedef struct storage {
 typedef struct run_options {
     int32_t dtype, threads, isa;
     int verbose;
+    const char *layout; /* the one storage to run, or NULL: all */
     storage storage;
 } run_options;
 
