@@ -25,8 +25,8 @@ static moe_status check_matrix(const char *name, const void *data, int64_t *stri
     if (*stride < width && rows > 1)
         REFUSE_ARGUMENT("%s_stride is %lld, a row has %lld elements", name, (ll)*stride, (ll)width);
     if (moe__mul(moe__mul(rows, *stride), element) < 0)
-        REFUSE(MOE_ERROR_OVERFLOW, "%s: %lld rows of stride %lld do not fit in 63 bits", name, (ll)rows,
-               (ll)*stride);
+        REFUSE(MOE_ERROR_OVERFLOW, "%s: %lld rows of stride %lld do not fit in 63 bits", name,
+               (ll)rows, (ll)*stride);
     return MOE_OK;
 }
 
@@ -41,7 +41,8 @@ static bool overlap(const void *a, int64_t a_stride, int64_t a_width, const void
     return a_begin < b_end && b_begin < a_end;
 }
 
-/* ---- forward -------------------------------------------------------------------------------------- */
+/* ---- forward
+ * -------------------------------------------------------------------------------------- */
 
 static moe_status check_flags(const moe_forward_args *a, const moe_pass *pass, int32_t uses,
                               const char *function)
@@ -70,7 +71,8 @@ static moe_status check_replayed_mask(const moe_forward_args *a, const moe__plan
                                       const char *function)
 {
     for (int64_t t = 0; a->token_mask && t < a->tokens; t++)
-        for (int64_t n = plan->token_begin[t]; n < plan->token_begin[t + 1] && !a->token_mask[t]; n++)
+        for (int64_t n = plan->token_begin[t]; n < plan->token_begin[t + 1] && !a->token_mask[t];
+             n++)
             if (plan->row_of_entry[n] >= 0)
                 REFUSE_ARGUMENT("token_mask masks token %lld, which has rows in the plan", (ll)t);
     return MOE_OK;
@@ -92,7 +94,8 @@ static moe_status check_replay(const moe__forward *f, const moe__plan_arrays *pl
     if (a->top_k != MOE_FROM_CONFIG)
         REFUSE_ARGUMENT("top_k is %lld; with a plan it must be MOE_FROM_CONFIG", (ll)a->top_k);
     if (a->capacity != MOE_FROM_CONFIG)
-        REFUSE_ARGUMENT("capacity is %lld; with a plan it must be MOE_FROM_CONFIG", (ll)a->capacity);
+        REFUSE_ARGUMENT("capacity is %lld; with a plan it must be MOE_FROM_CONFIG",
+                        (ll)a->capacity);
     int64_t groups = a->groups == 0 && a->group_begin ? 1 : a->groups;
     if (groups != 0 && groups != plan->groups)
         REFUSE_ARGUMENT("groups is %lld, the plan has %lld", (ll)groups, (ll)plan->groups);
@@ -107,14 +110,16 @@ static moe_status check_replay(const moe__forward *f, const moe__plan_arrays *pl
 static moe_status check_routing(moe__forward *f, const moe_pass *pass, const char *function)
 {
     const moe_forward_args *a = &f->a;
-    int64_t experts = pass->gate ? pass->gate->config.num_experts : pass->experts->config.num_experts;
+    int64_t experts = pass->gate ? pass->gate->config.num_experts
+                                 : pass->experts->config.num_experts;
     int32_t dtype = pass->gate ? pass->gate->config.dtype : pass->experts->config.dtype;
     const moe__plan_arrays *plan = NULL;
     if (a->plan_use != MOE_PLAN_IDS_AND_WEIGHTS && a->plan_use != MOE_PLAN_IDS)
         REFUSE_ARGUMENT("plan_use is %d", (int)a->plan_use);
     f->recompute = (a->flags & MOE_FORWARD_RECOMPUTE) != 0;
     if (f->recompute) {
-        if (pass->uses != f->uses || (pass->state != MOE__PASS_PLAN && pass->state != MOE__PASS_SAVED))
+        if (pass->uses != f->uses ||
+            (pass->state != MOE__PASS_PLAN && pass->state != MOE__PASS_SAVED))
             REFUSE(MOE_ERROR_INVALID_STATE,
                    "MOE_FORWARD_RECOMPUTE without a forward that kept its plan");
         plan = &pass->plan.a;
@@ -133,7 +138,8 @@ static moe_status check_routing(moe__forward *f, const moe_pass *pass, const cha
     f->replay = plan != NULL;
     f->own_plan = plan == &pass->plan.a;
     if (f->own_plan && pass->state == MOE__PASS_FAILED)
-        REFUSE(MOE_ERROR_INVALID_STATE, "the plan belongs to this pass, which failed in the middle");
+        REFUSE(MOE_ERROR_INVALID_STATE,
+               "the plan belongs to this pass, which failed in the middle");
     if (plan) {
         f->entries = plan->entries;
         MOE_TRY(check_replay(f, plan, experts, dtype, function));
@@ -167,15 +173,17 @@ static moe_status check_noise(const moe_forward_args *a, const moe_gate_config *
 {
     const int64_t limit = (int64_t)1 << 32; /* words of the counter have 32 bits */
     if (c->kind != MOE_GATE_NOISY_TOP_K) {
-        if (a->noise) REFUSE_ARGUMENT("noise is given, but the gate's kind %d has none", (int)c->kind);
+        if (a->noise)
+            REFUSE_ARGUMENT("noise is given, but the gate's kind %d has none", (int)c->kind);
         return MOE_OK;
     }
     if (!(a->flags & MOE_FORWARD_TRAIN) || a->noise) return MOE_OK;
     if (a->step < 0 || a->step >= limit)
         REFUSE_ARGUMENT("step is %lld; with noise it must be in [0, 2^32)", (ll)a->step);
     if (a->token_first < 0 || a->token_first >= limit || a->tokens > limit - a->token_first)
-        REFUSE_ARGUMENT("token_first is %lld with %lld tokens; with noise both must stay below 2^32",
-                        (ll)a->token_first, (ll)a->tokens);
+        REFUSE_ARGUMENT(
+            "token_first is %lld with %lld tokens; with noise both must stay below 2^32",
+            (ll)a->token_first, (ll)a->tokens);
     return MOE_OK;
 }
 
@@ -183,10 +191,12 @@ static moe_status check_loss_weights(const moe__forward *f, const moe_gate_confi
                                      const char *function)
 {
     for (int i = MOE_LOSS_THRESHOLD; f->weights && i < MOE_LOSS_SLOTS; i++)
-        if (f->weights[i] != 0) REFUSE_ARGUMENT("loss_weights[%d] is %g, there is no such loss", i, f->weights[i]);
+        if (f->weights[i] != 0)
+            REFUSE_ARGUMENT("loss_weights[%d] is %g, there is no such loss", i, f->weights[i]);
     if (f->weights && f->weights[MOE_LOSS_LOAD] != 0 && c->kind != MOE_GATE_NOISY_TOP_K)
-        REFUSE_ARGUMENT("loss_weights[MOE_LOSS_LOAD] is %g, but the gate is not MOE_GATE_NOISY_TOP_K",
-                        f->weights[MOE_LOSS_LOAD]);
+        REFUSE_ARGUMENT(
+            "loss_weights[MOE_LOSS_LOAD] is %g, but the gate is not MOE_GATE_NOISY_TOP_K",
+            f->weights[MOE_LOSS_LOAD]);
     return MOE_OK;
 }
 
@@ -211,9 +221,10 @@ static moe_status check_gate(moe__forward *f, const moe_pass *pass, const char *
              c->d_model != pass->experts->config.d_model)
         REFUSE_ARGUMENT("gate_x is NULL, and x is %lld wide where the gate reads %lld",
                         (ll)pass->experts->config.d_model, (ll)c->d_model);
-    else if (reads || !(f->uses & MOE__USE_EXPERTS)) /* else x is the experts' alone, of their width */
-        MOE_TRY(check_matrix("x", a->x, &a->x_stride, a->tokens, c->d_model, element, reads,
-                             function));
+    else if (reads || !(f->uses & MOE__USE_EXPERTS)) /* else x is the experts' alone, of their
+                                                        width */
+        MOE_TRY(
+            check_matrix("x", a->x, &a->x_stride, a->tokens, c->d_model, element, reads, function));
     MOE_TRY(check_matrix("logits", a->logits_in, &a->logits_stride, a->tokens, c->num_experts,
                          element, false, function));
     MOE_TRY(check_matrix("noise", a->noise, &a->noise_stride, a->tokens, c->num_experts, element,
@@ -248,10 +259,11 @@ moe_status moe__forward_check(moe__forward *f, const moe_pass *pass, const moe_f
     return MOE_OK;
 }
 
-/* ---- backward ------------------------------------------------------------------------------------- */
+/* ---- backward
+ * ------------------------------------------------------------------------------------- */
 
-static moe_status check_backward_flags(const moe_backward_args *b, const moe_pass *pass, int32_t uses,
-                                       const char *function)
+static moe_status check_backward_flags(const moe_backward_args *b, const moe_pass *pass,
+                                       int32_t uses, const char *function)
 {
     if (b->flags & ~(uint64_t)BACKWARD_FLAGS)
         REFUSE_ARGUMENT("flags 0x%llx has unknown bits", (unsigned long long)b->flags);
@@ -259,7 +271,8 @@ static moe_status check_backward_flags(const moe_backward_args *b, const moe_pas
     if (pass->state == MOE__PASS_FAILED)
         REFUSE(MOE_ERROR_INVALID_STATE, "the pass failed in the middle; it needs a new forward");
     if (pass->state != MOE__PASS_SAVED || pass->uses != uses)
-        REFUSE(MOE_ERROR_INVALID_STATE, "the pass holds no forward of this kind with its activations");
+        REFUSE(MOE_ERROR_INVALID_STATE,
+               "the pass holds no forward of this kind with its activations");
     return MOE_OK;
 }
 
@@ -278,8 +291,8 @@ moe_status moe__backward_check(moe_backward_args *b, const moe_pass *pass,
     else if (b->dy)
         REFUSE_ARGUMENT("dy must be NULL: a gate has entry_weight_grad instead");
     MOE_TRY(check_matrix("dx", b->dx, &b->dx_stride, T, width, element, false, function));
-    MOE_TRY(check_matrix("d_gate_x", b->d_gate_x, &b->d_gate_x_stride, T, gate_width, element, false,
-                         function));
+    MOE_TRY(check_matrix("d_gate_x", b->d_gate_x, &b->d_gate_x_stride, T, gate_width, element,
+                         false, function));
     MOE_TRY(check_matrix("d_logits", b->d_logits_out, &b->d_logits_stride, T, E, element, false,
                          function));
     if (c && overlap(b->dx, b->dx_stride, width, b->dy, b->dy_stride, c->d_out, T, element))

@@ -26,49 +26,49 @@ typedef struct moe__route_job {
     const void *x;                 /* [T,D], NULL if logits_in and no noise */
     int64_t x_stride;
     moe__matrices weight_matrix, bias, noise_weight; /* base NULL: not there */
-    const void *logits_in;         /* [T,E] or NULL */
+    const void *logits_in;                           /* [T,E] or NULL */
     int64_t logits_stride;
-    const void *noise_in;          /* [T,E] or NULL: Philox */
+    const void *noise_in; /* [T,E] or NULL: Philox */
     int64_t noise_stride;
-    const uint8_t *token_mask;     /* or NULL */
-    uint32_t noise_stream;         /* first counter word */
+    const uint8_t *token_mask; /* or NULL */
+    uint32_t noise_stream;     /* first counter word */
     int64_t step, token_first;
-    int32_t train;                 /* 1: sd > 0 */
-    int32_t keep_ids;              /* 1: expert_of_entry is given (replay), compute weights only */
+    int32_t train;    /* 1: sd > 0 */
+    int32_t keep_ids; /* 1: expert_of_entry is given (replay), compute weights only */
     /* outputs */
-    void *logits;                  /* [T,E] clean */
-    void *noisy;                   /* [T,E] H; = logits without noise */
-    void *noise_raw;               /* [T,E] x Wnoise; NULL without noise */
-    void *noise_std;               /* [T,E] sd; NULL without noise */
-    void *noise;                   /* [T,E]; NULL without noise */
-    const int64_t *token_begin;    /* [T+1] */
-    int32_t *expert_of_entry;      /* [N]; -1 for masked tokens */
-    void *weight;                  /* [N] before dropping */
-    int32_t *kth;                  /* [T,2] the worst chosen and the best other expert (-1: none): the
-                                      thresholds of the load; or NULL */
-    int64_t *tile_begin;           /* scratch [2] */
+    void *logits;               /* [T,E] clean */
+    void *noisy;                /* [T,E] H; = logits without noise */
+    void *noise_raw;            /* [T,E] x Wnoise; NULL without noise */
+    void *noise_std;            /* [T,E] sd; NULL without noise */
+    void *noise;                /* [T,E]; NULL without noise */
+    const int64_t *token_begin; /* [T+1] */
+    int32_t *expert_of_entry;   /* [N]; -1 for masked tokens */
+    void *weight;               /* [N] before dropping */
+    int32_t *kth;               /* [T,2] the worst chosen and the best other expert (-1: none):
+                                   the thresholds of the load; or NULL */
+    int64_t *tile_begin;        /* scratch [2] */
 } moe__route_job;
 
 /* losses and statistics, and their gradients. src/cpu/losses.c */
 typedef struct moe__losses_job {
-    moe__route_job *route;         /* everything that forward made */
-    const moe__plan_arrays *plan;  /* after dropping */
-    const double *weights;         /* [MOE_LOSS_SLOTS] of this call */
-    int64_t valid_tokens;          /* unmasked tokens */
-    const int64_t *valid_token;    /* [valid_tokens] their numbers, NULL without a mask: all */
-    const int64_t *valid_begin;    /* [G+1] first of each group among them */
-    double *importance, *load;     /* out: [E] */
-    int64_t *counts;               /* out: [E] before dropping */
-    double *score_sum;             /* out: [E] sum_t P, saved for backward of switch/gshard */
-    int64_t *first_counts;         /* out: [E] */
-    double *sequence_sum;          /* out: [G,E] sum_t s/sum s; NULL if off */
-    int64_t *sequence_counts;      /* out: [G,E]; NULL if off */
-    double *value;                 /* out: [MOE_LOSS_SLOTS] weighted */
-    double *stats;                 /* out: [MOE_STAT_SLOTS] */
-    void *columns;                 /* scratch [T,E] real for column sums; NULL if no loss needs it */
-    double *token_value;           /* scratch [T] */
-    int32_t *plain_ids;            /* scratch [T,K] for sequence counts by plain scores; NULL if the routed
-                                      experts are counted */
+    moe__route_job *route;        /* everything that forward made */
+    const moe__plan_arrays *plan; /* after dropping */
+    const double *weights;        /* [MOE_LOSS_SLOTS] of this call */
+    int64_t valid_tokens;         /* unmasked tokens */
+    const int64_t *valid_token;   /* [valid_tokens] their numbers, NULL without a mask: all */
+    const int64_t *valid_begin;   /* [G+1] first of each group among them */
+    double *importance, *load;    /* out: [E] */
+    int64_t *counts;              /* out: [E] before dropping */
+    double *score_sum;            /* out: [E] sum_t P, saved for backward of switch/gshard */
+    int64_t *first_counts;        /* out: [E] */
+    double *sequence_sum;         /* out: [G,E] sum_t s/sum s; NULL if off */
+    int64_t *sequence_counts;     /* out: [G,E]; NULL if off */
+    double *value;                /* out: [MOE_LOSS_SLOTS] weighted */
+    double *stats;                /* out: [MOE_STAT_SLOTS] */
+    void *columns;                /* scratch [T,E] real for column sums; NULL if no loss needs it */
+    double *token_value;          /* scratch [T] */
+    int32_t *plain_ids;           /* scratch [T,K] for sequence counts by plain scores; NULL if
+                                     the routed experts are counted */
 } moe__losses_job;
 
 /* Gradient of the gate. src/cpu/route.c, losses.c */
@@ -84,23 +84,25 @@ typedef struct moe__gate_backward_job {
     void *dx;                      /* [T,D] or NULL */
     int64_t dx_stride;
     int32_t dx_add;
-    void *d_logits_out;            /* [T,E] or NULL */
+    void *d_logits_out; /* [T,E] or NULL */
     int64_t d_logits_stride;
     moe__matrices d_weight_matrix, d_bias, d_noise_weight; /* NULL: not wanted */
     int32_t overwrite;
-    int32_t logits_from_host;      /* 1: no gradient by weight, bias and x through the clean logits */
+    int32_t logits_from_host; /* 1: no gradient by weight, bias and x through the clean logits */
 } moe__gate_backward_job;
 
 /* Rows of a plan: which entries stay, their order by expert. src/cpu/rows.c */
 typedef struct moe__plan_rows_job {
     moe__workers workers;          /* scratch unused; context for threads */
-    moe__plan_arrays *plan;        /* in: sizes, token_begin, expert_of_entry, weight_of_entry (before
-                                      dropping), group_begin; out: the rest, and weight_of_entry with 0 where
-                                      there is no row, renormalised if asked */
+    moe__plan_arrays *plan;        /* in: sizes, token_begin, expert_of_entry, weight_of_entry
+                                      (before dropping), group_begin; out: the rest, and
+                                      weight_of_entry with 0 where there is no row, renormalised
+                                      if asked */
     const uint8_t *token_mask;     /* or NULL: a masked token's entries get no row */
-    const int64_t *group_capacity; /* [G] rows of an expert in each group, -1 = no limit; NULL = no limits */
+    const int64_t *group_capacity; /* [G] rows of an expert in each group, -1 = no limit; NULL =
+                                      no limits */
     int32_t drop_policy, renormalize_after_drop;
-    int32_t keep_rows;             /* 1: replay: row, slot and order arrays are given; do the weights only */
+    int32_t keep_rows; /* 1: replay: row, slot and order arrays are given; do the weights only */
 } moe__plan_rows_job;
 
 /* Gather and its adjoint, combine and its adjoint. src/cpu/dispatch.c, src/cpu/combine.c */
@@ -108,16 +110,20 @@ typedef struct moe__rows_job {
     moe__workers workers;
     const moe__plan_arrays *plan;
     int64_t width;
-    const void *tokens_in; int64_t tokens_in_stride;   /* [T,width] */
-    void *tokens_out; int64_t tokens_out_stride;
-    const void *rows_in; int64_t rows_in_stride;       /* [R,width] */
-    void *rows_out; int64_t rows_out_stride;           /* may be NULL in combine_backward */
-    void *entry_weight_grad;                           /* [N] or NULL */
-    int32_t add;                                       /* tokens_out += */
+    const void *tokens_in;
+    int64_t tokens_in_stride; /* [T,width] */
+    void *tokens_out;
+    int64_t tokens_out_stride;
+    const void *rows_in;
+    int64_t rows_in_stride; /* [R,width] */
+    void *rows_out;
+    int64_t rows_out_stride; /* may be NULL in combine_backward */
+    void *entry_weight_grad; /* [N] or NULL */
+    int32_t add;             /* tokens_out += */
     int32_t unweighted;
-    int32_t sigmoid;               /* combine_forward: tokens_out = sigmoid(sum), not with add */
-    void *tokens_saved;            /* combine_forward: [T,width] dense copy of the result, or NULL */
-    const uint8_t *token_mask;     /* combine_forward: masked tokens get 0 even with sigmoid; or NULL */
+    int32_t sigmoid;           /* combine_forward: tokens_out = sigmoid(sum), not with add */
+    void *tokens_saved;        /* combine_forward: [T,width] dense copy of the result, or NULL */
+    const uint8_t *token_mask; /* combine_forward: masked tokens get 0 even with sigmoid; or NULL */
 } moe__rows_job;
 
 /* The expert pool. src/cpu/experts.c, activation.c, grouped_gemm.c */
@@ -125,24 +131,24 @@ typedef struct moe__experts_job {
     moe__workers workers;
     const moe_experts_config *config; /* d_out resolved */
     const moe__plan_arrays *plan;
-    const void *x;                 /* [T,D] */
+    const void *x; /* [T,D] */
     int64_t x_stride;
     moe__matrices w1, b1, w3, b3, w2, b2;       /* NULL: not there */
     moe__matrices dw1, db1, dw3, db3, dw2, db2; /* NULL: not wanted */
     int32_t overwrite;
-    void *z1, *z3;                 /* [R,F] before the activation, kept for backward; z3 NULL if not gated */
-    void *h;                       /* [R,F] scratch; may be z1 when nothing is kept */
-    void *out;                     /* [R,O] outputs of the experts, after the output function; kept */
-    void *weight_of_row;           /* [R] kept */
-    int64_t *tile_begin;           /* scratch [E+1] */
+    void *z1, *z3;       /* [R,F] before the activation, kept for backward; z3 NULL if not gated */
+    void *h;             /* [R,F] scratch; may be z1 when nothing is kept */
+    void *out;           /* [R,O] outputs of the experts, after the output function; kept */
+    void *weight_of_row; /* [R] kept */
+    int64_t *tile_begin; /* scratch [E+1] */
     /* backward */
-    const void *dy;                /* [T,O] */
+    const void *dy; /* [T,O] */
     int64_t dy_stride;
-    void *dz;                      /* [R,O] scratch; only with config->output sigmoid, else NULL */
-    void *dh;                      /* [R,F] scratch */
-    void *dz3;                     /* [R,F] scratch; NULL if not gated */
-    void *dx_rows;                 /* [R,D] out; NULL = not wanted */
-    void *entry_weight_grad;       /* [N] out, or NULL */
+    void *dz;                /* [R,O] scratch; only with config->output sigmoid, else NULL */
+    void *dh;                /* [R,F] scratch */
+    void *dz3;               /* [R,F] scratch; NULL if not gated */
+    void *dx_rows;           /* [R,D] out; NULL = not wanted */
+    void *entry_weight_grad; /* [N] out, or NULL */
 } moe__experts_job;
 
 struct moe__backend {

@@ -29,8 +29,9 @@ moe_status moe_context_config_init(moe_context_config *config, size_t size)
 
 static const char *isa_name(int32_t isa)
 {
-    return isa == MOE_ISA_AVX512 ? "MOE_ISA_AVX512" : isa == MOE_ISA_AVX2 ? "MOE_ISA_AVX2"
-                                                                          : "MOE_ISA_PLAIN";
+    return isa == MOE_ISA_AVX512 ? "MOE_ISA_AVX512"
+           : isa == MOE_ISA_AVX2 ? "MOE_ISA_AVX2"
+                                 : "MOE_ISA_PLAIN";
 }
 
 static moe_status check_config(const moe_context_config *c, const char *function)
@@ -207,8 +208,7 @@ static moe_status run_on_host(moe_context *context, int64_t count, moe_task_fn t
     host_run run = {.task = task, .argument = argument, .count = count};
     int32_t result = context->parallel(context->parallel_user, count, host_task, &run);
     int64_t ran = atomic_load(&run.ran);
-    if (result != 0)
-        REFUSE(MOE_ERROR_CALLBACK, "the host's parallel-for returned %d", (int)result);
+    if (result != 0) REFUSE(MOE_ERROR_CALLBACK, "the host's parallel-for returned %d", (int)result);
     if (ran != count)
         REFUSE(MOE_ERROR_CALLBACK, "the host's parallel-for ran %lld of %lld tasks", (long long)ran,
                (long long)count);
@@ -219,7 +219,8 @@ moe_status moe__parallel(moe_context *context, int64_t count, moe_task_fn task, 
                          const char *function)
 {
     fenv_t saved;
-    if (count > 1 && context->parallel) return run_on_host(context, count, task, argument, function);
+    if (count > 1 && context->parallel)
+        return run_on_host(context, count, task, argument, function);
     if (count > 1 && context->pool) {
         moe__pool_run(context->pool, count, task, argument);
         return MOE_OK;
@@ -243,8 +244,8 @@ static void range_task(void *argument, int64_t index)
     run->body(run->argument, begin, begin + run->each + (index < run->longer));
 }
 
-moe_status moe__parallel_range(moe_context *context, int64_t count, int64_t grain, moe__range_fn body,
-                               void *argument, const char *function)
+moe_status moe__parallel_range(moe_context *context, int64_t count, int64_t grain,
+                               moe__range_fn body, void *argument, const char *function)
 {
     if (count <= 0) return MOE_OK;
     /* A few ranges for every thread, so that a slow one does not hold up the rest. */

@@ -1,6 +1,7 @@
 /* cost.c - how much memory and arithmetic a layer takes, answered from its configs.
  *
- *     parameters:  gate D E (+ E) (+ D E for the noise);  experts E (m D F + F O) (+ biases), m = 2 if gated
+ *     parameters:  gate D E (+ E) (+ D E for the noise);  experts E (m D F + F O) (+ biases), m = 2
+ *                  if gated
  *     forward:     2 T D E per router product + 2 N (m D F + F O) + 2 N O for combine
  *     backward:    twice the products (by the input and by the weight) + 4 N O around combine */
 #include "cpus.h"
@@ -84,8 +85,10 @@ static moe_status read_query(cost_case *c, const moe_cost_query *query, const ch
     if (top_k < 0 || (c->has_gate && (top_k < 1 || top_k > c->num_experts)))
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "top_k is %lld with %lld experts", (long long)top_k,
                (long long)c->num_experts);
-    if (c->q.tokens < 0) REFUSE(MOE_ERROR_INVALID_ARGUMENT, "tokens is %lld", (long long)c->q.tokens);
-    if (c->q.groups < 0) REFUSE(MOE_ERROR_INVALID_ARGUMENT, "groups is %lld", (long long)c->q.groups);
+    if (c->q.tokens < 0)
+        REFUSE(MOE_ERROR_INVALID_ARGUMENT, "tokens is %lld", (long long)c->q.tokens);
+    if (c->q.groups < 0)
+        REFUSE(MOE_ERROR_INVALID_ARGUMENT, "groups is %lld", (long long)c->q.groups);
     if (c->q.threads < 0 || c->q.threads > 4096)
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "threads is %d", (int)c->q.threads);
     c->top_k = top_k;
@@ -104,7 +107,8 @@ static int64_t expert_products(const moe_experts_config *e)
 
 static int64_t expert_parameters(const moe_experts_config *e)
 {
-    int64_t biases = moe__add(moe__mul(moe__is_gated(e->activation) ? 2 : 1, e->d_hidden), e->d_out);
+    int64_t biases = moe__add(moe__mul(moe__is_gated(e->activation) ? 2 : 1, e->d_hidden),
+                              e->d_out);
     return moe__add(expert_products(e), e->bias ? biases : 0);
 }
 
@@ -126,9 +130,9 @@ moe_status moe_layer_memory(const moe_cost_query *query, moe_cost *cost)
     int64_t expert = c.has_experts ? expert_parameters(&c.experts) : 0;
     int64_t count = moe__add(gate, moe__mul(c.num_experts, expert));
     if (c.has_gate) moe__gate_loss_weights(&c.gate, weights);
-    moe__pass_shape shape =
-        moe__pass_shape_of(c.has_gate ? &c.gate : NULL, c.has_experts ? &c.experts : NULL,
-                           c.layer.output, weights, true, false, c.q.flags);
+    moe__pass_shape shape = moe__pass_shape_of(c.has_gate ? &c.gate : NULL,
+                                               c.has_experts ? &c.experts : NULL, c.layer.output,
+                                               weights, true, false, c.q.flags);
     shape.tokens = c.q.tokens;
     shape.entries = c.entries;
     shape.groups = c.groups;

@@ -3,8 +3,8 @@
  *     m = sum(v)/n,  Var = sum (v-m)^2 / d,  d = n or n-1,  cv2 = Var / (m^2 + 1e-10)
  *     dv_i = (2 (v_i - m) / d) / (m^2 + 1e-10)  -  Var (2 m / n) / (m^2 + 1e-10)^2
  *
- * n = 0 gives 0, and so does n = 1 with ddof 1. Feed every element to moe__cv_add, then every element
- * to moe__cv_add_square, then ask. */
+ * n = 0 gives 0, and so does n = 1 with ddof 1. Feed every element to moe__cv_add, then every
+ * element to moe__cv_add_square, then ask. */
 #ifndef MOE_CV_H
 #define MOE_CV_H
 

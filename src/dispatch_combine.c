@@ -28,8 +28,8 @@ static moe_status check_matrix(const char *name, const void *data, int64_t *stri
         REFUSE_ARGUMENT("%s_stride is %lld, width is %lld", name, (ll)*stride, (ll)a->width);
     int64_t span = moe__max(*stride, a->width);
     if (moe__mul(moe__mul(rows, span), moe__dtype_size(a->dtype)) < 0)
-        REFUSE(MOE_ERROR_OVERFLOW, "%s: %lld rows of stride %lld do not fit in 63 bits", name, (ll)rows,
-               (ll)span);
+        REFUSE(MOE_ERROR_OVERFLOW, "%s: %lld rows of stride %lld do not fit in 63 bits", name,
+               (ll)rows, (ll)span);
     return MOE_OK;
 }
 
@@ -52,11 +52,11 @@ static moe_status read_args(moe__rows_job *job, const moe_plan *plan, const moe_
     int64_t T = plan->a.tokens, rows = plan->a.rows;
     MOE_TRY(check_matrix("tokens_in", a.tokens_in, &a.tokens_in_stride, T, &a, needs & TOKENS_IN,
                          function));
-    MOE_TRY(check_matrix("tokens_out", a.tokens_out, &a.tokens_out_stride, T, &a, needs & TOKENS_OUT,
-                         function));
-    MOE_TRY(check_matrix("rows_in", a.rows_in, &a.rows_in_stride, rows, &a,
-                         (needs & ROWS_IN) || ((needs & ROWS_IN_FOR_WEIGHTS) && a.entry_weight_grad),
-                         function));
+    MOE_TRY(check_matrix("tokens_out", a.tokens_out, &a.tokens_out_stride, T, &a,
+                         needs & TOKENS_OUT, function));
+    MOE_TRY(check_matrix(
+        "rows_in", a.rows_in, &a.rows_in_stride, rows, &a,
+        (needs & ROWS_IN) || ((needs & ROWS_IN_FOR_WEIGHTS) && a.entry_weight_grad), function));
     MOE_TRY(check_matrix("rows_out", a.rows_out, &a.rows_out_stride, rows, &a, needs & ROWS_OUT,
                          function));
     *job = (moe__rows_job){.workers = {.context = plan->context, .function = function},

@@ -8,7 +8,8 @@
 
 typedef long long ll; /* for %lld */
 
-/* ---- config --------------------------------------------------------------------------------------- */
+/* ---- config
+ * --------------------------------------------------------------------------------------- */
 
 static void experts_defaults(void *instance)
 {
@@ -28,7 +29,8 @@ static moe_status check_range(const char *name, int64_t value, int64_t low, int6
                               const char *function)
 {
     if (value < low || value > high)
-        REFUSE_ARGUMENT("%s is %lld; it must be in [%lld, %lld]", name, (ll)value, (ll)low, (ll)high);
+        REFUSE_ARGUMENT("%s is %lld; it must be in [%lld, %lld]", name, (ll)value, (ll)low,
+                        (ll)high);
     return MOE_OK;
 }
 
@@ -43,7 +45,7 @@ static moe_status check_supported(const moe_experts_config *c, const char *funct
                                                           : "MOE_WEIGHT_ON_INPUT");
     if (c->activation_alpha != 0 || c->activation_limit != 0 || c->activation_offset != 0)
         REFUSE(MOE_ERROR_NOT_SUPPORTED,
-               "activation_alpha %g, activation_limit %g, activation_offset %g: clamped activations are not available",
+               "activation_alpha %g, activation_limit %g, activation_offset %g: not available",
                c->activation_alpha, c->activation_limit, c->activation_offset);
     if (c->dtype == MOE_DTYPE_BF16 || c->dtype == MOE_DTYPE_F16)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d is not available on CPU", (int)c->dtype);
@@ -78,7 +80,8 @@ moe_status moe__experts_config_check(moe_experts_config *c, const char *function
     return check_supported(c, function);
 }
 
-/* ---- life ----------------------------------------------------------------------------------------- */
+/* ---- life
+ * ----------------------------------------------------------------------------------------- */
 
 moe_status moe_experts_create(moe_experts **experts, moe_context *context,
                               const moe_experts_config *config)
@@ -154,10 +157,11 @@ moe_status moe_experts_touched(const moe_experts *experts, uint8_t *touched, int
     return MOE_OK;
 }
 
-/* ---- operands -------------------------------------------------------------------------------------- */
+/* ---- operands
+ * -------------------------------------------------------------------------------------- */
 
-/* Part of a parameter as [E, in, out] or [E, out]: the columns first, first + step, ... of the output
- * dimension. `fused` is the name of the parameter that holds it if `name` does not exist. */
+/* Part of a parameter as [E, in, out] or [E, out]: the columns first, first + step, ... of the
+ * output dimension. `fused` is the name of the parameter that holds it if `name` does not exist. */
 typedef struct operand {
     const char *name, *fused;
     int64_t first, step; /* within the fused parameter */
@@ -223,7 +227,8 @@ void moe__experts_gradients(const moe_experts *experts, moe__experts_job *job, b
     job->db3 = m[3], job->dw2 = m[4], job->db2 = m[5];
 }
 
-/* ---- work ----------------------------------------------------------------------------------------- */
+/* ---- work
+ * ----------------------------------------------------------------------------------------- */
 
 static moe_status check_pass(const moe_experts *experts, const moe_pass *pass, const char *function)
 {

@@ -11,7 +11,8 @@
 
 typedef long long ll; /* for %lld */
 
-/* ---- config --------------------------------------------------------------------------------------- */
+/* ---- config
+ * --------------------------------------------------------------------------------------- */
 
 static void gate_defaults(void *instance)
 {
@@ -43,7 +44,8 @@ static moe_status check_range(const char *name, int64_t value, int64_t low, int6
                               const char *function)
 {
     if (value < low || value > high)
-        REFUSE_ARGUMENT("%s is %lld; it must be in [%lld, %lld]", name, (ll)value, (ll)low, (ll)high);
+        REFUSE_ARGUMENT("%s is %lld; it must be in [%lld, %lld]", name, (ll)value, (ll)low,
+                        (ll)high);
     return MOE_OK;
 }
 
@@ -116,7 +118,8 @@ static moe_status check_supported(const moe_gate_config *c, const char *function
                                                    : "MOE_GATE_SINKHORN");
     if (c->selection_bias) REFUSE(MOE_ERROR_NOT_SUPPORTED, "selection_bias is not available");
     if (c->expert_groups > 1)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "expert_groups is %lld: group-limited selection is not available",
+        REFUSE(MOE_ERROR_NOT_SUPPORTED,
+               "expert_groups is %lld: group-limited selection is not available",
                (ll)c->expert_groups);
     if (c->jitter > 0) REFUSE(MOE_ERROR_NOT_SUPPORTED, "jitter is %g: not available", c->jitter);
     if (c->drop_policy != MOE_DROP_TOKEN_ORDER && c->capacity_kind != MOE_CAPACITY_NONE)
@@ -134,16 +137,19 @@ static moe_status check_clashes(const moe_gate_config *c, const char *function)
 {
     bool noisy = c->kind == MOE_GATE_NOISY_TOP_K;
     if (c->kind != MOE_GATE_TOP_K && (c->score != MOE_SCORE_SOFTMAX || c->order || c->renormalize))
-        REFUSE_ARGUMENT("kind %d clashes with score %d, order %d, renormalize %d: it is a softmax over "
-                        "the chosen logits",
-                        (int)c->kind, (int)c->score, (int)c->order, (int)c->renormalize);
+        REFUSE_ARGUMENT(
+            "kind %d clashes with score %d, order %d, renormalize %d: it is a softmax over "
+            "the chosen logits",
+            (int)c->kind, (int)c->score, (int)c->order, (int)c->renormalize);
     if (c->renormalize && c->score == MOE_SCORE_SOFTMAX && c->order != MOE_ORDER_SCORE_THEN_SELECT)
         REFUSE_ARGUMENT("renormalize 1 clashes with order MOE_ORDER_SELECT_THEN_SCORE");
     if (noisy && c->d_model == 0)
-        REFUSE_ARGUMENT("kind MOE_GATE_NOISY_TOP_K clashes with d_model 0: its noise needs weights");
+        REFUSE_ARGUMENT(
+            "kind MOE_GATE_NOISY_TOP_K clashes with d_model 0: its noise needs weights");
     if (!noisy && c->load_weight != 0)
-        REFUSE_ARGUMENT("load_weight %g clashes with kind %d: only MOE_GATE_NOISY_TOP_K has a load loss",
-                        c->load_weight, (int)c->kind);
+        REFUSE_ARGUMENT(
+            "load_weight %g clashes with kind %d: only MOE_GATE_NOISY_TOP_K has a load loss",
+            c->load_weight, (int)c->kind);
     if (c->d_model == 0 && c->bias) REFUSE_ARGUMENT("bias 1 clashes with d_model 0");
     return MOE_OK;
 }
@@ -173,7 +179,8 @@ void moe__gate_loss_weights(const moe_gate_config *c, double weights[MOE_LOSS_SL
     weights[MOE_LOSS_SEQUENCE] = c->sequence_weight;
 }
 
-/* ---- life ----------------------------------------------------------------------------------------- */
+/* ---- life
+ * ----------------------------------------------------------------------------------------- */
 
 moe_status moe_gate_create(moe_gate **gate, moe_context *context, const moe_gate_config *config)
 {
@@ -219,7 +226,8 @@ moe_status moe_gate_get_config(const moe_gate *gate, moe_gate_config *config)
     return MOE_OK;
 }
 
-/* ---- operands -------------------------------------------------------------------------------------- */
+/* ---- operands
+ * -------------------------------------------------------------------------------------- */
 
 /* [D,E] or [E] of a parameter's data or gradient. */
 static moe__matrices gate_operand(const moe_gate *gate, const char *name, bool gradient)
@@ -249,7 +257,8 @@ void moe__gate_gradients(const moe_gate *gate, moe__gate_backward_job *job, bool
     job->d_noise_weight = wanted ? gate_operand(gate, "noise_weight", true) : none;
 }
 
-/* ---- work ----------------------------------------------------------------------------------------- */
+/* ---- work
+ * ----------------------------------------------------------------------------------------- */
 
 static moe_status check_pass(const moe_gate *gate, const moe_pass *pass, const char *function)
 {
@@ -286,7 +295,8 @@ moe_status moe_cv_squared(double *cv2, void *dv, const void *v, int64_t n, int32
     if (!v && n > 0) REFUSE_ARGUMENT("v is NULL for %lld elements", (ll)n);
     if (dtype == MOE_DTYPE_BF16 || dtype == MOE_DTYPE_F16)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d is not available on CPU", (int)dtype);
-    if (dtype != MOE_DTYPE_F32 && dtype != MOE_DTYPE_F64) REFUSE_ARGUMENT("dtype is %d", (int)dtype);
+    if (dtype != MOE_DTYPE_F32 && dtype != MOE_DTYPE_F64)
+        REFUSE_ARGUMENT("dtype is %d", (int)dtype);
     fenv_t saved;
     moe__fenv_enter(&saved);
     moe__cv cv = {.n = n, .ddof = ddof};

@@ -1,5 +1,6 @@
-/* internal.h - what the files of src/ share: errors, structs of growing size, memory, parallel work,
- * and the objects behind the handles. Includes no CUDA, MPI or NCCL header; src/cpu includes it too. */
+/* internal.h - what the files of src/ share: errors, structs of growing size, memory, parallel
+ * work, and the objects behind the handles. Includes no CUDA, MPI or NCCL header; src/cpu
+ * includes it too. */
 #ifndef MOE_INTERNAL_H
 #define MOE_INTERNAL_H
 
@@ -11,22 +12,25 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* ---- errors (status.c) ------------------------------------------------------------------------ */
+/* ---- errors (status.c)
+ * ------------------------------------------------------------------------ */
 
 /* Records the thread's message, "function: reason with values", and returns `status`. The function
  * that finds an error calls it; everyone above passes the code on. */
 #if defined(__GNUC__)
 __attribute__((format(printf, 3, 4)))
 #endif
-moe_status moe__fail(moe_status status, const char *function, const char *format, ...);
+moe_status
+moe__fail(moe_status status, const char *function, const char *format, ...);
 
-#define MOE_TRY(call)                                                                              \
-    do {                                                                                           \
-        moe_status try_status = (call);                                                            \
-        if (try_status != MOE_OK) return try_status;                                               \
+#define MOE_TRY(call)                                \
+    do {                                             \
+        moe_status try_status = (call);              \
+        if (try_status != MOE_OK) return try_status; \
     } while (0)
 
-/* ---- structs of growing size (struct.c) -------------------------------------------------------- */
+/* ---- structs of growing size (struct.c)
+ * -------------------------------------------------------- */
 
 /* All of a public struct that this library knows: `size` now, `first_size` in its first release. */
 typedef struct moe__struct_info {
@@ -45,17 +49,19 @@ extern const moe__struct_info moe__context_config_info, moe__gate_config_info,
 /* The body of every moe_*_init. */
 moe_status moe__struct_init(const moe__struct_info *info, void *instance, size_t size,
                             const char *function);
-/* Reads a caller's struct of any legal size into `known` (info->size bytes): defaults first, then what
- * the caller has. known's struct_size becomes info->size. A NULL `from` gives all defaults if
+/* Reads a caller's struct of any legal size into `known` (info->size bytes): defaults first, then
+ * what the caller has. known's struct_size becomes info->size. A NULL `from` gives all defaults if
  * `null_ok`, else MOE_ERROR_INVALID_ARGUMENT. */
-moe_status moe__struct_read(const moe__struct_info *info, void *known, const void *from, bool null_ok,
-                            const char *function);
+moe_status moe__struct_read(const moe__struct_info *info, void *known, const void *from,
+                            bool null_ok, const char *function);
 /* Checks a caller's output struct before work is done, and writes `known` into it (zeroing a longer
  * tail) keeping the caller's struct_size. */
-moe_status moe__struct_check_out(const moe__struct_info *info, const void *to, const char *function);
+moe_status moe__struct_check_out(const moe__struct_info *info, const void *to,
+                                 const char *function);
 void moe__struct_write(const moe__struct_info *info, void *to, const void *known);
 
-/* ---- sizes ------------------------------------------------------------------------------------- */
+/* ---- sizes
+ * ------------------------------------------------------------------------------------- */
 
 /* Product or sum of non-negative sizes, or -1 if it does not fit in int64_t or one is -1. */
 static inline int64_t moe__mul(int64_t a, int64_t b)
@@ -85,7 +91,8 @@ static inline int64_t moe__dtype_size(int32_t dtype)
     }
 }
 
-/* ---- context: memory and parallel work (context.c, pool.c) -------------------------------------- */
+/* ---- context: memory and parallel work (context.c, pool.c)
+ * -------------------------------------- */
 
 typedef struct moe__pool moe__pool;
 typedef struct moe__backend moe__backend;
@@ -123,11 +130,11 @@ void moe__log(const moe_context *context, int32_t level, const char *format, ...
 moe_status moe__parallel(moe_context *context, int64_t count, moe_task_fn task, void *argument,
                          const char *function);
 
-/* Splits [0, count) into ranges of at least `grain` and runs body(argument, begin, end) for each. For
- * work where every element is independent. */
+/* Splits [0, count) into ranges of at least `grain` and runs body(argument, begin, end) for each.
+ * For work where every element is independent. */
 typedef void (*moe__range_fn)(void *argument, int64_t begin, int64_t end);
-moe_status moe__parallel_range(moe_context *context, int64_t count, int64_t grain, moe__range_fn body,
-                               void *argument, const char *function);
+moe_status moe__parallel_range(moe_context *context, int64_t count, int64_t grain,
+                               moe__range_fn body, void *argument, const char *function);
 
 /* A public call that computes on the calling thread stands between these two, so that a caller's
  * rounding mode or flush-to-zero changes nothing. */
@@ -143,7 +150,8 @@ static inline const moe__backend *moe__kernels(const moe_context *context, int32
     return dtype == MOE_DTYPE_F64 ? context->kernels_f64 : context->kernels_f32;
 }
 
-/* ---- one block of memory cut into arrays ------------------------------------------------------- */
+/* ---- one block of memory cut into arrays
+ * ------------------------------------------------------- */
 
 /* With base NULL it only counts, so the same layout code answers "how much" and hands out. */
 typedef struct moe__arena {
@@ -161,7 +169,8 @@ static inline void *moe__arena_take(moe__arena *arena, int64_t count, int64_t si
     return arena->base && end >= 0 ? arena->base + begin : NULL;
 }
 
-/* ---- plan (plan.c) ------------------------------------------------------------------------------ */
+/* ---- plan (plan.c)
+ * ------------------------------------------------------------------------------ */
 
 /* The arrays of moe_plan_view, writable. */
 typedef struct moe__plan_arrays {
@@ -195,11 +204,13 @@ void moe__plan_copy_arrays(moe__plan_arrays *to, const moe__plan_arrays *from);
 moe_status moe__check_groups(const int64_t *group_begin, int64_t groups, int64_t tokens,
                              const char *function);
 
-/* ---- strided operands ---------------------------------------------------------------------------- */
+/* ---- strided operands
+ * ---------------------------------------------------------------------------- */
 
 #include "cpu/grouped_gemm.h" /* moe__rows, moe__matrices: plain descriptions, no kernel */
 
-/* ---- parameters (parameter.c) -------------------------------------------------------------------- */
+/* ---- parameters (parameter.c)
+ * -------------------------------------------------------------------- */
 
 /* One parameter of a gate or pool: [E,rows,cols] or, for a vector, [E,cols] or [cols]. */
 typedef struct moe__parameter {
@@ -210,14 +221,14 @@ typedef struct moe__parameter {
     int32_t dtype;
     int32_t init_tensor; /* number in the counter of init_parameters, frozen: see parameter.c */
     double init_std;     /* 0: zeros */
-    void *own_data, *own_grad; /* memory of the object, or NULL */
-    int64_t own_bytes;         /* of each */
-    void *data, *grad;         /* element 0, or NULL */
+    void *own_data, *own_grad;     /* memory of the object, or NULL */
+    int64_t own_bytes;             /* of each */
+    void *data, *grad;             /* element 0, or NULL */
     void **data_each, **grad_each; /* [E] or NULL; point into `lists` */
     void **lists;                  /* [2E] or NULL; kept once allocated */
     int64_t data_stride[MOE_MAX_DIMS], grad_stride[MOE_MAX_DIMS];
-    int32_t owned;                 /* data is own_data */
-    int32_t owned_grad;            /* grad is own_grad */
+    int32_t owned;      /* data is own_data */
+    int32_t owned_grad; /* grad is own_grad */
 } moe__parameter;
 
 enum { MOE__MAX_PARAMETERS = 6 };
@@ -232,16 +243,19 @@ typedef struct moe__parameter_list {
 } moe__parameter_list;
 
 /* Adds one parameter to the list (not allocated yet). */
-void moe__parameter_add(moe__parameter_list *list, const char *name, int32_t per_expert, int32_t dims,
-                        const int64_t *shape, int32_t dtype, int32_t init_tensor, double init_std);
+void moe__parameter_add(moe__parameter_list *list, const char *name, int32_t per_expert,
+                        int32_t dims, const int64_t *shape, int32_t dtype, int32_t init_tensor,
+                        double init_std);
 /* Allocates what `parameters` (MOE_PARAMETERS_*) asks for; on error everything is freed again. */
-moe_status moe__parameters_allocate(moe__parameter_list *list, int32_t parameters, const char *function);
+moe_status moe__parameters_allocate(moe__parameter_list *list, int32_t parameters,
+                                    const char *function);
 void moe__parameters_free(moe__parameter_list *list);
 /* MOE_ERROR_INVALID_STATE naming the first parameter that has no data. */
 moe_status moe__parameters_check_bound(const moe__parameter_list *list, const char *function);
 const moe__parameter *moe__parameter_by_name(const moe__parameter_list *list, const char *name);
 
-/* ---- gate, experts, layer, comm ------------------------------------------------------------------ */
+/* ---- gate, experts, layer, comm
+ * ------------------------------------------------------------------ */
 
 struct moe_gate {
     atomic_int references;
@@ -272,7 +286,7 @@ struct moe_layer {
     moe_layer_config config;
     moe_gate *gate; /* may be NULL */
     moe_experts *experts;
-    moe_comm *comm; /* may be NULL */
+    moe_comm *comm;                          /* may be NULL */
     char names[2 * MOE__MAX_PARAMETERS][32]; /* "gate.weight", ... */
 };
 

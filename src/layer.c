@@ -3,9 +3,9 @@
  *     forward:   route -> plan -> losses -> experts -> combine
  *     backward:  output -> experts -> dispatch (its adjoint) -> gate
  *
- * A gate alone runs the first three steps, a pool alone the last two; all go through moe__run_forward
- * and moe__run_backward. Arguments were checked before (arguments.c), memory is cut by pass_layout.c,
- * and the arithmetic is the backend's (backend.h). */
+ * A gate alone runs the first three steps, a pool alone the last two; all go through
+ * moe__run_forward and moe__run_backward. Arguments were checked before (arguments.c), memory is
+ * cut by pass_layout.c, and the arithmetic is the backend's (backend.h). */
 #include "pass_state.h"
 #include "philox.h"
 
@@ -14,7 +14,8 @@
 #define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
 #define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
 
-/* ---- forward -------------------------------------------------------------------------------------- */
+/* ---- forward
+ * -------------------------------------------------------------------------------------- */
 
 /* The empty plan of a gate: K entries for every token, to be filled by the route step. */
 static void start_plan(moe__plan_arrays *plan, const moe__forward *f)
@@ -244,8 +245,8 @@ static moe__pass_shape forward_shape(const moe_pass *pass, const moe__forward *f
         moe__gate_loss_weights(&pass->gate->config, weights);
     moe__pass_shape shape = moe__pass_shape_of(
         pass->gate ? &pass->gate->config : NULL, with_experts ? &pass->experts->config : NULL,
-        f->uses & MOE__USE_LAYER ? pass->layer->config.output : MOE_OUTPUT_LINEAR, weights, f->route, f->replay,
-        f->a.flags);
+        f->uses & MOE__USE_LAYER ? pass->layer->config.output : MOE_OUTPUT_LINEAR, weights,
+        f->route, f->replay, f->a.flags);
     shape.tokens = f->a.tokens;
     shape.entries = f->entries;
     shape.groups = f->a.groups;
@@ -276,17 +277,19 @@ moe_status moe__run_forward(moe_pass *pass, const moe_forward_args *args, int32_
     pass->uses = uses;
     pass->routed = f.route;
     pass->flags = f.a.flags;
-    pass->state = status != MOE_OK                        ? MOE__PASS_FAILED
-                  : shape.save                            ? MOE__PASS_SAVED
-                  : (f.a.flags & MOE_FORWARD_PLAN_ONLY)   ? MOE__PASS_PLAN
-                                                          : MOE__PASS_EMPTY;
+    pass->state = status != MOE_OK                      ? MOE__PASS_FAILED
+                  : shape.save                          ? MOE__PASS_SAVED
+                  : (f.a.flags & MOE_FORWARD_PLAN_ONLY) ? MOE__PASS_PLAN
+                                                        : MOE__PASS_EMPTY;
     return status;
 }
 
-/* ---- backward ------------------------------------------------------------------------------------- */
+/* ---- backward
+ * ------------------------------------------------------------------------------------- */
 
 /* dy through the layer's sigmoid: dy y (1 - y). */
-static moe_status output_step(moe_pass *pass, const moe_backward_args *b, const moe__backend *kernels)
+static moe_status output_step(moe_pass *pass, const moe_backward_args *b,
+                              const moe__backend *kernels)
 {
     int64_t O = pass->experts->config.d_out;
     moe__rows_job job = {.workers = pass->experts_job.workers,
@@ -441,9 +444,13 @@ moe_status moe__run_backward(moe_pass *pass, const moe_backward_args *args, int3
     return status;
 }
 
-/* ---- the object ------------------------------------------------------------------------------------ */
+/* ---- the object
+ * ------------------------------------------------------------------------------------ */
 
-static void layer_defaults(void *instance) { *(moe_layer_config *)instance = (moe_layer_config){0}; }
+static void layer_defaults(void *instance)
+{
+    *(moe_layer_config *)instance = (moe_layer_config){0};
+}
 
 const moe__struct_info moe__layer_config_info = {"moe_layer_config", sizeof(moe_layer_config),
                                                  sizeof(moe_layer_config), layer_defaults};
@@ -458,7 +465,8 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
     const moe_gate *g = c->gate;
     const moe_experts *e = c->experts;
     if (!e) REFUSE_ARGUMENT("experts is NULL");
-    if (g && g->context != e->context) REFUSE_ARGUMENT("gate and experts are of different contexts");
+    if (g && g->context != e->context)
+        REFUSE_ARGUMENT("gate and experts are of different contexts");
     if (g && g->config.num_experts != e->config.num_experts)
         REFUSE_ARGUMENT("the gate has %lld experts, the pool has %lld",
                         (long long)g->config.num_experts, (long long)e->config.num_experts);
@@ -472,11 +480,13 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
 
 moe_status moe__layer_config_check(const moe_layer_config *c, const char *function)
 {
-    if (c->output < 0 || c->output > MOE_OUTPUT_SIGMOID) REFUSE_ARGUMENT("output is %d", (int)c->output);
+    if (c->output < 0 || c->output > MOE_OUTPUT_SIGMOID)
+        REFUSE_ARGUMENT("output is %d", (int)c->output);
     if (c->layer_id < 0 || c->layer_id > 65535)
         REFUSE_ARGUMENT("layer_id is %d; it must be in [0, 65535]", (int)c->layer_id);
     if (c->shared) REFUSE(MOE_ERROR_NOT_SUPPORTED, "shared: a shared expert is not available");
-    if (c->residual) REFUSE(MOE_ERROR_NOT_SUPPORTED, "residual: a residual branch is not available");
+    if (c->residual)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "residual: a residual branch is not available");
     if (c->shared_gate)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "shared_gate is %d: not available", (int)c->shared_gate);
     if (c->residual_mix)

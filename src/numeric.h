@@ -52,10 +52,7 @@ MOE_FN float moe__from_bits_f32(uint32_t u)
     return x;
 }
 
-MOE_FN float moe__abs_f32(float x)
-{
-    return moe__from_bits_f32(moe__bits_f32(x) & 0x7fffffffu);
-}
+MOE_FN float moe__abs_f32(float x) { return moe__from_bits_f32(moe__bits_f32(x) & 0x7fffffffu); }
 
 /* x with the sign of s, x not negative. */
 MOE_FN float moe__with_sign_f32(float x, float s)

@@ -1,7 +1,8 @@
-/* parameter.c - the parameters of gate, pool and layer: what there is, where it lives, binding, zeroing.
+/* parameter.c - the parameters of gate, pool and layer: what there is, where it lives, binding,
+ * zeroing.
  *
- * A parameter is [E,rows,cols] or [E,cols] in a pool, [rows,cols] or [cols] in a gate. Data and gradient
- * each live at a base with strides, or (pools only) at one pointer per expert. */
+ * A parameter is [E,rows,cols] or [E,cols] in a pool, [rows,cols] or [cols] in a gate. Data and
+ * gradient each live at a base with strides, or (pools only) at one pointer per expert. */
 #include "internal.h"
 
 #include <stdio.h>
@@ -12,7 +13,8 @@
 
 typedef long long ll; /* for %lld */
 
-/* ---- structs -------------------------------------------------------------------------------------- */
+/* ---- structs
+ * -------------------------------------------------------------------------------------- */
 
 static void binding_defaults(void *instance) { *(moe_binding *)instance = (moe_binding){0}; }
 static void record_defaults(void *instance)
@@ -22,9 +24,9 @@ static void record_defaults(void *instance)
 
 const moe__struct_info moe__binding_info = {"moe_binding", sizeof(moe_binding), sizeof(moe_binding),
                                             binding_defaults};
-const moe__struct_info moe__parameter_record_info = {
-    "moe_parameter_record", sizeof(moe_parameter_record), sizeof(moe_parameter_record),
-    record_defaults};
+const moe__struct_info moe__parameter_record_info = {"moe_parameter_record",
+                                                     sizeof(moe_parameter_record),
+                                                     sizeof(moe_parameter_record), record_defaults};
 
 moe_status moe_binding_init(moe_binding *binding, size_t size)
 {
@@ -35,7 +37,8 @@ moe_status moe_parameter_record_init(moe_parameter_record *record, size_t size)
     return moe__struct_init(&moe__parameter_record_info, record, size, __func__);
 }
 
-/* ---- the list ------------------------------------------------------------------------------------- */
+/* ---- the list
+ * ------------------------------------------------------------------------------------- */
 
 static void contiguous(int64_t stride[MOE_MAX_DIMS], const int64_t *shape, int32_t dims)
 {
@@ -53,8 +56,9 @@ static int64_t element_count(const moe__parameter *p)
     return count;
 }
 
-void moe__parameter_add(moe__parameter_list *list, const char *name, int32_t per_expert, int32_t dims,
-                        const int64_t *shape, int32_t dtype, int32_t init_tensor, double init_std)
+void moe__parameter_add(moe__parameter_list *list, const char *name, int32_t per_expert,
+                        int32_t dims, const int64_t *shape, int32_t dtype, int32_t init_tensor,
+                        double init_std)
 {
     moe__parameter *p = &list->p[list->count++];
     *p = (moe__parameter){.name = name,
@@ -147,7 +151,8 @@ void moe__layer_name_parameters(moe_layer *layer)
     }
 }
 
-/* ---- memory --------------------------------------------------------------------------------------- */
+/* ---- memory
+ * --------------------------------------------------------------------------------------- */
 
 void moe__parameters_free(moe__parameter_list *list)
 {
@@ -211,7 +216,8 @@ const moe__parameter *moe__parameter_by_name(const moe__parameter_list *list, co
     return NULL;
 }
 
-/* ---- count, find, record ---------------------------------------------------------------------------- */
+/* ---- count, find, record
+ * ---------------------------------------------------------------------------- */
 
 int64_t moe_gate_parameter_count(const moe_gate *gate) { return gate ? gate->parameters.count : 0; }
 
@@ -255,8 +261,8 @@ static moe_status check_index(int64_t index, int64_t count, const char *function
     return MOE_OK;
 }
 
-static moe_status write_record(const moe__parameter *p, const char *name, moe_parameter_record *record,
-                               const char *function)
+static moe_status write_record(const moe__parameter *p, const char *name,
+                               moe_parameter_record *record, const char *function)
 {
     moe_parameter_record known = {.name = name,
                                   .data = p->data,
@@ -284,7 +290,8 @@ moe_status moe_gate_parameter(const moe_gate *gate, int64_t index, moe_parameter
 {
     if (!gate) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "gate is NULL");
     MOE_TRY(check_index(index, gate->parameters.count, __func__));
-    return write_record(&gate->parameters.p[index], gate->parameters.p[index].name, record, __func__);
+    return write_record(&gate->parameters.p[index], gate->parameters.p[index].name, record,
+                        __func__);
 }
 
 moe_status moe_experts_parameter(const moe_experts *experts, int64_t index,
@@ -306,7 +313,8 @@ moe_status moe_layer_parameter(const moe_layer *layer, int64_t index, moe_parame
     return write_record(p, layer->names[index], record, __func__);
 }
 
-/* ---- bind ----------------------------------------------------------------------------------------- */
+/* ---- bind
+ * ----------------------------------------------------------------------------------------- */
 
 static bool all_zero(const int64_t stride[MOE_MAX_DIMS])
 {
@@ -315,8 +323,9 @@ static bool all_zero(const int64_t stride[MOE_MAX_DIMS])
     return true;
 }
 
-/* Resolves the strides of a binding and refuses those that make elements share a place: taken by size,
- * each must step over all that the smaller ones span. `first` is 1 with a pointer per expert. */
+/* Resolves the strides of a binding and refuses those that make elements share a place: taken by
+ * size, each must step over all that the smaller ones span. `first` is 1 with a pointer per
+ * expert. */
 static moe_status resolve_strides(int64_t out[MOE_MAX_DIMS], const int64_t asked[MOE_MAX_DIMS],
                                   const moe__parameter *p, int32_t first, const char *which,
                                   const char *function)
@@ -329,7 +338,8 @@ static moe_status resolve_strides(int64_t out[MOE_MAX_DIMS], const int64_t asked
     for (int32_t taken = first; taken < p->dims; taken++) {
         int32_t least = -1;
         for (int32_t d = first; d < p->dims; d++) {
-            if (out[d] == INT64_MIN) REFUSE(MOE_ERROR_OVERFLOW, "%s_stride[%d] of %s", which, (int)d, p->name);
+            if (out[d] == INT64_MIN)
+                REFUSE(MOE_ERROR_OVERFLOW, "%s_stride[%d] of %s", which, (int)d, p->name);
             int64_t size = out[d] < 0 ? -out[d] : out[d];
             int64_t best = least < 0 ? 0 : out[least] < 0 ? -out[least] : out[least];
             if (!used[d] && (least < 0 || size < best)) least = d;
@@ -360,7 +370,8 @@ static moe_status check_pointers(const moe__parameter *p, const moe_binding *b, 
     if (!b->data && !b->data_per_expert) REFUSE_ARGUMENT("%s: data is NULL", p->name);
     if (b->grad && b->grad == b->data) REFUSE_ARGUMENT("%s: grad and data are the same", p->name);
     for (int64_t e = 0; b->data_per_expert && e < experts; e++) {
-        if (!b->data_per_expert[e]) REFUSE_ARGUMENT("%s: data of expert %lld is NULL", p->name, (ll)e);
+        if (!b->data_per_expert[e])
+            REFUSE_ARGUMENT("%s: data of expert %lld is NULL", p->name, (ll)e);
         if (b->grad_per_expert && b->grad_per_expert[e] == b->data_per_expert[e])
             REFUSE_ARGUMENT("%s: grad and data of expert %lld are the same", p->name, (ll)e);
     }
@@ -408,8 +419,10 @@ static moe_status bind(moe__parameter_list *list, int64_t index, const moe_bindi
     MOE_TRY(moe__struct_read(&moe__binding_info, &b, binding, false, function));
     MOE_TRY(check_pointers(p, &b, E, function));
     MOE_TRY(check_dtypes(p, &b, function));
-    MOE_TRY(resolve_strides(data_stride, b.data_stride, p, b.data_per_expert != NULL, "data", function));
-    MOE_TRY(resolve_strides(grad_stride, b.grad_stride, p, b.grad_per_expert != NULL, "grad", function));
+    MOE_TRY(resolve_strides(data_stride, b.data_stride, p, b.data_per_expert != NULL, "data",
+                            function));
+    MOE_TRY(resolve_strides(grad_stride, b.grad_stride, p, b.grad_per_expert != NULL, "grad",
+                            function));
     if (b.data_per_expert || b.grad_per_expert) MOE_TRY(make_lists(list, p, function));
     for (int64_t e = 0; b.data_per_expert && e < E; e++)
         p->lists[e] = (void *)(uintptr_t)b.data_per_expert[e]; /* read only */
@@ -445,7 +458,8 @@ moe_status moe_layer_bind(moe_layer *layer, int64_t index, const moe_binding *bi
                            : bind(&layer->experts->parameters, index - of_gate, binding, __func__);
 }
 
-/* ---- zero ----------------------------------------------------------------------------------------- */
+/* ---- zero
+ * ----------------------------------------------------------------------------------------- */
 
 /* Rows of a gradient: everything but the last dimension. */
 static void zero_range(void *argument, int64_t begin, int64_t end)

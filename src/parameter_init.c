@@ -1,11 +1,12 @@
 /* parameter_init.c - first values of owned parameters.
  *
- * Element (expert, row, column) of the logical matrix W1, W3, W2 [in,out], or of the router's [D,E], is
- * std times the normal number column % 4 of the counter
+ * Element (expert, row, column) of the logical matrix W1, W3, W2 [in,out], or of the router's
+ * [D,E], is std times the normal number column % 4 of the counter
  *
  *     {purpose 2 << 24 | gate's stream_id << 16 | tensor, expert, row, column / 4}
  *
- * whatever layout, GLU order or dtype it is stored in: see docs/numerics.md, "Initial parameters". */
+ * whatever layout, GLU order or dtype it is stored in: see docs/numerics.md, "Initial
+ * parameters". */
 #include "internal.h"
 #include "philox.h"
 
@@ -87,8 +88,8 @@ static moe_status init_one(const moe__parameter_list *list, const moe__parameter
               .stream_id = (uint32_t)stream_id,
               .rows = out_in ? second : first,
               .cols = out_in ? first : second};
-    return moe__parallel_range(list->context, experts * first, moe__max(1, 4096 / second), fill_range,
-                               &f, function);
+    return moe__parallel_range(list->context, experts * first, moe__max(1, 4096 / second),
+                               fill_range, &f, function);
 }
 
 static moe_status init_all(const moe__parameter_list *list, uint64_t seed, int32_t stream_id,

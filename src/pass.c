@@ -8,20 +8,27 @@
 
 typedef long long ll; /* for %lld */
 
-/* ---- structs -------------------------------------------------------------------------------------- */
+/* ---- structs
+ * -------------------------------------------------------------------------------------- */
 
 static void forward_defaults(void *instance)
 {
     moe_forward_args *a = instance;
     *a = (moe_forward_args){.top_k = MOE_FROM_CONFIG, .capacity = MOE_FROM_CONFIG};
 }
-static void backward_defaults(void *instance) { *(moe_backward_args *)instance = (moe_backward_args){0}; }
+static void backward_defaults(void *instance)
+{
+    *(moe_backward_args *)instance = (moe_backward_args){0};
+}
 static void config_defaults(void *instance) { *(moe_pass_config *)instance = (moe_pass_config){0}; }
 static void losses_defaults(void *instance) { *(moe_losses *)instance = (moe_losses){0}; }
 static void stats_defaults(void *instance) { *(moe_stats *)instance = (moe_stats){0}; }
 static void view_defaults(void *instance) { *(moe_tensor_view *)instance = (moe_tensor_view){0}; }
 
-#define INFO(type, defaults) {#type, sizeof(type), sizeof(type), defaults}
+#define INFO(type, defaults)                        \
+    {                                               \
+#type, sizeof(type), sizeof(type), defaults \
+    }
 const moe__struct_info moe__forward_args_info = INFO(moe_forward_args, forward_defaults);
 const moe__struct_info moe__backward_args_info = INFO(moe_backward_args, backward_defaults);
 const moe__struct_info moe__pass_config_info = INFO(moe_pass_config, config_defaults);
@@ -54,7 +61,8 @@ moe_status moe_tensor_view_init(moe_tensor_view *view, size_t size)
     return moe__struct_init(&moe__tensor_view_info, view, size, __func__);
 }
 
-/* ---- life ----------------------------------------------------------------------------------------- */
+/* ---- life
+ * ----------------------------------------------------------------------------------------- */
 
 static moe_status check_workspace(const moe_pass_config *c, const char *function)
 {
@@ -66,8 +74,8 @@ static moe_status check_workspace(const moe_pass_config *c, const char *function
     return MOE_OK;
 }
 
-static moe_status pass_create(moe_pass **pass, moe_context *context, moe_layer *layer, moe_gate *gate,
-                              moe_experts *experts, const moe_pass_config *config,
+static moe_status pass_create(moe_pass **pass, moe_context *context, moe_layer *layer,
+                              moe_gate *gate, moe_experts *experts, const moe_pass_config *config,
                               const char *function)
 {
     moe_pass_config c;
@@ -95,14 +103,16 @@ static moe_status pass_create(moe_pass **pass, moe_context *context, moe_layer *
 moe_status moe_pass_create(moe_pass **pass, moe_layer *layer, const moe_pass_config *config)
 {
     if (!pass || !layer)
-        return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "%s is NULL", pass ? "layer" : "pass");
+        return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "%s is NULL",
+                         pass ? "layer" : "pass");
     return pass_create(pass, layer->context, layer, layer->gate, layer->experts, config, __func__);
 }
 
 moe_status moe_pass_create_for_gate(moe_pass **pass, moe_gate *gate, const moe_pass_config *config)
 {
     if (!pass || !gate)
-        return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "%s is NULL", pass ? "gate" : "pass");
+        return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "%s is NULL",
+                         pass ? "gate" : "pass");
     return pass_create(pass, gate->context, NULL, gate, NULL, config, __func__);
 }
 
@@ -127,9 +137,11 @@ void moe_pass_destroy(moe_pass *pass)
     moe_context_destroy(context);
 }
 
-/* ---- memory --------------------------------------------------------------------------------------- */
+/* ---- memory
+ * --------------------------------------------------------------------------------------- */
 
-moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_groups, int64_t max_top_k)
+moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_groups,
+                            int64_t max_top_k)
 {
     const char *function = __func__;
     double weights[MOE_LOSS_SLOTS] = {0};
@@ -143,8 +155,8 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     if (max_top_k < 0) REFUSE_ARGUMENT("max_top_k is %lld", (ll)max_top_k);
     for (int i = 0; i < MOE_LOSS_SLOTS; i++) weights[i] = 1; /* a call may bring its own */
     moe__pass_shape shape = moe__pass_shape_of(gate, experts,
-                                               pass->layer ? pass->layer->config.output : 0, weights,
-                                               true, true, MOE_FORWARD_TRAIN);
+                                               pass->layer ? pass->layer->config.output : 0,
+                                               weights, true, true, MOE_FORWARD_TRAIN);
     shape.tokens = max_tokens;
     shape.groups = moe__max(max_groups, 1);
     shape.top_k = max_top_k;
@@ -159,9 +171,13 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     return MOE_OK;
 }
 
-int64_t moe_pass_bytes(const moe_pass *pass) { return !pass ? 0 : pass->host_memory ? pass->used : pass->capacity; }
+int64_t moe_pass_bytes(const moe_pass *pass)
+{
+    return !pass ? 0 : pass->host_memory ? pass->used : pass->capacity;
+}
 
-/* ---- what it shows -------------------------------------------------------------------------------- */
+/* ---- what it shows
+ * -------------------------------------------------------------------------------- */
 
 static moe_status check_has_forward(const moe_pass *pass, const void *out, const char *name,
                                     const char *function)

@@ -6,7 +6,8 @@
 
 #include <string.h>
 
-static void lay_out_route(moe_pass *pass, moe__arena *arena, const moe__pass_shape *s, int64_t real_size)
+static void lay_out_route(moe_pass *pass, moe__arena *arena, const moe__pass_shape *s,
+                          int64_t real_size)
 {
     moe__route_job *r = &pass->route;
     int64_t matrix = moe__mul(s->tokens, s->num_experts);
@@ -33,12 +34,13 @@ static void lay_out_losses(moe_pass *pass, moe__arena *arena, const moe__pass_sh
     l->token_value = moe__arena_take(arena, s->tokens, sizeof *l->token_value);
     l->score_sum = s->columns ? moe__arena_take(arena, E, sizeof *l->score_sum) : NULL;
     l->columns = s->columns ? moe__arena_take(arena, moe__mul(s->tokens, E), real_size) : NULL;
-    l->sequence_sum = s->sequence ? moe__arena_take(arena, by_group, sizeof *l->sequence_sum) : NULL;
-    l->sequence_counts =
-        s->sequence ? moe__arena_take(arena, by_group, sizeof *l->sequence_counts) : NULL;
-    l->plain_ids = s->plain_counts ? moe__arena_take(arena, moe__mul(s->tokens, s->top_k),
-                                                     sizeof *l->plain_ids)
-                                   : NULL;
+    l->sequence_sum = s->sequence ? moe__arena_take(arena, by_group, sizeof *l->sequence_sum)
+                                  : NULL;
+    l->sequence_counts = s->sequence ? moe__arena_take(arena, by_group, sizeof *l->sequence_counts)
+                                     : NULL;
+    l->plain_ids = s->plain_counts
+                       ? moe__arena_take(arena, moe__mul(s->tokens, s->top_k), sizeof *l->plain_ids)
+                       : NULL;
 }
 
 static void lay_out_gate_backward(moe_pass *pass, moe__arena *arena, const moe__pass_shape *s,
@@ -90,13 +92,11 @@ void moe__pass_layout(moe_pass *pass, moe__arena *arena, const moe__pass_shape *
     moe__plan_layout(&pass->plan.a, arena, s->tokens, s->entries, s->num_experts, s->groups,
                      s->dtype);
     pass->plan_weight = moe__arena_take(arena, s->entries, real_size);
-    pass->rows_of_expert =
-        moe__arena_take(arena, s->num_experts, sizeof *pass->rows_of_expert);
+    pass->rows_of_expert = moe__arena_take(arena, s->num_experts, sizeof *pass->rows_of_expert);
     pass->entry_grad = s->save ? moe__arena_take(arena, s->entries, real_size) : NULL;
     pass->mask = moe__arena_take(arena, s->tokens, 1);
     pass->valid_token = moe__arena_take(arena, s->tokens, sizeof *pass->valid_token);
-    pass->valid_begin =
-        moe__arena_take(arena, moe__add(s->groups, 1), sizeof *pass->valid_begin);
+    pass->valid_begin = moe__arena_take(arena, moe__add(s->groups, 1), sizeof *pass->valid_begin);
     pass->group_capacity = moe__arena_take(arena, s->groups, sizeof *pass->group_capacity);
     lay_out_losses(pass, arena, s, real_size);
     if (s->gate && s->route) lay_out_route(pass, arena, s, real_size);

@@ -1,7 +1,7 @@
 /* pass_state.h - what a pass holds, and how its memory is cut.
  *
- * A pass keeps the jobs it gave to the backend in its forward; the backward hands them back, so that
- * everything a backward needs is here and nowhere else. */
+ * A pass keeps the jobs it gave to the backend in its forward; the backward hands them back, so
+ * that everything a backward needs is here and nowhere else. */
 #ifndef MOE_PASS_STATE_H
 #define MOE_PASS_STATE_H
 
@@ -13,37 +13,37 @@ typedef struct moe__pass_shape {
     const moe_experts_config *experts; /* NULL: no experts; d_out resolved */
     int64_t tokens, entries, num_experts, groups, top_k;
     int32_t dtype, threads;
-    int32_t route;           /* 1: the gate runs (no plan with weights) */
-    int32_t noise;           /* 1: it draws noise */
-    int32_t save;            /* 1: a backward will come */
-    int32_t output_sigmoid;  /* of the layer */
-    int32_t plain_counts;    /* 1: plain_ids are needed */
-    int32_t columns;         /* 1: a loss or the load needs columns */
-    int32_t sequence;        /* 1: the sequence loss is on */
+    int32_t route;          /* 1: the gate runs (no plan with weights) */
+    int32_t noise;          /* 1: it draws noise */
+    int32_t save;           /* 1: a backward will come */
+    int32_t output_sigmoid; /* of the layer */
+    int32_t plain_counts;   /* 1: plain_ids are needed */
+    int32_t columns;        /* 1: a loss or the load needs columns */
+    int32_t sequence;       /* 1: the sequence loss is on */
 } moe__pass_shape;
 
 enum {
-    MOE__PASS_EMPTY = 0,  /* before the first forward, after reserve */
-    MOE__PASS_PLAN = 1,   /* a forward that kept the routing only */
-    MOE__PASS_SAVED = 2,  /* ready for a backward */
-    MOE__PASS_FAILED = 3  /* a forward or backward failed in the middle */
+    MOE__PASS_EMPTY = 0, /* before the first forward, after reserve */
+    MOE__PASS_PLAN = 1,  /* a forward that kept the routing only */
+    MOE__PASS_SAVED = 2, /* ready for a backward */
+    MOE__PASS_FAILED = 3 /* a forward or backward failed in the middle */
 };
 
 enum { MOE__USE_GATE = 1, MOE__USE_EXPERTS = 2, MOE__USE_LAYER = 4 };
 
 struct moe_pass {
     moe_context *context;
-    moe_layer *layer; /* may be NULL */
-    moe_gate *gate;   /* may be NULL */
+    moe_layer *layer;     /* may be NULL */
+    moe_gate *gate;       /* may be NULL */
     moe_experts *experts; /* may be NULL */
     char *memory;
     int64_t capacity; /* bytes of memory */
     int64_t used;     /* most bytes of it that a forward or reserve has needed */
     int32_t host_memory;
     int32_t state;
-    uint64_t flags;   /* of the last forward */
-    int32_t uses;     /* MOE__USE_*: what the last forward ran over */
-    int32_t routed;   /* 1: its gate ran, 0: a plan with weights was replayed */
+    uint64_t flags; /* of the last forward */
+    int32_t uses;   /* MOE__USE_*: what the last forward ran over */
+    int32_t routed; /* 1: its gate ran, 0: a plan with weights was replayed */
     int32_t gate_saw_x;
     int32_t logits_from_host;
 
@@ -57,13 +57,13 @@ struct moe_pass {
     int64_t x_stride;
     const void *gate_x;
     int64_t gate_x_stride;
-    void *y_saved;       /* [T,O], with a sigmoid on the layer's output */
-    void *dy_inner;      /* [T,O], likewise */
-    void *dx_rows;       /* [R,D] */
-    void *entry_grad;    /* [N] */
-    void *plan_weight;   /* [N] weights before dropping */
+    void *y_saved;           /* [T,O], with a sigmoid on the layer's output */
+    void *dy_inner;          /* [T,O], likewise */
+    void *dx_rows;           /* [R,D] */
+    void *entry_grad;        /* [N] */
+    void *plan_weight;       /* [N] weights before dropping */
     int64_t *rows_of_expert; /* [E] */
-    uint8_t *mask;       /* [T] copy */
+    uint8_t *mask;           /* [T] copy */
     int64_t *valid_token, *valid_begin;
     int64_t *group_capacity;
     double weights[MOE_LOSS_SLOTS], value[MOE_LOSS_SLOTS], stats[MOE_STAT_SLOTS];
@@ -76,7 +76,8 @@ void moe__pass_layout(moe_pass *pass, moe__arena *arena, const moe__pass_shape *
 /* Bytes a pass of this shape needs, or -1 on overflow. */
 int64_t moe__pass_shape_bytes(const moe__pass_shape *shape);
 
-/* Makes room for the shape, keeping the plan at the front if `keep_plan`. Nothing changes on error. */
+/* Makes room for the shape, keeping the plan at the front if `keep_plan`. Nothing changes on
+ * error. */
 moe_status moe__pass_make_room(moe_pass *pass, const moe__pass_shape *shape, bool keep_plan,
                                const char *function);
 
@@ -85,10 +86,10 @@ typedef struct moe__forward {
     moe_forward_args a;
     const double *weights; /* of the losses */
     int64_t top_k, entries;
-    int32_t uses;   /* MOE__USE_* */
-    bool route;     /* the gate runs */
-    bool replay;    /* the plan is there already: handed in, or kept for a recompute */
-    bool own_plan;  /* it is the pass's own */
+    int32_t uses;  /* MOE__USE_* */
+    bool route;    /* the gate runs */
+    bool replay;   /* the plan is there already: handed in, or kept for a recompute */
+    bool own_plan; /* it is the pass's own */
     bool recompute;
 } moe__forward;
 

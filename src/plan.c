@@ -11,12 +11,13 @@
 
 typedef long long ll; /* for %lld */
 
-/* ---- structs -------------------------------------------------------------------------------------- */
+/* ---- structs
+ * -------------------------------------------------------------------------------------- */
 
 static void args_defaults(void *instance)
 {
-    *(moe_plan_args *)instance =
-        (moe_plan_args){.id_dtype = MOE_DTYPE_I32, .capacity = MOE_FROM_CONFIG};
+    *(moe_plan_args *)instance = (moe_plan_args){.id_dtype = MOE_DTYPE_I32,
+                                                 .capacity = MOE_FROM_CONFIG};
 }
 static void view_defaults(void *instance) { *(moe_plan_view *)instance = (moe_plan_view){0}; }
 
@@ -34,7 +35,8 @@ moe_status moe_plan_view_init(moe_plan_view *view, size_t size)
     return moe__struct_init(&moe__plan_view_info, view, size, __func__);
 }
 
-/* ---- arrays --------------------------------------------------------------------------------------- */
+/* ---- arrays
+ * --------------------------------------------------------------------------------------- */
 
 void moe__plan_layout(moe__plan_arrays *p, moe__arena *arena, int64_t tokens, int64_t entries,
                       int64_t num_experts, int64_t groups, int32_t dtype)
@@ -76,11 +78,12 @@ void moe__plan_copy_arrays(moe__plan_arrays *to, const moe__plan_arrays *from)
     copy(to->group_begin, from->group_begin, from->groups + 1, word);
 }
 
-/* ---- blocks --------------------------------------------------------------------------------------- */
+/* ---- blocks
+ * --------------------------------------------------------------------------------------- */
 
 /* Sizes and bytes of the block, before there is memory. */
-static moe_status measure(moe__plan_block *block, int64_t tokens, int64_t entries, int64_t num_experts,
-                          int64_t groups, int32_t dtype, const char *function)
+static moe_status measure(moe__plan_block *block, int64_t tokens, int64_t entries,
+                          int64_t num_experts, int64_t groups, int32_t dtype, const char *function)
 {
     moe__arena arena = {NULL, 0};
     moe__plan_layout(&block->a, &arena, tokens, entries, num_experts, groups, dtype);
@@ -93,8 +96,8 @@ static moe_status measure(moe__plan_block *block, int64_t tokens, int64_t entrie
 }
 
 moe_status moe__plan_block_create(moe__plan_block *block, moe_context *context, int64_t tokens,
-                                  int64_t entries, int64_t num_experts, int64_t groups, int32_t dtype,
-                                  const char *function)
+                                  int64_t entries, int64_t num_experts, int64_t groups,
+                                  int32_t dtype, const char *function)
 {
     MOE_TRY(measure(block, tokens, entries, num_experts, groups, dtype, function));
     block->memory = moe__alloc(context, block->bytes);
@@ -125,7 +128,8 @@ moe_status moe__plan_check_own(const moe_plan *plan, const char *function)
     return MOE_OK;
 }
 
-/* ---- life ----------------------------------------------------------------------------------------- */
+/* ---- life
+ * ----------------------------------------------------------------------------------------- */
 
 moe_status moe_plan_create(moe_plan **plan, moe_context *context)
 {
@@ -135,7 +139,8 @@ moe_status moe_plan_create(moe_plan **plan, moe_context *context)
                          plan ? "context" : "plan");
     moe_plan *p = moe__alloc_zeroed(context, sizeof *p);
     if (!p) return moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for the plan");
-    moe_status status = moe__plan_block_create(&block, context, 0, 0, 1, 1, MOE_DTYPE_F32, __func__);
+    moe_status status = moe__plan_block_create(&block, context, 0, 0, 1, 1, MOE_DTYPE_F32,
+                                               __func__);
     if (status != MOE_OK) {
         moe__free(context, p, sizeof *p);
         return status;
@@ -195,7 +200,8 @@ moe_status moe_plan_get(const moe_plan *plan, moe_plan_view *view)
     return MOE_OK;
 }
 
-/* ---- build ---------------------------------------------------------------------------------------- */
+/* ---- build
+ * ---------------------------------------------------------------------------------------- */
 
 moe_status moe__check_groups(const int64_t *group_begin, int64_t groups, int64_t tokens,
                              const char *function)
@@ -208,8 +214,8 @@ moe_status moe__check_groups(const int64_t *group_begin, int64_t groups, int64_t
     if (group_begin[0] != 0) REFUSE_ARGUMENT("group_begin[0] is %lld", (ll)group_begin[0]);
     for (int64_t g = 0; g < groups; g++)
         if (group_begin[g + 1] < group_begin[g])
-            REFUSE_ARGUMENT("group_begin[%lld] is %lld after %lld", (ll)g + 1, (ll)group_begin[g + 1],
-                            (ll)group_begin[g]);
+            REFUSE_ARGUMENT("group_begin[%lld] is %lld after %lld", (ll)g + 1,
+                            (ll)group_begin[g + 1], (ll)group_begin[g]);
     if (group_begin[groups] != tokens)
         REFUSE_ARGUMENT("group_begin[%lld] is %lld, there are %lld tokens", (ll)groups,
                         (ll)group_begin[groups], (ll)tokens);
@@ -242,7 +248,8 @@ static moe_status check_fields(const moe_plan_args *a, const char *function)
 static moe_status count_entries(const moe_plan_args *a, int64_t *entries, const char *function)
 {
     if (a->token_begin) {
-        if (a->token_begin[0] != 0) REFUSE_ARGUMENT("token_begin[0] is %lld", (ll)a->token_begin[0]);
+        if (a->token_begin[0] != 0)
+            REFUSE_ARGUMENT("token_begin[0] is %lld", (ll)a->token_begin[0]);
         for (int64_t t = 0; t < a->tokens; t++)
             if (a->token_begin[t + 1] < a->token_begin[t])
                 REFUSE_ARGUMENT("token_begin[%lld] is %lld after %lld", (ll)t + 1,
@@ -336,7 +343,8 @@ moe_status moe_plan_build(moe_plan *plan, const moe_plan_args *args)
     int64_t *group_capacity = moe__alloc(plan->context, capacity_bytes);
     moe_status status = MOE_OK;
     if (!group_capacity) {
-        status = moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for %lld groups", (ll)groups);
+        status = moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for %lld groups",
+                           (ll)groups);
         goto free_block;
     }
     take_routing(&block.a, &a);

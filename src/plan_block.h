@@ -12,8 +12,8 @@ typedef struct moe__plan_block {
 
 /* Allocates arrays of these sizes. MOE_ERROR_OVERFLOW or MOE_ERROR_OUT_OF_MEMORY. */
 moe_status moe__plan_block_create(moe__plan_block *block, moe_context *context, int64_t tokens,
-                                  int64_t entries, int64_t num_experts, int64_t groups, int32_t dtype,
-                                  const char *function);
+                                  int64_t entries, int64_t num_experts, int64_t groups,
+                                  int32_t dtype, const char *function);
 void moe__plan_block_free(moe_context *context, moe__plan_block *block);
 
 /* The plan's old arrays are freed, the block's become its own. */
@@ -22,8 +22,8 @@ void moe__plan_adopt(moe_plan *plan, const moe__plan_block *block);
 /* Refuses NULL and the plan of a pass. */
 moe_status moe__plan_check_own(const moe_plan *plan, const char *function);
 
-/* Every invariant of plan.h but those of expert_begin, token_of_row and entry_of_row, which need the
- * others: MOE_ERROR_CORRUPT_DATA with the first broken one. plan_file.c */
+/* Every invariant of plan.h but those of expert_begin, token_of_row and entry_of_row, which need
+ * the others: MOE_ERROR_CORRUPT_DATA with the first broken one. plan_file.c */
 moe_status moe__plan_check_entries(const moe__plan_arrays *plan, const char *function);
 
 #endif

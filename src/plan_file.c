@@ -1,11 +1,14 @@
 /* plan_file.c - checking a plan, and saving it to memory and loading it again.
  *
  *     "MOEPLAN1", then int64 little-endian: tokens, entries, rows, num_experts, groups, dtype;
- *     token_begin[T+1], group_begin[G+1], expert_begin[E+1], row_of_entry[N], slot_of_entry[N] as int64;
- *     expert_of_entry[N] as int32; weight_of_entry[N] as f32 or f64; FNV-1a of all before it as uint64
+ *     token_begin[T+1], group_begin[G+1], expert_begin[E+1], row_of_entry[N], slot_of_entry[N] as
+ *     int64;
+ *     expert_of_entry[N] as int32; weight_of_entry[N] as f32 or f64; FNV-1a of all before it as
+ *     uint64
  *
- * token_of_row and entry_of_row follow from the rest and are not saved. All sizes are bounded by the
- * number of bytes, so that a forged file cannot ask for more memory than a few times its own size. */
+ * token_of_row and entry_of_row follow from the rest and are not saved. All sizes are bounded by
+ * the number of bytes, so that a forged file cannot ask for more memory than a few times its own
+ * size. */
 #include "plan_block.h"
 
 #include <string.h>
@@ -20,7 +23,8 @@ static const char MAGIC[8] = {'M', 'O', 'E', 'P', 'L', 'A', 'N', '1'};
 
 enum { HEADER_WORDS = 6, HEADER_BYTES = 8 + 8 * HEADER_WORDS };
 
-/* ---- check ---------------------------------------------------------------------------------------- */
+/* ---- check
+ * ---------------------------------------------------------------------------------------- */
 
 static moe_status check_prefix(const char *name, const int64_t *begin, int64_t count, int64_t end,
                                const char *function)
@@ -59,8 +63,8 @@ moe_status moe__plan_check_entries(const moe__plan_arrays *p, const char *functi
     return MOE_OK;
 }
 
-/* Rows are a bijection with the kept entries, sorted by (expert, token, entry): entries are in order of
- * token, so within an expert entry_of_row ascends. */
+/* Rows are a bijection with the kept entries, sorted by (expert, token, entry): entries are in
+ * order of token, so within an expert entry_of_row ascends. */
 static moe_status check_rows(const moe__plan_arrays *p, const char *function)
 {
     int64_t kept = 0;
@@ -80,8 +84,8 @@ static moe_status check_rows(const moe__plan_arrays *p, const char *function)
     return MOE_OK;
 }
 
-/* Entries are admitted in order of token, then of choice, which is the order of an expert's rows: the
- * slots of each (group, expert) count up from 0. */
+/* Entries are admitted in order of token, then of choice, which is the order of an expert's rows:
+ * the slots of each (group, expert) count up from 0. */
 static moe_status check_slots(const moe__plan_arrays *p, const char *function)
 {
     for (int64_t e = 0; e < p->num_experts; e++) {
@@ -106,7 +110,8 @@ moe_status moe_plan_check(const moe_plan *plan)
     return check_slots(&plan->a, __func__);
 }
 
-/* ---- bytes ---------------------------------------------------------------------------------------- */
+/* ---- bytes
+ * ---------------------------------------------------------------------------------------- */
 
 /* Little-endian reading and writing of one block of memory, whatever the machine's order. */
 static void put(unsigned char **at, uint64_t value, int bytes)
@@ -117,7 +122,7 @@ static void put(unsigned char **at, uint64_t value, int bytes)
 static uint64_t take(const unsigned char **at, int bytes)
 {
     uint64_t value = 0;
-    for (int i = 0; i < bytes; i++) value |= (uint64_t)*(*at)++ << (8 * i);
+    for (int i = 0; i < bytes; i++) value |= (uint64_t) * (*at)++ << (8 * i);
     return value;
 }
 
@@ -187,11 +192,12 @@ moe_status moe_plan_save(const moe_plan *plan, void *buffer, int64_t capacity, i
     return MOE_OK;
 }
 
-/* ---- load ----------------------------------------------------------------------------------------- */
+/* ---- load
+ * ----------------------------------------------------------------------------------------- */
 
 /* Magic, checksum, and sizes that fit the bytes that are there. */
-static moe_status check_header(const unsigned char *bytes, int64_t size, int64_t header[HEADER_WORDS],
-                               const char *function)
+static moe_status check_header(const unsigned char *bytes, int64_t size,
+                               int64_t header[HEADER_WORDS], const char *function)
 {
     const unsigned char *at = bytes + sizeof MAGIC;
     if (size < HEADER_BYTES + 8) CORRUPT("%lld bytes are too few for a plan", (ll)size);
@@ -203,8 +209,8 @@ static moe_status check_header(const unsigned char *bytes, int64_t size, int64_t
     if (tokens < 0 || entries < 0 || rows < 0 || rows > entries || experts < 1 ||
         experts > INT32_MAX || header[4] < 1 ||
         (header[5] != MOE_DTYPE_F32 && header[5] != MOE_DTYPE_F64))
-        CORRUPT("tokens %lld, entries %lld, rows %lld, experts %lld, groups %lld, dtype %lld", (ll)tokens,
-                (ll)entries, (ll)rows, (ll)experts, (ll)header[4], (ll)header[5]);
+        CORRUPT("tokens %lld, entries %lld, rows %lld, experts %lld, groups %lld, dtype %lld",
+                (ll)tokens, (ll)entries, (ll)rows, (ll)experts, (ll)header[4], (ll)header[5]);
     if (saved_bytes(tokens, entries, experts, header[4], (int32_t)header[5]) != size)
         CORRUPT("%lld bytes do not fit %lld tokens and %lld entries", (ll)size, (ll)tokens,
                 (ll)entries);
@@ -252,8 +258,8 @@ moe_status moe_plan_load(moe_plan *plan, const void *buffer, int64_t size)
     if (!buffer) REFUSE_ARGUMENT("buffer is NULL");
     if (size < 0) REFUSE_ARGUMENT("size is %lld", (ll)size);
     MOE_TRY(check_header(buffer, size, header, function));
-    MOE_TRY(moe__plan_block_create(&block, plan->context, header[0], header[1], header[3], header[4],
-                                   (int32_t)header[5], function));
+    MOE_TRY(moe__plan_block_create(&block, plan->context, header[0], header[1], header[3],
+                                   header[4], (int32_t)header[5], function));
     block.a.rows = header[2];
     take_arrays(&block.a, (const unsigned char *)buffer + HEADER_BYTES);
     moe_status status = moe__plan_check_entries(&block.a, function);

@@ -11,7 +11,7 @@ static _Thread_local char last_error[MESSAGE_SIZE];
 
 const char *moe_status_name(moe_status status)
 {
-#define NAME(name, number, meaning)                                                                \
+#define NAME(name, number, meaning) \
     case number: return #name;
     switch (status) {
         MOE_STATUS_LIST(NAME)
@@ -22,7 +22,7 @@ const char *moe_status_name(moe_status status)
 
 const char *moe_status_text(moe_status status)
 {
-#define TEXT(name, number, meaning)                                                                \
+#define TEXT(name, number, meaning) \
     case number: return meaning;
     switch (status) {
         MOE_STATUS_LIST(TEXT)

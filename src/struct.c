@@ -46,8 +46,7 @@ moe_status moe__struct_init(const moe__struct_info *info, void *instance, size_t
 {
     uint64_t known[128]; /* larger than any public struct */
     uint64_t caller_size = size;
-    if (!instance)
-        return moe__fail(MOE_ERROR_INVALID_ARGUMENT, function, "%s is NULL", info->name);
+    if (!instance) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, function, "%s is NULL", info->name);
     if (info->size > sizeof known)
         return moe__fail(MOE_ERROR_INTERNAL, function, "%s has %llu bytes", info->name,
                          (unsigned long long)info->size);
@@ -66,15 +65,16 @@ static moe_status check_tail(const moe__struct_info *info, const void *from, uin
     const unsigned char *bytes = from;
     for (uint64_t i = info->size; i < size; i++)
         if (bytes[i] != 0)
-            return moe__fail(MOE_ERROR_STRUCT_TOO_NEW, function,
-                             "%s has struct_size %llu, this library knows %llu, and byte %llu is not 0",
-                             info->name, (unsigned long long)size, (unsigned long long)info->size,
-                             (unsigned long long)i);
+            return moe__fail(
+                MOE_ERROR_STRUCT_TOO_NEW, function,
+                "%s has struct_size %llu, this library knows %llu, and byte %llu is not 0",
+                info->name, (unsigned long long)size, (unsigned long long)info->size,
+                (unsigned long long)i);
     return MOE_OK;
 }
 
-moe_status moe__struct_read(const moe__struct_info *info, void *known, const void *from, bool null_ok,
-                            const char *function)
+moe_status moe__struct_read(const moe__struct_info *info, void *known, const void *from,
+                            bool null_ok, const char *function)
 {
     uint64_t own_size = info->size;
     if (!from) {

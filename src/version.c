@@ -19,11 +19,13 @@ typedef struct constant {
 } constant;
 
 /* A test holds this table against the headers. */
-#define CONSTANT(name) {#name, name}
+#define CONSTANT(name) \
+    {                  \
+#name, name    \
+    }
 #define STATUS(name, number, meaning) {#name, number},
 static const constant constants[] = {
-    MOE_STATUS_LIST(STATUS)
-    CONSTANT(MOE_STATUS_LAST),
+    MOE_STATUS_LIST(STATUS) CONSTANT(MOE_STATUS_LAST),
     CONSTANT(MOE_DTYPE_F32),
     CONSTANT(MOE_DTYPE_F64),
     CONSTANT(MOE_DTYPE_BF16),
@@ -146,7 +148,8 @@ static const constant constants[] = {
 moe_status moe_constant(int64_t *value, const char *name)
 {
     if (!value || !name)
-        return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "%s is NULL", value ? "name" : "value");
+        return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "%s is NULL",
+                         value ? "name" : "value");
     for (size_t i = 0; i < sizeof constants / sizeof *constants; i++) {
         if (strcmp(constants[i].name, name) != 0) continue;
         *value = constants[i].value;

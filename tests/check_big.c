@@ -1,5 +1,5 @@
-/* check_big.c - beyond 2^31 elements, by sparse mappings: strides and offsets that do not fit 32 bits give
- * the same bytes as compact memory; and sizes that fit nothing are refused. */
+/* check_big.c - beyond 2^31 elements, by sparse mappings: strides and offsets that do not fit 32
+ * bits give the same bytes as compact memory; and sizes that fit nothing are refused. */
 #include "support/layer_case.h"
 
 #include <check.h>
@@ -66,8 +66,13 @@ END_TEST
 
 START_TEST(test_big_strides_of_experts)
 {
-    layer_case c = {
-        .name = "big", .T = 7, .D = 9, .E = 3, .F = 5, .K = 2, .activation = MOE_ACTIVATION_SWIGLU};
+    layer_case c = {.name = "big",
+                    .T = 7,
+                    .D = 9,
+                    .E = 3,
+                    .F = 5,
+                    .K = 2,
+                    .activation = MOE_ACTIVATION_SWIGLU};
     layer_run r;
     moe_parameter_record p;
     moe_binding b;

@@ -195,9 +195,9 @@ START_TEST(test_create_refused)
     moe_context_config c;
     ck_assert_int_eq(moe_context_create(NULL, NULL), bad);
     ck_assert_ptr_nonnull(strstr(moe_last_error(), "context is NULL"));
-#define REFUSED(field, number, status, value)                                                      \
-    c = config_of(2);                                                                              \
-    c.field = number;                                                                              \
+#define REFUSED(field, number, status, value) \
+    c = config_of(2);                         \
+    c.field = number;                         \
     expect_refused(&c, status, #field, value)
     REFUSED(backend, 2, bad, "2");
     REFUSED(backend, -1, bad, "-1");
@@ -541,8 +541,8 @@ static void *call_often(void *argument)
     c->good = 1;
     for (int64_t i = 0; i < 150; i++) {
         int64_t count = (c->seed + i * 37) % (i % 10 == 0 ? 500 : 30);
-        c->good &=
-            moe__parallel(c->context, count, hit, &h, "test") == MOE_OK && each_once(&h, count);
+        c->good &= moe__parallel(c->context, count, hit, &h, "test") == MOE_OK &&
+                   each_once(&h, count);
     }
     return NULL;
 }

@@ -1,5 +1,6 @@
-/* check_determinism.c - the same bytes for any number of threads, any instruction set, the host's own
- * parallel-for in any order, any floating-point environment of the caller, and any split of a batch.
+/* check_determinism.c - the same bytes for any number of threads, any instruction set, the host's
+ * own parallel-for in any order, any floating-point environment of the caller, and any split of a
+ * batch.
  *
  * Sizes give at least 8 tiles a product and are no multiple of a tile. */
 #include "support/layer_cases.h"
@@ -104,7 +105,8 @@ START_TEST(test_determinism_of_every_configuration)
 }
 END_TEST
 
-/* ---- the host's parallel-for ------------------------------------------------------------------------- */
+/* ---- the host's parallel-for
+ * ------------------------------------------------------------------------- */
 
 enum { HOST_THREADS = 7, MOST_TASKS = 64 };
 
@@ -169,7 +171,8 @@ START_TEST(test_determinism_with_the_hosts_loop_in_any_order)
 }
 END_TEST
 
-/* ---- the caller's floating-point environment ------------------------------------------------------------ */
+/* ---- the caller's floating-point environment
+ * ------------------------------------------------------------ */
 
 START_TEST(test_determinism_whatever_the_callers_rounding_and_flushing)
 {
@@ -256,7 +259,8 @@ START_TEST(test_determinism_of_small_calls_whatever_the_callers_rounding)
 }
 END_TEST
 
-/* ---- batches ------------------------------------------------------------------------------------------- */
+/* ---- batches
+ * ------------------------------------------------------------------------------------------- */
 
 /* y and dx of tokens [first, first + count) computed as a batch of their own. */
 static void run_piece(layer_run *whole, int64_t first, int64_t count)
@@ -390,8 +394,8 @@ START_TEST(test_layer_forwards_of_distinct_passes_run_at_once)
 }
 END_TEST
 
-/* A host's loop that reports failure at its n-th call: the pass is failed until its next forward, and
- * everything works again after it. */
+/* A host's loop that reports failure at its n-th call: the pass is failed until its next forward,
+ * and everything works again after it. */
 typedef struct failing_loop {
     int calls, fail_at;
 } failing_loop;

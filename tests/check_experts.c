@@ -1,5 +1,6 @@
-/* check_experts.c - the sentences of experts.h and parameter.h: what the pool's calls refuse and leave
- * alone, records and bindings, gradients that are not wanted, touched experts, pools that are shared. */
+/* check_experts.c - the sentences of experts.h and parameter.h: what the pool's calls refuse and
+ * leave alone, records and bindings, gradients that are not wanted, touched experts, pools that
+ * are shared. */
 #include "support/bad_fields.h"
 #include "support/layer_case.h"
 
@@ -43,7 +44,8 @@ static void end(layer_run *r, layer_case *c)
     layer_case_free(c);
 }
 
-/* ---- creation ------------------------------------------------------------------------------------- */
+/* ---- creation
+ * ------------------------------------------------------------------------------------- */
 
 #define I(field, value) BAD_INTEGER(moe_experts_config, field, value, INVALID_ARGUMENT)
 #define N(field, value) BAD_INTEGER(moe_experts_config, field, value, NOT_SUPPORTED)
@@ -109,8 +111,8 @@ START_TEST(test_experts_create_refuses_bad_fields)
         moe_experts_config config = good;
         moe_experts *untouched = (moe_experts *)(uintptr_t)16, *pool = untouched;
         bad_field_put(&bad_configs[i], &config);
-        const char *complaint =
-            bad_field_complaint(&bad_configs[i], moe_experts_create(&pool, context, &config));
+        const char *complaint = bad_field_complaint(&bad_configs[i],
+                                                    moe_experts_create(&pool, context, &config));
         ck_assert_msg(complaint[0] == 0, "moe_experts_create: %s", complaint);
         ck_assert_ptr_eq(pool, untouched);
     }
@@ -169,7 +171,8 @@ START_TEST(test_experts_calls_refuse_null)
 }
 END_TEST
 
-/* ---- forward and backward ------------------------------------------------------------------------- */
+/* ---- forward and backward
+ * ------------------------------------------------------------------------- */
 
 static int some_number;
 #define I(field, value) BAD_INTEGER(moe_forward_args, field, value, INVALID_ARGUMENT)
@@ -269,7 +272,8 @@ START_TEST(test_experts_forward_refuses_plans_that_do_not_fit)
 }
 END_TEST
 
-/* moe_experts_forward is the plain weighted sum, also through the pass of a layer with an output function. */
+/* moe_experts_forward is the plain weighted sum, also through the pass of a layer with an output
+ * function. */
 START_TEST(test_experts_forward_through_a_layers_pass_is_the_plain_sum)
 {
     layer_case c = base;
@@ -328,7 +332,8 @@ START_TEST(test_experts_without_tokens_need_no_pointers)
 }
 END_TEST
 
-/* ---- parameters ----------------------------------------------------------------------------------- */
+/* ---- parameters
+ * ----------------------------------------------------------------------------------- */
 
 static moe_experts *new_pool(moe_context *context, int32_t dtype, int32_t glu, int32_t layout)
 {
@@ -461,8 +466,8 @@ START_TEST(test_experts_bind_refuses_bad_fields)
     for (size_t i = 0; i < COUNT(bad_bindings); i++) {
         b = good;
         bad_field_put(&bad_bindings[i], &b);
-        const char *complaint =
-            bad_field_complaint(&bad_bindings[i], moe_experts_bind(pool, w1, &b));
+        const char *complaint = bad_field_complaint(&bad_bindings[i],
+                                                    moe_experts_bind(pool, w1, &b));
         ck_assert_msg(strstr(complaint, "status") == NULL, "moe_experts_bind: %s", complaint);
         ck_assert_ptr_eq(record_of(pool, "w1").data, own);
     }
@@ -546,7 +551,8 @@ START_TEST(test_experts_gradients_that_are_not_wanted_are_left_out)
 }
 END_TEST
 
-/* ---- touched, shared ------------------------------------------------------------------------------ */
+/* ---- touched, shared
+ * ------------------------------------------------------------------------------ */
 
 START_TEST(test_experts_touched_are_those_with_gradients)
 {
@@ -587,7 +593,8 @@ START_TEST(test_experts_touched_are_those_with_gradients)
 }
 END_TEST
 
-/* A host's parallel-for that, once, tries a second backward of the same pool in the middle of the first. */
+/* A host's parallel-for that, once, tries a second backward of the same pool in the middle of
+ * the first. */
 typedef struct second_backward {
     layer_run *run;
     moe_pass *pass;

@@ -1,5 +1,6 @@
 /* check_gate.c - the sentences of gate.h: what its calls refuse and leave alone, odd logits and odd
- * plans, the numbers of the noise, CV^2. Values and gradients are check_layer's and check_gradients'. */
+ * plans, the numbers of the noise, CV^2. Values and gradients are check_layer's and
+ * check_gradients'. */
 #include "support/bad_fields.h"
 #include "support/layer_case.h"
 
@@ -46,7 +47,8 @@ static moe_context *new_context(void)
     return context;
 }
 
-/* ---- creation ------------------------------------------------------------------------------------- */
+/* ---- creation
+ * ------------------------------------------------------------------------------------- */
 
 #define I(field, value) BAD_INTEGER(moe_gate_config, field, value, INVALID_ARGUMENT)
 #define N(field, value) BAD_INTEGER(moe_gate_config, field, value, NOT_SUPPORTED)
@@ -149,8 +151,8 @@ static void refuse_configs(const bad_field *bad, size_t count, const moe_gate_co
         moe_gate_config config = *good;
         moe_gate *untouched = (moe_gate *)(uintptr_t)16, *gate = untouched;
         bad_field_put(&bad[i], &config);
-        const char *complaint =
-            bad_field_complaint(&bad[i], moe_gate_create(&gate, context, &config));
+        const char *complaint = bad_field_complaint(&bad[i],
+                                                    moe_gate_create(&gate, context, &config));
         ck_assert_msg(complaint[0] == 0, "moe_gate_create: %s", complaint);
         ck_assert_ptr_eq(gate, untouched);
     }
@@ -227,7 +229,8 @@ START_TEST(test_gate_get_config_gives_what_was_set)
 }
 END_TEST
 
-/* ---- arguments ------------------------------------------------------------------------------------ */
+/* ---- arguments
+ * ------------------------------------------------------------------------------------ */
 
 /* Everything a forward or backward of a gate may write, as one number. */
 static uint64_t outputs(const layer_run *r)
@@ -364,7 +367,8 @@ START_TEST(test_gate_backward_refuses_bad_fields)
 }
 END_TEST
 
-/* ---- CV^2 and noise ------------------------------------------------------------------------------- */
+/* ---- CV^2 and noise
+ * ------------------------------------------------------------------------------- */
 
 START_TEST(test_gate_cv_squared_is_the_formula)
 {
@@ -423,7 +427,8 @@ START_TEST(test_gate_cv_squared_and_noise4_refuse_and_write_nothing)
 }
 END_TEST
 
-/* ---- odd logits and odd plans ------------------------------------------------------------------------ */
+/* ---- odd logits and odd plans
+ * ------------------------------------------------------------------------ */
 
 static void route_logits(const float *logits, int64_t T, int64_t E, int64_t K, int32_t order,
                          int32_t *ids, float *w)
@@ -511,7 +516,8 @@ START_TEST(test_gate_keeps_odd_logits_to_their_token)
 }
 END_TEST
 
-/* A token of a replayed plan that names no expert: weights and gradients of 0, nothing undefined. */
+/* A token of a replayed plan that names no expert: weights and gradients of 0, nothing
+ * undefined. */
 START_TEST(test_gate_replay_of_a_token_without_experts_has_gradient_zero)
 {
     static const int32_t ids[6] = {0, 1, -1, -1, 2, 0};
@@ -538,7 +544,8 @@ START_TEST(test_gate_replay_of_a_token_without_experts_has_gradient_zero)
 }
 END_TEST
 
-/* MOE_SEQUENCE_COUNTS_SCORES counts plain scores, for a dense gate all experts, whatever is replayed. */
+/* MOE_SEQUENCE_COUNTS_SCORES counts plain scores, for a dense gate all experts, whatever is
+ * replayed. */
 START_TEST(test_gate_dense_replay_counts_plain_scores)
 {
     static const int32_t ids[8] = {0, 0, 0, 0, 1, 1, -1, -1};

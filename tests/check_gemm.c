@@ -1,8 +1,9 @@
 /* check_gemm.c - the grouped products of every CPU variant against the chain rule taken literally.
  *
- * The reference computes each element as docs/numerics.md says it: one fma after the other, blocks of
- * 4096 rows, segments in order. A variant must give the same bytes, tiles in any order, scratch full of
- * rubbish, and may touch nothing else. Values of both types are kept in double, which holds a float. */
+ * The reference computes each element as docs/numerics.md says it: one fma after the other, blocks
+ * of 4096 rows, segments in order. A variant must give the same bytes, tiles in any order, scratch
+ * full of rubbish, and may touch nothing else. Values of both types are kept in double, which
+ * holds a float. */
 #include <check.h>
 #include <math.h>
 #include <pthread.h>
@@ -14,7 +15,8 @@
 
 #include "cpu/grouped_gemm.h"
 
-/* ---- variants ------------------------------------------------------------------------------------- */
+/* ---- variants
+ * ------------------------------------------------------------------------------------- */
 
 typedef struct variant {
     const char *name;
@@ -26,15 +28,17 @@ typedef struct variant {
     void (*dw_tile)(const moe__gemm_dw_job *, int64_t, void *);
 } variant;
 
-#define DECLARE(v)                                                                                 \
-    int64_t moe__cpu_gemm_rows_plan_##v(moe__gemm_rows_job *);                                     \
-    int64_t moe__cpu_gemm_dw_plan_##v(moe__gemm_dw_job *);                                         \
-    size_t moe__cpu_gemm_scratch_##v(void);                                                        \
-    void moe__cpu_gemm_rows_tile_##v(const moe__gemm_rows_job *, int64_t, void *);                 \
+#define DECLARE(v)                                                                 \
+    int64_t moe__cpu_gemm_rows_plan_##v(moe__gemm_rows_job *);                     \
+    int64_t moe__cpu_gemm_dw_plan_##v(moe__gemm_dw_job *);                         \
+    size_t moe__cpu_gemm_scratch_##v(void);                                        \
+    void moe__cpu_gemm_rows_tile_##v(const moe__gemm_rows_job *, int64_t, void *); \
     void moe__cpu_gemm_dw_tile_##v(const moe__gemm_dw_job *, int64_t, void *);
-#define VARIANT(v, is_f64)                                                                         \
-    {#v, is_f64, moe__cpu_gemm_rows_plan_##v, moe__cpu_gemm_dw_plan_##v, moe__cpu_gemm_scratch_##v, \
-     moe__cpu_gemm_rows_tile_##v, moe__cpu_gemm_dw_tile_##v}
+#define VARIANT(v, is_f64)                                                                    \
+    {                                                                                         \
+#v, is_f64, moe__cpu_gemm_rows_plan_##v, moe__cpu_gemm_dw_plan_##v,                   \
+            moe__cpu_gemm_scratch_##v, moe__cpu_gemm_rows_tile_##v, moe__cpu_gemm_dw_tile_##v \
+    }
 
 DECLARE(f32_plain)
 DECLARE(f64_plain)
@@ -46,13 +50,10 @@ DECLARE(f64_avx512)
 #endif
 
 static const variant variants[] = {
-    VARIANT(f32_plain, false),
-    VARIANT(f64_plain, true),
+    VARIANT(f32_plain, false),  VARIANT(f64_plain, true),
 #if defined(__x86_64__)
-    VARIANT(f32_avx2, false),
-    VARIANT(f64_avx2, true),
-    VARIANT(f32_avx512, false),
-    VARIANT(f64_avx512, true),
+    VARIANT(f32_avx2, false),   VARIANT(f64_avx2, true),
+    VARIANT(f32_avx512, false), VARIANT(f64_avx512, true),
 #endif
 };
 enum { VARIANTS = sizeof variants / sizeof variants[0] };
@@ -69,7 +70,8 @@ static bool can_run(const variant *v)
     return strstr(v->name, "plain") != NULL;
 }
 
-/* ---- numbers -------------------------------------------------------------------------------------- */
+/* ---- numbers
+ * -------------------------------------------------------------------------------------- */
 
 static uint64_t random_state = 1;
 
@@ -91,8 +93,14 @@ static double fma_of(bool f64, double a, double b, double c)
 {
     return f64 ? fma(a, b, c) : (double)fmaf((float)a, (float)b, (float)c);
 }
-static double add_of(bool f64, double a, double b) { return f64 ? a + b : (double)((float)a + (float)b); }
-static double mul_of(bool f64, double a, double b) { return f64 ? a * b : (double)((float)a * (float)b); }
+static double add_of(bool f64, double a, double b)
+{
+    return f64 ? a + b : (double)((float)a + (float)b);
+}
+static double mul_of(bool f64, double a, double b)
+{
+    return f64 ? a * b : (double)((float)a * (float)b);
+}
 
 /* count elements that begin one element after an aligned address and end where the memory does. */
 typedef struct buffer {
@@ -106,13 +114,15 @@ static void *start(const buffer *b) { return (char *)b->memory + width(b); }
 
 static double get(const buffer *b, int64_t i)
 {
-    if (i < 0 || i >= b->count) ck_abort_msg("element %lld of %lld", (long long)i, (long long)b->count);
+    if (i < 0 || i >= b->count)
+        ck_abort_msg("element %lld of %lld", (long long)i, (long long)b->count);
     return b->f64 ? ((double *)start(b))[i] : (double)((float *)start(b))[i];
 }
 
 static void set(buffer *b, int64_t i, double value)
 {
-    if (i < 0 || i >= b->count) ck_abort_msg("element %lld of %lld", (long long)i, (long long)b->count);
+    if (i < 0 || i >= b->count)
+        ck_abort_msg("element %lld of %lld", (long long)i, (long long)b->count);
     if (b->f64)
         ((double *)start(b))[i] = value;
     else
@@ -144,11 +154,13 @@ static void assert_same(const buffer *got, const buffer *want, const char *what,
         if (!memcmp((char *)start(got) + (size_t)i * width(got),
                     (char *)start(want) + (size_t)i * width(want), width(want)))
             continue;
-        ck_abort_msg("%s: %s[%lld] is %a, not %a", text, what, (long long)i, get(got, i), get(want, i));
+        ck_abort_msg("%s: %s[%lld] is %a, not %a", text, what, (long long)i, get(got, i),
+                     get(want, i));
     }
 }
 
-/* ---- cases ---------------------------------------------------------------------------------------- */
+/* ---- cases
+ * ---------------------------------------------------------------------------------------- */
 
 enum { IN_OUT, OUT_IN, IN_OUT_BY_2, OUT_IN_BY_2, FORMS };
 enum { MAX_EXPERTS = 16, MAX_SEGMENTS = 64 };
@@ -161,25 +173,28 @@ typedef struct gemm_case {
     int form, each, padded, gather, scale, bias, out_index, add, skip;
 } gemm_case;
 
-static void describe(char *text, size_t size, const gemm_case *c, const char *kind, const char *name)
+static void describe(char *text, size_t size, const gemm_case *c, const char *kind,
+                     const char *name)
 {
-    snprintf(text, size,
-             "%s %s k %lld n %lld experts %lld x %lld form %d each %d padded %d gather %d scale %d bias %d"
-             " out_index %d add %d skip %d",
-             kind, name, (long long)c->k, (long long)c->n, (long long)c->experts,
-             (long long)c->segments_per_expert, c->form, c->each, c->padded, c->gather, c->scale,
-             c->bias, c->out_index, c->add, c->skip);
+    snprintf(
+        text, size,
+        "%s %s k %lld n %lld experts %lld x %lld form %d each %d padded %d gather %d scale %d bias %d"
+        " out_index %d add %d skip %d",
+        kind, name, (long long)c->k, (long long)c->n, (long long)c->experts,
+        (long long)c->segments_per_expert, c->form, c->each, c->padded, c->gather, c->scale,
+        c->bias, c->out_index, c->add, c->skip);
 }
 
 static int64_t row_limits(const gemm_case *c, int64_t *begin)
 {
     begin[0] = 3; /* rows before the first expert belong to nobody */
-    for (int64_t s = 0; s < c->experts * c->segments_per_expert; s++) begin[s + 1] = begin[s] + c->rows[s];
+    for (int64_t s = 0; s < c->experts * c->segments_per_expert; s++)
+        begin[s + 1] = begin[s] + c->rows[s];
     return begin[c->experts * c->segments_per_expert] + 2;
 }
 
-/* An operand of `count` logical rows with its memory: gathered rows are a shuffled choice of physical
- * ones. */
+/* An operand of `count` logical rows with its memory: gathered rows are a shuffled choice of
+ * physical ones. */
 typedef struct operand {
     buffer data, scale;
     int64_t *index;
@@ -224,15 +239,16 @@ static void free_operand(operand *o)
     free(o->index);
 }
 
-/* Matrices [k,n] of all experts, and how a job is told of them. With each, expert e's memory is elsewhere
- * in the buffer, and for a gradient every third expert's is not wanted. */
+/* Matrices [k,n] of all experts, and how a job is told of them. With each, expert e's memory is
+ * elsewhere in the buffer, and for a gradient every third expert's is not wanted. */
 typedef struct matrices {
     buffer data;
     void *each[MAX_EXPERTS];
     moe__matrices m;
 } matrices;
 
-static void new_matrices(matrices *w, const gemm_case *c, bool f64, int64_t k, int64_t n, int gradient)
+static void new_matrices(matrices *w, const gemm_case *c, bool f64, int64_t k, int64_t n,
+                         int gradient)
 {
     int64_t step = c->form >= IN_OUT_BY_2 ? 2 : 1, gap = c->padded ? 3 : 0;
     int out_in = c->form == OUT_IN || c->form == OUT_IN_BY_2;
@@ -246,7 +262,8 @@ static void new_matrices(matrices *w, const gemm_case *c, bool f64, int64_t k, i
         w->each[e] = gradient && c->skip && e % 3 == 1
                          ? NULL
                          : (char *)start(&w->data) +
-                               (size_t)((c->experts - 1 - e) * w->m.stride_expert) * width(&w->data);
+                               (size_t)((c->experts - 1 - e) * w->m.stride_expert) *
+                                   width(&w->data);
     if (c->each)
         w->m.each = w->each;
     else
@@ -266,12 +283,14 @@ static void copy_matrices(matrices *to, const matrices *from)
     to->data = copy_buffer(&from->data);
     for (int e = 0; e < MAX_EXPERTS; e++)
         if (from->each[e])
-            to->each[e] = (char *)to->data.memory + ((char *)from->each[e] - (char *)from->data.memory);
+            to->each[e] = (char *)to->data.memory +
+                          ((char *)from->each[e] - (char *)from->data.memory);
     if (from->m.each) to->m.each = to->each;
     if (from->m.base) to->m.base = start(&to->data);
 }
 
-/* ---- running tiles -------------------------------------------------------------------------------- */
+/* ---- running tiles
+ * -------------------------------------------------------------------------------- */
 
 typedef struct tile_run {
     const variant *v;
@@ -314,10 +333,12 @@ static void run_tiles(tile_run *run, int threads)
     free(order);
 }
 
-/* ---- rows times weights --------------------------------------------------------------------------- */
+/* ---- rows times weights
+ * --------------------------------------------------------------------------- */
 
-static void reference_rows(const gemm_case *c, const int64_t *begin, const operand *a, const matrices *b,
-                           const matrices *bias, const moe__gemm_rows_job *job, buffer *out)
+static void reference_rows(const gemm_case *c, const int64_t *begin, const operand *a,
+                           const matrices *b, const matrices *bias, const moe__gemm_rows_job *job,
+                           buffer *out)
 {
     bool f64 = out->f64;
     for (int64_t e = 0; e < c->experts; e++)
@@ -325,7 +346,8 @@ static void reference_rows(const gemm_case *c, const int64_t *begin, const opera
             for (int64_t j = 0; j < c->n; j++) {
                 double acc = 0;
                 for (int64_t p = 0; p < c->k; p++)
-                    acc = fma_of(f64, element(a, r, p), get(&b->data, place_of(b, c, e, p, j)), acc);
+                    acc = fma_of(f64, element(a, r, p), get(&b->data, place_of(b, c, e, p, j)),
+                                 acc);
                 if (c->bias) acc = add_of(f64, acc, get(&bias->data, place_of(bias, c, e, 0, j)));
                 int64_t at = (c->out_index ? job->out_index[r] : r) * job->out_stride + j;
                 set(out, at, c->add ? add_of(f64, get(out, at), acc) : acc);
@@ -381,7 +403,8 @@ static void check_rows(gemm_case c, int threads)
     check_rows_type(&c, true, threads);
 }
 
-/* ---- dW ------------------------------------------------------------------------------------------- */
+/* ---- dW
+ * ------------------------------------------------------------------------------------------- */
 
 /* The sum over the segments of expert e of a[r,i] g[r,j], or, i = -1, of g[r,j]. */
 static double reference_sum(const gemm_case *c, bool f64, const int64_t *begin, const operand *a,
@@ -404,8 +427,8 @@ static double reference_sum(const gemm_case *c, bool f64, const int64_t *begin, 
 }
 
 /* to (=|+=) sums over rows, for [k,n] or, k = 0 and as_bias, for [n]. */
-static void reference_dw(const gemm_case *c, const int64_t *begin, const operand *a, const operand *g,
-                         matrices *to, int as_bias)
+static void reference_dw(const gemm_case *c, const int64_t *begin, const operand *a,
+                         const operand *g, matrices *to, int as_bias)
 {
     bool f64 = to->data.f64;
     for (int64_t e = 0; e < c->experts; e++) {
@@ -471,7 +494,8 @@ static void check_dw(gemm_case c, int threads)
     check_dw_type(&c, true, threads);
 }
 
-/* ---- tests ---------------------------------------------------------------------------------------- */
+/* ---- tests
+ * ---------------------------------------------------------------------------------------- */
 
 static const int64_t sizes[] = {0, 1, 3, 31, 33, 257};
 enum { SIZES = 6 };
@@ -508,7 +532,8 @@ END_TEST
 
 START_TEST(test_gemm_rows_one_expert_has_all)
 {
-    gemm_case c = {.k = 20, .n = 40, .experts = 5, .rows = {0, 0, 0, 457, 0}, .gather = 1, .out_index = 1};
+    gemm_case c =
+        {.k = 20, .n = 40, .experts = 5, .rows = {0, 0, 0, 457, 0}, .gather = 1, .out_index = 1};
     check_rows(c, 1);
     check_rows((gemm_case){.k = 20, .n = 40, .experts = 3}, 1);
     check_rows((gemm_case){.k = 20, .n = 40}, 1);
@@ -555,7 +580,8 @@ END_TEST
 
 START_TEST(test_gemm_dw_more_rows_than_a_block)
 {
-    gemm_case c = {.k = 15, .n = 35, .experts = 4, .rows = {4096, 0, 4097, 8200}, .bias = 1, .gather = 1};
+    gemm_case c =
+        {.k = 15, .n = 35, .experts = 4, .rows = {4096, 0, 4097, 8200}, .bias = 1, .gather = 1};
     c.add = _i;
     check_dw(c, 1);
 }
@@ -573,7 +599,8 @@ END_TEST
 
 START_TEST(test_gemm_dw_gradient_not_wanted)
 {
-    gemm_case c = {.k = 40, .n = 50, .experts = 7, .rows = {9, 8, 0, 3, 40, 0, 1}, .each = 1, .skip = 1};
+    gemm_case c =
+        {.k = 40, .n = 50, .experts = 7, .rows = {9, 8, 0, 3, 40, 0, 1}, .each = 1, .skip = 1};
     c.bias = 1;
     c.add = _i % 2;
     c.form = _i / 2;

@@ -1,5 +1,5 @@
-/* check_gradients.c - every gradient against central differences: of the reference, and of the library's
- * own f64 path, in random directions, for every input and parameter by name.
+/* check_gradients.c - every gradient against central differences: of the reference, and of the
+ * library's own f64 path, in random directions, for every input and parameter by name.
  *
  *     (L(a + h v) - L(a - h v)) / 2h  =  <dL/da, v>      with relative error at most 1e-6
  *
@@ -131,8 +131,8 @@ static double *library_gradient(const layer_run *r, const char *name, int64_t co
     return gradient;
 }
 
-/* value[2] is L at both sides; what their rounding leaves in the quotient is taken off first. Returns 0
- * instead of failing if there is `another` direction to try. */
+/* value[2] is L at both sides; what their rounding leaves in the quotient is taken off first.
+ * Returns 0 instead of failing if there is `another` direction to try. */
 static int agrees(const layer_case *c, int which, int v, const double *value, double product,
                   double scale, int another)
 {
@@ -184,8 +184,8 @@ static int check_direction(layer_case *c, int v, const ref_result *want, const l
     return good;
 }
 
-/* Two directions. A step may cross the kink of a ReLU, which makes a difference wrong; a gradient that is
- * wrong is so in every direction. */
+/* Two directions. A step may cross the kink of a ReLU, which makes a difference wrong; a gradient
+ * that is wrong is so in every direction. */
 static void check_variable(layer_case *c, int v, const ref_result *want, const layer_run *run,
                            const moe_plan *plan, uint64_t *state)
 {
@@ -267,8 +267,8 @@ START_TEST(test_gradients_of_entry_weights_agree_with_central_differences)
     ck_assert_int_eq(moe_plan_create(&plan, r.context), MOE_OK);
     ck_assert_int_eq(moe_plan_args_init(&a, sizeof a), MOE_OK);
     for (int n = 0; n < 36; n++) {
-        ids[n] =
-            (int32_t)(random_uniform(&state) * 6) - 1; /* some are none, some twice in a token */
+        ids[n] = (int32_t)(random_uniform(&state) * 6) -
+                 1; /* some are none, some twice in a token */
         weights[n] = random_normal(&state);
         direction[n] = random_normal(&state);
     }
@@ -298,7 +298,8 @@ START_TEST(test_gradients_of_entry_weights_agree_with_central_differences)
 }
 END_TEST
 
-/* ---- exact identities ----------------------------------------------------------------------------- */
+/* ---- exact identities
+ * ----------------------------------------------------------------------------- */
 
 static double dot(const double *a, const double *b, int64_t n)
 {
@@ -307,7 +308,8 @@ static double dot(const double *a, const double *b, int64_t n)
     return sum;
 }
 
-/* y is linear in W2 and b2, and for gated experts in W3 and b3: a step of any length gives the gradient. */
+/* y is linear in W2 and b2, and for gated experts in W3 and b3: a step of any length gives the
+ * gradient. */
 START_TEST(test_gradients_of_linear_parts_are_adjoint)
 {
     static const int used[] = {8, 9, 10, 11}; /* dW3 db3 dW2 db2 */
@@ -360,7 +362,8 @@ START_TEST(test_gradients_of_linear_parts_are_adjoint)
 }
 END_TEST
 
-/* logits = x Wg + b:  <dWg, V> = <d_logits, x V>,  <dx, v> = <d_logits, v Wg>,  dbg = sum_t d_logits. */
+/* logits = x Wg + b:  <dWg, V> = <d_logits, x V>,  <dx, v> = <d_logits, v Wg>,  dbg = sum_t
+ * d_logits. */
 START_TEST(test_gradients_of_logits_are_adjoint)
 {
     layer_case c = {.name = "adjoint",

@@ -1,5 +1,6 @@
 /* check_layer.c - the layer, the gate alone and the pool alone against the reference: a table of
- * configurations and random ones (MOE_LONG=1: many more); and the sentences of layer.h and pass.h. */
+ * configurations and random ones (MOE_LONG=1: many more); and the sentences of layer.h and
+ * pass.h. */
 #include "support/bad_fields.h"
 #include "support/layer_cases.h"
 
@@ -16,7 +17,8 @@
                       moe_status_name(refused_status), moe_last_error());   \
     } while (0)
 
-/* ---- the reference -------------------------------------------------------------------------------- */
+/* ---- the reference
+ * -------------------------------------------------------------------------------- */
 
 static void compare(layer_case *c, uint64_t seed, int32_t dtype)
 {
@@ -60,7 +62,8 @@ START_TEST(test_layer_agrees_with_reference_for_random_configurations)
 }
 END_TEST
 
-/* ---- what is refused --------------------------------------------------------------------------------- */
+/* ---- what is refused
+ * --------------------------------------------------------------------------------- */
 
 static const layer_case base = {.name = "layer",
                                 .T = 12,
@@ -362,7 +365,8 @@ static uint64_t step_hash(layer_run *r)
     return hash;
 }
 
-/* Activations made anew, and the plan replayed by its ids, give the bytes of the plain step for every case. */
+/* Activations made anew, and the plan replayed by its ids, give the bytes of the plain step for
+ * every case. */
 START_TEST(test_layer_recompute_and_replay_are_the_plain_step)
 {
     layer_case c = layer_cases[_i];
@@ -502,9 +506,11 @@ START_TEST(test_layer_keeps_a_nan_token_to_itself)
 }
 END_TEST
 
-/* ---- gate, pool and layer together ------------------------------------------------------------------------ */
+/* ---- gate, pool and layer together
+ * ------------------------------------------------------------------------ */
 
-/* Gate and pool called one after the other, with a plan between them, are the layer, to the byte. */
+/* Gate and pool called one after the other, with a plan between them, are the layer, to the
+ * byte. */
 START_TEST(test_layer_is_gate_then_experts)
 {
     layer_case c = base;
@@ -670,8 +676,8 @@ START_TEST(test_pass_statistics_and_touched_experts)
     int64_t count;
     begin(&r, &c, MOE_DTYPE_F32);
     for (int i = 0; i < 50; i++)
-        ((float *)r.logits_in)[i] =
-            i / 5 < 7 ? (i % 5 == 2 ? 5.0f : 0.0f) : (i % 5 == 4 ? 5.0f : 0.0f);
+        ((float *)r.logits_in)[i] = i / 5 < 7 ? (i % 5 == 2 ? 5.0f : 0.0f)
+                                              : (i % 5 == 4 ? 5.0f : 0.0f);
     MUST(moe_stats_init(&stats, sizeof stats));
     REFUSED(MOE_ERROR_INVALID_STATE, moe_pass_stats(r.pass, &stats));
     MUST(layer_run_forward(&r));

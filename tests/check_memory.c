@@ -1,7 +1,8 @@
-/* check_memory.c - every n-th allocation failing once, nothing leaked, and no allocation in the steady state.
+/* check_memory.c - every n-th allocation failing once, nothing leaked, and no allocation in the
+ * steady state.
  *
- * The allocator of the context counts and fails; malloc and its family, as the library's objects call
- * them, are counted by the linker's --wrap. */
+ * The allocator of the context counts and fails; malloc and its family, as the library's objects
+ * call them, are counted by the linker's --wrap. */
 #include "support/bad_fields.h"
 #include "support/layer_case.h"
 
@@ -11,7 +12,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
-/* ---- what the library asks the C library for --------------------------------------------------------- */
+/* ---- what the library asks the C library for
+ * --------------------------------------------------------- */
 
 static _Atomic long c_calls;
 
@@ -52,7 +54,8 @@ void *__wrap_mmap(void *at, size_t size, int protection, int flags, int fd, off_
     return __real_mmap(at, size, protection, flags, fd, offset);
 }
 
-/* ---- an allocator that fails --------------------------------------------------------------------------- */
+/* ---- an allocator that fails
+ * --------------------------------------------------------------------------- */
 
 typedef struct failing {
     long calls, fail_at; /* the call that fails, from 1; 0: none */
@@ -99,7 +102,8 @@ static moe_context_config failing_config(failing *f)
                       moe_status_name(refused_status), moe_last_error());   \
     } while (0)
 
-/* ---- a whole life ------------------------------------------------------------------------------------------ */
+/* ---- a whole life
+ * ------------------------------------------------------------------------------------------ */
 
 typedef struct life {
     moe_context *context;
@@ -239,7 +243,8 @@ START_TEST(test_memory_survives_every_failing_allocation)
 }
 END_TEST
 
-/* ---- the steady state ---------------------------------------------------------------------------------- */
+/* ---- the steady state
+ * ---------------------------------------------------------------------------------- */
 
 /* No assertion here: the test library allocates in them. */
 static int step(layer_run *r, int64_t tokens, uint64_t flags)
@@ -267,8 +272,8 @@ START_TEST(test_memory_second_step_allocates_nothing)
     moe_context_config k = failing_config(&f);
     layer_run_make(&r, &c, MOE_DTYPE_F32, &k);
     if (_i) ck_assert_int_eq(moe_pass_reserve(r.pass, 300, 1, MOE_FROM_CONFIG), MOE_OK);
-    int bad =
-        step(&r, _i ? 1 : 300, MOE_FORWARD_TRAIN); /* the threads are started by the first work */
+    int bad = step(&r, _i ? 1 : 300,
+                   MOE_FORWARD_TRAIN); /* the threads are started by the first work */
     long calls = f.calls, of_c = c_calls;
     for (int i = 0; i < 5; i++) bad += step(&r, 300 - 50 * i, i % 2 ? 0 : MOE_FORWARD_TRAIN);
     calls = f.calls - calls;
@@ -282,8 +287,8 @@ START_TEST(test_memory_second_step_allocates_nothing)
 }
 END_TEST
 
-/* After a reserve no call up to that size allocates: other K, groups, loss weights of the call, a replay,
- * a recompute. */
+/* After a reserve no call up to that size allocates: other K, groups, loss weights of the call, a
+ * replay, a recompute. */
 static moe_status every_kind_of_step(layer_run *r, const moe_plan *plan)
 {
     static const double weights[MOE_LOSS_SLOTS] = {0.1, 0.1, 0.1, 0.1, 0.1, 0.1};
@@ -310,8 +315,13 @@ static moe_status every_kind_of_step(layer_run *r, const moe_plan *plan)
 
 START_TEST(test_memory_reserved_is_enough_for_every_kind_of_step)
 {
-    layer_case c = {
-        .name = "reserved", .T = 60, .D = 8, .E = 6, .F = 10, .K = 2, .kind = MOE_GATE_NOISY_TOP_K};
+    layer_case c = {.name = "reserved",
+                    .T = 60,
+                    .D = 8,
+                    .E = 6,
+                    .F = 10,
+                    .K = 2,
+                    .kind = MOE_GATE_NOISY_TOP_K};
     failing f = {0};
     layer_run r;
     const moe_plan *routed;
@@ -350,8 +360,8 @@ START_TEST(test_memory_reserved_is_enough_for_every_kind_of_step)
 }
 END_TEST
 
-/* A forward that finds no memory leaves the pass with the forward it held; so does a failing recompute with
- * its plan. */
+/* A forward that finds no memory leaves the pass with the forward it held; so does a failing
+ * recompute with its plan. */
 START_TEST(test_memory_failure_leaves_the_pass_as_it_was)
 {
     layer_case c = {.name = "kept", .T = 50, .D = 8, .E = 6, .F = 10, .K = 2, .weight = {0.1}};
@@ -435,8 +445,8 @@ START_TEST(test_pass_create_refuses_bad_workspaces)
         config.workspace = (void *)(((uintptr_t)some_workspace + 63) & ~(uintptr_t)63),
         config.workspace_bytes = 2048;
         bad_field_put(&bad[i], &config);
-        const char *complaint =
-            bad_field_complaint(&bad[i], moe_pass_create(&pass, r.layer, &config));
+        const char *complaint = bad_field_complaint(&bad[i],
+                                                    moe_pass_create(&pass, r.layer, &config));
         ck_assert_msg(complaint[0] == 0, "moe_pass_create: %s", complaint);
         ck_assert_ptr_eq(pass, untouched);
     }
@@ -445,7 +455,8 @@ START_TEST(test_pass_create_refuses_bad_workspaces)
 }
 END_TEST
 
-/* ---- cost ------------------------------------------------------------------------------------------- */
+/* ---- cost
+ * ------------------------------------------------------------------------------------------- */
 
 START_TEST(test_layer_cost_refuses_bad_fields)
 {

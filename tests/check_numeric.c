@@ -15,18 +15,18 @@
 #define CHECK_STRIDE 8191
 #endif
 
-#define SWEEP(name)                                                                                \
-    static void sweep_##name##_f32(const float *x, float *y, int n)                                \
-    {                                                                                              \
-        for (int i = 0; i < n; i++) {                                                              \
-            y[i] = moe__##name##_f32(x[i]);                                                        \
-        }                                                                                          \
-    }                                                                                              \
-    static void sweep_##name##_f64(const double *x, double *y, int n)                              \
-    {                                                                                              \
-        for (int i = 0; i < n; i++) {                                                              \
-            y[i] = moe__##name##_f64(x[i]);                                                        \
-        }                                                                                          \
+#define SWEEP(name)                                                   \
+    static void sweep_##name##_f32(const float *x, float *y, int n)   \
+    {                                                                 \
+        for (int i = 0; i < n; i++) {                                 \
+            y[i] = moe__##name##_f32(x[i]);                           \
+        }                                                             \
+    }                                                                 \
+    static void sweep_##name##_f64(const double *x, double *y, int n) \
+    {                                                                 \
+        for (int i = 0; i < n; i++) {                                 \
+            y[i] = moe__##name##_f64(x[i]);                           \
+        }                                                             \
     }
 
 SWEEP(exp)
@@ -78,24 +78,19 @@ static const struct {
     double ulp32, ulp64;
     uint64_t sum32, sum64;
 } table[FUNCTIONS] = {
-    {ROW(exp), expl, 1, -105, 90, -750, 711, 2, 2,
-     0x5d043b01bbce6cb4u, 0xc6d1a20fbe9fe986u},
-    {ROW(log), logl, 1, 0, 4, 0, 4, 2, 2,
-     0x5674258eee92920au, 0x251c88a53b0df291u},
-    {ROW(log1p_unit), log1pl, 0, 0, 1, 0, 1, 2, 2,
-     0x4955414f42abdb88u, 0x0d61a831d58ee483u},
-    {ROW(erf), erfl, 1, -4.5f, 4.5f, -6.5, 6.5, 2, 4,
-     0x11af95ff50cbce28u, 0x2bc2e00a82e1f993u},
-    {ROW(tanh), tanhl, 1, -11, 11, -21, 21, 2, 4,
-     0x83dea127dea9a1edu, 0x372bb9efe6909ed8u},
-    {ROW(softplus), ref_softplus, 1, -105, 20, -750, 40, 2, 4,
-     0xc58cdeb1363fc442u, 0xa81caf53b6551454u},
-    {ROW(sigmoid), ref_sigmoid, 1, -105, 20, -750, 40, 2, 4,
-     0x5ba1c1c46e7994b8u, 0x64133ff277348fbeu},
-    {ROW(normal_pdf), ref_normal_pdf, 1, -15, 15, -40, 40, 2, 4,
-     0xc7892944548501f5u, 0x0580451bc30588abu},
-    {ROW(normal_cdf), ref_normal_cdf, 1, -15, 7, -40, 9, 8, 16,
-     0x804d2a3d885258d5u, 0xf111b96d8edffca8u},
+    {ROW(exp), expl, 1, -105, 90, -750, 711, 2, 2, 0x5d043b01bbce6cb4u, 0xc6d1a20fbe9fe986u},
+    {ROW(log), logl, 1, 0, 4, 0, 4, 2, 2, 0x5674258eee92920au, 0x251c88a53b0df291u},
+    {ROW(log1p_unit), log1pl, 0, 0, 1, 0, 1, 2, 2, 0x4955414f42abdb88u, 0x0d61a831d58ee483u},
+    {ROW(erf), erfl, 1, -4.5f, 4.5f, -6.5, 6.5, 2, 4, 0x11af95ff50cbce28u, 0x2bc2e00a82e1f993u},
+    {ROW(tanh), tanhl, 1, -11, 11, -21, 21, 2, 4, 0x83dea127dea9a1edu, 0x372bb9efe6909ed8u},
+    {ROW(softplus), ref_softplus, 1, -105, 20, -750, 40, 2, 4, 0xc58cdeb1363fc442u,
+     0xa81caf53b6551454u},
+    {ROW(sigmoid), ref_sigmoid, 1, -105, 20, -750, 40, 2, 4, 0x5ba1c1c46e7994b8u,
+     0x64133ff277348fbeu},
+    {ROW(normal_pdf), ref_normal_pdf, 1, -15, 15, -40, 40, 2, 4, 0xc7892944548501f5u,
+     0x0580451bc30588abu},
+    {ROW(normal_cdf), ref_normal_cdf, 1, -15, 7, -40, 9, 8, 16, 0x804d2a3d885258d5u,
+     0xf111b96d8edffca8u},
 };
 
 enum { BLOCK = 1000 };
@@ -187,10 +182,13 @@ END_TEST
 START_TEST(test_numeric_error_edges_within_bound)
 {
     static const double edge[] = {
-        0, 0x1p-149, 0x1p-126, 0x1p-24, 0x1p-1074, 0x1p-1022, 0x1p-1023, 0.25, 0.34657359, 0.5,
-        0.6931472, 0.85, 1, 1.4142135, 2, 4, 6, 8.3, 10, 14, 15, 16.6, 20, 37.6, 38.5, 40, 87.3,
-        88.72, 88.73, 89, 103.97, 104, 708.4, 709.78, 709.79, 710, 745.13, 746, 1e4, 1e38, 1e308,
-        (double)FLT_MAX, DBL_MAX, HUGE_VAL};
+        0,       0x1p-149,   0x1p-126, 0x1p-24,   0x1p-1074, 0x1p-1022, 0x1p-1023,
+        0.25,    0.34657359, 0.5,      0.6931472, 0.85,      1,         1.4142135,
+        2,       4,          6,        8.3,       10,        14,        15,
+        16.6,    20,         37.6,     38.5,      40,        87.3,      88.72,
+        88.73,   89,         103.97,   104,       708.4,     709.78,    709.79,
+        710,     745.13,     746,      1e4,       1e38,      1e308,     (double)FLT_MAX,
+        DBL_MAX, HUGE_VAL};
     int f = _i;
     for (size_t i = 0; i < sizeof edge / sizeof *edge; i++) {
         for (int s = 0; s < 6; s++) {
@@ -232,13 +230,33 @@ START_TEST(test_numeric_specials_exact)
         int f;
         float x, want;
     } c[] = {
-        {EXP, inf, inf}, {EXP, -inf, 0}, {EXP, 0, 1}, {EXP, 1e30f, inf}, {EXP, -1e30f, 0},
-        {LOG, 0, -inf}, {LOG, -0.0f, -inf}, {LOG, inf, inf}, {LOG, 1, 0},
-        {ERF, inf, 1}, {ERF, -inf, -1}, {ERF, -0.0f, -0.0f},
-        {TANH, inf, 1}, {TANH, -inf, -1}, {TANH, -0.0f, -0.0f}, {TANH, 0x1p-149f, 0x1p-149f},
-        {SOFTPLUS, inf, inf}, {SOFTPLUS, -inf, 0}, {SOFTPLUS, 1000, 1000},
-        {SIGMOID, inf, 1}, {SIGMOID, -inf, 0}, {SIGMOID, 0, 0.5f},
-        {PDF, inf, 0}, {PDF, -inf, 0}, {CDF, inf, 1}, {CDF, -inf, 0}, {CDF, 0, 0.5f},
+        {EXP, inf, inf},
+        {EXP, -inf, 0},
+        {EXP, 0, 1},
+        {EXP, 1e30f, inf},
+        {EXP, -1e30f, 0},
+        {LOG, 0, -inf},
+        {LOG, -0.0f, -inf},
+        {LOG, inf, inf},
+        {LOG, 1, 0},
+        {ERF, inf, 1},
+        {ERF, -inf, -1},
+        {ERF, -0.0f, -0.0f},
+        {TANH, inf, 1},
+        {TANH, -inf, -1},
+        {TANH, -0.0f, -0.0f},
+        {TANH, 0x1p-149f, 0x1p-149f},
+        {SOFTPLUS, inf, inf},
+        {SOFTPLUS, -inf, 0},
+        {SOFTPLUS, 1000, 1000},
+        {SIGMOID, inf, 1},
+        {SIGMOID, -inf, 0},
+        {SIGMOID, 0, 0.5f},
+        {PDF, inf, 0},
+        {PDF, -inf, 0},
+        {CDF, inf, 1},
+        {CDF, -inf, 0},
+        {CDF, 0, 0.5f},
     };
     for (size_t i = 0; i < sizeof c / sizeof *c; i++) {
         float y;

@@ -16,10 +16,10 @@
 #include "backend.h"
 #include "numeric.h"
 
-#define OK(call)                                                                                   \
-    do {                                                                                           \
-        moe_status ok_status = (call);                                                             \
-        ck_assert_msg(ok_status == MOE_OK, "%s: %s", #call, moe_last_error());                     \
+#define OK(call)                                                               \
+    do {                                                                       \
+        moe_status ok_status = (call);                                         \
+        ck_assert_msg(ok_status == MOE_OK, "%s: %s", #call, moe_last_error()); \
     } while (0)
 #define FAILS(call, status) ck_assert_str_eq(moe_status_name(call), #status)
 
@@ -147,8 +147,7 @@ static void expect(routing *r)
     for (int64_t n = 0; n < r->entries; n++)
         if (r->slot[n] >= 0) first[id_of(r, n) + 1]++, r->rows++;
     for (int64_t e = 0; e < r->args.num_experts; e++) first[e + 1] += first[e];
-    for (int64_t n = 0; n < r->entries; n++)
-        r->row[n] = r->slot[n] < 0 ? -1 : first[id_of(r, n)]++;
+    for (int64_t n = 0; n < r->entries; n++) r->row[n] = r->slot[n] < 0 ? -1 : first[id_of(r, n)]++;
     free(first);
 }
 
@@ -174,9 +173,8 @@ static routing *make_routing(const plan_case *c, uint64_t number)
         r->ids32[n] = (int32_t)(r->ids64[n] = (int64_t)draw((uint64_t)c->experts + 1) - 1);
     for (int64_t t = 0; t < c->tokens; t++) r->mask[t] = (uint8_t)(draw(4) * 85);
     for (int64_t g = 1; g < c->groups; g++)
-        r->group_begin[g] =
-            r->group_begin[g - 1] +
-            (int64_t)draw((uint64_t)(c->tokens - r->group_begin[g - 1]) / 2 + 1);
+        r->group_begin[g] = r->group_begin[g - 1] +
+                            (int64_t)draw((uint64_t)(c->tokens - r->group_begin[g - 1]) / 2 + 1);
     r->group_begin[c->groups] = c->groups ? c->tokens : 0;
     r->args.tokens = c->tokens, r->args.num_experts = c->experts, r->args.top_k = c->least_k;
     r->args.token_begin = c->least_k == c->most_k ? NULL : r->token_begin;
@@ -1088,11 +1086,11 @@ static void refused_by_all(const operands *o, const moe_rows_args *args, moe_sta
     }
 }
 
-#define REFUSED(status, ...)                                                                       \
-    do {                                                                                           \
-        moe_rows_args a = o->args;                                                                 \
-        __VA_ARGS__;                                                                               \
-        refused_by_all(o, &a, status, __LINE__);                                                   \
+#define REFUSED(status, ...)                     \
+    do {                                         \
+        moe_rows_args a = o->args;               \
+        __VA_ARGS__;                             \
+        refused_by_all(o, &a, status, __LINE__); \
     } while (0)
 
 START_TEST(test_rows_refuses)

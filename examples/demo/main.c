@@ -1,10 +1,11 @@
-/* main.c - trains a byte-level language model with a Mixture-of-Experts layer on text of this machine.
+/* main.c - trains a byte-level language model with a Mixture-of-Experts layer on text of this
+ * machine.
  *
  *     build/demo [--file PATH] [--steps N] [--experts E] [--top-k K] [--threads N] [--seed N]
  *                [--rate R] [--no-balance]
  *
- * A progress line shows step, training loss in nats, bits per byte of training and of held-out text,
- * speed and time left; the end shows how the experts shared the load. */
+ * A progress line shows step, training loss in nats, bits per byte of training and of held-out
+ * text, speed and time left; the end shows how the experts shared the load. */
 #define _XOPEN_SOURCE 700
 #include "model.h"
 #include "text.h"
@@ -95,7 +96,8 @@ static int read_options(options *o, int argc, char **argv)
         {"rate", required_argument, NULL, 'r'},    {"no-balance", no_argument, NULL, 'b'},
         {"help", no_argument, NULL, 'h'},          {NULL, 0, NULL, 0}};
     *o = (options){.file = "/usr/include", .steps = 600, .rate = 3e-3};
-    o->model = (model_options){.experts = 16, .top_k = 2, .tokens = TOKENS, .balance = 0.02, .seed = 1};
+    o->model =
+        (model_options){.experts = 16, .top_k = 2, .tokens = TOKENS, .balance = 0.02, .seed = 1};
     for (int which; (which = getopt_long(argc, argv, "h", names, NULL)) != -1;) {
         if (which == 'h') {
             usage(stdout);
@@ -110,7 +112,8 @@ static int read_options(options *o, int argc, char **argv)
     return 0;
 }
 
-/* Where bytes to predict are: random places with CONTEXT bytes before them. SplitMix64 (Steele 2014). */
+/* Where bytes to predict are: random places with CONTEXT bytes before them. SplitMix64 (Steele
+ * 2014). */
 static uint64_t next_random(uint64_t *state)
 {
     uint64_t z = *state += 0x9e3779b97f4a7c15u;
@@ -154,8 +157,9 @@ static void print_progress(const options *o, int64_t step, double bits, double b
     double left = elapsed / (double)step * (double)(o->steps - step);
     printf("%sstep %5lld/%lld  loss %6.4f  balance %6.4f  bits/byte %5.3f  held-out %5.3f  "
            "%6.0f tokens/s  %3.0f s left%s",
-           isatty(1) ? "\r" : "", (long long)step, (long long)o->steps, bits * log(2.0), balance, bits,
-           held, (double)(step * TOKENS) / elapsed, left, isatty(1) && step < o->steps ? "   " : "\n");
+           isatty(1) ? "\r" : "", (long long)step, (long long)o->steps, bits * log(2.0), balance,
+           bits, held, (double)(step * TOKENS) / elapsed, left,
+           isatty(1) && step < o->steps ? "   " : "\n");
     fflush(stdout);
 }
 
@@ -219,10 +223,11 @@ static int run(const options *o, const text *t, model *m)
            (double)t->train_size / 1e6, (double)(t->size - t->train_size) / 1e6);
     printf("held-out bits per byte if bytes were independent (unigram): %.3f\n", unigram);
     if (model_create(m, &o->model) != 0) return -1;
-    printf("model: %d bytes of context, %lld experts of %d x %d, %lld for each byte, %.2f M parameters, "
-           "%d threads\n\n",
-           CONTEXT, (long long)o->model.experts, WIDTH, HIDDEN, (long long)o->model.top_k,
-           (double)count_parameters(m) / 1e6, (int)moe_context_threads(m->context));
+    printf(
+        "model: %d bytes of context, %lld experts of %d x %d, %lld for each byte, %.2f M parameters, "
+        "%d threads\n\n",
+        CONTEXT, (long long)o->model.experts, WIDTH, HIDDEN, (long long)o->model.top_k,
+        (double)count_parameters(m) / 1e6, (int)moe_context_threads(m->context));
     if (train(o, t, m, &held) != 0 || print_load(m, t) != 0) return -1;
     printf("\nheld-out text: %.3f bits per byte, unigram %.3f\n", held, unigram);
     return 0;

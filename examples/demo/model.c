@@ -6,15 +6,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define TRY(call)                                                                                  \
-    do {                                                                                           \
-        if ((call) != MOE_OK) {                                                                    \
-            fprintf(stderr, "%s\n", moe_last_error());                                             \
-            return -1;                                                                             \
-        }                                                                                          \
+#define TRY(call)                                      \
+    do {                                               \
+        if ((call) != MOE_OK) {                        \
+            fprintf(stderr, "%s\n", moe_last_error()); \
+            return -1;                                 \
+        }                                              \
     } while (0)
 
-/* ---- making it ------------------------------------------------------------------------------------- */
+/* ---- making it
+ * ------------------------------------------------------------------------------------- */
 
 static int add_weights(model *m, const char *name, float *data, float *grad, int64_t count)
 {
@@ -67,7 +68,8 @@ static int make_mixture(model *m)
 }
 
 /* relu(x W1 + b1) W2 + b2, as a pool of one expert. */
-static int make_network(model *m, network *n, int64_t in, int64_t hidden, int64_t out, uint64_t seed)
+static int make_network(model *m, network *n, int64_t in, int64_t hidden, int64_t out,
+                        uint64_t seed)
 {
     moe_experts_config e;
     moe_layer_config l;
@@ -132,7 +134,8 @@ int model_create(model *m, const model_options *options)
     c.threads = options->threads;
     TRY(moe_context_create(&m->context, &c));
     if (make_embedding(m) != 0 || make_mixture(m) != 0 || make_buffers(m) != 0) return -1;
-    if (make_network(m, &m->input, CONTEXT * EMBED, WIDTH, WIDTH, options->seed + 1) != 0) return -1;
+    if (make_network(m, &m->input, CONTEXT * EMBED, WIDTH, WIDTH, options->seed + 1) != 0)
+        return -1;
     return make_network(m, &m->output, WIDTH, WIDTH, BYTES, options->seed + 2);
 }
 
@@ -146,8 +149,8 @@ static void destroy_network(network *n)
 
 void model_destroy(model *m)
 {
-    float *buffers[] = {m->x,  m->dx,  m->h,      m->dh,     m->n1, m->dn1, m->mixed,
-                        m->n2, m->dn2, m->logits, m->dlogits};
+    float *buffers[] = {m->x,     m->dx, m->h,   m->dh,     m->n1,     m->dn1,
+                        m->mixed, m->n2, m->dn2, m->logits, m->dlogits};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
     if (m->embedding) {
         free(m->embedding->data);
@@ -166,9 +169,11 @@ void model_destroy(model *m)
     moe_context_destroy(m->context);
 }
 
-/* ---- the parts ------------------------------------------------------------------------------------- */
+/* ---- the parts
+ * ------------------------------------------------------------------------------------- */
 
-/* x[t] = embedding of the CONTEXT bytes before positions[t]; backward adds dx to their gradients. */
+/* x[t] = embedding of the CONTEXT bytes before positions[t]; backward adds dx to their
+ * gradients. */
 static void embed(const model *m, const uint8_t *text, const int64_t *positions, int64_t T)
 {
     for (int64_t t = 0; t < T; t++)
@@ -216,7 +221,8 @@ static void norm_backward(float *dx, const float *dout, const float *out, const 
 }
 
 /* Mean cross-entropy in bits; dlogits = (softmax - one hot) / T. */
-static double cross_entropy(const model *m, const uint8_t *text, const int64_t *positions, int64_t T)
+static double cross_entropy(const model *m, const uint8_t *text, const int64_t *positions,
+                            int64_t T)
 {
     double bits = 0;
     for (int64_t t = 0; t < T; t++) {
@@ -290,7 +296,8 @@ static int mixture_backward(model *m)
     return 0;
 }
 
-/* ---- the whole ------------------------------------------------------------------------------------- */
+/* ---- the whole
+ * ------------------------------------------------------------------------------------- */
 
 /* The plans of the one-expert networks: token t to expert 0. */
 static int plan_networks(model *m, int64_t T)

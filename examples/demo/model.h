@@ -5,8 +5,8 @@
  *     h' = h + MoE(norm(h))
  *     logits = output network(norm(h'))                                    [T, 256]
  *
- * The input and output networks are libmoe pools of one expert, so that libmoe computes every product
- * here. norm divides a row by its root mean square. */
+ * The input and output networks are libmoe pools of one expert, so that libmoe computes every
+ * product here. norm divides a row by its root mean square. */
 #ifndef DEMO_MODEL_H
 #define DEMO_MODEL_H
 

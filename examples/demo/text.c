@@ -1,6 +1,7 @@
 /* text.c - finds text: C headers, or what the user names.
  *
- * Files are taken in sorted order so that a run can be repeated. A file with a zero byte is no text. */
+ * Files are taken in sorted order so that a run can be repeated. A file with a zero byte is no
+ * text. */
 #define _XOPEN_SOURCE 700
 #include "text.h"
 
@@ -32,7 +33,8 @@ static int append(text *t, const uint8_t *bytes, size_t size)
     return 0;
 }
 
-/* Adds one file to the part whose turn it is. Unreadable files and files that are no text are left out. */
+/* Adds one file to the part whose turn it is. Unreadable files and files that are no text are
+ * left out. */
 static int add_file(parts *p, const char *path, size_t limit)
 {
     uint8_t buffer[65536];
@@ -113,7 +115,8 @@ int text_read(text *t, const char *path, size_t limit)
     }
     p.train.bytes = malloc(1);
     p.held.bytes = malloc(1);
-    int bad = !p.train.bytes || !p.held.bytes || add_path(&p, path, limit, 0) != 0 || join(t, &p) != 0;
+    int bad = !p.train.bytes || !p.held.bytes || add_path(&p, path, limit, 0) != 0 ||
+              join(t, &p) != 0;
     free(p.held.bytes);
     free(p.train.bytes);
     if (bad) {

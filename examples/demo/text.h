@@ -12,12 +12,14 @@ typedef struct text {
     size_t files;
 } text;
 
-/* Reads a file, or every text file below a directory in sorted order, up to `limit` bytes. Every tenth
- * file is held out, or the last tenth of a single file. Returns 0, or -1 with a message on stderr. */
+/* Reads a file, or every text file below a directory in sorted order, up to `limit` bytes. Every
+ * tenth file is held out, or the last tenth of a single file. Returns 0, or -1 with a message on
+ * stderr. */
 int text_read(text *t, const char *path, size_t limit);
 void text_free(text *t);
 
-/* Bits per byte of the held-out part if bytes were independent, with the training part's frequencies. */
+/* Bits per byte of the held-out part if bytes were independent, with the training part's
+ * frequencies. */
 double text_unigram_bits(const text *t);
 
 #endif

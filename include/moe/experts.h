@@ -1,10 +1,11 @@
 /* moe/experts.h - a pool of E feed-forward experts.
  *
  *     plain:  h = act(x W1 + b1),                    z = h W2 + b2
- *     gated:  h = act(x W1 + b1) * (x W3 + b3),      z = h W2 + b2     (Shazeer 2020, arXiv 2002.05202)
+ *     gated:  h = act(x W1 + b1) * (x W3 + b3),      z = h W2 + b2     (Shazeer 2020, arXiv
+ *             2002.05202)
  *
- * x is [rows,D], h [rows,F], z [rows,O]. A pool may serve several gates and layers; one backward at a
- * time per pool (another one meanwhile gets MOE_ERROR_INVALID_STATE), any number of forwards. */
+ * x is [rows,D], h [rows,F], z [rows,O]. A pool may serve several gates and layers; one backward at
+ * a time per pool (another one meanwhile gets MOE_ERROR_INVALID_STATE), any number of forwards. */
 #ifndef MOE_EXPERTS_H
 #define MOE_EXPERTS_H
 
@@ -44,8 +45,9 @@ enum {
 /* How the pool keeps its weights. */
 enum {
     MOE_STORAGE_ROW_MAJOR = 0, /* as the parameter records say; packed on the fly */
-    MOE_STORAGE_PREPACKED = 1, /* row-major stays the truth and the pool keeps a packed copy, refreshed by
-                                  moe_experts_weights_changed; MOE_ERROR_NOT_SUPPORTED so far */
+    MOE_STORAGE_PREPACKED = 1, /* row-major stays the truth and the pool keeps a packed copy,
+                                  refreshed by moe_experts_weights_changed;
+                                  MOE_ERROR_NOT_SUPPORTED so far */
     MOE_STORAGE_PANELS = 2     /* opaque, owned; MOE_ERROR_NOT_SUPPORTED so far */
 };
 
@@ -72,9 +74,11 @@ typedef struct moe_experts_config {
     int32_t weight_layout;    /* MOE_WEIGHT_IN_OUT or MOE_WEIGHT_OUT_IN; default [E,in,out] */
     int32_t storage;          /* MOE_STORAGE_*; default row-major */
     int32_t dtype;            /* MOE_DTYPE_* of x, y and parameters; default f32 */
-    int32_t output;           /* MOE_OUTPUT_*, of each expert's z before the weight; default linear */
+    int32_t output;           /* MOE_OUTPUT_*, of each expert's z before the weight; default
+                                 linear */
     int32_t weight_position;  /* MOE_WEIGHT_ON_*; default output */
-    double activation_alpha;  /* clamped SwiGLU; default 0; more is MOE_ERROR_NOT_SUPPORTED so far */
+    double activation_alpha;  /* clamped SwiGLU; default 0; more is MOE_ERROR_NOT_SUPPORTED so
+                                 far */
     double activation_limit;  /* default 0; likewise */
     double activation_offset; /* default 0; likewise */
     int32_t parameters;       /* MOE_PARAMETERS_*; default MOE_PARAMETERS_OWNED */
@@ -102,11 +106,11 @@ MOE_API void moe_experts_destroy(moe_experts *experts);
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT or an error of the struct's size. Since 0.1. */
 MOE_API moe_status moe_experts_get_config(const moe_experts *experts, moe_experts_config *config);
 
-/* y[t] = sum over the entries of token t of weight * expert(x[t]), in order of entry. A token without
- * rows gets 0.
+/* y[t] = sum over the entries of token t of weight * expert(x[t]), in order of entry. A token
+ * without rows gets 0.
  *   pass  made for this pool, or for a layer with it
- *   args  reads tokens, x, y, flags (MOE_FORWARD_ADD, MOE_FORWARD_NO_SAVE), plan (required; used with
- *         its ids and weights; its T, E and dtype must fit; copied)
+ *   args  reads tokens, x, y, flags (MOE_FORWARD_ADD, MOE_FORWARD_NO_SAVE), plan (required; used
+ *         with its ids and weights; its T, E and dtype must fit; copied)
  * Returns as moe_layer_forward. Since 0.1. */
 MOE_API moe_status moe_experts_forward(moe_experts *experts, moe_pass *pass,
                                        const moe_forward_args *args);
@@ -128,7 +132,8 @@ MOE_API moe_status moe_experts_weights_changed(moe_experts *experts);
  *   touched  out: [E] 1 if touched, else 0
  *   count    out: how many are 1; may be NULL
  * Returns MOE_OK or MOE_ERROR_INVALID_ARGUMENT. Since 0.1. */
-MOE_API moe_status moe_experts_touched(const moe_experts *experts, uint8_t *touched, int64_t *count);
+MOE_API moe_status moe_experts_touched(const moe_experts *experts, uint8_t *touched,
+                                       int64_t *count);
 
 MOE_END_DECLS
 

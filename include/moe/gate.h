@@ -2,11 +2,12 @@
  *
  *     logits = gate_x Wg (+ bias)                                [T,E]
  *     H      = logits + noise * sd,  sd = (softplus(gate_x Wnoise) + noise_epsilon) * train
- *     ids    = the K largest of the selection values, ties to the lower index, NaN below all numbers
+ *     ids    = the K largest of H; ties go to the lower index, NaN ranks below all numbers
  *     weight = by `score` and `order`, then times route_scale
  *
  * Sources: [1] Shazeer et al. 2017, arXiv 1701.06538, eq. 2-11; [2] GShard 2006.16668; [3] Switch
- * 2101.03961; [4] ST-MoE 2202.08906; [6] DeepSeek-V3 2412.19437. docs/numerics.md has every formula. */
+ * 2101.03961; [4] ST-MoE 2202.08906; [6] DeepSeek-V3 2412.19437. docs/numerics.md has every
+ * formula. */
 #ifndef MOE_GATE_H
 #define MOE_GATE_H
 
@@ -47,15 +48,17 @@ enum {
 enum {
     MOE_CAPACITY_NONE = 0,   /* dropless */
     MOE_CAPACITY_NUMBER = 1, /* `capacity` rows */
-    MOE_CAPACITY_FACTOR = 2  /* max(capacity_minimum, round(capacity_factor * K * T_group / E)), at most
-                                T_group * K; T_group counts the unmasked tokens of the group */
+    MOE_CAPACITY_FACTOR = 2  /* max(capacity_minimum, round(capacity_factor * K * T_group / E)),
+                                at most T_group * K; T_group counts the unmasked tokens of the
+                                group */
 };
 enum { MOE_ROUND_UP = 0, MOE_ROUND_DOWN = 1, MOE_ROUND_NEAREST = 2 };
 
 /* Which entries stay when an expert is full. */
 enum {
     MOE_DROP_TOKEN_ORDER = 0, /* the first in order of token, then of choice */
-    MOE_DROP_CHOICE = 1,      /* MOE_ERROR_NOT_SUPPORTED so far, as all below: first choices of all tokens first; [2] */
+    MOE_DROP_CHOICE = 1,      /* MOE_ERROR_NOT_SUPPORTED so far, as all below: first choices of
+                                 all tokens first; [2] */
     MOE_DROP_BATCH_PRIORITY = 2,
     MOE_DROP_SCORE = 3,
     MOE_DROP_RANDOM = 4
@@ -70,52 +73,56 @@ MOE_API double moe_init_default(void);
  * = off by default. A loss is multiplied by its weight. */
 typedef struct moe_gate_config {
     uint64_t struct_size;
-    int64_t d_model;            /* D, width of gate_x; default 0: the gate has no weights and every forward
-                                   brings logits_in */
+    int64_t d_model;            /* D, width of gate_x; default 0: the gate has no weights and
+                                   every forward brings logits_in */
     int64_t num_experts;        /* E, 1 to 2^31 - 1; default 0 is refused */
-    int64_t top_k;              /* K, 1 to E; default 1. Ignored by MOE_GATE_SOFTMAX_DENSE (K = E) */
+    int64_t top_k;              /* K, 1 to E; default 1. Ignored by MOE_GATE_SOFTMAX_DENSE (K =
+                                   E) */
     int32_t kind;               /* MOE_GATE_*; default MOE_GATE_TOP_K */
     int32_t score;              /* MOE_SCORE_*; default softmax */
     int32_t order;              /* MOE_ORDER_*; default MOE_ORDER_SELECT_THEN_SCORE */
-    int32_t renormalize;        /* 1: divide the K scores by (their sum + renormalize_epsilon); for
-                                   MOE_ORDER_SCORE_THEN_SELECT; default 0 */
+    int32_t renormalize;        /* 1: divide the K scores by (their sum + renormalize_epsilon);
+                                   for MOE_ORDER_SCORE_THEN_SELECT; default 0 */
     double renormalize_epsilon; /* default 0 */
     double route_scale;         /* last factor on every weight; default 1 */
     int32_t bias;               /* 1: a trained bias [E] on the logits; default 0 */
     int32_t selection_bias;     /* default 0; 1 is MOE_ERROR_NOT_SUPPORTED so far */
-    int64_t expert_groups;      /* group-limited selection; default 1; more is MOE_ERROR_NOT_SUPPORTED so far */
+    int64_t expert_groups;      /* group-limited selection; default 1; more is
+                                   MOE_ERROR_NOT_SUPPORTED so far */
     int64_t top_groups;         /* default 1 */
     int32_t group_score;        /* default 0 */
     int32_t dtype;              /* MOE_DTYPE_* of x, parameters, logits and weights; default f32 */
 
-    double noise_epsilon;       /* added to softplus; default 1e-2 as the authors' code; the paper has 0 */
-    double cdf_guard;           /* added to sqrt(2) sd in the load's quotient; default 1e-20 */
-    double jitter;              /* input jitter; default 0; more is MOE_ERROR_NOT_SUPPORTED so far */
-    uint64_t seed;              /* key of the noise; default 0 */
-    int32_t stream_id;          /* number of this gate in the noise counter, 0 to 255; default 0 */
-    int32_t cv_ddof;            /* 0: population variance in CV^2, 1: sample variance; default 0 */
+    double noise_epsilon; /* added to softplus; default 1e-2 as the authors' code; the paper has
+                             0 */
+    double cdf_guard;     /* added to sqrt(2) sd in the load's quotient; default 1e-20 */
+    double jitter;        /* input jitter; default 0; more is MOE_ERROR_NOT_SUPPORTED so far */
+    uint64_t seed;        /* key of the noise; default 0 */
+    int32_t stream_id;    /* number of this gate in the noise counter, 0 to 255; default 0 */
+    int32_t cv_ddof;      /* 0: population variance in CV^2, 1: sample variance; default 0 */
 
-    double importance_weight;   /* CV^2 of sum_t gates; [1] eq. 6-7 */
-    double load_weight;         /* CV^2 of the smooth load; [1] eq. 8-11; MOE_GATE_NOISY_TOP_K only */
-    double switch_weight;       /* E sum_i counts_i/(T K) mean_t P_i; [3] */
-    double gshard_weight;       /* E sum_i first_i/T mean_t P_i; [2] times E^2 */
-    double z_weight;            /* mean_t logsumexp(logits)^2; [4] */
-    double sequence_weight;     /* E sum_i counts_i/(T K) mean_t s_i/sum_j s_j for each token group, mean
-                                   over the groups that have tokens; [6] eq. 17-20 */
-    int32_t sequence_score;     /* MOE_SCORE_* of s; default MOE_SCORE_SIGMOID as in [6] */
-    int32_t sequence_counts;    /* MOE_SEQUENCE_COUNTS_*; default MOE_SEQUENCE_COUNTS_SCORES */
+    double importance_weight; /* CV^2 of sum_t gates; [1] eq. 6-7 */
+    double load_weight;       /* CV^2 of the smooth load; [1] eq. 8-11; MOE_GATE_NOISY_TOP_K only */
+    double switch_weight;     /* E sum_i counts_i/(T K) mean_t P_i; [3] */
+    double gshard_weight;     /* E sum_i first_i/T mean_t P_i; [2] times E^2 */
+    double z_weight;          /* mean_t logsumexp(logits)^2; [4] */
+    double sequence_weight;   /* E sum_i counts_i/(T K) mean_t s_i/sum_j s_j for each token
+                                 group, mean over the groups that have tokens; [6] eq. 17-20 */
+    int32_t sequence_score;   /* MOE_SCORE_* of s; default MOE_SCORE_SIGMOID as in [6] */
+    int32_t sequence_counts;  /* MOE_SEQUENCE_COUNTS_*; default MOE_SEQUENCE_COUNTS_SCORES */
 
-    int32_t capacity_kind;      /* MOE_CAPACITY_*; default MOE_CAPACITY_NONE */
-    int32_t capacity_rounding;  /* MOE_ROUND_*; default MOE_ROUND_UP */
-    int64_t capacity;           /* rows of an expert for MOE_CAPACITY_NUMBER; default 0 = none get any */
-    double capacity_factor;     /* default 1 */
-    int64_t capacity_minimum;   /* default 0 */
-    int32_t drop_policy;        /* MOE_DROP_*; default MOE_DROP_TOKEN_ORDER */
-    int32_t renormalize_after_drop; /* 1: kept weights of a token are divided by their sum, a token that
-                                       keeps none gets 0; default 0 */
-    int32_t parameters;         /* MOE_PARAMETERS_*; default MOE_PARAMETERS_OWNED */
-    int32_t reserved;           /* 0 */
-    double init_std;            /* default MOE_INIT_DEFAULT */
+    int32_t capacity_kind;          /* MOE_CAPACITY_*; default MOE_CAPACITY_NONE */
+    int32_t capacity_rounding;      /* MOE_ROUND_*; default MOE_ROUND_UP */
+    int64_t capacity;               /* rows of an expert for MOE_CAPACITY_NUMBER; default 0 =
+                                       none get any */
+    double capacity_factor;         /* default 1 */
+    int64_t capacity_minimum;       /* default 0 */
+    int32_t drop_policy;            /* MOE_DROP_*; default MOE_DROP_TOKEN_ORDER */
+    int32_t renormalize_after_drop; /* 1: kept weights of a token are divided by their sum, a
+                                       token that keeps none gets 0; default 0 */
+    int32_t parameters;             /* MOE_PARAMETERS_*; default MOE_PARAMETERS_OWNED */
+    int32_t reserved;               /* 0 */
+    double init_std;                /* default MOE_INIT_DEFAULT */
 } moe_gate_config;
 
 /* Writes every default and the caller's size. Returns as moe_context_config_init. Since 0.1. */
@@ -138,19 +145,21 @@ MOE_API void moe_gate_destroy(moe_gate *gate);
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT or an error of the struct's size. Since 0.1. */
 MOE_API moe_status moe_gate_get_config(const moe_gate *gate, moe_gate_config *config);
 
-/* Routes a batch: logits, selection, weights, capacity, losses. The plan is then moe_pass_plan(pass).
+/* Routes a batch: logits, selection, weights, capacity, losses. The plan is then
+ * moe_pass_plan(pass).
  *   pass  made for this gate, or for a layer with it; holds afterwards what the backward needs
- *   args  reads tokens, token_first, step, flags, x or gate_x or logits_in, noise, token_mask, groups,
- *         plan and plan_use, top_k, capacity, loss_weights, losses_out, stats_out; `y` must be NULL
+ *   args  reads tokens, token_first, step, flags, x or gate_x or logits_in, noise, token_mask,
+ *         groups, plan and plan_use, top_k, capacity, loss_weights, losses_out, stats_out; `y` must
+ *         be NULL
  * Returns as moe_layer_forward. Since 0.1. */
 MOE_API moe_status moe_gate_forward(moe_gate *gate, moe_pass *pass, const moe_forward_args *args);
 
 /* Gradients of the weights' use and of the losses, by the gate's input and parameters.
  *   pass  after a moe_gate_forward with MOE_FORWARD_TRAIN or without MOE_FORWARD_NO_SAVE
- *   args  reads entry_weight_grad [N] (in; the gradient by each weight of the plan, NULL = 0; entries
- *         with no row are read only if renormalisation after a drop does not apply: a dropped entry's
- *         weight is 0 and its gradient is ignored), loss_grad, x or gate_x if they moved; writes dx or
- *         d_gate_x, d_logits_out and the parameter gradients. `dy` must be NULL
+ *   args  reads entry_weight_grad [N] (in; the gradient by each weight of the plan, NULL = 0;
+ *         entries with no row are read only if renormalisation after a drop does not apply: a
+ *         dropped entry's weight is 0 and its gradient is ignored), loss_grad, x or gate_x if they
+ *         moved; writes dx or d_gate_x, d_logits_out and the parameter gradients. `dy` must be NULL
  * Returns as moe_layer_backward. Since 0.1. */
 MOE_API moe_status moe_gate_backward(moe_gate *gate, moe_pass *pass, const moe_backward_args *args);
 
@@ -161,13 +170,15 @@ MOE_API moe_status moe_gate_backward(moe_gate *gate, moe_pass *pass, const moe_b
  *   v      [n]
  *   dtype  MOE_DTYPE_F32 or MOE_DTYPE_F64, of v and dv
  *   n      >= 0; n = 0 gives 0
- * Sums run in double. Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED. Any thread.
+ * Sums run in double. Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED. Any
+ * thread.
  * Since 0.1. */
 MOE_API moe_status moe_cv_squared(double *cv2, void *dv, const void *v, int64_t n, int32_t ddof,
                                   int32_t dtype);
 
-/* The first four standard normal numbers the gate's noise uses at (seed, stream, step, token, block):
- * those of experts 4*block .. 4*block+3. For checks, and for hosts that want the same noise elsewhere.
+/* The first four standard normal numbers the gate's noise uses at (seed, stream, step, token,
+ * block): those of experts 4*block .. 4*block+3. For checks, and for hosts that want the same noise
+ * elsewhere.
  *   out  [4]
  * Returns MOE_OK or MOE_ERROR_INVALID_ARGUMENT. Any thread. Since 0.1. */
 MOE_API moe_status moe_noise4(float *out, uint64_t seed, int32_t layer_id, int32_t stream_id,

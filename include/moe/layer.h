@@ -2,8 +2,8 @@
  *
  *     y = sum over the experts e chosen for a token of  weight_e * expert_e(x),   then `output`
  *
- * Forward makes a pass, backward consumes it. See moe/pass.h for the arguments and docs/embedding.md
- * for whole programs. */
+ * Forward makes a pass, backward consumes it. See moe/pass.h for the arguments and
+ * docs/embedding.md for whole programs. */
 #ifndef MOE_LAYER_H
 #define MOE_LAYER_H
 
@@ -19,15 +19,18 @@ MOE_BEGIN_DECLS
 /* How a layer is made. Fill with moe_layer_config_init, then set gate and experts. */
 typedef struct moe_layer_config {
     uint64_t struct_size;
-    moe_gate *gate;             /* holds a reference; NULL: every forward brings a plan with weights */
-    moe_experts *experts;       /* holds a reference; required. Its E, dtype and context must be the gate's */
-    moe_experts *shared;        /* an expert every token visits; MOE_ERROR_NOT_SUPPORTED unless NULL so far */
-    moe_experts *residual;      /* DeepSpeed-MoE's residual branch; likewise */
-    moe_comm *comm;             /* holds a reference; NULL: one rank */
-    int32_t output;             /* MOE_OUTPUT_*, of the layer's y; default linear. Not with MOE_FORWARD_ADD */
-    int32_t layer_id;           /* number of this layer in the noise counter, 0 to 65535; default 0 */
-    int32_t shared_gate;        /* default 0; more is MOE_ERROR_NOT_SUPPORTED so far */
-    int32_t residual_mix;       /* default 0; likewise */
+    moe_gate *gate;        /* holds a reference; NULL: every forward brings a plan with weights */
+    moe_experts *experts;  /* holds a reference; required. Its E, dtype and context must be the
+                              gate's */
+    moe_experts *shared;   /* an expert every token visits; MOE_ERROR_NOT_SUPPORTED unless NULL
+                              so far */
+    moe_experts *residual; /* DeepSpeed-MoE's residual branch; likewise */
+    moe_comm *comm;        /* holds a reference; NULL: one rank */
+    int32_t output;        /* MOE_OUTPUT_*, of the layer's y; default linear. Not with
+                              MOE_FORWARD_ADD */
+    int32_t layer_id;      /* number of this layer in the noise counter, 0 to 65535; default 0 */
+    int32_t shared_gate;   /* default 0; more is MOE_ERROR_NOT_SUPPORTED so far */
+    int32_t residual_mix;  /* default 0; likewise */
 } moe_layer_config;
 
 /* Writes every default and the caller's size. Returns as moe_context_config_init. Since 0.1. */
@@ -36,32 +39,37 @@ MOE_API moe_status moe_layer_config_init(moe_layer_config *config, size_t size);
 /* Creates a layer.
  *   layer   out: the new layer; untouched on error
  *   config  copied; its objects are referenced, never copied
- * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OUT_OF_MEMORY or an
- * error of the struct's size. Since 0.1. */
+ * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OUT_OF_MEMORY or
+ * an error of the struct's size. Since 0.1. */
 MOE_API moe_status moe_layer_create(moe_layer **layer, const moe_layer_config *config);
 
 /* Gives up the program's reference. NULL is legal. Since 0.1. */
 MOE_API void moe_layer_destroy(moe_layer *layer);
 
-/* Writes the config the layer was made with; its handles are borrowed. config: in: struct_size; out:
- * the rest. Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT or an error of the struct's size. Since 0.1. */
+/* Writes the config the layer was made with; its handles are borrowed. config: in: struct_size;
+ * out: the rest. Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT or an error of the struct's size.
+ * Since 0.1. */
 MOE_API moe_status moe_layer_get_config(const moe_layer *layer, moe_layer_config *config);
 
 /* Routes T tokens, runs their experts and combines. y is the same bytes for any number of threads,
- * any instruction set and any split of the tokens into calls (with token_first; without a capacity).
+ * any instruction set and any split of the tokens into calls (with token_first; without a
+ * capacity).
  *   pass  made for this layer; what it held before is lost
  *   args  T = 0 is legal and needs no pointers
  * May run at once with other passes over the same layer. Returns
  *   MOE_ERROR_INVALID_ARGUMENT  a NULL or bad field; the message names it and its value
  *   MOE_ERROR_INVALID_STATE     a parameter is not bound; MOE_FORWARD_RECOMPUTE without a kept plan
- *   MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OVERFLOW, MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_BUFFER_TOO_SMALL
- *   MOE_ERROR_CALLBACK          the host's parallel-for failed: y is unspecified, the pass is failed
+ *   MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OVERFLOW, MOE_ERROR_OUT_OF_MEMORY,
+ *   MOE_ERROR_BUFFER_TOO_SMALL
+ *   MOE_ERROR_CALLBACK          the host's parallel-for failed: y is unspecified, the pass is
+ *                               failed
  * With any error but the last nothing has been written and the pass is as it was. Since 0.1. */
-MOE_API moe_status moe_layer_forward(moe_layer *layer, moe_pass *pass, const moe_forward_args *args);
+MOE_API moe_status moe_layer_forward(moe_layer *layer, moe_pass *pass,
+                                     const moe_forward_args *args);
 
 /* Gradients of L = sum(y * dy) + losses, each loss times its loss_grad, by x, gate_x, logits and
- * every parameter with a gradient. Gradients are sums over tokens, never scaled. May be called again
- * on the same forward; parameter gradients are then added once more.
+ * every parameter with a gradient. Gradients are sums over tokens, never scaled. May be called
+ * again on the same forward; parameter gradients are then added once more.
  *   pass  after a moe_layer_forward that kept activations
  * One backward at a time per gate and per pool. Returns as moe_layer_forward;
  * MOE_ERROR_INVALID_STATE also without such a forward, or when another backward of the gate or pool
@@ -86,11 +94,11 @@ typedef struct moe_cost_query {
 /* Its answers, in bytes and in floating-point operations (a multiply-add is 2). */
 typedef struct moe_cost {
     uint64_t struct_size;
-    int64_t parameter_bytes;   /* data of all parameters */
-    int64_t gradient_bytes;    /* their gradients */
-    int64_t parameter_count;   /* elements */
-    int64_t pass_bytes;        /* what a pass for T tokens allocates, or needs as workspace */
-    int64_t forward_flops;     /* of all products: gate, experts, combine */
+    int64_t parameter_bytes; /* data of all parameters */
+    int64_t gradient_bytes;  /* their gradients */
+    int64_t parameter_count; /* elements */
+    int64_t pass_bytes;      /* what a pass for T tokens allocates, or needs as workspace */
+    int64_t forward_flops;   /* of all products: gate, experts, combine */
     int64_t backward_flops;
     int64_t active_parameters; /* elements a token meets: gate plus K experts */
 } moe_cost;
@@ -103,8 +111,8 @@ MOE_API moe_status moe_cost_init(moe_cost *cost, size_t size);
  * moe_layer_memory fills the *_bytes fields, parameter_count and active_parameters; moe_layer_flops
  * the *_flops fields and nothing else.
  *   cost  in: struct_size; out
- * Return MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OVERFLOW or an error
- * of a struct's size. Any thread. Since 0.1. */
+ * Return MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OVERFLOW or an
+ * error of a struct's size. Any thread. Since 0.1. */
 MOE_API moe_status moe_layer_memory(const moe_cost_query *query, moe_cost *cost);
 MOE_API moe_status moe_layer_flops(const moe_cost_query *query, moe_cost *cost);
 

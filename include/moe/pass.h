@@ -1,9 +1,9 @@
 /* moe/pass.h - a step: the arguments of forward and backward, and what is known afterwards.
  *
- * A pass is one micro-batch in flight. It holds the plan, what the backward needs and the workspace,
- * so that a layer has no state of its own and several passes may be in flight over one layer. It is
- * reused step after step: after the first step at a size, or after moe_pass_reserve, a step allocates
- * nothing. A pass belongs to one thread at a time.
+ * A pass is one micro-batch in flight. It holds the plan, what the backward needs and the
+ * workspace, so that a layer has no state of its own and several passes may be in flight over one
+ * layer. It is reused step after step: after the first step at a size, or after moe_pass_reserve, a
+ * step allocates nothing. A pass belongs to one thread at a time.
  *
  * The pass remembers the addresses of x and gate_x, not their contents: they must stay valid and
  * unchanged until the backward, or be handed in again there. All else is copied. */
@@ -35,98 +35,110 @@ enum {
     MOE_STAT_DROPPED = 3,       /* pairs dropped for capacity */
     MOE_STAT_TOUCHED = 4,       /* experts with at least one row */
     MOE_STAT_CV_IMPORTANCE = 5, /* coefficient of variation (cv_ddof of the gate) of importance */
-    MOE_STAT_CV_LOAD = 6,       /* of the load: the smooth load where there is one, else the counts */
-    MOE_STAT_MAX_OVER_MEAN = 7, /* largest count over mean count, before dropping; 0 without entries */
-    MOE_STAT_LOAD_ENTROPY = 8,  /* entropy in nats of counts / sum(counts); ln E is perfect balance */
-    MOE_STAT_GATE_ENTROPY = 9,  /* mean over tokens of the entropy in nats of a token's weights / their sum */
-    MOE_STAT_SLOTS = 16         /* length of every array of statistics, for good; unused slots are 0 */
+    MOE_STAT_CV_LOAD = 6,       /* of the load: the smooth load where there is one, else the
+                                   counts */
+    MOE_STAT_MAX_OVER_MEAN = 7, /* largest count over mean count, before dropping; 0 without
+                                   entries */
+    MOE_STAT_LOAD_ENTROPY = 8,  /* entropy in nats of counts / sum(counts); ln E is perfect
+                                   balance */
+    MOE_STAT_GATE_ENTROPY = 9,  /* mean over tokens of the entropy in nats of a token's weights /
+                                   their sum */
+    MOE_STAT_SLOTS = 16         /* length of every array of statistics, for good; unused slots
+                                   are 0 */
 };
 
 /* Flags of a forward. */
 enum {
     MOE_FORWARD_TRAIN = 1,     /* the gate draws its noise */
     MOE_FORWARD_NO_SAVE = 2,   /* inference: keep nothing for a backward, use less memory */
-    MOE_FORWARD_PLAN_ONLY = 4, /* activation checkpointing: keep the routing, not the activations. Before
-                                  the backward, call forward again with MOE_FORWARD_RECOMPUTE */
-    MOE_FORWARD_RECOMPUTE = 8, /* rebuild on this pass what MOE_FORWARD_PLAN_ONLY left out, from the same
-                                  arguments: the selection is the kept one, losses and statistics stay
-                                  what they were and are not written again, y may be NULL */
+    MOE_FORWARD_PLAN_ONLY = 4, /* activation checkpointing: keep the routing, not the
+                                  activations. Before the backward, call forward again with
+                                  MOE_FORWARD_RECOMPUTE */
+    MOE_FORWARD_RECOMPUTE = 8, /* rebuild on this pass what MOE_FORWARD_PLAN_ONLY left out, from
+                                  the same arguments: the selection is the kept one, losses and
+                                  statistics stay what they were and are not written again, y may
+                                  be NULL */
     MOE_FORWARD_ADD = 16       /* y = y + result instead of y = result */
 };
 
 /* What a plan that is handed in is used for. */
 enum {
-    MOE_PLAN_IDS_AND_WEIGHTS = 0, /* all of it: the gate does not run, losses are 0, gradients by the weights
-                                     go to entry_weight_grad */
-    MOE_PLAN_IDS = 1 /* who goes where, and what was dropped; the gate computes weights and losses anew for
-                        these ids, differentiably */
+    MOE_PLAN_IDS_AND_WEIGHTS = 0, /* all of it: the gate does not run, losses are 0, gradients by
+                                     the weights go to entry_weight_grad */
+    MOE_PLAN_IDS = 1 /* who goes where, and what was dropped; the gate computes weights and
+                        losses anew for these ids, differentiably */
 };
 
 /* Flags of a backward. */
 enum {
-    MOE_BACKWARD_OVERWRITE = 1,       /* parameter gradients are set (0 for untouched experts); default: added to */
+    MOE_BACKWARD_OVERWRITE = 1,       /* parameter gradients are set (0 for untouched experts);
+                                         default: added to */
     MOE_BACKWARD_SKIP_DX = 2,         /* dx, d_gate_x and d_logits_out are not computed */
     MOE_BACKWARD_SKIP_PARAMETERS = 4, /* parameter gradients are not computed */
     MOE_BACKWARD_ADD_DX = 8           /* dx and d_gate_x are added to; default: set */
 };
 
-/* Arguments of a forward. Fill with moe_forward_args_init, then set what you use. Which fields a call
- * reads is said at the call; others must have their default. */
+/* Arguments of a forward. Fill with moe_forward_args_init, then set what you use. Which fields a
+ * call reads is said at the call; others must have their default. */
 typedef struct moe_forward_args {
     uint64_t struct_size;
-    uint64_t flags;               /* MOE_FORWARD_*; default 0 */
-    int64_t tokens;               /* T >= 0; default 0, which is legal */
-    int64_t token_first;          /* global number of row 0, for the noise; default 0 */
-    int64_t step;                 /* number of the step, for the noise; default 0. With noise, step and
-                                     token_first + T must be below 2^32 */
-    void *y;                      /* out: [T,O] */
-    int64_t y_stride;             /* elements between rows; 0 = O */
-    const void *x;                /* in: [T,D]; must not overlap y */
-    int64_t x_stride;             /* 0 = D */
-    const void *gate_x;           /* in: [T,D of the gate], what the gate sees; NULL = x */
+    uint64_t flags;      /* MOE_FORWARD_*; default 0 */
+    int64_t tokens;      /* T >= 0; default 0, which is legal */
+    int64_t token_first; /* global number of row 0, for the noise; default 0 */
+    int64_t step;        /* number of the step, for the noise; default 0. With noise, step and
+                            token_first + T must be below 2^32 */
+    void *y;             /* out: [T,O] */
+    int64_t y_stride;    /* elements between rows; 0 = O */
+    const void *x;       /* in: [T,D]; must not overlap y */
+    int64_t x_stride;    /* 0 = D */
+    const void *gate_x;  /* in: [T,D of the gate], what the gate sees; NULL = x */
     int64_t gate_x_stride;
-    const void *logits_in;        /* in: [T,E] clean logits of the host instead of gate_x Wg + bias, or NULL */
-    int64_t logits_stride;        /* 0 = E */
-    const void *noise;            /* in: [T,E] standard normal numbers of the host, or NULL: Philox */
-    int64_t noise_stride;         /* 0 = E */
-    const uint8_t *token_mask;    /* in: [T] 0: padding: no rows, no capacity, no load, in no loss, y = 0;
-                                     NULL: all are tokens */
-    const int64_t *group_begin;   /* in: [groups+1] first token of each group, ascending from 0 to T, or NULL:
-                                     one group */
-    int64_t groups;               /* 0 = one group, with or without group_begin */
-    const int64_t *token_key;     /* in: [T] for hash routing; must be NULL so far */
-    const moe_plan *plan;         /* in: a routing to replay, copied; or NULL */
-    int32_t plan_use;             /* MOE_PLAN_*; default MOE_PLAN_IDS_AND_WEIGHTS */
-    int32_t reserved;             /* 0 */
-    int64_t top_k;                /* K of this call; default MOE_FROM_CONFIG */
-    int64_t capacity;             /* rows of an expert per group in this call; default MOE_FROM_CONFIG */
-    const double *loss_weights;   /* in: [MOE_LOSS_SLOTS] weights of this call instead of the config's, or NULL */
-    void *losses_out;             /* out: [MOE_LOSS_SLOTS] weighted losses, the layer's dtype, backend memory; or
-                                     NULL */
-    void *stats_out;              /* out: [MOE_STAT_SLOTS] the same for the statistics; or NULL */
-    void *stream;                 /* NULL on CPU */
+    const void *logits_in;      /* in: [T,E] clean logits of the host instead of gate_x Wg +
+                                   bias, or NULL */
+    int64_t logits_stride;      /* 0 = E */
+    const void *noise;          /* in: [T,E] standard normal numbers of the host, or NULL: Philox */
+    int64_t noise_stride;       /* 0 = E */
+    const uint8_t *token_mask;  /* in: [T] 0: padding: no rows, no capacity, no load, in no loss,
+                                   y = 0; NULL: all are tokens */
+    const int64_t *group_begin; /* in: [groups+1] first token of each group, ascending from 0 to
+                                   T, or NULL: one group */
+    int64_t groups;             /* 0 = one group, with or without group_begin */
+    const int64_t *token_key;   /* in: [T] for hash routing; must be NULL so far */
+    const moe_plan *plan;       /* in: a routing to replay, copied; or NULL */
+    int32_t plan_use;           /* MOE_PLAN_*; default MOE_PLAN_IDS_AND_WEIGHTS */
+    int32_t reserved;           /* 0 */
+    int64_t top_k;              /* K of this call; default MOE_FROM_CONFIG */
+    int64_t capacity;           /* rows of an expert per group in this call; default
+                                   MOE_FROM_CONFIG */
+    const double *loss_weights; /* in: [MOE_LOSS_SLOTS] weights of this call instead of the
+                                   config's, or NULL */
+    void *losses_out;           /* out: [MOE_LOSS_SLOTS] weighted losses, the layer's dtype,
+                                   backend memory; or NULL */
+    void *stats_out;            /* out: [MOE_STAT_SLOTS] the same for the statistics; or NULL */
+    void *stream;               /* NULL on CPU */
 } moe_forward_args;
 
 /* Arguments of a backward. Fill with moe_backward_args_init, then set what you use. */
 typedef struct moe_backward_args {
     uint64_t struct_size;
-    uint64_t flags;               /* MOE_BACKWARD_*; default 0 */
-    void *dx;                     /* out: [T,D], or NULL = not wanted. Holds the gate's share as well when the
-                                     gate saw x and d_gate_x is NULL */
-    int64_t dx_stride;            /* 0 = D */
-    const void *dy;               /* in: [T,O]; must not overlap dx */
-    int64_t dy_stride;            /* 0 = O */
-    void *d_gate_x;               /* out: [T,D of the gate] the gate's share by itself, or NULL */
+    uint64_t flags;    /* MOE_BACKWARD_*; default 0 */
+    void *dx;          /* out: [T,D], or NULL = not wanted. Holds the gate's share as well when
+                          the gate saw x and d_gate_x is NULL */
+    int64_t dx_stride; /* 0 = D */
+    const void *dy;    /* in: [T,O]; must not overlap dx */
+    int64_t dy_stride; /* 0 = O */
+    void *d_gate_x;    /* out: [T,D of the gate] the gate's share by itself, or NULL */
     int64_t d_gate_x_stride;
-    void *d_logits_out;           /* out: [T,E] gradient by the clean logits, set, never added; or NULL */
-    int64_t d_logits_stride;      /* 0 = E */
-    void *entry_weight_grad;      /* [N] gradient by the plan's weights, in order of entry, or NULL: out of a
-                                     layer's or pool's backward, in to a gate's */
-    const void *loss_grad;        /* in: [MOE_LOSS_SLOTS] a factor for each loss, the layer's dtype, backend
-                                     memory; NULL = 1. 0 switches a loss off */
-    const void *x;                /* in: x of the forward if its memory moved; NULL = where it was */
-    const void *gate_x;           /* in: likewise; NULL = where it was, or x if gate_x was NULL then */
-    void *stream;                 /* NULL on CPU */
+    void *d_logits_out;      /* out: [T,E] gradient by the clean logits, set, never added; or
+                                NULL */
+    int64_t d_logits_stride; /* 0 = E */
+    void *entry_weight_grad; /* [N] gradient by the plan's weights, in order of entry, or NULL:
+                                out of a layer's or pool's backward, in to a gate's */
+    const void *loss_grad;   /* in: [MOE_LOSS_SLOTS] a factor for each loss, the layer's dtype,
+                                backend memory; NULL = 1. 0 switches a loss off */
+    const void *x;           /* in: x of the forward if its memory moved; NULL = where it was */
+    const void *gate_x;      /* in: likewise; NULL = where it was, or x if gate_x was NULL then */
+    void *stream;            /* NULL on CPU */
 } moe_backward_args;
 
 /* Write every default and the caller's size. Return as moe_context_config_init. Since 0.1. */
@@ -136,10 +148,12 @@ MOE_API moe_status moe_backward_args_init(moe_backward_args *args, size_t size);
 /* How a pass is made. */
 typedef struct moe_pass_config {
     uint64_t struct_size;
-    void *workspace;         /* backend memory for everything the pass keeps, aligned to 64 bytes, the host's;
-                                default NULL: allocated by the context's allocator, and grown as needed */
-    int64_t workspace_bytes; /* its size; a forward that needs more gets MOE_ERROR_BUFFER_TOO_SMALL and the
-                                message says how much. moe_layer_memory tells before */
+    void *workspace;         /* backend memory for everything the pass keeps, aligned to 64
+                                bytes, the host's; default NULL: allocated by the context's
+                                allocator, and grown as needed */
+    int64_t workspace_bytes; /* its size; a forward that needs more gets
+                                MOE_ERROR_BUFFER_TOO_SMALL and the message says how much.
+                                moe_layer_memory tells before */
 } moe_pass_config;
 
 /* Writes every default and the caller's size. Returns as moe_context_config_init. Since 0.1. */
@@ -152,7 +166,8 @@ MOE_API moe_status moe_pass_config_init(moe_pass_config *config, size_t size);
  * Allocates little; memory for a batch comes with the first forward or moe_pass_reserve.
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_OUT_OF_MEMORY or an error of the struct's
  * size. Since 0.1. */
-MOE_API moe_status moe_pass_create(moe_pass **pass, moe_layer *layer, const moe_pass_config *config);
+MOE_API moe_status moe_pass_create(moe_pass **pass, moe_layer *layer,
+                                   const moe_pass_config *config);
 MOE_API moe_status moe_pass_create_for_gate(moe_pass **pass, moe_gate *gate,
                                             const moe_pass_config *config);
 MOE_API moe_status moe_pass_create_for_experts(moe_pass **pass, moe_experts *experts,
@@ -175,9 +190,10 @@ MOE_API moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t 
 MOE_API int64_t moe_pass_bytes(const moe_pass *pass);
 
 /* The routing of the last forward.
- *   plan  out: belongs to the pass; valid until its next forward, reserve or destroy. May be replayed
- *         in other passes meanwhile, or kept with moe_plan_copy or moe_plan_save
- * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, or MOE_ERROR_INVALID_STATE before a forward. Since 0.1. */
+ *   plan  out: belongs to the pass; valid until its next forward, reserve or destroy. May be
+ *         replayed in other passes meanwhile, or kept with moe_plan_copy or moe_plan_save
+ * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, or MOE_ERROR_INVALID_STATE before a forward. Since
+ * 0.1. */
 MOE_API moe_status moe_pass_plan(const moe_pass *pass, const moe_plan **plan);
 
 /* The losses of the last forward. */
@@ -199,8 +215,8 @@ MOE_API moe_status moe_stats_init(moe_stats *stats, size_t size);
 
 /* Copy the losses, or the statistics, of the last forward; on a GPU they wait for its stream.
  *   losses, stats  in: struct_size; out: the rest
- * Return MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_INVALID_STATE before a forward, or an error of
- * the struct's size. Since 0.1. */
+ * Return MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_INVALID_STATE before a forward, or an error
+ * of the struct's size. Since 0.1. */
 MOE_API moe_status moe_pass_losses(const moe_pass *pass, moe_losses *losses);
 MOE_API moe_status moe_pass_stats(const moe_pass *pass, moe_stats *stats);
 
@@ -208,9 +224,11 @@ MOE_API moe_status moe_pass_stats(const moe_pass *pass, moe_stats *stats);
 enum {
     MOE_TENSOR_LOGITS = 0,       /* [T,E] real: clean logits, before noise */
     MOE_TENSOR_NOISY_LOGITS = 1, /* [T,E] real: H; the clean logits where there is no noise */
-    MOE_TENSOR_NOISE_STD = 2,    /* [T,E] real: sd; MOE_GATE_NOISY_TOP_K with MOE_FORWARD_TRAIN only */
+    MOE_TENSOR_NOISE_STD = 2,    /* [T,E] real: sd; MOE_GATE_NOISY_TOP_K with MOE_FORWARD_TRAIN
+                                    only */
     MOE_TENSOR_IMPORTANCE = 3,   /* [E] f64: sum over tokens of the weights, before dropping */
-    MOE_TENSOR_LOAD = 4,         /* [E] f64: smooth load ([1] eq. 10), or for kinds without one the counts */
+    MOE_TENSOR_LOAD = 4,         /* [E] f64: smooth load ([1] eq. 10), or for kinds without one
+                                    the counts */
     MOE_TENSOR_COUNTS = 5,       /* [E] i64: entries per expert, before dropping */
     MOE_TENSOR_ROWS = 6          /* [E] i64: rows per expert, after dropping */
 };
@@ -228,12 +246,12 @@ typedef struct moe_tensor_view {
 MOE_API moe_status moe_tensor_view_init(moe_tensor_view *view, size_t size);
 
 /* Shows a tensor of the last forward.
- *   view  in: struct_size; out: the rest. The memory belongs to the pass and is valid until its next
- *         forward, reserve or destroy
+ *   view  in: struct_size; out: the rest. The memory belongs to the pass and is valid until its
+ *         next forward, reserve or destroy
  *   what  MOE_TENSOR_*
- * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, or MOE_ERROR_INVALID_STATE if the last forward did not
- * make it: before a forward, after one with MOE_FORWARD_NO_SAVE or MOE_FORWARD_PLAN_ONLY (for the
- * [T,E] tensors), or where a plan with weights was replayed. Since 0.1. */
+ * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, or MOE_ERROR_INVALID_STATE if the last forward did
+ * not make it: before a forward, after one with MOE_FORWARD_NO_SAVE or MOE_FORWARD_PLAN_ONLY (for
+ * the [T,E] tensors), or where a plan with weights was replayed. Since 0.1. */
 MOE_API moe_status moe_pass_tensor(const moe_pass *pass, int32_t what, moe_tensor_view *view);
 
 MOE_END_DECLS

@@ -3,8 +3,8 @@
  * A plan says which token goes to which expert with what weight. Token t has the entries
  * token_begin[t] .. token_begin[t+1]-1, one per chosen expert, in order of choice; their number may
  * vary from token to token. An entry that is kept has a row; the rows are sorted by (expert, token,
- * entry), so that the rows of expert e are expert_begin[e] .. expert_begin[e+1]-1. A plan is made by a
- * gate, or by a host that routes by itself with moe_plan_build. */
+ * entry), so that the rows of expert e are expert_begin[e] .. expert_begin[e+1]-1. A plan is made
+ * by a gate, or by a host that routes by itself with moe_plan_build. */
 #ifndef MOE_PLAN_H
 #define MOE_PLAN_H
 
@@ -13,25 +13,28 @@
 
 MOE_BEGIN_DECLS
 
-/* A routing of the host. Fill with moe_plan_args_init, then set what you use. Everything is copied. */
+/* A routing of the host. Fill with moe_plan_args_init, then set what you use. Everything is
+ * copied. */
 typedef struct moe_plan_args {
     uint64_t struct_size;
-    int64_t tokens;             /* T >= 0 */
-    int64_t num_experts;        /* E, 1 to 2^31 - 1 */
-    int64_t top_k;              /* K >= 0 entries of every token, if token_begin is NULL */
-    const int64_t *token_begin; /* in: [T+1] ascending from 0, or NULL: t * top_k */
-    const void *expert_ids;     /* in: [N] expert of each entry; -1: none, the entry has no row. The same expert
-                                   twice in a token is legal: two rows */
-    const void *weights;        /* in: [N] weight of each entry; NULL: all 1 */
-    int32_t id_dtype;           /* MOE_DTYPE_I32 (default) or MOE_DTYPE_I64 */
-    int32_t dtype;              /* of weights, here and in the plan: MOE_DTYPE_F32 (default) or F64 */
-    const uint8_t *token_mask;  /* in: [T] 0: the token gets no rows; NULL: all are tokens */
-    const int64_t *group_begin; /* in: [groups+1] or NULL; capacity acts per group */
-    int64_t groups;             /* 0 = one, with or without group_begin */
-    int64_t capacity;           /* rows of an expert in each group; default MOE_FROM_CONFIG (-1) = no limit */
-    int32_t drop_policy;        /* MOE_DROP_*; default token order */
+    int64_t tokens;                 /* T >= 0 */
+    int64_t num_experts;            /* E, 1 to 2^31 - 1 */
+    int64_t top_k;                  /* K >= 0 entries of every token, if token_begin is NULL */
+    const int64_t *token_begin;     /* in: [T+1] ascending from 0, or NULL: t * top_k */
+    const void *expert_ids;         /* in: [N] expert of each entry; -1: none, the entry has no
+                                       row. The same expert twice in a token is legal: two rows */
+    const void *weights;            /* in: [N] weight of each entry; NULL: all 1 */
+    int32_t id_dtype;               /* MOE_DTYPE_I32 (default) or MOE_DTYPE_I64 */
+    int32_t dtype;                  /* of weights, here and in the plan: MOE_DTYPE_F32 (default)
+                                       or F64 */
+    const uint8_t *token_mask;      /* in: [T] 0: the token gets no rows; NULL: all are tokens */
+    const int64_t *group_begin;     /* in: [groups+1] or NULL; capacity acts per group */
+    int64_t groups;                 /* 0 = one, with or without group_begin */
+    int64_t capacity;               /* rows of an expert in each group; default MOE_FROM_CONFIG
+                                       (-1) = no limit */
+    int32_t drop_policy;            /* MOE_DROP_*; default token order */
     int32_t renormalize_after_drop; /* as in moe_gate_config; default 0 */
-    const void *token_priority; /* for policies to come; must be NULL so far */
+    const void *token_priority;     /* for policies to come; must be NULL so far */
 } moe_plan_args;
 
 /* The arrays of a plan, read-only, host memory on CPU. Valid until the plan changes. */
@@ -46,8 +49,8 @@ typedef struct moe_plan_view {
     const int32_t *expert_of_entry; /* [N] -1: none */
     const void *weight_of_entry;    /* [N] dtype: what combine uses; 0 for an entry without a row */
     const int64_t *row_of_entry;    /* [N] -1: no row (dropped, masked, or id -1) */
-    const int64_t *slot_of_entry;   /* [N] place in the expert's buffer of its group, in order of admission; -1
-                                       without a row */
+    const int64_t *slot_of_entry;   /* [N] place in the expert's buffer of its group, in order of
+                                       admission; -1 without a row */
     const int64_t *expert_begin;    /* [E+1] exclusive prefix: rows of expert e */
     const int64_t *token_of_row;    /* [R] */
     const int64_t *entry_of_row;    /* [R] */
@@ -66,18 +69,20 @@ MOE_API moe_status moe_plan_view_init(moe_plan_view *view, size_t size);
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT or MOE_ERROR_OUT_OF_MEMORY. Since 0.1. */
 MOE_API moe_status moe_plan_create(moe_plan **plan, moe_context *context);
 
-/* Gives up the plan. NULL is legal, and so is a plan of moe_pass_plan, which is left alone. Since 0.1. */
+/* Gives up the plan. NULL is legal, and so is a plan of moe_pass_plan, which is left alone.
+ * Since 0.1. */
 MOE_API void moe_plan_destroy(moe_plan *plan);
 
 /* Makes the plan of a host's own routing.
- *   plan  made by moe_plan_create (one of moe_pass_plan is refused with MOE_ERROR_INVALID_STATE, here,
- *         in copy and in load); what it held is replaced, and kept on error
+ *   plan  made by moe_plan_create (one of moe_pass_plan is refused with MOE_ERROR_INVALID_STATE,
+ *         here, in copy and in load); what it held is replaced, and kept on error
  * Returns MOE_OK; MOE_ERROR_INVALID_ARGUMENT for a bad field or an id outside [-1, E), the message
- * names token, entry and id; MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OVERFLOW, MOE_ERROR_OUT_OF_MEMORY or
- * an error of the struct's size. Since 0.1. */
+ * names token, entry and id; MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OVERFLOW, MOE_ERROR_OUT_OF_MEMORY
+ * or an error of the struct's size. Since 0.1. */
 MOE_API moe_status moe_plan_build(moe_plan *plan, const moe_plan_args *args);
 
-/* Makes `plan` a copy of `from`. Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_OUT_OF_MEMORY.
+/* Makes `plan` a copy of `from`. Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT,
+ * MOE_ERROR_OUT_OF_MEMORY.
  * Since 0.1. */
 MOE_API moe_status moe_plan_copy(moe_plan *plan, const moe_plan *from);
 
@@ -95,7 +100,8 @@ MOE_API moe_status moe_plan_check(const moe_plan *plan);
  *   size    out: bytes needed; always written if the arguments are good
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, or MOE_ERROR_BUFFER_TOO_SMALL with nothing written to
  * buffer. Since 0.1. */
-MOE_API moe_status moe_plan_save(const moe_plan *plan, void *buffer, int64_t capacity, int64_t *size);
+MOE_API moe_status moe_plan_save(const moe_plan *plan, void *buffer, int64_t capacity,
+                                 int64_t *size);
 
 /* Loads what moe_plan_save wrote, after checking all of it.
  *   plan  what it held is replaced, and kept on error
@@ -107,15 +113,15 @@ MOE_API moe_status moe_plan_load(moe_plan *plan, const void *buffer, int64_t siz
  * order of token, "rows" [R,width] in order of row. */
 typedef struct moe_rows_args {
     uint64_t struct_size;
-    uint64_t flags;          /* MOE_ROWS_*; default 0. One that a call has no use for is ignored */
-    int64_t width;           /* elements of a row, >= 1 */
-    const void *tokens_in;   /* [T,width] or NULL, as each call says */
+    uint64_t flags;        /* MOE_ROWS_*; default 0. One that a call has no use for is ignored */
+    int64_t width;         /* elements of a row, >= 1 */
+    const void *tokens_in; /* [T,width] or NULL, as each call says */
     int64_t tokens_in_stride;
-    void *tokens_out;        /* [T,width] */
+    void *tokens_out; /* [T,width] */
     int64_t tokens_out_stride;
-    const void *rows_in;     /* [R,width] */
+    const void *rows_in; /* [R,width] */
     int64_t rows_in_stride;
-    void *rows_out;          /* [R,width] */
+    void *rows_out; /* [R,width] */
     int64_t rows_out_stride;
     void *entry_weight_grad; /* [N], the plan's dtype */
     int32_t dtype;           /* MOE_DTYPE_F32 (default) or F64; must be the plan's */
@@ -137,11 +143,12 @@ MOE_API moe_status moe_rows_args_init(moe_rows_args *args, size_t size);
 MOE_API moe_status moe_dispatch_forward(const moe_plan *plan, const moe_rows_args *args);
 MOE_API moe_status moe_dispatch_backward(const moe_plan *plan, const moe_rows_args *args);
 
-/* Combines: tokens_out[t] = sum over the entries of t that have a row, in order of entry, of weight *
- * rows_in[row]; a token without rows gets 0. Backward: rows_out[r] = weight * tokens_in[token_of_row[r]]
- * (tokens_in = the gradient by the combined tokens), and, if entry_weight_grad is given, the gradient by
- * each weight: the dot product of tokens_in[t] with rows_in[row] (the forward's rows), 0 for entries
- * without a row. Return as moe_dispatch_forward. Since 0.1. */
+/* Combines: tokens_out[t] = sum over the entries of t that have a row, in order of entry, of weight
+ * * rows_in[row]; a token without rows gets 0. Backward: rows_out[r] = weight *
+ * tokens_in[token_of_row[r]] (tokens_in = the gradient by the combined tokens), and, if
+ * entry_weight_grad is given, the gradient by each weight: the dot product of tokens_in[t] with
+ * rows_in[row] (the forward's rows), 0 for entries without a row. Return as
+ * moe_dispatch_forward. Since 0.1. */
 MOE_API moe_status moe_combine_forward(const moe_plan *plan, const moe_rows_args *args);
 MOE_API moe_status moe_combine_backward(const moe_plan *plan, const moe_rows_args *args);
 

@@ -1,9 +1,9 @@
 /* moe/status.h - error codes and the message that goes with them.
  *
  * A call that fails for its arguments, for memory or for a wrong state has written nothing. A call
- * that fails in the middle because a host callback, a device or a transport failed leaves its outputs
- * and gradients unspecified; the pass is then marked failed until its next forward, and everything
- * can still be destroyed. The library never exits, aborts or prints. */
+ * that fails in the middle because a host callback, a device or a transport failed leaves its
+ * outputs and gradients unspecified; the pass is then marked failed until its next forward, and
+ * everything can still be destroyed. The library never exits, aborts or prints. */
 #ifndef MOE_STATUS_H
 #define MOE_STATUS_H
 
@@ -43,9 +43,9 @@ MOE_API const char *moe_status_name(moe_status status);
  * Since 0.1. */
 MOE_API const char *moe_status_text(moe_status status);
 
-/* Returns the message of the last failed call of this thread: one line with the function, the reason
- * and the offending values, or "" if no call has failed. Calls that succeed leave it alone. The text
- * belongs to the library and lives until this thread's next failing call. Since 0.1. */
+/* Returns the message of the last failed call of this thread: one line with the function, the
+ * reason and the offending values, or "" if no call has failed. Calls that succeed leave it alone.
+ * The text belongs to the library and lives until this thread's next failing call. Since 0.1. */
 MOE_API const char *moe_last_error(void);
 
 /* Makes moe_last_error() of this thread return "". Since 0.1. */

@@ -4,16 +4,16 @@
  * F hidden width of an expert, O output width (D unless stated), N entries of a plan, R dispatched
  * rows, G token groups. The gradient of `x` is `dx`.
  *
- * Arrays are row-major, the last index fastest. A stride counts elements, not bytes; a row stride of
- * 0 means "the row's width". Sizes and offsets are int64_t. Integer constants are enumerators; the
- * fields that hold them are int32_t, never an enum type, so that the layout of a struct does not
- * depend on a compiler. Pointers to elements are `void *`; the element type is the dtype of the
+ * Arrays are row-major, the last index fastest. A stride counts elements, not bytes; a row stride
+ * of 0 means "the row's width". Sizes and offsets are int64_t. Integer constants are enumerators;
+ * the fields that hold them are int32_t, never an enum type, so that the layout of a struct does
+ * not depend on a compiler. Pointers to elements are `void *`; the element type is the dtype of the
  * object they are given to. "Backend memory" is memory the context computes in: host memory on CPU.
  *
  * Structs that may grow begin with `struct_size`, the caller's sizeof, written by an exported
  * moe_*_init together with every default. A field that an older, shorter struct lacks takes its
- * default. A longer struct from a newer caller is accepted if all that this library does not know is
- * zero, and refused with MOE_ERROR_STRUCT_TOO_NEW otherwise.
+ * default. A longer struct from a newer caller is accepted if all that this library does not know
+ * is zero, and refused with MOE_ERROR_STRUCT_TOO_NEW otherwise.
  *
  * Threads: distinct objects may be used from distinct threads; what else is allowed is said at each
  * call. Functions with no such remark may be called from any thread on objects no other thread is
@@ -47,7 +47,8 @@
 MOE_BEGIN_DECLS
 
 /* Opaque objects. Each is made by its create call and given up by its destroy call. An object holds
- * a reference on every object it was created from, so a program may destroy its handles in any order. */
+ * a reference on every object it was created from, so a program may destroy its handles in any
+ * order. */
 typedef struct moe_context moe_context; /* where work runs; moe/context.h */
 typedef struct moe_gate moe_gate;       /* the trainable gating network; moe/gate.h */
 typedef struct moe_experts moe_experts; /* a pool of feed-forward experts; moe/experts.h */
@@ -59,7 +60,8 @@ typedef struct moe_pass moe_pass;       /* one micro-batch in flight; moe/pass.h
 /* Result of every call that can fail: MOE_OK (0) or a negative number of moe/status.h. */
 typedef int32_t moe_status;
 
-/* Element types. MOE_DTYPE_BF16 and MOE_DTYPE_F16 are refused with MOE_ERROR_NOT_SUPPORTED so far. */
+/* Element types. MOE_DTYPE_BF16 and MOE_DTYPE_F16 are refused with MOE_ERROR_NOT_SUPPORTED so
+ * far. */
 enum {
     MOE_DTYPE_F32 = 0,  /* IEEE binary32 */
     MOE_DTYPE_F64 = 1,  /* IEEE binary64 */

@@ -20,14 +20,16 @@ MOE_BEGIN_DECLS
  * Any thread. Since 0.1. */
 MOE_API int32_t moe_version_number(void);
 
-/* Returns the version of the loaded library as text, "0.1.0". Static storage. Any thread. Since 0.1. */
+/* Returns the version of the loaded library as text, "0.1.0". Static storage. Any thread. Since
+ * 0.1. */
 MOE_API const char *moe_version_string(void);
 
 /* Finds a public constant by its name, for callers that cannot read a C header.
  *   value  out: the constant's value; untouched on error
  *   name   the constant as written in these headers, "MOE_GATE_NOISY_TOP_K"
  * Returns MOE_OK, or MOE_ERROR_INVALID_ARGUMENT for a NULL pointer or a name the library does not
- * know. Every constant of these headers can be asked but the version macros. Any thread. Since 0.1. */
+ * know. Every constant of these headers can be asked but the version macros. Any thread. Since
+ * 0.1. */
 MOE_API moe_status moe_constant(int64_t *value, const char *name);
 
 MOE_END_DECLS

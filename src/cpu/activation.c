@@ -1,9 +1,11 @@
 /* activation.c - h = act(z1) or act(z1) * z3, and its gradient.
  *
  *     relu(z) = max(z, 0), relu'(0) = 0          silu(z) = z s(z),   s the logistic function
- *     gelu_erf(z) = z Phi(z)                     gelu_tanh(z) = z s(2u), u = sqrt(2/pi)(z + 0.044715 z^3)
+ *     gelu_erf(z) = z Phi(z)                     gelu_tanh(z) = z s(2u), u = sqrt(2/pi)(z +
+ *     0.044715 z^3)
  *
- * The last is z/2 (1 + tanh u) written without its cancellation for negative z. A NaN stays a NaN. */
+ * The last is z/2 (1 + tanh u) written without its cancellation for negative z. A NaN stays a
+ * NaN. */
 #include "cpu/activation.h"
 #include "numeric.h"
 
@@ -12,7 +14,8 @@ enum { RELU, GELU_TANH, GELU_ERF, SILU };
 #define SQRT_2_OVER_PI R(0.79788456080286535588)
 #define CUBIC R(0.044715)
 
-/* 2u of gelu_tanh; z is clamped where tanh(u) has long been exactly 1, so that z^3 cannot overflow. */
+/* 2u of gelu_tanh; z is clamped where tanh(u) has long been exactly 1, so that z^3 cannot
+ * overflow. */
 static inline real gelu_inner(real z)
 {
     real c = z > R(16.0) ? R(16.0) : z < R(-16.0) ? R(-16.0) : z;
@@ -49,12 +52,12 @@ typedef struct activation_run {
     const real *z1, *z3;
 } activation_run;
 
-#define FORWARD_LOOPS(kind)                                                                        \
-    case kind:                                                                                     \
-        if (z3)                                                                                    \
-            for (int64_t i = begin; i < end; i++) h[i] = value(kind, z1[i]) * z3[i];               \
-        else                                                                                       \
-            for (int64_t i = begin; i < end; i++) h[i] = value(kind, z1[i]);                       \
+#define FORWARD_LOOPS(kind)                                                          \
+    case kind:                                                                       \
+        if (z3)                                                                      \
+            for (int64_t i = begin; i < end; i++) h[i] = value(kind, z1[i]) * z3[i]; \
+        else                                                                         \
+            for (int64_t i = begin; i < end; i++) h[i] = value(kind, z1[i]);         \
         break;
 
 static void forward_range(void *argument, int64_t begin, int64_t end)
@@ -71,20 +74,20 @@ static void forward_range(void *argument, int64_t begin, int64_t end)
 }
 
 /* h = a z3, a = act(z1):  dz1 = dh z3 act'(z1),  dz3 = dh a. */
-#define BACKWARD_LOOPS(kind)                                                                       \
-    case kind:                                                                                     \
-        if (z3)                                                                                    \
-            for (int64_t i = begin; i < end; i++) {                                                \
-                real a = value(kind, z1[i]), d = dh[i];                                            \
-                h[i] = a * z3[i];                                                                  \
-                dz3[i] = d * a;                                                                    \
-                dh[i] = d * z3[i] * derivative(kind, z1[i]);                                       \
-            }                                                                                      \
-        else                                                                                       \
-            for (int64_t i = begin; i < end; i++) {                                                \
-                h[i] = value(kind, z1[i]);                                                         \
-                dh[i] = dh[i] * derivative(kind, z1[i]);                                           \
-            }                                                                                      \
+#define BACKWARD_LOOPS(kind)                                 \
+    case kind:                                               \
+        if (z3)                                              \
+            for (int64_t i = begin; i < end; i++) {          \
+                real a = value(kind, z1[i]), d = dh[i];      \
+                h[i] = a * z3[i];                            \
+                dz3[i] = d * a;                              \
+                dh[i] = d * z3[i] * derivative(kind, z1[i]); \
+            }                                                \
+        else                                                 \
+            for (int64_t i = begin; i < end; i++) {          \
+                h[i] = value(kind, z1[i]);                   \
+                dh[i] = dh[i] * derivative(kind, z1[i]);     \
+            }                                                \
         break;
 
 static void backward_range(void *argument, int64_t begin, int64_t end)
@@ -127,8 +130,8 @@ moe_status MOE_KERNEL(activation_backward)(const moe__workers *workers, int32_t 
                                            int64_t count, real *dh, real *dz3, real *h,
                                            const real *z1, const real *z3)
 {
-    activation_run run = {
-        .kind = base_kind(activation), .h = h, .dh = dh, .dz3 = dz3, .z1 = z1, .z3 = z3};
+    activation_run run =
+        {.kind = base_kind(activation), .h = h, .dh = dh, .dz3 = dz3, .z1 = z1, .z3 = z3};
     return moe__parallel_range(workers->context, count, GRAIN, backward_range, &run,
                                workers->function);
 }

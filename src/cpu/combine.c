@@ -1,7 +1,9 @@
 /* combine.c - weighted rows back to tokens, and the adjoint.
  *
- *     forward:   acc = fma(weight, rows_in[row], acc) in order of entry from +0;  tokens_out = o(acc)
- *     backward:  rows_out[r] = weight tokens_in[t],  entry_weight_grad[n] = tokens_in[t] . rows_in[row]
+ *     forward:   acc = fma(weight, rows_in[row], acc) in order of entry from +0;  tokens_out =
+ *                o(acc)
+ *     backward:  rows_out[r] = weight tokens_in[t],  entry_weight_grad[n] = tokens_in[t] .
+ *                rows_in[row]
  *
  * o is the identity or the logistic function; output_backward is its gradient. */
 #include "cpu/kernels.h"
@@ -34,8 +36,7 @@ static void forward_token(const moe__rows_job *job, int64_t t)
             for (int64_t i = 0; i < width; i++) acc[i] = R(0.0);
         else if (job->sigmoid)
             for (int64_t i = 0; i < width; i++) acc[i] = r_sigmoid(acc[i]);
-        for (int64_t i = 0; i < width; i++)
-            out[j + i] = job->add ? out[j + i] + acc[i] : acc[i];
+        for (int64_t i = 0; i < width; i++) out[j + i] = job->add ? out[j + i] + acc[i] : acc[i];
         if (!job->tokens_saved) continue;
         real *saved = (real *)job->tokens_saved + t * job->width + j;
         for (int64_t i = 0; i < width; i++) saved[i] = acc[i];

@@ -10,9 +10,10 @@ static void forward_range(void *argument, int64_t begin, int64_t end)
 {
     const moe__rows_job *job = argument;
     for (int64_t r = begin; r < end; r++) {
-        const real *in =
-            (const real *)job->tokens_in + job->plan->token_of_row[r] * job->tokens_in_stride;
-        memcpy((real *)job->rows_out + r * job->rows_out_stride, in, (size_t)job->width * sizeof *in);
+        const real *in = (const real *)job->tokens_in +
+                         job->plan->token_of_row[r] * job->tokens_in_stride;
+        memcpy((real *)job->rows_out + r * job->rows_out_stride, in,
+               (size_t)job->width * sizeof *in);
     }
 }
 
@@ -34,7 +35,8 @@ static void backward_token(const moe__rows_job *job, int64_t t)
         int any = 0;
         for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++) {
             if (p->row_of_entry[n] < 0) continue;
-            const real *in = (const real *)job->rows_in + p->row_of_entry[n] * job->rows_in_stride + j;
+            const real *in = (const real *)job->rows_in + p->row_of_entry[n] * job->rows_in_stride +
+                             j;
             for (int64_t i = 0; i < width; i++) sum[i] = any ? sum[i] + in[i] : in[i];
             any = 1;
         }

@@ -2,8 +2,8 @@
  *
  *     z1 = x W1 + b1,  z3 = x W3 + b3,  h = act(z1) [* z3],  out = o(h W2 + b2)
  *
- * Row r of a plan is token token_of_row[r]; x is gathered while it is packed. o is the identity or the
- * logistic function. Shapes: x [T,D], z1, z3, h [R,F], out [R,O]. */
+ * Row r of a plan is token token_of_row[r]; x is gathered while it is packed. o is the identity or
+ * the logistic function. Shapes: x [T,D], z1, z3, h [R,F], out [R,O]. */
 #include "cpu/activation.h"
 #include "cpu/tiles.h"
 #include "numeric.h"
@@ -119,7 +119,8 @@ static moe_status entry_weight_gradient(const moe__experts_job *job)
 }
 
 /* y[t] = sum weight_r out[r]:  dz = weight dy o';  dh = dz W2^T;  dz1, dz3 by the activation;
- * dx_row = dz1 W1^T + dz3 W3^T;  dW2 = h^T dz,  dW1 = x^T dz1,  dW3 = x^T dz3, biases their sums. */
+ * dx_row = dz1 W1^T + dz3 W3^T;  dW2 = h^T dz,  dW1 = x^T dz1,  dW3 = x^T dz3, biases their
+ * sums. */
 moe_status MOE_KERNEL(experts_backward)(moe__experts_job *job)
 {
     const moe__workers *w = &job->workers;

@@ -2,12 +2,13 @@
  *
  *     rows:  out[R,n] = a[R,k] b[k,n] + bias          dw:  dw[k,n] = a[R,k]^T g[R,n]
  *
- * A tile is up to BLOCK_M rows by BLOCK_N columns of one expert's result. The summed dimension (k, or R
- * for dW) is cut in blocks of BLOCK_K: the left operand is packed in panels [BLOCK_K][up to TILE_M], the
- * right one in a panel [BLOCK_K][TILE_N], and a micro-kernel keeps a piece of the result in registers.
- * Between two blocks the accumulators wait in scratch, exactly, so that every element is one chain of
- * fused multiply-adds from +0 in ascending index, whatever the tile. For dW a chain ends after SUM_ROWS
- * rows of a segment: block sums are added in order, then segment sums. */
+ * A tile is up to BLOCK_M rows by BLOCK_N columns of one expert's result. The summed dimension (k,
+ * or R for dW) is cut in blocks of BLOCK_K: the left operand is packed in panels [BLOCK_K][up to
+ * TILE_M], the right one in a panel [BLOCK_K][TILE_N], and a micro-kernel keeps a piece of the
+ * result in registers. Between two blocks the accumulators wait in scratch, exactly, so that every
+ * element is one chain of fused multiply-adds from +0 in ascending index, whatever the tile. For dW
+ * a chain ends after SUM_ROWS rows of a segment: block sums are added in order, then segment
+ * sums. */
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -20,8 +21,8 @@ enum {
     BLOCK_N = 256,
     BLOCK_K = 256,
     SUM_ROWS = 4096,
-    IN_PLACE_M = 4,                             /* up to so many rows b is not worth packing */
-    GROUPS_M = (TILE_M + VEC_N - 1) / VEC_N,    /* vectors that cover a panel's row */
+    IN_PLACE_M = 4,                               /* up to so many rows b is not worth packing */
+    GROUPS_M = (TILE_M + VEC_N - 1) / VEC_N,      /* vectors that cover a panel's row */
     PANEL_A = TILE_M * BLOCK_K + GROUPS_M * VEC_N /* whole vectors spill over the end of a panel */
 };
 
@@ -31,7 +32,7 @@ _Static_assert(BLOCK_N % TILE_N == 0, "a tile is whole panels wide");
 typedef struct tile_scratch {
     real a[PANELS * PANEL_A];
     real b[BLOCK_K * TILE_N];
-    real edge[TILE_M * TILE_N];      /* a piece of the result that is not stored as it is */
+    real edge[TILE_M * TILE_N]; /* a piece of the result that is not stored as it is */
     real bias[TILE_N];
     real chain[BLOCK_M * BLOCK_N];   /* accumulators between two blocks of k */
     real segment[BLOCK_M * BLOCK_N]; /* dW over several blocks: the sum of a segment, of a matrix */
@@ -48,7 +49,8 @@ static int64_t part(int64_t n, int64_t parts, int64_t i)
     return n / parts * i + moe__min(i, n % parts);
 }
 
-/* ---- micro-kernel --------------------------------------------------------------------------------- */
+/* ---- micro-kernel
+ * --------------------------------------------------------------------------------- */
 
 /* The lines that a later product reads: line p of a block is at + (p / 8) jump + (p % 8) step. */
 typedef struct read_ahead {
@@ -56,7 +58,8 @@ typedef struct read_ahead {
     int64_t step, jump;
 } read_ahead;
 
-/* out[m,TILE_N] (=|+=) chain over p of a[p,m] b[p,TILE_N], continued from `from` (NULL: +0), + bias */
+/* out[m,TILE_N] (=|+=) chain over p of a[p,m] b[p,TILE_N], continued from `from` (NULL: +0), +
+ * bias */
 typedef struct micro_job {
     int64_t k;
     const real *a, *b;
@@ -145,7 +148,8 @@ static void micro_rows(int64_t m, const micro_job *job)
     }
 }
 
-/* ---- packing -------------------------------------------------------------------------------------- */
+/* ---- packing
+ * -------------------------------------------------------------------------------------- */
 
 static const real *row_of(const moe__rows *rows, int64_t r)
 {
@@ -158,8 +162,8 @@ static real scale_of(const moe__rows *rows, int64_t r)
     return rows->scale ? ((const real *)rows->scale)[r] : R(1.0);
 }
 
-/* to[k][m] = columns p .. p+k-1 of rows r .. r+m-1, m <= TILE_M. Whole vectors are stored, in ascending
- * order: what is beyond the m columns of one line is overwritten by the next. */
+/* to[k][m] = columns p .. p+k-1 of rows r .. r+m-1, m <= TILE_M. Whole vectors are stored, in
+ * ascending order: what is beyond the m columns of one line is overwritten by the next. */
 static void pack_rows(real *to, const moe__rows *a, int64_t r, int64_t m, int64_t p, int64_t k)
 {
     const real *from[GROUPS_M * VEC_N];
@@ -184,7 +188,8 @@ static void pack_rows(real *to, const moe__rows *a, int64_t r, int64_t m, int64_
 }
 
 /* The panels of rows r .. r+m-1. */
-static void pack_a_rows(tile_scratch *s, const moe__rows *a, int64_t r, int64_t m, int64_t p, int64_t k)
+static void pack_a_rows(tile_scratch *s, const moe__rows *a, int64_t r, int64_t m, int64_t p,
+                        int64_t k)
 {
     int64_t panels = blocks(m, TILE_M);
     for (int64_t q = 0; q < panels; q++) {
@@ -213,14 +218,15 @@ static void pack_a_columns(tile_scratch *s, const moe__rows *a, int64_t r, int64
     }
 }
 
-/* to[k][TILE_N] = b[k,n] where columns (stride_row 1) or rows (stride_col 1) are contiguous or neither
- * is; columns beyond n are 0. */
+/* to[k][TILE_N] = b[k,n] where columns (stride_row 1) or rows (stride_col 1) are contiguous or
+ * neither is; columns beyond n are 0. */
 static void pack_b(real *to, const real *b, int64_t row, int64_t col, int64_t k, int64_t n)
 {
     int64_t p = 0;
     if (n == TILE_N && col == 1) {
         for (; p < k; p++)
-            for (int v = 0; v < TILE_N; v += VEC_N) v_store(to + p * TILE_N + v, v_load(b + p * row + v));
+            for (int v = 0; v < TILE_N; v += VEC_N)
+                v_store(to + p * TILE_N + v, v_load(b + p * row + v));
     } else if (n == TILE_N && row == 1) {
         for (; p + VEC_N <= k; p += VEC_N)
             for (int v = 0; v < TILE_N; v += VEC_N) {
@@ -254,10 +260,11 @@ static void pack_g(real *to, const moe__rows *g, int64_t r, int64_t k, int64_t j
     }
 }
 
-/* ---- results -------------------------------------------------------------------------------------- */
+/* ---- results
+ * -------------------------------------------------------------------------------------- */
 
-/* Where a tile's finished chains go: (i,j) to out[row(i) * stride_row + j * stride_col], row(i) being
- * index[i] if there is an index, else i. */
+/* Where a tile's finished chains go: (i,j) to out[row(i) * stride_row + j * stride_col], row(i)
+ * being index[i] if there is an index, else i. */
 typedef struct sink {
     real *out;
     int64_t stride_row, stride_col;
@@ -268,18 +275,20 @@ typedef struct sink {
 } sink;
 
 /* edge[m,TILE_N], bias added, to columns j .. j+n-1 of rows i .. i+m-1. */
-static void store_edge(const tile_scratch *s, const sink *to, int64_t i, int64_t m, int64_t j, int64_t n)
+static void store_edge(const tile_scratch *s, const sink *to, int64_t i, int64_t m, int64_t j,
+                       int64_t n)
 {
     for (int64_t l = 0; l < m; l++) {
         const real *from = s->edge + l * TILE_N;
-        real *out = to->out + (to->index ? to->index[i + l] : i + l) * to->stride_row + j * to->stride_col;
+        real *out = to->out + (to->index ? to->index[i + l] : i + l) * to->stride_row +
+                    j * to->stride_col;
         for (int64_t c = 0; c < n; c++)
             out[c * to->stride_col] = to->add ? out[c * to->stride_col] + from[c] : from[c];
     }
 }
 
-/* A block of k for panel j .. j+n-1 of a tile [m,..]: all packed rows of a times job->b. The chains go
- * on from scratch and back to it, or, at the last block, to the sink. */
+/* A block of k for panel j .. j+n-1 of a tile [m,..]: all packed rows of a times job->b. The chains
+ * go on from scratch and back to it, or, at the last block, to the sink. */
 static void run_panel(tile_scratch *s, micro_job job, int64_t m, int64_t j, int64_t n, int first,
                       const sink *to)
 {
@@ -304,7 +313,8 @@ static void run_panel(tile_scratch *s, micro_job job, int64_t m, int64_t j, int6
     }
 }
 
-/* ---- tiles ---------------------------------------------------------------------------------------- */
+/* ---- tiles
+ * ---------------------------------------------------------------------------------------- */
 
 /* The expert a tile belongs to: the last with tile_begin <= tile. */
 static int64_t expert_of_tile(const int64_t *tile_begin, int64_t experts, int64_t tile)
@@ -351,7 +361,8 @@ static micro_job right_operand(tile_scratch *s, const moe__matrices *m, const re
     return (micro_job){.k = k,
                        .b = s->b,
                        .b_stride = TILE_N,
-                       .ahead = by_columns ? (read_ahead){next, line, col} : (read_ahead){next, row, 8 * row}};
+                       .ahead = by_columns ? (read_ahead){next, line, col}
+                                           : (read_ahead){next, row, 8 * row}};
 }
 
 void MOE_KERNEL(gemm_rows_tile)(const moe__gemm_rows_job *job, int64_t tile, void *scratch)
@@ -384,7 +395,8 @@ void MOE_KERNEL(gemm_rows_tile)(const moe__gemm_rows_job *job, int64_t tile, voi
     } while (p < job->k);
 }
 
-/* ---- dW ------------------------------------------------------------------------------------------- */
+/* ---- dW
+ * ------------------------------------------------------------------------------------------- */
 
 static int64_t rows_of_expert(const moe__gemm_dw_job *job, int64_t e)
 {
@@ -392,8 +404,8 @@ static int64_t rows_of_expert(const moe__gemm_dw_job *job, int64_t e)
     return job->segment_begin[first + job->segments_per_expert] - job->segment_begin[first];
 }
 
-/* The bias of an expert is summed with the first row block of each column block of its matrix, which is
- * why a tile exists even for k = 0 or without dw. */
+/* The bias of an expert is summed with the first row block of each column block of its matrix,
+ * which is why a tile exists even for k = 0 or without dw. */
 int64_t MOE_KERNEL(gemm_dw_plan)(moe__gemm_dw_job *job)
 {
     int64_t of_matrix = moe__max(1, blocks(job->k, BLOCK_M)) * blocks(job->n, BLOCK_N);
@@ -429,7 +441,8 @@ static void dw_chain(const moe__gemm_dw_job *job, tile_scratch *s, const place *
     } while (p < count);
 }
 
-/* The same for the bias: chain[n] = sum of rows r .. r+count-1 of g[:,j..], added to +0 in order. */
+/* The same for the bias: chain[n] = sum of rows r .. r+count-1 of g[:,j..], added to +0 in
+ * order. */
 static void bias_chain(const moe__gemm_dw_job *job, tile_scratch *s, const place *at, int64_t r,
                        int64_t count)
 {
@@ -449,8 +462,8 @@ static void add_chains(real *to, const real *from, int64_t m, int first)
         for (int64_t i = 0; i < m * BLOCK_N; i++) to[i] = to[i] + from[i];
 }
 
-/* s->sum[m,n] over all segments of the expert, each over its blocks of SUM_ROWS rows; m = 0: one row,
- * the bias. A segment without rows is not added. */
+/* s->sum[m,n] over all segments of the expert, each over its blocks of SUM_ROWS rows; m = 0: one
+ * row, the bias. A segment without rows is not added. */
 static void sum_segments(const moe__gemm_dw_job *job, tile_scratch *s, const place *at)
 {
     int64_t first = at->e * job->segments_per_expert, m = moe__max(1, at->m);
@@ -489,7 +502,8 @@ void MOE_KERNEL(gemm_dw_tile)(const moe__gemm_dw_job *job, int64_t tile, void *s
     if (dbias && i == 0) {
         int64_t col = job->dbias.stride_col;
         sum_segments(job, s, &(place){e, 0, 0, j, n});
-        store_sum(s, &(sink){.out = dbias + j * col, .stride_col = col, .add = !job->overwrite}, 1, n);
+        store_sum(s, &(sink){.out = dbias + j * col, .stride_col = col, .add = !job->overwrite}, 1,
+                  n);
     }
     if (!dw || job->k == 0) return;
     const place at = {e, i, moe__min(BLOCK_M, job->k - i), j, n};

@@ -4,16 +4,16 @@
  *     dw:    dw_e (=|+=) sum over e's rows of a[r,:]^T g[r,:],  dbias_e (=|+=) sum of g[r,:]
  *
  * Elements are the kernel's `real`, strides count elements. dX is the first with the strides of the
- * weights exchanged. Each element of a product is one chain of fused multiply-adds from +0 in ascending
- * index of the summed dimension; docs/numerics.md has the rule for sums over rows. */
+ * weights exchanged. Each element of a product is one chain of fused multiply-adds from +0 in
+ * ascending index of the summed dimension; docs/numerics.md has the rule for sums over rows. */
 #ifndef MOE_CPU_GROUPED_GEMM_H
 #define MOE_CPU_GROUPED_GEMM_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-/* Row r is data[(row_index ? row_index[r] : r) * stride + 0, 1, ...]; if there is a scale, each element
- * times scale[r], rounded. */
+/* Row r is data[(row_index ? row_index[r] : r) * stride + 0, 1, ...]; if there is a scale, each
+ * element times scale[r], rounded. */
 typedef struct moe__rows {
     const void *data;
     int64_t stride;
@@ -21,8 +21,9 @@ typedef struct moe__rows {
     const void *scale;
 } moe__rows;
 
-/* Element (e,i,j) is (each ? each[e] : base + e stride_expert)[offset + i stride_row + j stride_col].
- * base and each both NULL: not there. each[e] may be NULL where it is written: not wanted. */
+/* Element (e,i,j) is (each ? each[e] : base + e stride_expert)[offset + i stride_row + j
+ * stride_col]. base and each both NULL: not there. each[e] may be NULL where it is written: not
+ * wanted. */
 typedef struct moe__matrices {
     void *base;
     void *const *each;
@@ -36,12 +37,12 @@ typedef struct moe__gemm_rows_job {
     int64_t k, n;                /* a is [rows,k], b [k,n] */
     moe__rows a;
     moe__matrices b;
-    moe__matrices bias;          /* [n] by stride_col, or not there; added after the chain */
-    void *out;                   /* [rows,n] */
+    moe__matrices bias; /* [n] by stride_col, or not there; added after the chain */
+    void *out;          /* [rows,n] */
     int64_t out_stride;
-    const int64_t *out_index;    /* row r goes to row out_index[r] of out; NULL: to row r */
-    int32_t out_add;             /* 1: out = out + result */
-    int64_t *tile_begin;         /* [experts+1] of the caller */
+    const int64_t *out_index; /* row r goes to row out_index[r] of out; NULL: to row r */
+    int32_t out_add;          /* 1: out = out + result */
+    int64_t *tile_begin;      /* [experts+1] of the caller */
 } moe__gemm_rows_job;
 
 /* Expert e sums segments e * segments_per_expert and on; segment s is the rows segment_begin[s] to
@@ -50,12 +51,12 @@ typedef struct moe__gemm_dw_job {
     int64_t experts;
     const int64_t *segment_begin;
     int64_t segments_per_expert;
-    int64_t k, n;                /* a is [rows,k], g [rows,n] */
+    int64_t k, n; /* a is [rows,k], g [rows,n] */
     moe__rows a, g;
-    moe__matrices dw;            /* [k,n], or not there */
-    moe__matrices dbias;         /* [n] by stride_col, or not there */
-    int32_t overwrite;           /* 1: set, 0 where an expert has no rows; 0: add, and leave those alone */
-    int64_t *tile_begin;         /* [experts+1] of the caller */
+    moe__matrices dw;    /* [k,n], or not there */
+    moe__matrices dbias; /* [n] by stride_col, or not there */
+    int32_t overwrite;   /* 1: set, 0 where an expert has no rows; 0: add, and leave those alone */
+    int64_t *tile_begin; /* [experts+1] of the caller */
 } moe__gemm_dw_job;
 
 #endif

@@ -2,12 +2,14 @@
  *
  *     importance_e = sum_t w_te            load_e = sum_t Phi((clean_e - thr_e) / sd_e)
  *     P = softmax(clean),  p_e = mean_t P_te,  n_e entries of expert e,  f_e first choices
- *     switch = E sum_e n_e/sum(n) p_e      gshard = E sum_e f_e/T p_e      z = mean_t lse(clean_t)^2
+ *     switch = E sum_e n_e/sum(n) p_e      gshard = E sum_e f_e/T p_e      z = mean_t
+ *     lse(clean_t)^2
  *     sequence = mean over groups of E sum_e n_ge/sum(n_g) mean_{t in g} s_te / sum_j s_tj
  *
- * thr_e is the K-th largest of H without entry e: the best other expert's H for a chosen e, the worst
- * chosen one's for the rest. Sums over tokens are formed in double, token by token within a group,
- * then group by group. T counts the unmasked tokens; a masked token's row of `columns` is 0. */
+ * thr_e is the K-th largest of H without entry e: the best other expert's H for a chosen e, the
+ * worst chosen one's for the rest. Sums over tokens are formed in double, token by token within a
+ * group, then group by group. T counts the unmasked tokens; a masked token's row of `columns` is
+ * 0. */
 #include "cpu/route.h"
 #include "cpu/select.h"
 #include "cv.h"
@@ -29,7 +31,8 @@ static int64_t group_of_token(const moe__plan_arrays *plan, int64_t t)
     return low;
 }
 
-/* ---- counts and importance ------------------------------------------------------------------------ */
+/* ---- counts and importance
+ * ------------------------------------------------------------------------ */
 
 /* importance, counts, first_counts; `load` serves as the sums of one group until it is needed. */
 static void count_entries(const moe__losses_job *job)
@@ -62,7 +65,8 @@ static void count_entries(const moe__losses_job *job)
     }
 }
 
-/* ---- sums over the columns of [T,E] ---------------------------------------------------------------- */
+/* ---- sums over the columns of [T,E]
+ * ---------------------------------------------------------------- */
 
 typedef struct column_sums {
     const moe__losses_job *job;
@@ -217,7 +221,8 @@ static void fill_load(void *argument, int64_t begin, int64_t end)
     }
 }
 
-/* ---- the losses ------------------------------------------------------------------------------------ */
+/* ---- the losses
+ * ------------------------------------------------------------------------------------ */
 
 static int64_t valid_in_group(const moe__losses_job *job, int64_t g)
 {
@@ -240,8 +245,9 @@ static void sequence_counts(const moe__losses_job *job)
         for (int64_t e = 0; e < E; e++) counts[e] = 0;
         for (int64_t t = plan->group_begin[g]; t < plan->group_begin[g + 1]; t++) {
             if (is_masked(job->route->token_mask, t)) continue;
-            const int32_t *ids = job->plain_ids ? job->plain_ids + t * K
-                                                : job->route->expert_of_entry + plan->token_begin[t];
+            const int32_t *ids = job->plain_ids
+                                     ? job->plain_ids + t * K
+                                     : job->route->expert_of_entry + plan->token_begin[t];
             int64_t n = job->plain_ids ? K : plan->token_begin[t + 1] - plan->token_begin[t];
             for (int64_t j = 0; j < n; j++)
                 if (ids[j] >= 0) counts[ids[j]]++;
@@ -256,7 +262,8 @@ static int64_t sum_counts(const int64_t *counts, int64_t n)
     return sum;
 }
 
-/* E / (sum(n_g) T_g groups): what n_ge sum_t s_te/sum(s_t) is multiplied by. 0 for an empty group. */
+/* E / (sum(n_g) T_g groups): what n_ge sum_t s_te/sum(s_t) is multiplied by. 0 for an empty
+ * group. */
 static double sequence_scale(const moe__losses_job *job, int64_t g)
 {
     int64_t E = job->plan->num_experts;
@@ -278,7 +285,8 @@ static double sequence_loss(const moe__losses_job *job)
     return loss;
 }
 
-/* The unweighted factor of P_te's mean in switch (n_e / sum n) and gshard (f_e / T), times E / T. */
+/* The unweighted factor of P_te's mean in switch (n_e / sum n) and gshard (f_e / T), times E /
+ * T. */
 static double switch_scale(const moe__losses_job *job)
 {
     double entries = (double)sum_counts(job->counts, job->plan->num_experts);
@@ -308,10 +316,9 @@ static moe_status logit_losses(moe__losses_job *job)
     if (weight[MOE_LOSS_SWITCH] != 0 || weight[MOE_LOSS_GSHARD] != 0 || weight[MOE_LOSS_Z] != 0) {
         MOE_TRY(sum_columns(job, fill_softmax, job->score_sum, NULL));
         value[MOE_LOSS_SWITCH] = switch_scale(job) * weighted_sum(job->counts, job->score_sum, E);
-        value[MOE_LOSS_GSHARD] =
-            gshard_scale(job) * weighted_sum(job->first_counts, job->score_sum, E);
-        if (job->valid_tokens > 0)
-            value[MOE_LOSS_Z] = sum_tokens(job) / (double)job->valid_tokens;
+        value[MOE_LOSS_GSHARD] = gshard_scale(job) *
+                                 weighted_sum(job->first_counts, job->score_sum, E);
+        if (job->valid_tokens > 0) value[MOE_LOSS_Z] = sum_tokens(job) / (double)job->valid_tokens;
     }
     if (weight[MOE_LOSS_SEQUENCE] != 0) {
         MOE_TRY(sum_columns(job, fill_sequence, NULL, job->sequence_sum));
@@ -322,7 +329,8 @@ static moe_status logit_losses(moe__losses_job *job)
     return MOE_OK;
 }
 
-/* ---- statistics ------------------------------------------------------------------------------------ */
+/* ---- statistics
+ * ------------------------------------------------------------------------------------ */
 
 /* token_value = entropy of a token's weights, normalised to sum 1 */
 static void fill_entropy(void *argument, int64_t begin, int64_t end)
@@ -363,8 +371,8 @@ static moe_status statistics(const moe__losses_job *job)
     stats[MOE_STAT_CV_LOAD] = __builtin_sqrt(moe__cv2(job->load, E, ddof, 0, NULL));
     stats[MOE_STAT_MAX_OVER_MEAN] = entries > 0 ? (double)most * (double)E / entries : 0;
     stats[MOE_STAT_LOAD_ENTROPY] = entropy;
-    MOE_TRY(moe__parallel_range(w->context, plan->tokens, 256, fill_entropy,
-                                (void *)(uintptr_t)job, w->function));
+    MOE_TRY(moe__parallel_range(w->context, plan->tokens, 256, fill_entropy, (void *)(uintptr_t)job,
+                                w->function));
     if (job->valid_tokens > 0)
         stats[MOE_STAT_GATE_ENTROPY] = sum_tokens(job) / (double)job->valid_tokens;
     return MOE_OK;
@@ -387,7 +395,8 @@ moe_status MOE_KERNEL(losses_forward)(moe__losses_job *job)
     return statistics(job);
 }
 
-/* ---- backward ------------------------------------------------------------------------------------ */
+/* ---- backward
+ * ------------------------------------------------------------------------------------ */
 
 /* d_importance, d_load: the gradients by importance and load. d_score: what P_te's gradient is. */
 void MOE_KERNEL(losses_backward_prepare)(const moe__gate_backward_job *job)
@@ -432,7 +441,8 @@ static void sequence_loss_row(const moe__gate_backward_job *job, int64_t t, cons
     const int64_t *counts = losses->sequence_counts + g * E;
     real scale = (real)(job->loss_factor[MOE_LOSS_SEQUENCE] * sequence_scale(losses, g));
     real sum = normalized_scores(c, r, clean), lanes[16] = {R(0.0)};
-    for (int64_t i = 0; i < E; i++) lanes[i % 16] = r_fma(r[i], scale * (real)counts[i], lanes[i % 16]);
+    for (int64_t i = 0; i < E; i++)
+        lanes[i % 16] = r_fma(r[i], scale * (real)counts[i], lanes[i % 16]);
     real dot = lane_sum(lanes, 16);
     for (int64_t i = 0; i < E; i++) {
         real d = scale * (real)counts[i] - dot;
@@ -441,9 +451,10 @@ static void sequence_loss_row(const moe__gate_backward_job *job, int64_t t, cons
     }
 }
 
-/* load_i = Phi(d_i / sd_i), d_i = clean_i - thr_i. With q the quotient inside erf, its divisor v and
- * a_i = d_load_i exp(-q^2) / (sqrt(pi) v):  d_clean_i += a_i,  d_sd_i -= a_i sqrt(2) q,  and what
- * each expert adds is taken from the H that is its threshold. Without noise the load is a count. */
+/* load_i = Phi(d_i / sd_i), d_i = clean_i - thr_i. With q the quotient inside erf, its divisor v
+ * and a_i = d_load_i exp(-q^2) / (sqrt(pi) v):  d_clean_i += a_i,  d_sd_i -= a_i sqrt(2) q,  and
+ * what each expert adds is taken from the H that is its threshold. Without noise the load is a
+ * count. */
 static void load_row(const moe__gate_backward_job *job, int64_t t, real *d_clean, real *d_noisy,
                      real *d_std, real *a)
 {
@@ -470,8 +481,8 @@ static void load_row(const moe__gate_backward_job *job, int64_t t, real *d_clean
     d_noisy[kth[0]] = d_noisy[kth[0]] - lane_sum(a, E);
 }
 
-void MOE_KERNEL(losses_backward_row)(const moe__gate_backward_job *job, int64_t token, real *d_clean,
-                                     real *d_noisy, real *d_std, real *p)
+void MOE_KERNEL(losses_backward_row)(const moe__gate_backward_job *job, int64_t token,
+                                     real *d_clean, real *d_noisy, real *d_std, real *p)
 {
     const moe__route_job *route = job->losses->route;
     const double *factor = job->loss_factor;

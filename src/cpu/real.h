@@ -2,8 +2,9 @@
  *
  * Every kernel source of src/cpu is compiled once for each element type (float, double) and each
  * instruction set (plain C, AVX2+FMA, AVX-512). The build defines MOE_F64 for double and
- * MOE_VARIANT, a suffix such as f32_avx2; MOE_KERNEL(name) makes the symbol moe__cpu_<name>_<variant>.
- * Without these macros the file is the plain float variant, so that tools can parse it alone. */
+ * MOE_VARIANT, a suffix such as f32_avx2; MOE_KERNEL(name) makes the symbol
+ * moe__cpu_<name>_<variant>. Without these macros the file is the plain float variant, so that
+ * tools can parse it alone. */
 #ifndef MOE_CPU_REAL_H
 #define MOE_CPU_REAL_H
 

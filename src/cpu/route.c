@@ -3,16 +3,18 @@
  *     clean = x Wg (+ bias)                            [T,E]
  *     sd = softplus(x Wnoise) + eps,  H = clean + noise * sd      in training; else H = clean
  *     ids = the K first of H in the total order of select.h
- *     weight: softmax over the chosen H | softmax or sigmoid over all, [/ (sum + eps)];  * route_scale
+ *     weight: softmax over the chosen H | softmax or sigmoid over all, [/ (sum + eps)];  *
+ *     route_scale
  *
- * Sigmoid and softmax rise with the logit, so the K first scores are the K first logits, without the
- * ties that rounding of a score would make. */
+ * Sigmoid and softmax rise with the logit, so the K first scores are the K first logits, without
+ * the ties that rounding of a score would make. */
 #include "cpu/route.h"
 #include "cpu/select.h"
 #include "cpu/tiles.h"
 #include "philox.h"
 
-/* ---- logits -------------------------------------------------------------------------------------- */
+/* ---- logits
+ * -------------------------------------------------------------------------------------- */
 
 /* out[T,E] = x[T,D] w[D,E] (+ bias[E]) */
 static moe_status logits_product(const moe__route_job *job, const moe__matrices *w,
@@ -77,7 +79,8 @@ static void add_noise(const moe__route_job *job, int64_t t)
     for (int64_t i = 0; i < E; i++) noisy[i] = r_fma(noise[i], sd[i], clean[i]);
 }
 
-/* ---- weights ------------------------------------------------------------------------------------- */
+/* ---- weights
+ * ------------------------------------------------------------------------------------- */
 
 /* w[j] = softmax over the chosen logits of entry j; entries without an expert get 0. */
 static void softmax_of_chosen(real *w, const int32_t *ids, int64_t n, const real *h)
@@ -91,8 +94,8 @@ static void softmax_of_chosen(real *w, const int32_t *ids, int64_t n, const real
     for (int64_t j = 0; j < n; j++) w[j] = ids[j] < 0 ? R(0.0) : w[j] / sum;
 }
 
-/* w[j] = score of entry j: sigmoid, or softmax over all E. Without scratch for the whole softmax its
- * sum is formed as exp_shifted forms it, in the same 16 lanes. */
+/* w[j] = score of entry j: sigmoid, or softmax over all E. Without scratch for the whole softmax
+ * its sum is formed as exp_shifted forms it, in the same 16 lanes. */
 static void score_of_chosen(real *w, const int32_t *ids, int64_t n, const real *h, int64_t E,
                             int32_t score)
 {
@@ -179,18 +182,19 @@ moe_status MOE_KERNEL(route_forward)(moe__route_job *job)
 {
     const moe__workers *w = &job->workers;
     if (job->logits_in)
-        MOE_TRY(moe__parallel_range(w->context, job->tokens, 64, copy_logits_range, job,
-                                    w->function));
+        MOE_TRY(
+            moe__parallel_range(w->context, job->tokens, 64, copy_logits_range, job, w->function));
     else
         MOE_TRY(logits_product(job, &job->weight_matrix, &job->bias, job->logits));
     if (job->noise) MOE_TRY(logits_product(job, &job->noise_weight, NULL, job->noise_raw));
     return moe__parallel_range(w->context, job->tokens, 16, route_range, job, w->function);
 }
 
-/* ---- backward ------------------------------------------------------------------------------------ */
+/* ---- backward
+ * ------------------------------------------------------------------------------------ */
 
-/* weight_after = weight keep / S, S = sum of kept weights:  dw_j = keep_j (g_j - sum_i g_i after_i) / S.
- * Without renormalisation dw_j = keep_j g_j. */
+/* weight_after = weight keep / S, S = sum of kept weights:  dw_j = keep_j (g_j - sum_i g_i after_i)
+ * / S. Without renormalisation dw_j = keep_j g_j. */
 static void drop_backward(const moe__gate_backward_job *job, int64_t first, int64_t n, real *dw)
 {
     const moe__plan_arrays *plan = job->losses->plan;
@@ -220,8 +224,8 @@ static void chosen_backward(const moe_gate_config *c, const real *dw, real *s, c
         if (ids[j] >= 0) dh[ids[j]] = r_fma(scale * s[j], dw[j] - dot, dh[ids[j]]);
 }
 
-/* sum_j a_j (u_j / sum) in the lanes of lane_dot. Dividing first lets a gradient that must vanish, such as
- * that of a single renormalised score, cancel exactly. */
+/* sum_j a_j (u_j / sum) in the lanes of lane_dot. Dividing first lets a gradient that must vanish,
+ * such as that of a single renormalised score, cancel exactly. */
 static real normalized_dot(const real *a, const real *u, int64_t n, real sum)
 {
     real lane[16] = {R(0.0)};
@@ -229,9 +233,9 @@ static real normalized_dot(const real *a, const real *u, int64_t n, real sum)
     return lane_sum(lane, 16);
 }
 
-/* w_j = scale v_j, v_j = u_j / (U + eps), U = sum u:  du_j = scale (dw_j - sum_i dw_i v_i) / (U + eps);
- * sigmoid: dh_j = du_j u_j (1 - u_j);  softmax over all: dh_i = p_i (dp_i - sum_j p_j dp_j), where only
- * the chosen have dp = du and p = u. */
+/* w_j = scale v_j, v_j = u_j / (U + eps), U = sum u:  du_j = scale (dw_j - sum_i dw_i v_i) / (U +
+ * eps); sigmoid: dh_j = du_j u_j (1 - u_j);  softmax over all: dh_i = p_i (dp_i - sum_j p_j dp_j),
+ * where only the chosen have dp = du and p = u. */
 static void scored_backward(const moe_gate_config *c, real *dw, real *u, const int32_t *ids,
                             int64_t n, const real *h, real *dh, real *p)
 {
@@ -248,8 +252,7 @@ static void scored_backward(const moe_gate_config *c, real *dw, real *u, const i
     for (int64_t j = 0; j < n; j++) dw[j] = dw[j] * scale;
     if (c->score == MOE_SCORE_SIGMOID) {
         for (int64_t j = 0; j < n; j++)
-            if (ids[j] >= 0)
-                dh[ids[j]] = r_fma(dw[j], u[j] * (R(1.0) - u[j]), dh[ids[j]]);
+            if (ids[j] >= 0) dh[ids[j]] = r_fma(dw[j], u[j] * (R(1.0) - u[j]), dh[ids[j]]);
         return;
     }
     real dot = lane_dot(dw, u, n);
@@ -261,8 +264,8 @@ static void scored_backward(const moe_gate_config *c, real *dw, real *u, const i
 
 /* H = clean + noise sd, sd = softplus(raw) + eps:
  * d_clean += dH;  d_raw = (dH noise + d_sd) sigmoid(raw). */
-static void noise_backward(const moe__route_job *route, int64_t t, real *d_clean, const real *d_noisy,
-                           real *d_std)
+static void noise_backward(const moe__route_job *route, int64_t t, real *d_clean,
+                           const real *d_noisy, real *d_std)
 {
     int64_t E = route->config->num_experts;
     for (int64_t i = 0; i < E; i++) d_clean[i] = d_clean[i] + d_noisy[i];
@@ -341,18 +344,17 @@ static moe_status parameter_gradient(const moe__gate_backward_job *job, const vo
     const moe__route_job *route = job->losses->route;
     int64_t E = route->config->num_experts;
     if (!has(dw) && !has(dbias)) return MOE_OK;
-    moe__gemm_dw_job gemm = {
-        .experts = 1,
-        .segment_begin = job->losses->valid_begin,
-        .segments_per_expert = job->losses->plan->groups,
-        .k = route->input_width,
-        .n = E,
-        .a = {route->x, route->x_stride, job->losses->valid_token, NULL},
-        .g = {g, E, job->losses->valid_token, NULL},
-        .dw = *dw,
-        .dbias = *dbias,
-        .overwrite = job->overwrite,
-        .tile_begin = route->tile_begin};
+    moe__gemm_dw_job gemm = {.experts = 1,
+                             .segment_begin = job->losses->valid_begin,
+                             .segments_per_expert = job->losses->plan->groups,
+                             .k = route->input_width,
+                             .n = E,
+                             .a = {route->x, route->x_stride, job->losses->valid_token, NULL},
+                             .g = {g, E, job->losses->valid_token, NULL},
+                             .dw = *dw,
+                             .dbias = *dbias,
+                             .overwrite = job->overwrite,
+                             .tile_begin = route->tile_begin};
     return run_gemm_dw(&route->workers, &gemm);
 }
 
@@ -372,8 +374,8 @@ moe_status MOE_KERNEL(gate_backward)(moe__gate_backward_job *job)
     const moe__matrices none = {0};
     int32_t through_weight = !job->logits_from_host;
     MOE_KERNEL(losses_backward_prepare)(job);
-    MOE_TRY(moe__parallel_range(w->context, route->tokens, 16, gate_backward_range, job,
-                                w->function));
+    MOE_TRY(
+        moe__parallel_range(w->context, route->tokens, 16, gate_backward_range, job, w->function));
     if (job->dx) {
         int32_t add = job->dx_add;
         if (through_weight) {

@@ -29,10 +29,10 @@ static inline int is_masked(const uint8_t *mask, int64_t token) { return mask &&
 /* Finds what every row's gradient needs: d_importance, d_load, d_score. */
 void MOE_KERNEL(losses_backward_prepare)(const moe__gate_backward_job *job);
 
-/* Adds to each token's rows d_logits (by the clean logits) and d_std (by sd; NULL without noise) what
- * the losses give, and to d_weight (by the weights before dropping) what importance gives; d_noisy is
- * by H, for the thresholds. Called by gate_backward for tokens [begin,end). */
-void MOE_KERNEL(losses_backward_row)(const moe__gate_backward_job *job, int64_t token, real *d_clean,
-                                     real *d_noisy, real *d_std, real *p);
+/* Adds to each token's rows d_logits (by the clean logits) and d_std (by sd; NULL without noise)
+ * what the losses give, and to d_weight (by the weights before dropping) what importance gives;
+ * d_noisy is by H, for the thresholds. Called by gate_backward for tokens [begin,end). */
+void MOE_KERNEL(losses_backward_row)(const moe__gate_backward_job *job, int64_t token,
+                                     real *d_clean, real *d_noisy, real *d_std, real *p);
 
 #endif

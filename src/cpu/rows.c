@@ -1,12 +1,12 @@
 /* rows.c - from entries to rows: who is kept, and the order by expert.
  *
- * An entry gets a row if it names an expert, its token is not masked, and fewer than the capacity of
- * its group's entries came before it at that expert, in order of token, then of choice. Rows are
+ * An entry gets a row if it names an expert, its token is not masked, and fewer than the capacity
+ * of its group's entries came before it at that expert, in order of token, then of choice. Rows are
  * sorted by (expert, token, entry) with one counting sort: O(N + E). */
 #include "cpu/kernels.h"
 
-/* slot_of_entry: place within (group, expert), -1 for what has no row. expert_begin[e + 1] counts, group
- * after group, and is set back to 0 by walking the group's entries again. */
+/* slot_of_entry: place within (group, expert), -1 for what has no row. expert_begin[e + 1] counts,
+ * group after group, and is set back to 0 by walking the group's entries again. */
 static void admit(const moe__plan_rows_job *job)
 {
     const moe__plan_arrays *p = job->plan;
@@ -22,8 +22,8 @@ static void admit(const moe__plan_rows_job *job)
                 p->slot_of_entry[n] = kept ? used[e]++ : -1;
             }
         }
-        for (int64_t n = p->token_begin[p->group_begin[g]]; n < p->token_begin[p->group_begin[g + 1]];
-             n++)
+        for (int64_t n = p->token_begin[p->group_begin[g]];
+             n < p->token_begin[p->group_begin[g + 1]]; n++)
             if (p->expert_of_entry[n] >= 0) used[p->expert_of_entry[n]] = 0;
     }
 }
@@ -51,8 +51,8 @@ static void sort_by_expert(moe__plan_arrays *p)
     p->rows = rows;
 }
 
-/* Weights of entries without a row become +0, whatever the sum; if asked, a token's others are divided
- * by their sum, or are 0 where that is 0. */
+/* Weights of entries without a row become +0, whatever the sum; if asked, a token's others are
+ * divided by their sum, or are 0 where that is 0. */
 static void weigh_range(void *argument, int64_t begin, int64_t end)
 {
     const moe__plan_rows_job *job = argument;

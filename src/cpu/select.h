@@ -16,8 +16,8 @@ static inline int comes_before(real a, int32_t i, real b, int32_t j)
     return a_nan == b_nan ? i < j : b_nan;
 }
 
-/* Restores the heap in ids[0..count) below `at`: a parent comes after its children, so that ids[0] is
- * the last of them all. */
+/* Restores the heap in ids[0..count) below `at`: a parent comes after its children, so that ids[0]
+ * is the last of them all. */
 static inline void sift_down(int32_t *ids, int64_t count, int64_t at, const real *v)
 {
     for (;;) {

@@ -1,9 +1,10 @@
 /* simd.h - one vector of `real` on each instruction set: the only file of src/cpu with intrinsics.
  *
- * vec holds VEC_N elements. v_load and v_store need no alignment. v_fma(a,b,c) = a b + c rounds once.
- * v_zip_low(a,b) = a0 b0 a1 b1 .. of the lower halves, v_zip_high of the upper ones. Without vector
- * hardware a vec is a small array and the fused multiply-add is the C library's.
- * TILE_M x TILE_V vectors of accumulators fit the registers with room for TILE_V of b and one of a. */
+ * vec holds VEC_N elements. v_load and v_store need no alignment. v_fma(a,b,c) = a b + c rounds
+ * once. v_zip_low(a,b) = a0 b0 a1 b1 .. of the lower halves, v_zip_high of the upper ones. Without
+ * vector hardware a vec is a small array and the fused multiply-add is the C library's.
+ * TILE_M x TILE_V vectors of accumulators fit the registers with room for TILE_V of b and one of
+ * a. */
 #ifndef MOE_CPU_SIMD_H
 #define MOE_CPU_SIMD_H
 
@@ -57,8 +58,8 @@ V_INLINE vec v_zip_low(vec a, vec b)
 }
 V_INLINE vec v_zip_high(vec a, vec b)
 {
-    const __m512i from =
-        _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    const __m512i from = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                           31);
     return _mm512_permutex2var_ps(a, from, b);
 }
 #endif
@@ -146,12 +147,12 @@ V_INLINE vec v_zip_high(vec a, vec b) { return vzip2q_f32(a, b); }
 typedef struct vec {
     real v[VEC_N];
 } vec;
-#define V_EACH(type_and_name, expression)                                                          \
-    V_INLINE vec type_and_name                                                                     \
-    {                                                                                              \
-        vec r;                                                                                     \
-        for (int i = 0; i < VEC_N; i++) r.v[i] = expression;                                       \
-        return r;                                                                                  \
+#define V_EACH(type_and_name, expression)                    \
+    V_INLINE vec type_and_name                               \
+    {                                                        \
+        vec r;                                               \
+        for (int i = 0; i < VEC_N; i++) r.v[i] = expression; \
+        return r;                                            \
     }
 V_EACH(v_load(const real *p), p[i])
 V_EACH(v_set1(real a), a)

@@ -1,7 +1,8 @@
 /* tiles.h - runs the tiles of a grouped product on the context's threads.
  *
- * As many tasks as threads, each with its own piece of scratch, take tiles from one counter. A tile's
- * result does not depend on who computes it, so neither order nor number of threads changes a byte. */
+ * As many tasks as threads, each with its own piece of scratch, take tiles from one counter. A
+ * tile's result does not depend on who computes it, so neither order nor number of threads
+ * changes a byte. */
 #ifndef MOE_CPU_TILES_H
 #define MOE_CPU_TILES_H
 

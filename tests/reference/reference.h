@@ -1,7 +1,7 @@
 /* reference.h - the layer in double precision, token by token and expert by expert, as a yardstick.
  *
- * Shares no code with the library: plain loops over T and E, the C library's functions, arrays as the
- * formulas of docs/numerics.md name them. Forward and complete backward of
+ * Shares no code with the library: plain loops over T and E, the C library's functions, arrays as
+ * the formulas of docs/numerics.md name them. Forward and complete backward of
  *
  *     L = sum(y * dy) + sum(weight_grad * w) + sum_i factor_i loss_i */
 #ifndef REFERENCE_H
@@ -59,8 +59,8 @@ typedef struct ref_result {
     double *dWg, *dbg, *dWn, *dW1, *db1, *dW3, *db3, *dW2, *db2;
 } ref_result;
 
-/* Computes everything. `r` is filled with memory that ref_free gives back. With no dy the experts are
- * left out. Only the forward if `backward` is 0. */
+/* Computes everything. `r` is filled with memory that ref_free gives back. With no dy the experts
+ * are left out. Only the forward if `backward` is 0. */
 void ref_run(const ref_problem *p, ref_result *r, int backward);
 void ref_free(ref_result *r);
 

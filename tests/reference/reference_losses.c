@@ -3,7 +3,8 @@
 
 #include <stdlib.h>
 
-/* ---- losses ---------------------------------------------------------------------------------------- */
+/* ---- losses
+ * ---------------------------------------------------------------------------------------- */
 
 double ref__cv2(const double *v, int64_t n, int ddof, double factor, double *dv)
 {
@@ -115,8 +116,8 @@ void ref__softmax_losses(const ref_problem *p, ref_result *r)
             double by_gshard = (double)p->E * (double)firsts[e] / T / T;
             r->loss[2] += p->weight[2] * by_switch * P[e];
             r->loss[3] += p->weight[3] * by_gshard * P[e];
-            dP[e] =
-                p->factor[2] * p->weight[2] * by_switch + p->factor[3] * p->weight[3] * by_gshard;
+            dP[e] = p->factor[2] * p->weight[2] * by_switch +
+                    p->factor[3] * p->weight[3] * by_gshard;
             dot += P[e] * dP[e];
         }
         r->loss[4] += p->weight[4] * lse * lse / T;
@@ -181,7 +182,8 @@ void ref__load_backward(const ref_problem *p, const ref_result *r, int64_t t, co
     }
 }
 
-/* ---- statistics ------------------------------------------------------------------------------------- */
+/* ---- statistics
+ * ------------------------------------------------------------------------------------- */
 
 /* Entropy of v[0..n) over its sum. */
 static double entropy(const double *v, int64_t n)

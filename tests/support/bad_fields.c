@@ -39,11 +39,12 @@ const char *bad_field_complaint(const bad_field *bad, moe_status got)
     moe_clear_last_error();
     /* A message about a clash names constants instead. */
     const char *name = strcmp(bad->name, "struct_size") == 0 ? "size" : bad->name;
-    const char *problem =
-        got != bad->status                                                ? "another status"
-        : !strstr(message, name) && !strstr(message, "MOE_")              ? "the field is not named"
-        : !names_value(bad, message) && got == MOE_ERROR_INVALID_ARGUMENT ? "the value is missing"
-                                                                          : NULL;
+    const char *problem = got != bad->status ? "another status"
+                          : !strstr(message, name) && !strstr(message, "MOE_")
+                              ? "the field is not named"
+                          : !names_value(bad, message) && got == MOE_ERROR_INVALID_ARGUMENT
+                              ? "the value is missing"
+                              : NULL;
     if (!problem) return "";
     (void)snprintf(complaint, sizeof complaint, "%s = %lld or %g: %s: %s, want %s (\"%s\")",
                    bad->name, (long long)bad->integer, bad->real, problem, moe_status_name(got),

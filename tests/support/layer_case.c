@@ -1,4 +1,5 @@
-/* layer_case.c - the contents of a case. Inputs are rounded to f32 first, so that f32 and f64 see the same. */
+/* layer_case.c - the contents of a case. Inputs are rounded to f32 first, so that f32 and f64
+ * see the same. */
 #include "support/layer_case.h"
 
 #include <check.h>
@@ -8,7 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- the case ------------------------------------------------------------------------------------- */
+/* ---- the case
+ * ------------------------------------------------------------------------------------- */
 
 double random_uniform(uint64_t *state)
 {
@@ -58,8 +60,8 @@ static void make_routing(layer_case *c, uint64_t *state)
     c->ids = malloc(((size_t)entries + 1) * sizeof *c->ids);
     ck_assert_ptr_nonnull(c->ids);
     for (int64_t n = 0; n < entries; n++)
-        c->ids[n] =
-            random_uniform(state) < 0.125 ? -1 : (int32_t)(random_uniform(state) * (double)c->E);
+        c->ids[n] = random_uniform(state) < 0.125 ? -1
+                                                  : (int32_t)(random_uniform(state) * (double)c->E);
     p->fixed_ids = c->ids;
     if (c->replay != 2) return;
     double *weights = random_array(c, state, entries, 1);

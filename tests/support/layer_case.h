@@ -1,5 +1,5 @@
-/* layer_case.h - one configuration of a layer with random contents, run through the library and through
- * the reference, and compared tensor by tensor. */
+/* layer_case.h - one configuration of a layer with random contents, run through the library and
+ * through the reference, and compared tensor by tensor. */
 #ifndef LAYER_CASE_H
 #define LAYER_CASE_H
 
@@ -7,7 +7,8 @@
 
 #include <moe/moe.h>
 
-/* What is varied. Zero is the plain choice for every field but those with a comment; see layer_case_make. */
+/* What is varied. Zero is the plain choice for every field but those with a comment; see
+ * layer_case_make. */
 typedef struct layer_case {
     const char *name;
     int64_t T, D, E, F, K;
@@ -56,7 +57,8 @@ void layer_case_print(const layer_case *c, char *text, size_t size);
 /* Numbers of the noise when the library draws it. */
 enum { CASE_SEED = 42, CASE_LAYER = 5, CASE_STREAM = 3, CASE_STEP = 9, CASE_TOKEN_FIRST = 1000 };
 
-/* A row operand of the host, dense for the test; for strided cases a wide copy is what the library sees. */
+/* A row operand of the host, dense for the test; for strided cases a wide copy is what the
+ * library sees. */
 typedef struct row_operand {
     void *dense, *wide;
     int64_t rows, width, stride; /* stride 0: no wide copy */
@@ -92,8 +94,8 @@ typedef struct layer_run {
     moe_backward_args b;
 } layer_run;
 
-/* Makes context (from `config`, may be NULL), objects with the case's parameters, and arguments. Aborts
- * the test on an error. */
+/* Makes context (from `config`, may be NULL), objects with the case's parameters, and arguments.
+ * Aborts the test on an error. */
 void layer_run_make(layer_run *r, const layer_case *c, int32_t dtype,
                     const moe_context_config *config);
 void layer_run_free(layer_run *r);
@@ -111,8 +113,8 @@ void layer_run_set_parameters(layer_run *r, const ref_problem *p);
 /* Compares everything with the reference; "" or the tensor, the index and both values. */
 const char *layer_run_compare(const layer_run *r, const ref_result *want);
 
-/* A parameter's gradient in the reference's order; malloc'd. name as in ref_result: "dW1", ... Elements
- * without a gradient are NaN. */
+/* A parameter's gradient in the reference's order; malloc'd. name as in ref_result: "dW1", ...
+ * Elements without a gradient are NaN. */
 double *layer_run_gradient(const layer_run *r, const char *name, int64_t *count);
 
 /* FNV-1a over y, dx, d_gate_x, d_logits and every gradient. */

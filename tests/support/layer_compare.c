@@ -9,9 +9,9 @@
 
 /* Largest allowed error, relative to the largest magnitude of the tensor, and absolute for what
  * cancels to 0. In f32 an element is a chain of some hundred terms of 6e-8 each; behind the gate's
- * backward the load divides by a standard deviation of down to 0.01, which is what the last column is
- * for. In f64 the same chains at 1.1e-16. Sums of a few counts and losses are formed in double from
- * numbers of the dtype. */
+ * backward the load divides by a standard deviation of down to 0.01, which is what the last column
+ * is for. In f64 the same chains at 1.1e-16. Sums of a few counts and losses are formed in double
+ * from numbers of the dtype. */
 typedef struct allowance {
     const char *name;
     double f32, f64, floor_f32, floor_f64;

@@ -1,5 +1,5 @@
-/* layer_parameters.c - the parameters of a run: owned, or bound to odd strides or to a pointer for each
- * expert; written and read in the reference's order whatever the layout. */
+/* layer_parameters.c - the parameters of a run: owned, or bound to odd strides or to a pointer for
+ * each expert; written and read in the reference's order whatever the layout. */
 #include "support/layer_case.h"
 
 #include <check.h>
@@ -108,8 +108,8 @@ double *layer_run_gradient(const layer_run *r, const char *name, int64_t *count)
     double *to = calloc((size_t)*count + 1, sizeof *to);
     ck_assert_ptr_nonnull(to);
     for (int64_t n = 0; n < *count; n++) {
-        const char *from =
-            element_of(r, &p, 1, n / p.cols / p.rows, n / p.cols % p.rows, n % p.cols);
+        const char *from = element_of(r, &p, 1, n / p.cols / p.rows, n / p.cols % p.rows,
+                                      n % p.cols);
         to[n] = from ? layer_run_at(r, from, 0) : (double)NAN;
     }
     return to;
@@ -136,9 +136,11 @@ uint64_t layer_run_hash(const layer_run *r)
     return hash;
 }
 
-/* ---- binding -------------------------------------------------------------------------------------- */
+/* ---- binding
+ * -------------------------------------------------------------------------------------- */
 
-/* Odd strides for a shape: data transposed with gaps, gradients with gaps and one dimension backwards.
+/* Odd strides for a shape: data transposed with gaps, gradients with gaps and one dimension
+ * backwards.
  * Returns the number of elements and, in *first, where element 0 lies. */
 static int64_t odd_strides(const int64_t *shape, int dims, int gradient, int64_t *stride,
                            int64_t *first)
@@ -220,9 +222,11 @@ void layer_run_bind(layer_run *r)
     if (r->experts) MUST(moe_experts_zero_gradients(r->experts, NULL));
 }
 
-/* ---- gaps ----------------------------------------------------------------------------------------- */
+/* ---- gaps
+ * ----------------------------------------------------------------------------------------- */
 
-/* Elements of bound gradients that belong to no element of the parameter must keep their pattern. */
+/* Elements of bound gradients that belong to no element of the parameter must keep their
+ * pattern. */
 static int gaps_broken(const layer_run *r, const moe_parameter_record *record,
                        const bound_memory *m)
 {

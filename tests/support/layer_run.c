@@ -30,7 +30,8 @@ static void *narrowed(const layer_run *r, const double *from, int64_t count)
     return to;
 }
 
-/* ---- objects -------------------------------------------------------------------------------------- */
+/* ---- objects
+ * -------------------------------------------------------------------------------------- */
 
 static void set_losses(moe_gate_config *g, const double *weight)
 {
@@ -112,7 +113,8 @@ static void make_plan(layer_run *r)
     free(weights);
 }
 
-/* ---- arguments ------------------------------------------------------------------------------------ */
+/* ---- arguments
+ * ------------------------------------------------------------------------------------ */
 
 static void make_arrays(layer_run *r)
 {
@@ -168,7 +170,8 @@ static void make_backward(layer_run *r)
     b->loss_grad = c->loss_factors ? r->loss_grad : NULL;
 }
 
-/* ---- rows apart ----------------------------------------------------------------------------------- */
+/* ---- rows apart
+ * ----------------------------------------------------------------------------------- */
 
 static void widen(layer_run *r, int i, const void *dense, int64_t width, const void *argument,
                   int64_t *stride, int is_output)
@@ -227,7 +230,8 @@ static void move_rows(layer_run *r, int is_output)
     }
 }
 
-/* ---- the run -------------------------------------------------------------------------------------- */
+/* ---- the run
+ * -------------------------------------------------------------------------------------- */
 
 void layer_run_make(layer_run *r, const layer_case *c, int32_t dtype,
                     const moe_context_config *config)
@@ -275,7 +279,8 @@ moe_status layer_run_forward(layer_run *r)
     return status;
 }
 
-/* A copy of an input at another address; the original is spoilt, for nobody may read it any more. */
+/* A copy of an input at another address; the original is spoilt, for nobody may read it any
+ * more. */
 static void *move_away(const void *from, int64_t count, size_t element)
 {
     size_t bytes = (size_t)count * element;

@@ -20,7 +20,8 @@ static int read_tensor(vector_case *c, const char *directory, const char *text, 
 {
     char file[256], path[4096];
     int at = 0, step = 0;
-    if (c->tensors == MAX_TENSORS) return snprintf(error, 256, "more than %d tensors", MAX_TENSORS), -1;
+    if (c->tensors == MAX_TENSORS)
+        return snprintf(error, 256, "more than %d tensors", MAX_TENSORS), -1;
     tensor *t = &c->t[c->tensors];
     memset(t, 0, sizeof *t);
     if (sscanf(text, "%3s %39s %3s %d%n", t->role, t->name, t->dtype, &t->dims, &at) != 4 ||
@@ -74,7 +75,8 @@ static int read_line(vector_case *c, const char *directory, char *line, char *er
         double maxabs, f32err;
         tensor *t = NULL;
         if (sscanf(rest, "%39s %lf %lf", name, &maxabs, &f32err) == 3) t = find(c, "out", name);
-        if (!t || !isfinite(maxabs) || !isfinite(f32err)) return snprintf(error, 256, "bad tol line: %.200s", rest), -1;
+        if (!t || !isfinite(maxabs) || !isfinite(f32err))
+            return snprintf(error, 256, "bad tol line: %.200s", rest), -1;
         t->maxabs = maxabs;
         t->f32err = f32err;
         return 0;
@@ -101,7 +103,8 @@ int case_read(vector_case *c, const char *directory, char *error)
     }
     fclose(f);
     if (result == 0 && !ended) result = (snprintf(error, 256, "case.txt has no end line"), -1);
-    if (result == 0 && (!c->op[0] || !c->name[0])) result = (snprintf(error, 256, "no name or op"), -1);
+    if (result == 0 && (!c->op[0] || !c->name[0]))
+        result = (snprintf(error, 256, "no name or op"), -1);
     return result;
 }
 

@@ -1,8 +1,8 @@
 /* check.c - what a case may contain: every option with its type, every tensor with its shape.
  *
- * Checked before anything runs, so that a damaged or unknown case fails even where the library would
- * answer MOE_ERROR_NOT_SUPPORTED. Shapes are written with the letters of the options (C is capacity,
- * X the experts: E, or A*B), digits stand for themselves, '+' is E+1, '?' any size. */
+ * Checked before anything runs, so that a damaged or unknown case fails even where the library
+ * would answer MOE_ERROR_NOT_SUPPORTED. Shapes are written with the letters of the options (C is
+ * capacity, X the experts: E, or A*B), digits stand for themselves, '+' is E+1, '?' any size. */
 #include "case.h"
 
 #include <stdio.h>

@@ -1,7 +1,7 @@
 /* experts.c - the operations with experts: a pool on given rows, and the whole layer.
  *
- * Weights are handed over in every layout and GLU order the library has; the gradients come back the
- * same way and are compared in the case's own order. */
+ * Weights are handed over in every layout and GLU order the library has; the gradients come back
+ * the same way and are compared in the case's own order. */
 #include "run.h"
 
 #include <stdio.h>
@@ -16,17 +16,18 @@ typedef struct pool {
     const char *prefix; /* of the tensors' names: "", "s" or "r" */
     int64_t E, D, F, O;
     int gated;
-    void *W[4], *b[4];          /* [1..3]: the case's tensors, or NULL */
+    void *W[4], *b[4];             /* [1..3]: the case's tensors, or NULL */
     stored w1, w3, w2, b1, b3, b2; /* fused orders use w1 and b1 */
 } pool;
 
 static const struct {
     const char *name;
     int32_t value;
-} ACTIVATIONS[] = {{"relu", MOE_ACTIVATION_RELU},           {"gelu_tanh", MOE_ACTIVATION_GELU_TANH},
-                   {"gelu_erf", MOE_ACTIVATION_GELU_ERF},   {"silu", MOE_ACTIVATION_SILU},
-                   {"swiglu", MOE_ACTIVATION_SWIGLU},       {"geglu_tanh", MOE_ACTIVATION_GEGLU_TANH},
-                   {"geglu_erf", MOE_ACTIVATION_GEGLU_ERF}, {"reglu", MOE_ACTIVATION_REGLU}};
+} ACTIVATIONS[] = {
+    {"relu", MOE_ACTIVATION_RELU},           {"gelu_tanh", MOE_ACTIVATION_GELU_TANH},
+    {"gelu_erf", MOE_ACTIVATION_GELU_ERF},   {"silu", MOE_ACTIVATION_SILU},
+    {"swiglu", MOE_ACTIVATION_SWIGLU},       {"geglu_tanh", MOE_ACTIVATION_GEGLU_TANH},
+    {"geglu_erf", MOE_ACTIVATION_GEGLU_ERF}, {"reglu", MOE_ACTIVATION_REGLU}};
 
 static int activation(run *r, int32_t *out)
 {
@@ -36,7 +37,8 @@ static int activation(run *r, int32_t *out)
     return run_fail(r, "unknown activation %s", act);
 }
 
-/* ---- layouts --------------------------------------------------------------------------------------- */
+/* ---- layouts
+ * --------------------------------------------------------------------------------------- */
 
 /* Where column j of half h (0 gate, 1 up) lies among `width` stored columns. */
 static int64_t stored_column(const storage *s, int64_t j, int half, int64_t width)
@@ -58,8 +60,8 @@ static int64_t place(const storage *s, int64_t e, int64_t i, int64_t j, int half
                                           : (e * rows + i) * width + column;
 }
 
-/* Copies a case's [E,rows,cols] into the stored form, or back (`out` set) from the gradient. rows = 1 with
- * is_bias for vectors, which the layout leaves alone. */
+/* Copies a case's [E,rows,cols] into the stored form, or back (`out` set) from the gradient. rows =
+ * 1 with is_bias for vectors, which the layout leaves alone. */
 static void convert(run *r, pool *p, stored *to, const void *from, double *out, int64_t rows,
                     int64_t cols, int half, int64_t width, int is_bias)
 {
@@ -117,7 +119,8 @@ static void show_one(run *r, pool *p, const char *name, const char *suffix, stor
 {
     char full[48];
     (void)snprintf(full, sizeof full, "d%s%s%s", p->prefix, name, suffix);
-    convert(r, p, s, NULL, result_reals(r, full, p->E * rows * cols), rows, cols, half, width, is_bias);
+    convert(r, p, s, NULL, result_reals(r, full, p->E * rows * cols), rows, cols, half, width,
+            is_bias);
 }
 
 static void show_gradients(run *r, pool *p, const char *suffix)
@@ -195,14 +198,19 @@ static int make_pool(run *r, pool *p, const char *prefix, moe_experts **experts)
     e.weight_layout = r->o.storage.layout;
     if (p->gated) e.glu_order = r->o.storage.glu_order;
     e.parameters = MOE_PARAMETERS_BOUND;
-    e.output = leading && case_integer(r->c, "expert_sigmoid", 0) ? MOE_OUTPUT_SIGMOID : MOE_OUTPUT_LINEAR;
+    e.output = leading && case_integer(r->c, "expert_sigmoid", 0) ? MOE_OUTPUT_SIGMOID
+                                                                  : MOE_OUTPUT_LINEAR;
     CALL(r, moe_experts_create(experts, r->context, &e));
     return 0;
 }
 
-/* ---- matrices with gaps ------------------------------------------------------------------------------ */
+/* ---- matrices with gaps
+ * ------------------------------------------------------------------------------ */
 
-static int64_t stride_of(const run *r, int64_t width) { return r->o.storage.strided ? width + 3 : width; }
+static int64_t stride_of(const run *r, int64_t width)
+{
+    return r->o.storage.strided ? width + 3 : width;
+}
 
 static void *spread(run *r, const void *dense, int64_t rows, int64_t width)
 {
@@ -227,7 +235,8 @@ static int gather(run *r, const char *name, const void *from, int64_t rows, int6
     return 0;
 }
 
-/* ---- ffn_grouped -------------------------------------------------------------------------------------- */
+/* ---- ffn_grouped
+ * -------------------------------------------------------------------------------------- */
 
 /* Token t goes to the one expert whose range holds it. */
 static int plan_from_offsets(run *r, const pool *p, int64_t T)
@@ -288,7 +297,8 @@ int op_ffn_grouped(run *r)
     return 0;
 }
 
-/* ---- moe_layer ----------------------------------------------------------------------------------------- */
+/* ---- moe_layer
+ * ----------------------------------------------------------------------------------------- */
 
 /* Binds everything with fresh gradients, goes back with this dy, and shows the gradients. */
 static int layer_gradients(run *r, pool *p, const char *suffix, const void *dy, int64_t T)

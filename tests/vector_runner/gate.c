@@ -9,7 +9,8 @@ typedef struct name_value {
     int32_t value;
 } name_value;
 
-static int choose(run *r, const char *key, const char *fallback, const name_value *choices, int32_t *out)
+static int choose(run *r, const char *key, const char *fallback, const name_value *choices,
+                  int32_t *out)
 {
     const char *text = case_text(r->c, key, fallback);
     for (; choices->name; choices++) {
@@ -32,9 +33,8 @@ static const name_value GATINGS[] = {{"topk", MOE_GATE_TOP_K},
                                      {"hier", MOE_GATE_HIERARCHICAL},
                                      {"expert_choice", MOE_GATE_EXPERT_CHOICE},
                                      {NULL, 0}};
-static const name_value COUNTS[] = {{"scores", MOE_SEQUENCE_COUNTS_SCORES},
-                                    {"routed", MOE_SEQUENCE_COUNTS_ROUTED},
-                                    {NULL, 0}};
+static const name_value COUNTS[] = {
+    {"scores", MOE_SEQUENCE_COUNTS_SCORES}, {"routed", MOE_SEQUENCE_COUNTS_ROUTED}, {NULL, 0}};
 static const name_value POLICIES[] = {{"token", MOE_DROP_TOKEN_ORDER},
                                       {"choice", MOE_DROP_CHOICE},
                                       {"bpr", MOE_DROP_BATCH_PRIORITY},
@@ -54,7 +54,8 @@ static int routing_config(run *r, moe_gate_config *g)
     (void)case_number(c, "bias_rate", 0);
     int32_t renormalize = (int32_t)case_integer(c, "renorm", 0);
     double epsilon = case_number(c, "renorm_eps", 0);
-    if (g->order == MOE_ORDER_SELECT_THEN_SCORE) { /* post: softmax over the chosen, whatever else is said */
+    if (g->order == MOE_ORDER_SELECT_THEN_SCORE) { /* post: softmax over the chosen, whatever
+                                                      else is said */
         g->score = MOE_SCORE_SOFTMAX;
         return 0;
     }
@@ -86,7 +87,8 @@ int gate_config(run *r, moe_gate_config *g, const char *gating)
     g->sequence_weight = case_number(c, "w_seqaux", 0);
     (void)case_number(c, "load_grad", 1); /* says which gradients the case has */
     TRY(choose(r, "seqaux_counts", "scores", COUNTS, &g->sequence_counts));
-    if (g->kind == MOE_GATE_NOISY_TOP_K && case_integer(c, "train", 1) && !case_tensor(c, "in", "noise"))
+    if (g->kind == MOE_GATE_NOISY_TOP_K && case_integer(c, "train", 1) &&
+        !case_tensor(c, "in", "noise"))
         return run_fail(r, "there is no tensor noise");
     if (case_has(c, "capacity") && g->kind != MOE_GATE_EXPERT_CHOICE) {
         g->capacity_kind = MOE_CAPACITY_NUMBER;
@@ -147,7 +149,8 @@ static int show_plan(run *r, int64_t T, int64_t E, int64_t K, const char *weight
     double *w = result_reals(r, weight_name, v.entries);
     int32_t *idx = result_ints(r, "topk_idx", v.entries), *keep = result_ints(r, "keep", v.entries);
     int32_t *perm = result_ints(r, "perm_token", v.rows);
-    if (v.tokens != T || v.entries != T * K) return run_fail(r, "the plan has %lld entries", (long long)v.entries);
+    if (v.tokens != T || v.entries != T * K)
+        return run_fail(r, "the plan has %lld entries", (long long)v.entries);
     for (int64_t n = 0; n < v.entries; n++) {
         idx[n] = v.expert_of_entry[n];
         w[n] = real_at(r, v.weight_of_entry, n);
@@ -204,7 +207,8 @@ static int gather_grad(run *r, const void *dense, int64_t E, void **out)
     return 0;
 }
 
-/* One scalar's gradients by x, Wg, Wnoise, under names with a suffix. `loss` < 0: no loss counts. */
+/* One scalar's gradients by x, Wg, Wnoise, under names with a suffix. `loss` < 0: no loss
+ * counts. */
 static int gate_gradients(run *r, const char *suffix, void *entry_grad, int loss, int64_t T)
 {
     int64_t D = case_integer(r->c, "D", 0), E = case_integer(r->c, "E", 0);
@@ -324,7 +328,8 @@ int op_aux_losses(run *r)
     return logit_gradients(r, "dlogits_seqaux", NULL, MOE_LOSS_SEQUENCE, T * E);
 }
 
-/* ---- what a host that routes by itself calls --------------------------------------------------------- */
+/* ---- what a host that routes by itself calls
+ * --------------------------------------------------------- */
 
 int op_cv(run *r)
 {

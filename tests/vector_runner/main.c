@@ -3,10 +3,10 @@
  *     run_vectors [--dtype f32|f64|both] [--threads N] [--isa plain|avx2|avx512]
  *                 [--layout NAME] [-v] PATH...
  *
- * A PATH is a case (a directory with case.txt) or a directory of cases. Every case with experts runs in
- * every weight layout and GLU order, or in the one --layout names. The last line is "N passed, M failed, S skipped"; a case is
- * skipped only if the library answered MOE_ERROR_NOT_SUPPORTED. Ends with 0 if something passed and
- * nothing failed. */
+ * A PATH is a case (a directory with case.txt) or a directory of cases. Every case with experts
+ * runs in every weight layout and GLU order, or in the one --layout names. The last line is "N
+ * passed, M failed, S skipped"; a case is skipped only if the library answered
+ * MOE_ERROR_NOT_SUPPORTED. Ends with 0 if something passed and nothing failed. */
 #include "run.h"
 
 #include <dirent.h>
@@ -43,7 +43,8 @@ static const struct {
            {"moe_layer", op_layer, 1},
            {"moe_hier", op_layer, 1}};
 
-/* ---- comparison ------------------------------------------------------------------------------------- */
+/* ---- comparison
+ * ------------------------------------------------------------------------------------- */
 
 static const result *find_result(const run *r, const char *name)
 {
@@ -68,8 +69,8 @@ static int compare_reals(run *r, const tensor *t, const result *got)
         int both_nan = isnan(want) && isnan(got->real[i]);
         if (both_nan || want == got->real[i]) continue;
         if (!(error <= tolerance))
-            return run_fail(r, "%s[%lld] is %.17g, want %.17g, tolerance %.3g", t->name, (long long)i,
-                            got->real[i], want, tolerance);
+            return run_fail(r, "%s[%lld] is %.17g, want %.17g, tolerance %.3g", t->name,
+                            (long long)i, got->real[i], want, tolerance);
         largest = error > largest ? error : largest;
     }
     if (r->o.verbose) printf("    %-20s %.3g of %.3g allowed\n", t->name, largest, tolerance);
@@ -87,8 +88,8 @@ static int compare_tensor(run *r, const tensor *t)
     if (!is_int) return compare_reals(r, t, got);
     for (int64_t i = 0; i < t->count; i++)
         if (got->integer[i] != ((const int32_t *)t->data)[i])
-            return run_fail(r, "%s[%lld] is %d, want %d", t->name, (long long)i, (int)got->integer[i],
-                            (int)((const int32_t *)t->data)[i]);
+            return run_fail(r, "%s[%lld] is %d, want %d", t->name, (long long)i,
+                            (int)got->integer[i], (int)((const int32_t *)t->data)[i]);
     return 0;
 }
 
@@ -108,7 +109,8 @@ static int compare(run *r)
     return bad ? run_fail(r, "%d tensors differ", bad) : 0;
 }
 
-/* ---- runs ------------------------------------------------------------------------------------------- */
+/* ---- runs
+ * ------------------------------------------------------------------------------------------- */
 
 static int make_context(run *r)
 {
@@ -160,7 +162,8 @@ static int run_case(vector_case *c, run_options o, char why[1024])
             o.storage = STORAGES[s];
             int outcome = run_once(c, &o, OPS[i].run, inner);
             if (outcome == 0) continue;
-            (void)snprintf(why, 1024, "%.200s%s%.800s", s ? STORAGES[s].name : "", s ? ": " : "", inner);
+            (void)snprintf(why, 1024, "%.200s%s%.800s", s ? STORAGES[s].name : "", s ? ": " : "",
+                           inner);
             return outcome;
         }
         return 0;
@@ -188,7 +191,8 @@ static void run_directory(const char *path, const run_options *o, int32_t dtypes
         if (outcome == 0) sum->passed++;
         if (outcome == 1) sum->failed++;
         if (outcome == 2) sum->skipped++;
-        if (outcome != 0) printf("%s %s %s: %s\n", outcome == 1 ? "FAIL" : "SKIP", c.name, type, why);
+        if (outcome != 0)
+            printf("%s %s %s: %s\n", outcome == 1 ? "FAIL" : "SKIP", c.name, type, why);
         if (outcome == 0) printf("PASS %s %s\n", c.name, type);
     }
     case_free(&c);
@@ -224,12 +228,14 @@ static void run_path(const char *path, const run_options *o, int32_t dtypes, tot
     }
 }
 
-/* ---- options ---------------------------------------------------------------------------------------- */
+/* ---- options
+ * ---------------------------------------------------------------------------------------- */
 
 static int usage(void)
 {
-    fprintf(stderr, "usage: run_vectors [--dtype f32|f64|both] [--threads N] [--isa plain|avx2|avx512] "
-                    "[--layout NAME] [-v] PATH...\n");
+    fprintf(stderr,
+            "usage: run_vectors [--dtype f32|f64|both] [--threads N] [--isa plain|avx2|avx512] "
+            "[--layout NAME] [-v] PATH...\n");
     return 2;
 }
 

@@ -46,7 +46,8 @@ void *run_reals(run *r, int64_t count)
 
 double real_at(const run *r, const void *data, int64_t i)
 {
-    return r->o.dtype == MOE_DTYPE_F64 ? ((const double *)data)[i] : (double)((const float *)data)[i];
+    return r->o.dtype == MOE_DTYPE_F64 ? ((const double *)data)[i]
+                                       : (double)((const float *)data)[i];
 }
 
 void set_real(const run *r, void *data, int64_t i, double value)

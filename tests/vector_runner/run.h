@@ -55,19 +55,20 @@ int run_fail(run *r, const char *format, ...);
 /* Ends the run for an error of the library: MOE_ERROR_NOT_SUPPORTED is a skip. Returns -1. */
 int run_status(run *r, const char *what, moe_status status);
 
-#define CALL(r, call)                                                                              \
-    do {                                                                                           \
-        moe_status call_status = (call);                                                           \
-        if (call_status != MOE_OK) return run_status(r, #call, call_status);                       \
+#define CALL(r, call)                                                        \
+    do {                                                                     \
+        moe_status call_status = (call);                                     \
+        if (call_status != MOE_OK) return run_status(r, #call, call_status); \
     } while (0)
-#define TRY(call)                                                                                  \
-    do {                                                                                           \
-        if ((call) != 0) return -1;                                                                \
+#define TRY(call)                   \
+    do {                            \
+        if ((call) != 0) return -1; \
     } while (0)
 
 /* Zeroed memory that lives as long as the run. */
 void *run_alloc(run *r, int64_t bytes);
-/* Room for `count` numbers of the run's dtype, and a tensor converted to it (NULL if there is none). */
+/* Room for `count` numbers of the run's dtype, and a tensor converted to it (NULL if there is
+ * none). */
 void *run_reals(run *r, int64_t count);
 void *run_input(run *r, const char *name);
 double real_at(const run *r, const void *data, int64_t i);
@@ -82,11 +83,11 @@ void result_copy(run *r, const char *name, const void *data, int64_t count);
 /* The operations. Each fills results; 0 or -1. */
 int op_cv(run *r);
 int op_capacity(run *r);
-int op_gate(run *r);        /* gate_softmax, gate_noisy_topk, gate_balanced */
-int op_route(run *r);       /* route_topk, route_expert_choice */
+int op_gate(run *r);  /* gate_softmax, gate_noisy_topk, gate_balanced */
+int op_route(run *r); /* route_topk, route_expert_choice */
 int op_aux_losses(run *r);
 int op_ffn_grouped(run *r);
-int op_layer(run *r);       /* moe_layer, moe_hier */
+int op_layer(run *r); /* moe_layer, moe_hier */
 
 /* gate.c: the config of a case's gate, and what a routed pass shows. */
 int gate_config(run *r, moe_gate_config *g, const char *gating);
