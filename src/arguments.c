@@ -41,8 +41,7 @@ static bool overlap(const void *a, int64_t a_stride, int64_t a_width, const void
     return a_begin < b_end && b_begin < a_end;
 }
 
-/* ---- forward
- * -------------------------------------------------------------------------------------- */
+/* ---- forward --------------------------------------------------------------------------------- */
 
 static moe_status check_flags(const moe_forward_args *a, const moe_pass *pass, int32_t uses,
                               const char *function)
@@ -259,8 +258,7 @@ moe_status moe__forward_check(moe__forward *f, const moe_pass *pass, const moe_f
     return MOE_OK;
 }
 
-/* ---- backward
- * ------------------------------------------------------------------------------------- */
+/* ---- backward -------------------------------------------------------------------------------- */
 
 static moe_status check_backward_flags(const moe_backward_args *b, const moe_pass *pass,
                                        int32_t uses, const char *function)

@@ -12,7 +12,7 @@
 #define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
 #define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
 
-/* ---- config --------------------------------------------------------------------------------- */
+/* ---- config ---------------------------------------------------------------------------------- */
 
 static void config_defaults(void *instance)
 {
@@ -55,7 +55,7 @@ static moe_status check_config(const moe_context_config *c, const char *function
     return MOE_OK;
 }
 
-/* ---- memory --------------------------------------------------------------------------------- */
+/* ---- memory ---------------------------------------------------------------------------------- */
 
 /* From this size on the default allocator maps pages: they come zeroed, and untouched ones cost
  * nothing. Which way memory goes back is told by its size. */
@@ -112,7 +112,7 @@ void moe__free(moe_context *context, void *memory, int64_t bytes)
     release(context, memory, bytes);
 }
 
-/* ---- life ----------------------------------------------------------------------------------- */
+/* ---- life ------------------------------------------------------------------------------------ */
 
 moe_status moe_context_create(moe_context **context, const moe_context_config *config)
 {
@@ -167,7 +167,7 @@ int32_t moe_context_isa(const moe_context *context) { return context ? context->
 
 int32_t moe_context_backend(const moe_context *context) { return context ? context->backend : -1; }
 
-/* ---- log ------------------------------------------------------------------------------------ */
+/* ---- log ------------------------------------------------------------------------------------- */
 
 void moe__log(const moe_context *context, int32_t level, const char *format, ...)
 {
@@ -180,7 +180,7 @@ void moe__log(const moe_context *context, int32_t level, const char *format, ...
     context->log(context->log_user, level, text);
 }
 
-/* ---- parallel work -------------------------------------------------------------------------- */
+/* ---- parallel work --------------------------------------------------------------------------- */
 
 /* A host's parallel-for is trusted to run every task once, and its calls are counted. */
 typedef struct host_run {

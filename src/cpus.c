@@ -14,7 +14,7 @@
 
 enum { TEXT_SIZE = 256, GROUPS_SIZE = 8192, PATH_SIZE = 4096 };
 
-/* ---- texts ---------------------------------------------------------------------------------- */
+/* ---- texts ----------------------------------------------------------------------------------- */
 
 static int32_t ratio_up(long long quota, long long period)
 {
@@ -59,7 +59,7 @@ const char *moe__parse_cgroup_line(const char *line, int32_t *v2)
     return *v2 || has_cpu(list + 1, length) ? group + 1 : NULL;
 }
 
-/* ---- files ---------------------------------------------------------------------------------- */
+/* ---- files ----------------------------------------------------------------------------------- */
 
 /* Reads a small file whole, or its beginning; 0 if there is none. */
 static int read_text(const char *path, char *text, size_t size)

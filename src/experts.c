@@ -8,8 +8,7 @@
 
 typedef long long ll; /* for %lld */
 
-/* ---- config
- * --------------------------------------------------------------------------------------- */
+/* ---- config ---------------------------------------------------------------------------------- */
 
 static void experts_defaults(void *instance)
 {
@@ -80,8 +79,7 @@ moe_status moe__experts_config_check(moe_experts_config *c, const char *function
     return check_supported(c, function);
 }
 
-/* ---- life
- * ----------------------------------------------------------------------------------------- */
+/* ---- life ------------------------------------------------------------------------------------ */
 
 moe_status moe_experts_create(moe_experts **experts, moe_context *context,
                               const moe_experts_config *config)
@@ -157,8 +155,7 @@ moe_status moe_experts_touched(const moe_experts *experts, uint8_t *touched, int
     return MOE_OK;
 }
 
-/* ---- operands
- * -------------------------------------------------------------------------------------- */
+/* ---- operands -------------------------------------------------------------------------------- */
 
 /* Part of a parameter as [E, in, out] or [E, out]: the columns first, first + step, ... of the
  * output dimension. `fused` is the name of the parameter that holds it if `name` does not exist. */
@@ -227,8 +224,7 @@ void moe__experts_gradients(const moe_experts *experts, moe__experts_job *job, b
     job->db3 = m[3], job->dw2 = m[4], job->db2 = m[5];
 }
 
-/* ---- work
- * ----------------------------------------------------------------------------------------- */
+/* ---- work ------------------------------------------------------------------------------------ */
 
 static moe_status check_pass(const moe_experts *experts, const moe_pass *pass, const char *function)
 {

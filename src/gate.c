@@ -11,8 +11,7 @@
 
 typedef long long ll; /* for %lld */
 
-/* ---- config
- * --------------------------------------------------------------------------------------- */
+/* ---- config ---------------------------------------------------------------------------------- */
 
 static void gate_defaults(void *instance)
 {
@@ -179,8 +178,7 @@ void moe__gate_loss_weights(const moe_gate_config *c, double weights[MOE_LOSS_SL
     weights[MOE_LOSS_SEQUENCE] = c->sequence_weight;
 }
 
-/* ---- life
- * ----------------------------------------------------------------------------------------- */
+/* ---- life ------------------------------------------------------------------------------------ */
 
 moe_status moe_gate_create(moe_gate **gate, moe_context *context, const moe_gate_config *config)
 {
@@ -226,8 +224,7 @@ moe_status moe_gate_get_config(const moe_gate *gate, moe_gate_config *config)
     return MOE_OK;
 }
 
-/* ---- operands
- * -------------------------------------------------------------------------------------- */
+/* ---- operands -------------------------------------------------------------------------------- */
 
 /* [D,E] or [E] of a parameter's data or gradient. */
 static moe__matrices gate_operand(const moe_gate *gate, const char *name, bool gradient)
@@ -257,8 +254,7 @@ void moe__gate_gradients(const moe_gate *gate, moe__gate_backward_job *job, bool
     job->d_noise_weight = wanted ? gate_operand(gate, "noise_weight", true) : none;
 }
 
-/* ---- work
- * ----------------------------------------------------------------------------------------- */
+/* ---- work ------------------------------------------------------------------------------------ */
 
 static moe_status check_pass(const moe_gate *gate, const moe_pass *pass, const char *function)
 {

@@ -12,8 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* ---- errors (status.c)
- * ------------------------------------------------------------------------ */
+/* ---- errors (status.c) ----------------------------------------------------------------------- */
 
 /* Records the thread's message, "function: reason with values", and returns `status`. The function
  * that finds an error calls it; everyone above passes the code on. */
@@ -29,8 +28,7 @@ moe__fail(moe_status status, const char *function, const char *format, ...);
         if (try_status != MOE_OK) return try_status; \
     } while (0)
 
-/* ---- structs of growing size (struct.c)
- * -------------------------------------------------------- */
+/* ---- structs of growing size (struct.c) ------------------------------------------------------ */
 
 /* All of a public struct that this library knows: `size` now, `first_size` in its first release. */
 typedef struct moe__struct_info {
@@ -60,8 +58,7 @@ moe_status moe__struct_check_out(const moe__struct_info *info, const void *to,
                                  const char *function);
 void moe__struct_write(const moe__struct_info *info, void *to, const void *known);
 
-/* ---- sizes
- * ------------------------------------------------------------------------------------- */
+/* ---- sizes ----------------------------------------------------------------------------------- */
 
 /* Product or sum of non-negative sizes, or -1 if it does not fit in int64_t or one is -1. */
 static inline int64_t moe__mul(int64_t a, int64_t b)
@@ -91,8 +88,7 @@ static inline int64_t moe__dtype_size(int32_t dtype)
     }
 }
 
-/* ---- context: memory and parallel work (context.c, pool.c)
- * -------------------------------------- */
+/* ---- context: memory and parallel work (context.c, pool.c) ----------------------------------- */
 
 typedef struct moe__pool moe__pool;
 typedef struct moe__backend moe__backend;
@@ -150,8 +146,7 @@ static inline const moe__backend *moe__kernels(const moe_context *context, int32
     return dtype == MOE_DTYPE_F64 ? context->kernels_f64 : context->kernels_f32;
 }
 
-/* ---- one block of memory cut into arrays
- * ------------------------------------------------------- */
+/* ---- one block of memory cut into arrays ----------------------------------------------------- */
 
 /* With base NULL it only counts, so the same layout code answers "how much" and hands out. */
 typedef struct moe__arena {
@@ -169,8 +164,7 @@ static inline void *moe__arena_take(moe__arena *arena, int64_t count, int64_t si
     return arena->base && end >= 0 ? arena->base + begin : NULL;
 }
 
-/* ---- plan (plan.c)
- * ------------------------------------------------------------------------------ */
+/* ---- plan (plan.c) --------------------------------------------------------------------------- */
 
 /* The arrays of moe_plan_view, writable. */
 typedef struct moe__plan_arrays {
@@ -204,13 +198,11 @@ void moe__plan_copy_arrays(moe__plan_arrays *to, const moe__plan_arrays *from);
 moe_status moe__check_groups(const int64_t *group_begin, int64_t groups, int64_t tokens,
                              const char *function);
 
-/* ---- strided operands
- * ---------------------------------------------------------------------------- */
+/* ---- strided operands ------------------------------------------------------------------------ */
 
 #include "cpu/grouped_gemm.h" /* moe__rows, moe__matrices: plain descriptions, no kernel */
 
-/* ---- parameters (parameter.c)
- * -------------------------------------------------------------------- */
+/* ---- parameters (parameter.c) ---------------------------------------------------------------- */
 
 /* One parameter of a gate or pool: [E,rows,cols] or, for a vector, [E,cols] or [cols]. */
 typedef struct moe__parameter {
@@ -252,10 +244,11 @@ moe_status moe__parameters_allocate(moe__parameter_list *list, int32_t parameter
 void moe__parameters_free(moe__parameter_list *list);
 /* MOE_ERROR_INVALID_STATE naming the first parameter that has no data. */
 moe_status moe__parameters_check_bound(const moe__parameter_list *list, const char *function);
+/* Product of the shape, or -1 if it does not fit. */
+int64_t moe__parameter_elements(const moe__parameter *p);
 const moe__parameter *moe__parameter_by_name(const moe__parameter_list *list, const char *name);
 
-/* ---- gate, experts, layer, comm
- * ------------------------------------------------------------------ */
+/* ---- gate, experts, layer, comm -------------------------------------------------------------- */
 
 struct moe_gate {
     atomic_int references;

@@ -18,7 +18,7 @@
 #define MOE_FN static inline
 #endif
 
-/* ---- float ---- */
+/* ---- float ----------------------------------------------------------------------------------- */
 
 MOE_FN float moe__fma_f32(float a, float b, float c)
 {
@@ -293,7 +293,7 @@ MOE_FN void moe__sincospi_f32(float u, float *s, float *c)
     *c = moe__from_bits_f32(moe__bits_f32(b) ^ (((quadrant + 1u) & 2u) << 30));
 }
 
-/* ---- double ---- */
+/* ---- double ---------------------------------------------------------------------------------- */
 
 MOE_FN double moe__fma_f64(double a, double b, double c)
 {

@@ -13,8 +13,7 @@
 
 typedef long long ll; /* for %lld */
 
-/* ---- structs
- * -------------------------------------------------------------------------------------- */
+/* ---- structs --------------------------------------------------------------------------------- */
 
 static void binding_defaults(void *instance) { *(moe_binding *)instance = (moe_binding){0}; }
 static void record_defaults(void *instance)
@@ -37,8 +36,7 @@ moe_status moe_parameter_record_init(moe_parameter_record *record, size_t size)
     return moe__struct_init(&moe__parameter_record_info, record, size, __func__);
 }
 
-/* ---- the list
- * ------------------------------------------------------------------------------------- */
+/* ---- the list -------------------------------------------------------------------------------- */
 
 static void contiguous(int64_t stride[MOE_MAX_DIMS], const int64_t *shape, int32_t dims)
 {
@@ -49,7 +47,7 @@ static void contiguous(int64_t stride[MOE_MAX_DIMS], const int64_t *shape, int32
     }
 }
 
-static int64_t element_count(const moe__parameter *p)
+int64_t moe__parameter_elements(const moe__parameter *p)
 {
     int64_t count = 1;
     for (int32_t d = 0; d < p->dims; d++) count = moe__mul(count, p->shape[d]);
@@ -151,8 +149,7 @@ void moe__layer_name_parameters(moe_layer *layer)
     }
 }
 
-/* ---- memory
- * --------------------------------------------------------------------------------------- */
+/* ---- memory ---------------------------------------------------------------------------------- */
 
 void moe__parameters_free(moe__parameter_list *list)
 {
@@ -182,7 +179,7 @@ moe_status moe__parameters_allocate(moe__parameter_list *list, int32_t parameter
     moe_status status = MOE_OK;
     for (int64_t i = 0; i < list->count && status == MOE_OK; i++) {
         moe__parameter *p = &list->p[i];
-        p->own_bytes = moe__mul(element_count(p), moe__dtype_size(p->dtype));
+        p->own_bytes = moe__mul(moe__parameter_elements(p), moe__dtype_size(p->dtype));
         if (p->own_bytes < 0) {
             status = moe__fail(MOE_ERROR_OVERFLOW, function, "%s does not fit in 63 bits", p->name);
             break;
@@ -216,8 +213,7 @@ const moe__parameter *moe__parameter_by_name(const moe__parameter_list *list, co
     return NULL;
 }
 
-/* ---- count, find, record
- * ---------------------------------------------------------------------------- */
+/* ---- count, find, record --------------------------------------------------------------------- */
 
 int64_t moe_gate_parameter_count(const moe_gate *gate) { return gate ? gate->parameters.count : 0; }
 
@@ -269,7 +265,7 @@ static moe_status write_record(const moe__parameter *p, const char *name,
                                   .grad = p->grad,
                                   .data_per_expert = p->data_each,
                                   .grad_per_expert = p->grad_each,
-                                  .element_count = element_count(p),
+                                  .element_count = moe__parameter_elements(p),
                                   .dims = p->dims,
                                   .kind = MOE_KIND_WEIGHT,
                                   .data_dtype = p->dtype,
@@ -313,8 +309,7 @@ moe_status moe_layer_parameter(const moe_layer *layer, int64_t index, moe_parame
     return write_record(p, layer->names[index], record, __func__);
 }
 
-/* ---- bind
- * ----------------------------------------------------------------------------------------- */
+/* ---- bind ------------------------------------------------------------------------------------ */
 
 static bool all_zero(const int64_t stride[MOE_MAX_DIMS])
 {
@@ -456,62 +451,4 @@ moe_status moe_layer_bind(moe_layer *layer, int64_t index, const moe_binding *bi
     MOE_TRY(check_index(index, moe_layer_parameter_count(layer), __func__));
     return index < of_gate ? bind(&layer->gate->parameters, index, binding, __func__)
                            : bind(&layer->experts->parameters, index - of_gate, binding, __func__);
-}
-
-/* ---- zero
- * ----------------------------------------------------------------------------------------- */
-
-/* Rows of a gradient: everything but the last dimension. */
-static void zero_range(void *argument, int64_t begin, int64_t end)
-{
-    const moe__parameter *p = argument;
-    int64_t element = moe__dtype_size(p->dtype), width = p->shape[p->dims - 1];
-    int64_t rows = p->dims == 3 ? p->shape[1] : 1, step = p->grad_stride[p->dims - 1];
-    for (int64_t r = begin; r < end; r++) {
-        int64_t outer = p->dims == 1 ? 0 : r / rows, inner = p->dims == 3 ? r % rows : 0;
-        char *base = p->grad_each ? p->grad_each[outer] : p->grad;
-        int64_t at = (p->grad_each || p->dims == 1 ? 0 : outer * p->grad_stride[0]) +
-                     (p->dims == 3 ? inner * p->grad_stride[1] : 0);
-        if (!base) continue;
-        if (step == 1) {
-            memset(base + at * element, 0, (size_t)(width * element));
-            continue;
-        }
-        for (int64_t j = 0; j < width; j++)
-            memset(base + (at + j * step) * element, 0, (size_t)element);
-    }
-}
-
-static moe_status zero_gradients(moe__parameter_list *list, void *stream, const char *function)
-{
-    if (stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
-    for (int64_t i = 0; i < list->count; i++) {
-        moe__parameter *p = &list->p[i];
-        if (!p->grad && !p->grad_each) continue;
-        int64_t width = p->shape[p->dims - 1], rows = element_count(p) / width;
-        MOE_TRY(moe__parallel_range(list->context, rows, moe__max(1, 65536 / width), zero_range, p,
-                                    function));
-    }
-    return MOE_OK;
-}
-
-moe_status moe_gate_zero_gradients(moe_gate *gate, void *stream)
-{
-    if (!gate) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "gate is NULL");
-    return zero_gradients(&gate->parameters, stream, __func__);
-}
-
-moe_status moe_experts_zero_gradients(moe_experts *experts, void *stream)
-{
-    if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
-    MOE_TRY(zero_gradients(&experts->parameters, stream, __func__));
-    memset(experts->touched, 0, (size_t)experts->config.num_experts);
-    return MOE_OK;
-}
-
-moe_status moe_layer_zero_gradients(moe_layer *layer, void *stream)
-{
-    if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
-    if (layer->gate) MOE_TRY(moe_gate_zero_gradients(layer->gate, stream));
-    return moe_experts_zero_gradients(layer->experts, stream);
 }

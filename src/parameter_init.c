@@ -1,4 +1,4 @@
-/* parameter_init.c - first values of owned parameters.
+/* parameter_init.c - first values of owned parameters, and gradients set to zero.
  *
  * Element (expert, row, column) of the logical matrix W1, W3, W2 [in,out], or of the router's
  * [D,E], is std times the normal number column % 4 of the counter
@@ -11,6 +11,8 @@
 #include "philox.h"
 
 #include <string.h>
+
+#define REFUSE_ARGUMENT(...) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, function, __VA_ARGS__)
 
 typedef struct fill {
     const moe__parameter_list *list;
@@ -121,4 +123,61 @@ moe_status moe_layer_init_parameters(moe_layer *layer, uint64_t seed)
     if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
     if (layer->gate) MOE_TRY(moe_gate_init_parameters(layer->gate, seed));
     return moe_experts_init_parameters(layer->experts, seed);
+}
+
+/* ---- zero ------------------------------------------------------------------------------------ */
+
+/* Rows of a gradient: everything but the last dimension. */
+static void zero_range(void *argument, int64_t begin, int64_t end)
+{
+    const moe__parameter *p = argument;
+    int64_t element = moe__dtype_size(p->dtype), width = p->shape[p->dims - 1];
+    int64_t rows = p->dims == 3 ? p->shape[1] : 1, step = p->grad_stride[p->dims - 1];
+    for (int64_t r = begin; r < end; r++) {
+        int64_t outer = p->dims == 1 ? 0 : r / rows, inner = p->dims == 3 ? r % rows : 0;
+        char *base = p->grad_each ? p->grad_each[outer] : p->grad;
+        int64_t at = (p->grad_each || p->dims == 1 ? 0 : outer * p->grad_stride[0]) +
+                     (p->dims == 3 ? inner * p->grad_stride[1] : 0);
+        if (!base) continue;
+        if (step == 1) {
+            memset(base + at * element, 0, (size_t)(width * element));
+            continue;
+        }
+        for (int64_t j = 0; j < width; j++)
+            memset(base + (at + j * step) * element, 0, (size_t)element);
+    }
+}
+
+static moe_status zero_gradients(moe__parameter_list *list, void *stream, const char *function)
+{
+    if (stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
+    for (int64_t i = 0; i < list->count; i++) {
+        moe__parameter *p = &list->p[i];
+        if (!p->grad && !p->grad_each) continue;
+        int64_t width = p->shape[p->dims - 1], rows = moe__parameter_elements(p) / width;
+        MOE_TRY(moe__parallel_range(list->context, rows, moe__max(1, 65536 / width), zero_range, p,
+                                    function));
+    }
+    return MOE_OK;
+}
+
+moe_status moe_gate_zero_gradients(moe_gate *gate, void *stream)
+{
+    if (!gate) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "gate is NULL");
+    return zero_gradients(&gate->parameters, stream, __func__);
+}
+
+moe_status moe_experts_zero_gradients(moe_experts *experts, void *stream)
+{
+    if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
+    MOE_TRY(zero_gradients(&experts->parameters, stream, __func__));
+    memset(experts->touched, 0, (size_t)experts->config.num_experts);
+    return MOE_OK;
+}
+
+moe_status moe_layer_zero_gradients(moe_layer *layer, void *stream)
+{
+    if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
+    if (layer->gate) MOE_TRY(moe_gate_zero_gradients(layer->gate, stream));
+    return moe_experts_zero_gradients(layer->experts, stream);
 }

@@ -8,8 +8,7 @@
 
 typedef long long ll; /* for %lld */
 
-/* ---- structs
- * -------------------------------------------------------------------------------------- */
+/* ---- structs --------------------------------------------------------------------------------- */
 
 static void forward_defaults(void *instance)
 {
@@ -61,8 +60,7 @@ moe_status moe_tensor_view_init(moe_tensor_view *view, size_t size)
     return moe__struct_init(&moe__tensor_view_info, view, size, __func__);
 }
 
-/* ---- life
- * ----------------------------------------------------------------------------------------- */
+/* ---- life ------------------------------------------------------------------------------------ */
 
 static moe_status check_workspace(const moe_pass_config *c, const char *function)
 {
@@ -137,8 +135,7 @@ void moe_pass_destroy(moe_pass *pass)
     moe_context_destroy(context);
 }
 
-/* ---- memory
- * --------------------------------------------------------------------------------------- */
+/* ---- memory ---------------------------------------------------------------------------------- */
 
 moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_groups,
                             int64_t max_top_k)
@@ -176,8 +173,7 @@ int64_t moe_pass_bytes(const moe_pass *pass)
     return !pass ? 0 : pass->host_memory ? pass->used : pass->capacity;
 }
 
-/* ---- what it shows
- * -------------------------------------------------------------------------------- */
+/* ---- what it shows --------------------------------------------------------------------------- */
 
 static moe_status check_has_forward(const moe_pass *pass, const void *out, const char *name,
                                     const char *function)

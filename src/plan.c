@@ -11,8 +11,7 @@
 
 typedef long long ll; /* for %lld */
 
-/* ---- structs
- * -------------------------------------------------------------------------------------- */
+/* ---- structs --------------------------------------------------------------------------------- */
 
 static void args_defaults(void *instance)
 {
@@ -35,8 +34,7 @@ moe_status moe_plan_view_init(moe_plan_view *view, size_t size)
     return moe__struct_init(&moe__plan_view_info, view, size, __func__);
 }
 
-/* ---- arrays
- * --------------------------------------------------------------------------------------- */
+/* ---- arrays ---------------------------------------------------------------------------------- */
 
 void moe__plan_layout(moe__plan_arrays *p, moe__arena *arena, int64_t tokens, int64_t entries,
                       int64_t num_experts, int64_t groups, int32_t dtype)
@@ -78,8 +76,7 @@ void moe__plan_copy_arrays(moe__plan_arrays *to, const moe__plan_arrays *from)
     copy(to->group_begin, from->group_begin, from->groups + 1, word);
 }
 
-/* ---- blocks
- * --------------------------------------------------------------------------------------- */
+/* ---- blocks ---------------------------------------------------------------------------------- */
 
 /* Sizes and bytes of the block, before there is memory. */
 static moe_status measure(moe__plan_block *block, int64_t tokens, int64_t entries,
@@ -128,8 +125,7 @@ moe_status moe__plan_check_own(const moe_plan *plan, const char *function)
     return MOE_OK;
 }
 
-/* ---- life
- * ----------------------------------------------------------------------------------------- */
+/* ---- life ------------------------------------------------------------------------------------ */
 
 moe_status moe_plan_create(moe_plan **plan, moe_context *context)
 {
@@ -200,8 +196,7 @@ moe_status moe_plan_get(const moe_plan *plan, moe_plan_view *view)
     return MOE_OK;
 }
 
-/* ---- build
- * ---------------------------------------------------------------------------------------- */
+/* ---- build ----------------------------------------------------------------------------------- */
 
 moe_status moe__check_groups(const int64_t *group_begin, int64_t groups, int64_t tokens,
                              const char *function)

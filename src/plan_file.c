@@ -23,8 +23,7 @@ static const char MAGIC[8] = {'M', 'O', 'E', 'P', 'L', 'A', 'N', '1'};
 
 enum { HEADER_WORDS = 6, HEADER_BYTES = 8 + 8 * HEADER_WORDS };
 
-/* ---- check
- * ---------------------------------------------------------------------------------------- */
+/* ---- check ----------------------------------------------------------------------------------- */
 
 static moe_status check_prefix(const char *name, const int64_t *begin, int64_t count, int64_t end,
                                const char *function)
@@ -110,8 +109,7 @@ moe_status moe_plan_check(const moe_plan *plan)
     return check_slots(&plan->a, __func__);
 }
 
-/* ---- bytes
- * ---------------------------------------------------------------------------------------- */
+/* ---- bytes ----------------------------------------------------------------------------------- */
 
 /* Little-endian reading and writing of one block of memory, whatever the machine's order. */
 static void put(unsigned char **at, uint64_t value, int bytes)
@@ -192,8 +190,7 @@ moe_status moe_plan_save(const moe_plan *plan, void *buffer, int64_t capacity, i
     return MOE_OK;
 }
 
-/* ---- load
- * ----------------------------------------------------------------------------------------- */
+/* ---- load ------------------------------------------------------------------------------------ */
 
 /* Magic, checksum, and sizes that fit the bytes that are there. */
 static moe_status check_header(const unsigned char *bytes, int64_t size,

@@ -65,7 +65,7 @@ moe__pool *moe__pool_create(moe_context *context, int32_t threads)
     return pool;
 }
 
-/* ---- waiting -------------------------------------------------------------------------------- */
+/* ---- waiting --------------------------------------------------------------------------------- */
 
 static void pause_briefly(void)
 {
@@ -95,7 +95,7 @@ static void spin(_Atomic int64_t *word, int64_t value, bool equal)
     } while (now() < deadline);
 }
 
-/* ---- jobs ----------------------------------------------------------------------------------- */
+/* ---- jobs ------------------------------------------------------------------------------------ */
 
 /* Takes tasks until there are none; how many it did. */
 static int64_t work_on(job *j)
@@ -167,7 +167,7 @@ static void close_job(moe__pool *pool, job *j)
     atomic_store(&j->state, 0);
 }
 
-/* ---- workers -------------------------------------------------------------------------------- */
+/* ---- workers --------------------------------------------------------------------------------- */
 
 /* Waits until a job is opened after `seen`. */
 static void idle(moe__pool *pool, int64_t seen)
@@ -246,7 +246,7 @@ static void start_workers(moe__pool *pool)
                  (int)wanted, error);
 }
 
-/* ---- calls ---------------------------------------------------------------------------------- */
+/* ---- calls ----------------------------------------------------------------------------------- */
 
 void moe__pool_run(moe__pool *pool, int64_t count, moe_task_fn task, void *argument)
 {

@@ -105,8 +105,7 @@ START_TEST(test_determinism_of_every_configuration)
 }
 END_TEST
 
-/* ---- the host's parallel-for
- * ------------------------------------------------------------------------- */
+/* ---- the host's parallel-for ----------------------------------------------------------------- */
 
 enum { HOST_THREADS = 7, MOST_TASKS = 64 };
 
@@ -171,8 +170,7 @@ START_TEST(test_determinism_with_the_hosts_loop_in_any_order)
 }
 END_TEST
 
-/* ---- the caller's floating-point environment
- * ------------------------------------------------------------ */
+/* ---- the caller's floating-point environment ------------------------------------------------- */
 
 START_TEST(test_determinism_whatever_the_callers_rounding_and_flushing)
 {
@@ -259,8 +257,7 @@ START_TEST(test_determinism_of_small_calls_whatever_the_callers_rounding)
 }
 END_TEST
 
-/* ---- batches
- * ------------------------------------------------------------------------------------------- */
+/* ---- batches --------------------------------------------------------------------------------- */
 
 /* y and dx of tokens [first, first + count) computed as a batch of their own. */
 static void run_piece(layer_run *whole, int64_t first, int64_t count)
@@ -339,7 +336,7 @@ START_TEST(test_determinism_of_single_tokens_in_inference)
 }
 END_TEST
 
-/* ---- threads of the host ------------------------------------------------------------ */
+/* ---- threads of the host --------------------------------------------------------------------- */
 
 /* Forwards of one layer at once, each with its own pass, from several threads. */
 typedef struct one_forward {

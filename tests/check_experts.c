@@ -44,8 +44,7 @@ static void end(layer_run *r, layer_case *c)
     layer_case_free(c);
 }
 
-/* ---- creation
- * ------------------------------------------------------------------------------------- */
+/* ---- creation -------------------------------------------------------------------------------- */
 
 #define I(field, value) BAD_INTEGER(moe_experts_config, field, value, INVALID_ARGUMENT)
 #define N(field, value) BAD_INTEGER(moe_experts_config, field, value, NOT_SUPPORTED)
@@ -171,8 +170,7 @@ START_TEST(test_experts_calls_refuse_null)
 }
 END_TEST
 
-/* ---- forward and backward
- * ------------------------------------------------------------------------- */
+/* ---- forward and backward -------------------------------------------------------------------- */
 
 static int some_number;
 #define I(field, value) BAD_INTEGER(moe_forward_args, field, value, INVALID_ARGUMENT)
@@ -332,8 +330,7 @@ START_TEST(test_experts_without_tokens_need_no_pointers)
 }
 END_TEST
 
-/* ---- parameters
- * ----------------------------------------------------------------------------------- */
+/* ---- parameters ------------------------------------------------------------------------------ */
 
 static moe_experts *new_pool(moe_context *context, int32_t dtype, int32_t glu, int32_t layout)
 {
@@ -551,8 +548,7 @@ START_TEST(test_experts_gradients_that_are_not_wanted_are_left_out)
 }
 END_TEST
 
-/* ---- touched, shared
- * ------------------------------------------------------------------------------ */
+/* ---- touched, shared ------------------------------------------------------------------------- */
 
 START_TEST(test_experts_touched_are_those_with_gradients)
 {

@@ -47,8 +47,7 @@ static moe_context *new_context(void)
     return context;
 }
 
-/* ---- creation
- * ------------------------------------------------------------------------------------- */
+/* ---- creation -------------------------------------------------------------------------------- */
 
 #define I(field, value) BAD_INTEGER(moe_gate_config, field, value, INVALID_ARGUMENT)
 #define N(field, value) BAD_INTEGER(moe_gate_config, field, value, NOT_SUPPORTED)
@@ -229,8 +228,7 @@ START_TEST(test_gate_get_config_gives_what_was_set)
 }
 END_TEST
 
-/* ---- arguments
- * ------------------------------------------------------------------------------------ */
+/* ---- arguments ------------------------------------------------------------------------------- */
 
 /* Everything a forward or backward of a gate may write, as one number. */
 static uint64_t outputs(const layer_run *r)
@@ -367,8 +365,7 @@ START_TEST(test_gate_backward_refuses_bad_fields)
 }
 END_TEST
 
-/* ---- CV^2 and noise
- * ------------------------------------------------------------------------------- */
+/* ---- CV^2 and noise -------------------------------------------------------------------------- */
 
 START_TEST(test_gate_cv_squared_is_the_formula)
 {
@@ -427,8 +424,7 @@ START_TEST(test_gate_cv_squared_and_noise4_refuse_and_write_nothing)
 }
 END_TEST
 
-/* ---- odd logits and odd plans
- * ------------------------------------------------------------------------ */
+/* ---- odd logits and odd plans ---------------------------------------------------------------- */
 
 static void route_logits(const float *logits, int64_t T, int64_t E, int64_t K, int32_t order,
                          int32_t *ids, float *w)

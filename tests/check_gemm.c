@@ -15,8 +15,7 @@
 
 #include "cpu/grouped_gemm.h"
 
-/* ---- variants
- * ------------------------------------------------------------------------------------- */
+/* ---- variants -------------------------------------------------------------------------------- */
 
 typedef struct variant {
     const char *name;
@@ -70,8 +69,7 @@ static bool can_run(const variant *v)
     return strstr(v->name, "plain") != NULL;
 }
 
-/* ---- numbers
- * -------------------------------------------------------------------------------------- */
+/* ---- numbers --------------------------------------------------------------------------------- */
 
 static uint64_t random_state = 1;
 
@@ -159,8 +157,7 @@ static void assert_same(const buffer *got, const buffer *want, const char *what,
     }
 }
 
-/* ---- cases
- * ---------------------------------------------------------------------------------------- */
+/* ---- cases ----------------------------------------------------------------------------------- */
 
 enum { IN_OUT, OUT_IN, IN_OUT_BY_2, OUT_IN_BY_2, FORMS };
 enum { MAX_EXPERTS = 16, MAX_SEGMENTS = 64 };
@@ -289,8 +286,7 @@ static void copy_matrices(matrices *to, const matrices *from)
     if (from->m.base) to->m.base = start(&to->data);
 }
 
-/* ---- running tiles
- * -------------------------------------------------------------------------------- */
+/* ---- running tiles --------------------------------------------------------------------------- */
 
 typedef struct tile_run {
     const variant *v;
@@ -333,8 +329,7 @@ static void run_tiles(tile_run *run, int threads)
     free(order);
 }
 
-/* ---- rows times weights
- * --------------------------------------------------------------------------- */
+/* ---- rows times weights ---------------------------------------------------------------------- */
 
 static void reference_rows(const gemm_case *c, const int64_t *begin, const operand *a,
                            const matrices *b, const matrices *bias, const moe__gemm_rows_job *job,
@@ -403,8 +398,7 @@ static void check_rows(gemm_case c, int threads)
     check_rows_type(&c, true, threads);
 }
 
-/* ---- dW
- * ------------------------------------------------------------------------------------------- */
+/* ---- dW -------------------------------------------------------------------------------------- */
 
 /* The sum over the segments of expert e of a[r,i] g[r,j], or, i = -1, of g[r,j]. */
 static double reference_sum(const gemm_case *c, bool f64, const int64_t *begin, const operand *a,
@@ -494,8 +488,7 @@ static void check_dw(gemm_case c, int threads)
     check_dw_type(&c, true, threads);
 }
 
-/* ---- tests
- * ---------------------------------------------------------------------------------------- */
+/* ---- tests ----------------------------------------------------------------------------------- */
 
 static const int64_t sizes[] = {0, 1, 3, 31, 33, 257};
 enum { SIZES = 6 };

@@ -298,8 +298,7 @@ START_TEST(test_gradients_of_entry_weights_agree_with_central_differences)
 }
 END_TEST
 
-/* ---- exact identities
- * ----------------------------------------------------------------------------- */
+/* ---- exact identities ------------------------------------------------------------------------ */
 
 static double dot(const double *a, const double *b, int64_t n)
 {

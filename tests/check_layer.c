@@ -17,8 +17,7 @@
                       moe_status_name(refused_status), moe_last_error());   \
     } while (0)
 
-/* ---- the reference
- * -------------------------------------------------------------------------------- */
+/* ---- the reference --------------------------------------------------------------------------- */
 
 static void compare(layer_case *c, uint64_t seed, int32_t dtype)
 {
@@ -62,8 +61,7 @@ START_TEST(test_layer_agrees_with_reference_for_random_configurations)
 }
 END_TEST
 
-/* ---- what is refused
- * --------------------------------------------------------------------------------- */
+/* ---- what is refused ------------------------------------------------------------------------- */
 
 static const layer_case base = {.name = "layer",
                                 .T = 12,
@@ -302,7 +300,7 @@ START_TEST(test_pass_of_another_object_is_refused)
 }
 END_TEST
 
-/* ---- flags and replays ---------------------------------------------------------------------- */
+/* ---- flags and replays ----------------------------------------------------------------------- */
 
 START_TEST(test_layer_flags_add_overwrite_and_skip)
 {
@@ -506,8 +504,7 @@ START_TEST(test_layer_keeps_a_nan_token_to_itself)
 }
 END_TEST
 
-/* ---- gate, pool and layer together
- * ------------------------------------------------------------------------ */
+/* ---- gate, pool and layer together ----------------------------------------------------------- */
 
 /* Gate and pool called one after the other, with a plan between them, are the layer, to the
  * byte. */
@@ -657,7 +654,7 @@ START_TEST(test_layer_without_tokens_needs_no_pointers)
 }
 END_TEST
 
-/* ---- statistics, references ------------------------------------------------------------ */
+/* ---- statistics, references ------------------------------------------------------------------ */
 
 START_TEST(test_pass_statistics_and_touched_experts)
 {

@@ -12,8 +12,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-/* ---- what the library asks the C library for
- * --------------------------------------------------------- */
+/* ---- what the library asks the C library for ------------------------------------------------- */
 
 static _Atomic long c_calls;
 
@@ -54,8 +53,7 @@ void *__wrap_mmap(void *at, size_t size, int protection, int flags, int fd, off_
     return __real_mmap(at, size, protection, flags, fd, offset);
 }
 
-/* ---- an allocator that fails
- * --------------------------------------------------------------------------- */
+/* ---- an allocator that fails ----------------------------------------------------------------- */
 
 typedef struct failing {
     long calls, fail_at; /* the call that fails, from 1; 0: none */
@@ -102,8 +100,7 @@ static moe_context_config failing_config(failing *f)
                       moe_status_name(refused_status), moe_last_error());   \
     } while (0)
 
-/* ---- a whole life
- * ------------------------------------------------------------------------------------------ */
+/* ---- a whole life ---------------------------------------------------------------------------- */
 
 typedef struct life {
     moe_context *context;
@@ -243,8 +240,7 @@ START_TEST(test_memory_survives_every_failing_allocation)
 }
 END_TEST
 
-/* ---- the steady state
- * ---------------------------------------------------------------------------------- */
+/* ---- the steady state ------------------------------------------------------------------------ */
 
 /* No assertion here: the test library allocates in them. */
 static int step(layer_run *r, int64_t tokens, uint64_t flags)
@@ -455,8 +451,7 @@ START_TEST(test_pass_create_refuses_bad_workspaces)
 }
 END_TEST
 
-/* ---- cost
- * ------------------------------------------------------------------------------------------- */
+/* ---- cost ------------------------------------------------------------------------------------ */
 
 START_TEST(test_layer_cost_refuses_bad_fields)
 {

@@ -14,7 +14,7 @@
 #define MOE_SOURCE_DIR "."
 #endif
 
-/* ---- status and message --------------------------------------------------------------------- */
+/* ---- status and message ---------------------------------------------------------------------- */
 
 static const struct {
     int32_t number;
@@ -128,7 +128,7 @@ START_TEST(test_error_message_long_and_odd)
 }
 END_TEST
 
-/* ---- structs -------------------------------------------------------------------------------- */
+/* ---- structs --------------------------------------------------------------------------------- */
 
 /* A struct of two releases: `a` and `b` were in the first. */
 typedef struct grown {
@@ -337,7 +337,7 @@ START_TEST(test_struct_infos)
 }
 END_TEST
 
-/* ---- version and constants ------------------------------------------------------------------ */
+/* ---- version and constants ------------------------------------------------------------------- */
 
 START_TEST(test_version)
 {

@@ -74,7 +74,7 @@ check-install: all
 check-asan:
 	CK_FORK=no $(MAKE) BUILD=build-asan SANITIZE=address,undefined check-suites
 
-THREADED := context determinism layer
+THREADED := threads determinism experts layer
 check-tsan:
 	$(MAKE) BUILD=build-tsan SANITIZE=thread test-programs
 	@MOE_SANITIZED=1 $(RUN) $(foreach s,$(THREADED),build-tsan/tests/check_$(s)) \

@@ -14,8 +14,7 @@
         }                                              \
     } while (0)
 
-/* ---- making it
- * ------------------------------------------------------------------------------------- */
+/* ---- making it ------------------------------------------------------------------------------- */
 
 static int add_weights(model *m, const char *name, float *data, float *grad, int64_t count)
 {
@@ -169,8 +168,7 @@ void model_destroy(model *m)
     moe_context_destroy(m->context);
 }
 
-/* ---- the parts
- * ------------------------------------------------------------------------------------- */
+/* ---- the parts ------------------------------------------------------------------------------- */
 
 /* x[t] = embedding of the CONTEXT bytes before positions[t]; backward adds dx to their
  * gradients. */
@@ -296,8 +294,7 @@ static int mixture_backward(model *m)
     return 0;
 }
 
-/* ---- the whole
- * ------------------------------------------------------------------------------------- */
+/* ---- the whole ------------------------------------------------------------------------------- */
 
 /* The plans of the one-expert networks: token t to expert 0. */
 static int plan_networks(model *m, int64_t T)

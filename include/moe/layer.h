@@ -105,6 +105,7 @@ typedef struct moe_cost {
 
 /* Write every default and the caller's size. Return as moe_context_config_init. Since 0.1. */
 MOE_API moe_status moe_cost_query_init(moe_cost_query *query, size_t size);
+/* The same for a cost. Since 0.1. */
 MOE_API moe_status moe_cost_init(moe_cost *cost, size_t size);
 
 /* Answer how much memory, or how much arithmetic, a layer of these configs takes for T tokens.
@@ -114,6 +115,7 @@ MOE_API moe_status moe_cost_init(moe_cost *cost, size_t size);
  * Return MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OVERFLOW or an
  * error of a struct's size. Any thread. Since 0.1. */
 MOE_API moe_status moe_layer_memory(const moe_cost_query *query, moe_cost *cost);
+/* As above, for arithmetic. Since 0.1. */
 MOE_API moe_status moe_layer_flops(const moe_cost_query *query, moe_cost *cost);
 
 MOE_END_DECLS

@@ -86,11 +86,14 @@ typedef struct moe_binding {
 /* Write every default (all zero) and the caller's size. Returns as moe_context_config_init.
  * Since 0.1. */
 MOE_API moe_status moe_parameter_record_init(moe_parameter_record *record, size_t size);
+/* As above, for a binding. Since 0.1. */
 MOE_API moe_status moe_binding_init(moe_binding *binding, size_t size);
 
 /* The number of parameters; 0 for NULL. Since 0.1. */
 MOE_API int64_t moe_gate_parameter_count(const moe_gate *gate);
+/* As above, for a pool. Since 0.1. */
 MOE_API int64_t moe_experts_parameter_count(const moe_experts *experts);
+/* As above, for a layer. Since 0.1. */
 MOE_API int64_t moe_layer_parameter_count(const moe_layer *layer);
 
 /* The index of a parameter by its name, or -1 if there is none of that name or an argument is NULL.
@@ -100,7 +103,9 @@ MOE_API int64_t moe_layer_parameter_count(const moe_layer *layer);
  * the last two dimensions of weights are exchanged. A layer puts "gate." and "experts." before.
  * Only what the config asks for is there. Since 0.1. */
 MOE_API int64_t moe_gate_parameter_find(const moe_gate *gate, const char *name);
+/* As above, for a pool. Since 0.1. */
 MOE_API int64_t moe_experts_parameter_find(const moe_experts *experts, const char *name);
+/* As above, for a layer. Since 0.1. */
 MOE_API int64_t moe_layer_parameter_find(const moe_layer *layer, const char *name);
 
 /* Describes parameter `index`.
@@ -109,8 +114,10 @@ MOE_API int64_t moe_layer_parameter_find(const moe_layer *layer, const char *nam
  * Returns MOE_OK or MOE_ERROR_INVALID_ARGUMENT, or an error of the struct's size. Since 0.1. */
 MOE_API moe_status moe_gate_parameter(const moe_gate *gate, int64_t index,
                                       moe_parameter_record *record);
+/* As above, for a pool. Since 0.1. */
 MOE_API moe_status moe_experts_parameter(const moe_experts *experts, int64_t index,
                                          moe_parameter_record *record);
+/* As above, for a layer. Since 0.1. */
 MOE_API moe_status moe_layer_parameter(const moe_layer *layer, int64_t index,
                                        moe_parameter_record *record);
 
@@ -126,15 +133,19 @@ MOE_API moe_status moe_layer_parameter(const moe_layer *layer, int64_t index,
  * object's or memory for opaque storage, MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_INVALID_STATE. Since
  * 0.1. */
 MOE_API moe_status moe_gate_bind(moe_gate *gate, int64_t index, const moe_binding *binding);
+/* As above, for a pool. Since 0.1. */
 MOE_API moe_status moe_experts_bind(moe_experts *experts, int64_t index,
                                     const moe_binding *binding);
+/* As above, for a layer. Since 0.1. */
 MOE_API moe_status moe_layer_bind(moe_layer *layer, int64_t index, const moe_binding *binding);
 
 /* Sets every gradient that is owned or bound to zero, and forgets which experts were touched.
  *   stream  must be NULL on CPU
  * Returns MOE_OK or MOE_ERROR_INVALID_ARGUMENT. Since 0.1. */
 MOE_API moe_status moe_gate_zero_gradients(moe_gate *gate, void *stream);
+/* As above, for a pool. Since 0.1. */
 MOE_API moe_status moe_experts_zero_gradients(moe_experts *experts, void *stream);
+/* As above, for a layer. Since 0.1. */
 MOE_API moe_status moe_layer_zero_gradients(moe_layer *layer, void *stream);
 
 /* Gives every owned parameter its first value; bound data is never written and is left out. The
@@ -145,7 +156,9 @@ MOE_API moe_status moe_layer_zero_gradients(moe_layer *layer, void *stream);
  * 0 for a noisy gate (Shazeer et al. 2017, appendix A) and 0.02 for other gates. Biases are 0.
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT. Since 0.1. */
 MOE_API moe_status moe_gate_init_parameters(moe_gate *gate, uint64_t seed);
+/* As above, for a pool. Since 0.1. */
 MOE_API moe_status moe_experts_init_parameters(moe_experts *experts, uint64_t seed);
+/* As above, for a layer. Since 0.1. */
 MOE_API moe_status moe_layer_init_parameters(moe_layer *layer, uint64_t seed);
 
 MOE_END_DECLS

@@ -143,6 +143,7 @@ typedef struct moe_backward_args {
 
 /* Write every default and the caller's size. Return as moe_context_config_init. Since 0.1. */
 MOE_API moe_status moe_forward_args_init(moe_forward_args *args, size_t size);
+/* The same for a backward. Since 0.1. */
 MOE_API moe_status moe_backward_args_init(moe_backward_args *args, size_t size);
 
 /* How a pass is made. */
@@ -168,8 +169,10 @@ MOE_API moe_status moe_pass_config_init(moe_pass_config *config, size_t size);
  * size. Since 0.1. */
 MOE_API moe_status moe_pass_create(moe_pass **pass, moe_layer *layer,
                                    const moe_pass_config *config);
+/* As above, for a gate alone. Since 0.1. */
 MOE_API moe_status moe_pass_create_for_gate(moe_pass **pass, moe_gate *gate,
                                             const moe_pass_config *config);
+/* As above, for a pool alone. Since 0.1. */
 MOE_API moe_status moe_pass_create_for_experts(moe_pass **pass, moe_experts *experts,
                                                const moe_pass_config *config);
 
@@ -211,6 +214,7 @@ typedef struct moe_stats {
 
 /* Write every default (0) and the caller's size. Return as moe_context_config_init. Since 0.1. */
 MOE_API moe_status moe_losses_init(moe_losses *losses, size_t size);
+/* The same for statistics. Since 0.1. */
 MOE_API moe_status moe_stats_init(moe_stats *stats, size_t size);
 
 /* Copy the losses, or the statistics, of the last forward; on a GPU they wait for its stream.
@@ -218,6 +222,7 @@ MOE_API moe_status moe_stats_init(moe_stats *stats, size_t size);
  * Return MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_INVALID_STATE before a forward, or an error
  * of the struct's size. Since 0.1. */
 MOE_API moe_status moe_pass_losses(const moe_pass *pass, moe_losses *losses);
+/* As above, for the statistics. Since 0.1. */
 MOE_API moe_status moe_pass_stats(const moe_pass *pass, moe_stats *stats);
 
 /* What else a pass can show of its last forward. [shape] dtype; "real" is the layer's dtype. */

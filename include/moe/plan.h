@@ -61,6 +61,7 @@ typedef struct moe_plan_view {
 
 /* Write every default and the caller's size. Return as moe_context_config_init. Since 0.1. */
 MOE_API moe_status moe_plan_args_init(moe_plan_args *args, size_t size);
+/* The same for a view. Since 0.1. */
 MOE_API moe_status moe_plan_view_init(moe_plan_view *view, size_t size);
 
 /* Creates an empty plan (T = 0, E = 1).
@@ -141,6 +142,7 @@ MOE_API moe_status moe_rows_args_init(moe_rows_args *args, size_t size);
  * token t, in order of entry, of rows_in. Return MOE_OK, MOE_ERROR_INVALID_ARGUMENT,
  * MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_CALLBACK or an error of the struct's size. Since 0.1. */
 MOE_API moe_status moe_dispatch_forward(const moe_plan *plan, const moe_rows_args *args);
+/* The adjoint of dispatch, as above. Since 0.1. */
 MOE_API moe_status moe_dispatch_backward(const moe_plan *plan, const moe_rows_args *args);
 
 /* Combines: tokens_out[t] = sum over the entries of t that have a row, in order of entry, of weight
@@ -150,6 +152,7 @@ MOE_API moe_status moe_dispatch_backward(const moe_plan *plan, const moe_rows_ar
  * rows_in[row] (the forward's rows), 0 for entries without a row. Return as
  * moe_dispatch_forward. Since 0.1. */
 MOE_API moe_status moe_combine_forward(const moe_plan *plan, const moe_rows_args *args);
+/* The adjoint of combine, as above. Since 0.1. */
 MOE_API moe_status moe_combine_backward(const moe_plan *plan, const moe_rows_args *args);
 
 MOE_END_DECLS

@@ -49,8 +49,7 @@ static int64_t part(int64_t n, int64_t parts, int64_t i)
     return n / parts * i + moe__min(i, n % parts);
 }
 
-/* ---- micro-kernel
- * --------------------------------------------------------------------------------- */
+/* ---- micro-kernel ---------------------------------------------------------------------------- */
 
 /* The lines that a later product reads: line p of a block is at + (p / 8) jump + (p % 8) step. */
 typedef struct read_ahead {
@@ -148,8 +147,7 @@ static void micro_rows(int64_t m, const micro_job *job)
     }
 }
 
-/* ---- packing
- * -------------------------------------------------------------------------------------- */
+/* ---- packing --------------------------------------------------------------------------------- */
 
 static const real *row_of(const moe__rows *rows, int64_t r)
 {
@@ -260,8 +258,7 @@ static void pack_g(real *to, const moe__rows *g, int64_t r, int64_t k, int64_t j
     }
 }
 
-/* ---- results
- * -------------------------------------------------------------------------------------- */
+/* ---- results --------------------------------------------------------------------------------- */
 
 /* Where a tile's finished chains go: (i,j) to out[row(i) * stride_row + j * stride_col], row(i)
  * being index[i] if there is an index, else i. */
@@ -313,8 +310,7 @@ static void run_panel(tile_scratch *s, micro_job job, int64_t m, int64_t j, int6
     }
 }
 
-/* ---- tiles
- * ---------------------------------------------------------------------------------------- */
+/* ---- tiles ----------------------------------------------------------------------------------- */
 
 /* The expert a tile belongs to: the last with tile_begin <= tile. */
 static int64_t expert_of_tile(const int64_t *tile_begin, int64_t experts, int64_t tile)
@@ -395,8 +391,7 @@ void MOE_KERNEL(gemm_rows_tile)(const moe__gemm_rows_job *job, int64_t tile, voi
     } while (p < job->k);
 }
 
-/* ---- dW
- * ------------------------------------------------------------------------------------------- */
+/* ---- dW -------------------------------------------------------------------------------------- */
 
 static int64_t rows_of_expert(const moe__gemm_dw_job *job, int64_t e)
 {

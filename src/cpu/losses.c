@@ -31,8 +31,7 @@ static int64_t group_of_token(const moe__plan_arrays *plan, int64_t t)
     return low;
 }
 
-/* ---- counts and importance
- * ------------------------------------------------------------------------ */
+/* ---- counts and importance ------------------------------------------------------------------- */
 
 /* importance, counts, first_counts; `load` serves as the sums of one group until it is needed. */
 static void count_entries(const moe__losses_job *job)
@@ -65,8 +64,7 @@ static void count_entries(const moe__losses_job *job)
     }
 }
 
-/* ---- sums over the columns of [T,E]
- * ---------------------------------------------------------------- */
+/* ---- sums over the columns of [T,E] ---------------------------------------------------------- */
 
 typedef struct column_sums {
     const moe__losses_job *job;
@@ -221,8 +219,7 @@ static void fill_load(void *argument, int64_t begin, int64_t end)
     }
 }
 
-/* ---- the losses
- * ------------------------------------------------------------------------------------ */
+/* ---- the losses ------------------------------------------------------------------------------ */
 
 static int64_t valid_in_group(const moe__losses_job *job, int64_t g)
 {
@@ -329,8 +326,7 @@ static moe_status logit_losses(moe__losses_job *job)
     return MOE_OK;
 }
 
-/* ---- statistics
- * ------------------------------------------------------------------------------------ */
+/* ---- statistics ------------------------------------------------------------------------------ */
 
 /* token_value = entropy of a token's weights, normalised to sum 1 */
 static void fill_entropy(void *argument, int64_t begin, int64_t end)
@@ -395,8 +391,7 @@ moe_status MOE_KERNEL(losses_forward)(moe__losses_job *job)
     return statistics(job);
 }
 
-/* ---- backward
- * ------------------------------------------------------------------------------------ */
+/* ---- backward -------------------------------------------------------------------------------- */
 
 /* d_importance, d_load: the gradients by importance and load. d_score: what P_te's gradient is. */
 void MOE_KERNEL(losses_backward_prepare)(const moe__gate_backward_job *job)

@@ -13,8 +13,7 @@
 #include "cpu/tiles.h"
 #include "philox.h"
 
-/* ---- logits
- * -------------------------------------------------------------------------------------- */
+/* ---- logits ---------------------------------------------------------------------------------- */
 
 /* out[T,E] = x[T,D] w[D,E] (+ bias[E]) */
 static moe_status logits_product(const moe__route_job *job, const moe__matrices *w,
@@ -79,8 +78,7 @@ static void add_noise(const moe__route_job *job, int64_t t)
     for (int64_t i = 0; i < E; i++) noisy[i] = r_fma(noise[i], sd[i], clean[i]);
 }
 
-/* ---- weights
- * ------------------------------------------------------------------------------------- */
+/* ---- weights --------------------------------------------------------------------------------- */
 
 /* w[j] = softmax over the chosen logits of entry j; entries without an expert get 0. */
 static void softmax_of_chosen(real *w, const int32_t *ids, int64_t n, const real *h)
@@ -190,8 +188,7 @@ moe_status MOE_KERNEL(route_forward)(moe__route_job *job)
     return moe__parallel_range(w->context, job->tokens, 16, route_range, job, w->function);
 }
 
-/* ---- backward
- * ------------------------------------------------------------------------------------ */
+/* ---- backward -------------------------------------------------------------------------------- */
 
 /* weight_after = weight keep / S, S = sum of kept weights:  dw_j = keep_j (g_j - sum_i g_i after_i)
  * / S. Without renormalisation dw_j = keep_j g_j. */

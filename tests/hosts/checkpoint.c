@@ -1,5 +1,6 @@
-/* checkpoint.c - activation checkpointing: the forward keeps the routing only and is run again before the
- * backward, on the same pass or, from a saved plan, in another. Nothing is routed or counted twice. */
+/* checkpoint.c - activation checkpointing: the forward keeps the routing only and is run again
+ * before the backward, on the same pass or, from a saved plan, in another. Nothing is routed or
+ * counted twice. */
 #include "host.h"
 
 typedef struct step {

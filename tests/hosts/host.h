@@ -1,7 +1,8 @@
 /* host.h - what the host programs share: checking, numbers, and one small layer.
  *
- * Each program of this directory is one kind of consumer: it uses the library as such a host would and
- * says what it showed. They read as examples; the acceptance test of the interface is that they do. */
+ * Each program of this directory is one kind of consumer: it uses the library as such a host would
+ * and says what it showed. They read as examples; the acceptance test of the interface is that
+ * they do. */
 #ifndef HOST_H
 #define HOST_H
 

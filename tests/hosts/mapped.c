@@ -1,4 +1,5 @@
-/* mapped.c - weights in files, one read-only mapping an expert; only some experts are fine-tuned. */
+/* mapped.c - weights in files, one read-only mapping an expert; only some experts are
+ * fine-tuned. */
 #include "host.h"
 
 #include <sys/mman.h>

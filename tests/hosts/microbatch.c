@@ -1,12 +1,14 @@
-/* microbatch.c - gradient accumulation: micro-batches with token_first draw the noise of the whole batch, so
- * y and dx are its bytes; with one token group a micro-batch, losses and statistics are told apart. */
+/* microbatch.c - gradient accumulation: micro-batches with token_first draw the noise of the whole
+ * batch, so y and dx are its bytes; with one token group a micro-batch, losses and statistics
+ * are told apart. */
 #include "host.h"
 
 #include <math.h>
 
 enum { PARTS = 4, PART = T / PARTS };
 
-/* Losses look at a whole batch; they are off here, and each part's gradient by y is the batch's own. */
+/* Losses look at a whole batch; they are off here, and each part's gradient by y is the batch's
+ * own. */
 static void run(small *s, const float *x, float *y, const float *dy, float *dx, int64_t first,
                 int64_t tokens)
 {
@@ -39,7 +41,8 @@ int main(void)
     OK(moe_experts_touched(parts.experts, b, NULL));
     SHOW(memcmp(a, b, E) == 0);
 
-    /* The router's gradient is formed group by group: one group a micro-batch gives the very bytes. */
+    /* The router's gradient is formed group by group: one group a micro-batch gives the very
+     * bytes. */
     int64_t groups[PARTS + 1];
     for (int p = 0; p <= PARTS; p++) groups[p] = p * PART;
     static const double off[MOE_LOSS_SLOTS] = {0};

@@ -1,5 +1,6 @@
-/* own_expert.c - the host's experts are its own: out = tanh(x a_e), one vector a_e per expert. The library
- * routes, dispatches and combines, forward and backward; central differences confirm the whole. In f64. */
+/* own_expert.c - the host's experts are its own: out = tanh(x a_e), one vector a_e per expert. The
+ * library routes, dispatches and combines, forward and backward; central differences confirm the
+ * whole. In f64. */
 #include "host.h"
 
 #include <math.h>
@@ -30,7 +31,8 @@ static moe_plan_view view_of(const moe_plan *plan)
     return v;
 }
 
-/* Routes (or replays `kept`), gathers, runs the own experts, combines; returns sum(y dy) + losses. */
+/* Routes (or replays `kept`), gathers, runs the own experts, combines; returns sum(y dy) +
+ * losses. */
 static double forward(model *m, const moe_plan *kept)
 {
     moe_forward_args f = forward_args(NULL, NULL, N);

@@ -1,5 +1,5 @@
-/* parallel.c - a host with threads of its own: seven of them run the library's tasks in shuffled order, and
- * the bytes are those of the library's own pool with 1, 2 or 3 threads. */
+/* parallel.c - a host with threads of its own: seven of them run the library's tasks in shuffled
+ * order, and the bytes are those of the library's own pool with 1, 2 or 3 threads. */
 #include "host.h"
 
 #include <pthread.h>
@@ -57,8 +57,8 @@ static void step(small *s, const float *x, float *y, const float *dy, float *dx)
     OK(moe_layer_backward(s->layer, s->pass, &b));
 }
 
-/* Whichever call of the parallel-for fails: the message says so, the pass wants a new forward, and all can
- * be freed. */
+/* Whichever call of the parallel-for fails: the message says so, the pass wants a new forward, and
+ * all can be freed. */
 static void survive(const float *x, float *y)
 {
     moe_context_config c;

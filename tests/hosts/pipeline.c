@@ -1,5 +1,6 @@
-/* pipeline.c - a pipeline schedule: four micro-batches in flight over three layers, one forward one backward
- * (1F1B). Each micro-batch has a pass per layer; gradients add up as if they came one after the other. */
+/* pipeline.c - a pipeline schedule: four micro-batches in flight over three layers, one forward one
+ * backward (1F1B). Each micro-batch has a pass per layer; gradients add up as if they came one
+ * after the other. */
 #include "host.h"
 
 enum { LAYERS = 3, PASSES = 4, MICRO = 16 };

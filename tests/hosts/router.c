@@ -1,5 +1,5 @@
-/* router.c - the host has a router of its own: it hands in ids (64-bit, -1 for none) and weights, and takes
- * the gradient by the weights back. */
+/* router.c - the host has a router of its own: it hands in ids (64-bit, -1 for none) and weights,
+ * and takes the gradient by the weights back. */
 #include "host.h"
 
 #include <math.h>

@@ -1,5 +1,5 @@
-/* scaler.c - a host with a loss scaler: the gradient by y and, through loss_grad, by every loss comes in
- * 2^16 times as large, and a power of two changes no digit of any gradient. */
+/* scaler.c - a host with a loss scaler: the gradient by y and, through loss_grad, by every loss
+ * comes in 2^16 times as large, and a power of two changes no digit of any gradient. */
 #include "host.h"
 
 int main(void)

@@ -1,6 +1,6 @@
-/* server.c - inference: batches of 0 to 64 tokens from several threads over one layer, each with its own
- * pass. A token's output is the same bytes alone and in any company; after the reserve nothing is
- * allocated. */
+/* server.c - inference: batches of 0 to 64 tokens from several threads over one layer, each with
+ * its own pass. A token's output is the same bytes alone and in any company; after the reserve
+ * nothing is allocated. */
 #include "host.h"
 
 #include <pthread.h>

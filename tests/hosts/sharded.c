@@ -1,5 +1,6 @@
-/* sharded.c - a host of sharded training: parameters are gathered into fresh memory just before each call
- * and taken away after it. The old memory is made inaccessible, so that a late read would be a crash. */
+/* sharded.c - a host of sharded training: parameters are gathered into fresh memory just before
+ * each call and taken away after it. The old memory is made inaccessible, so that a late read
+ * would be a crash. */
 #include "host.h"
 
 #include <sys/mman.h>

@@ -1,5 +1,5 @@
-/* tied.c - one pool of experts serves two layers with gates of their own: its gradients collect what both
- * give, and it is one backward at a time that may write them. */
+/* tied.c - one pool of experts serves two layers with gates of their own: its gradients collect
+ * what both give, and it is one backward at a time that may write them. */
 #include "host.h"
 
 #include <pthread.h>

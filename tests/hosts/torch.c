@@ -1,5 +1,6 @@
-/* torch.c - a host like PyTorch: parameters are its own tensors, their gradients do not exist at first and
- * are fresh memory in every step, outputs too. Everything is bound anew each step, nothing is copied. */
+/* torch.c - a host like PyTorch: parameters are its own tensors, their gradients do not exist at
+ * first and are fresh memory in every step, outputs too. Everything is bound anew each step,
+ * nothing is copied. */
 #include "host.h"
 
 enum { PARAMETERS = 16 };

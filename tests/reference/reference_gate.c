@@ -5,8 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- gate
- * ------------------------------------------------------------------------------------------ */
+/* ---- gate ------------------------------------------------------------------------------------ */
 
 void ref__gate_logits(const ref_problem *p, ref_result *r)
 {
@@ -84,8 +83,7 @@ void ref__weigh(const ref_problem *p, ref_result *r)
     }
 }
 
-/* ---- plan
- * ------------------------------------------------------------------------------------------ */
+/* ---- plan ------------------------------------------------------------------------------------ */
 
 static int64_t capacity_of_group(const ref_problem *p, int64_t g)
 {
@@ -121,8 +119,7 @@ void ref__drop(const ref_problem *p, ref_result *r)
     }
 }
 
-/* ---- back through the gate
- * ---------------------------------------------------------------------------- */
+/* ---- back through the gate ------------------------------------------------------------------- */
 
 /* Gradient by the weights before dropping, of one token. */
 static void drop_backward(const ref_problem *p, const ref_result *r, int64_t t,

@@ -3,8 +3,7 @@
 
 #include <stdlib.h>
 
-/* ---- losses
- * ---------------------------------------------------------------------------------------- */
+/* ---- losses ---------------------------------------------------------------------------------- */
 
 double ref__cv2(const double *v, int64_t n, int ddof, double factor, double *dv)
 {
@@ -182,8 +181,7 @@ void ref__load_backward(const ref_problem *p, const ref_result *r, int64_t t, co
     }
 }
 
-/* ---- statistics
- * ------------------------------------------------------------------------------------- */
+/* ---- statistics ------------------------------------------------------------------------------ */
 
 /* Entropy of v[0..n) over its sum. */
 static double entropy(const double *v, int64_t n)

@@ -136,8 +136,7 @@ uint64_t layer_run_hash(const layer_run *r)
     return hash;
 }
 
-/* ---- binding
- * -------------------------------------------------------------------------------------- */
+/* ---- binding --------------------------------------------------------------------------------- */
 
 /* Odd strides for a shape: data transposed with gaps, gradients with gaps and one dimension
  * backwards.
@@ -222,8 +221,7 @@ void layer_run_bind(layer_run *r)
     if (r->experts) MUST(moe_experts_zero_gradients(r->experts, NULL));
 }
 
-/* ---- gaps
- * ----------------------------------------------------------------------------------------- */
+/* ---- gaps ------------------------------------------------------------------------------------ */
 
 /* Elements of bound gradients that belong to no element of the parameter must keep their
  * pattern. */

@@ -30,8 +30,7 @@ static void *narrowed(const layer_run *r, const double *from, int64_t count)
     return to;
 }
 
-/* ---- objects
- * -------------------------------------------------------------------------------------- */
+/* ---- objects --------------------------------------------------------------------------------- */
 
 static void set_losses(moe_gate_config *g, const double *weight)
 {
@@ -113,8 +112,7 @@ static void make_plan(layer_run *r)
     free(weights);
 }
 
-/* ---- arguments
- * ------------------------------------------------------------------------------------ */
+/* ---- arguments ------------------------------------------------------------------------------- */
 
 static void make_arrays(layer_run *r)
 {
@@ -170,8 +168,7 @@ static void make_backward(layer_run *r)
     b->loss_grad = c->loss_factors ? r->loss_grad : NULL;
 }
 
-/* ---- rows apart
- * ----------------------------------------------------------------------------------- */
+/* ---- rows apart ------------------------------------------------------------------------------ */
 
 static void widen(layer_run *r, int i, const void *dense, int64_t width, const void *argument,
                   int64_t *stride, int is_output)
@@ -230,8 +227,7 @@ static void move_rows(layer_run *r, int is_output)
     }
 }
 
-/* ---- the run
- * -------------------------------------------------------------------------------------- */
+/* ---- the run --------------------------------------------------------------------------------- */
 
 void layer_run_make(layer_run *r, const layer_case *c, int32_t dtype,
                     const moe_context_config *config)

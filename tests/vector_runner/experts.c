@@ -37,8 +37,7 @@ static int activation(run *r, int32_t *out)
     return run_fail(r, "unknown activation %s", act);
 }
 
-/* ---- layouts
- * --------------------------------------------------------------------------------------- */
+/* ---- layouts --------------------------------------------------------------------------------- */
 
 /* Where column j of half h (0 gate, 1 up) lies among `width` stored columns. */
 static int64_t stored_column(const storage *s, int64_t j, int half, int64_t width)
@@ -204,8 +203,7 @@ static int make_pool(run *r, pool *p, const char *prefix, moe_experts **experts)
     return 0;
 }
 
-/* ---- matrices with gaps
- * ------------------------------------------------------------------------------ */
+/* ---- matrices with gaps ---------------------------------------------------------------------- */
 
 static int64_t stride_of(const run *r, int64_t width)
 {
@@ -235,8 +233,7 @@ static int gather(run *r, const char *name, const void *from, int64_t rows, int6
     return 0;
 }
 
-/* ---- ffn_grouped
- * -------------------------------------------------------------------------------------- */
+/* ---- ffn_grouped ----------------------------------------------------------------------------- */
 
 /* Token t goes to the one expert whose range holds it. */
 static int plan_from_offsets(run *r, const pool *p, int64_t T)
@@ -297,8 +294,7 @@ int op_ffn_grouped(run *r)
     return 0;
 }
 
-/* ---- moe_layer
- * ----------------------------------------------------------------------------------------- */
+/* ---- moe_layer ------------------------------------------------------------------------------- */
 
 /* Binds everything with fresh gradients, goes back with this dy, and shows the gradients. */
 static int layer_gradients(run *r, pool *p, const char *suffix, const void *dy, int64_t T)

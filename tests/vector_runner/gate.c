@@ -328,8 +328,7 @@ int op_aux_losses(run *r)
     return logit_gradients(r, "dlogits_seqaux", NULL, MOE_LOSS_SEQUENCE, T * E);
 }
 
-/* ---- what a host that routes by itself calls
- * --------------------------------------------------------- */
+/* ---- what a host that routes by itself calls ------------------------------------------------- */
 
 int op_cv(run *r)
 {

@@ -43,8 +43,7 @@ static const struct {
            {"moe_layer", op_layer, 1},
            {"moe_hier", op_layer, 1}};
 
-/* ---- comparison
- * ------------------------------------------------------------------------------------- */
+/* ---- comparison ------------------------------------------------------------------------------ */
 
 static const result *find_result(const run *r, const char *name)
 {
@@ -109,8 +108,7 @@ static int compare(run *r)
     return bad ? run_fail(r, "%d tensors differ", bad) : 0;
 }
 
-/* ---- runs
- * ------------------------------------------------------------------------------------------- */
+/* ---- runs ------------------------------------------------------------------------------------ */
 
 static int make_context(run *r)
 {
@@ -228,8 +226,7 @@ static void run_path(const char *path, const run_options *o, int32_t dtypes, tot
     }
 }
 
-/* ---- options
- * ---------------------------------------------------------------------------------------- */
+/* ---- options --------------------------------------------------------------------------------- */
 
 static int usage(void)
 {
