@@ -95,7 +95,7 @@ static int read_options(options *o, int argc, char **argv)
         {"threads", required_argument, NULL, 't'}, {"seed", required_argument, NULL, 'd'},
         {"rate", required_argument, NULL, 'r'},    {"no-balance", no_argument, NULL, 'b'},
         {"help", no_argument, NULL, 'h'},          {NULL, 0, NULL, 0}};
-    *o = (options){.file = "/usr/include", .steps = 600, .rate = 3e-3};
+    *o = (options){.file = "/usr/include", .steps = 2000, .rate = 3e-3};
     o->model =
         (model_options){.experts = 16, .top_k = 2, .tokens = TOKENS, .balance = 0.02, .seed = 1};
     for (int which; (which = getopt_long(argc, argv, "h", names, NULL)) != -1;) {
