@@ -2,21 +2,22 @@
  * found here, before anything is written. */
 #include "pass_state.h"
 
-#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
-#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
-
-typedef long long ll; /* for %lld */
-
 enum {
-    FORWARD_FLAGS = MOE_FORWARD_TRAIN | MOE_FORWARD_NO_SAVE | MOE_FORWARD_PLAN_ONLY |
-                    MOE_FORWARD_RECOMPUTE | MOE_FORWARD_ADD,
     BACKWARD_FLAGS = MOE_BACKWARD_OVERWRITE | MOE_BACKWARD_SKIP_DX | MOE_BACKWARD_SKIP_PARAMETERS |
                      MOE_BACKWARD_ADD_DX
 };
 
-/* A matrix [rows,width] of the host: resolves stride 0, checks it and the size of the whole. */
-static moe_status check_matrix(const char *name, const void *data, int64_t *stride, int64_t rows,
-                               int64_t width, int64_t element, bool required, const char *function)
+moe_status moe__check_range(const char *name, int64_t value, int64_t low, int64_t high,
+                            const char *function)
+{
+    if (value < low || value > high)
+        REFUSE_ARGUMENT("%s is %lld; it must be in [%lld, %lld]", name, (ll)value, (ll)low,
+                        (ll)high);
+    return MOE_OK;
+}
+
+moe_status moe__check_matrix(const char *name, const void *data, int64_t *stride, int64_t rows,
+                             int64_t width, int64_t element, bool required, const char *function)
 {
     if (!data && required && rows > 0 && width > 0)
         REFUSE_ARGUMENT("%s is NULL for %lld rows", name, (ll)rows);
@@ -24,9 +25,10 @@ static moe_status check_matrix(const char *name, const void *data, int64_t *stri
     if (*stride == 0) *stride = width;
     if (*stride < width && rows > 1)
         REFUSE_ARGUMENT("%s_stride is %lld, a row has %lld elements", name, (ll)*stride, (ll)width);
-    if (moe__mul(moe__mul(rows, *stride), element) < 0)
+    int64_t span = moe__max(*stride, width);
+    if (moe__mul(moe__mul(rows, span), element) < 0)
         REFUSE(MOE_ERROR_OVERFLOW, "%s: %lld rows of stride %lld do not fit in 63 bits", name,
-               (ll)rows, (ll)*stride);
+               (ll)rows, (ll)span);
     return MOE_OK;
 }
 
@@ -46,7 +48,7 @@ static bool overlap(const void *a, int64_t a_stride, int64_t a_width, const void
 static moe_status check_flags(const moe_forward_args *a, const moe_pass *pass, int32_t uses,
                               const char *function)
 {
-    if (a->flags & ~(uint64_t)FORWARD_FLAGS)
+    if (a->flags & ~(uint64_t)MOE__FORWARD_FLAGS)
         REFUSE_ARGUMENT("flags 0x%llx has unknown bits", (unsigned long long)a->flags);
     if ((a->flags & MOE_FORWARD_NO_SAVE) && (a->flags & MOE_FORWARD_PLAN_ONLY))
         REFUSE_ARGUMENT("MOE_FORWARD_NO_SAVE clashes with MOE_FORWARD_PLAN_ONLY");
@@ -189,6 +191,9 @@ static moe_status check_noise(const moe_forward_args *a, const moe_gate_config *
 static moe_status check_loss_weights(const moe__forward *f, const moe_gate_config *c,
                                      const char *function)
 {
+    for (int i = 0; f->weights && i < MOE_LOSS_SLOTS; i++)
+        if (f->weights[i] - f->weights[i] != 0)
+            REFUSE_ARGUMENT("loss_weights[%d] is %g; it must be finite", i, f->weights[i]);
     for (int i = MOE_LOSS_THRESHOLD; f->weights && i < MOE_LOSS_SLOTS; i++)
         if (f->weights[i] != 0)
             REFUSE_ARGUMENT("loss_weights[%d] is %g, there is no such loss", i, f->weights[i]);
@@ -214,20 +219,20 @@ static moe_status check_gate(moe__forward *f, const moe_pass *pass, const char *
     if (c->d_model == 0 && !a->logits_in && a->tokens > 0)
         REFUSE_ARGUMENT("logits_in is NULL and the gate has no weights (its d_model is 0)");
     if (a->gate_x)
-        MOE_TRY(check_matrix("gate_x", a->gate_x, &a->gate_x_stride, a->tokens, c->d_model, element,
-                             reads, function));
+        MOE_TRY(moe__check_matrix("gate_x", a->gate_x, &a->gate_x_stride, a->tokens, c->d_model,
+                                  element, reads, function));
     else if (reads && pass->experts && (f->uses & MOE__USE_EXPERTS) &&
              c->d_model != pass->experts->config.d_model)
         REFUSE_ARGUMENT("gate_x is NULL, and x is %lld wide where the gate reads %lld",
                         (ll)pass->experts->config.d_model, (ll)c->d_model);
     else if (reads || !(f->uses & MOE__USE_EXPERTS)) /* else x is the experts' alone, of their
                                                         width */
-        MOE_TRY(
-            check_matrix("x", a->x, &a->x_stride, a->tokens, c->d_model, element, reads, function));
-    MOE_TRY(check_matrix("logits", a->logits_in, &a->logits_stride, a->tokens, c->num_experts,
-                         element, false, function));
-    MOE_TRY(check_matrix("noise", a->noise, &a->noise_stride, a->tokens, c->num_experts, element,
-                         false, function));
+        MOE_TRY(moe__check_matrix("x", a->x, &a->x_stride, a->tokens, c->d_model, element, reads,
+                                  function));
+    MOE_TRY(moe__check_matrix("logits", a->logits_in, &a->logits_stride, a->tokens, c->num_experts,
+                              element, false, function));
+    MOE_TRY(moe__check_matrix("noise", a->noise, &a->noise_stride, a->tokens, c->num_experts,
+                              element, false, function));
     if (a->logits_in && !draws) return MOE_OK;
     return moe__parameters_check_bound(&pass->gate->parameters, function);
 }
@@ -237,9 +242,10 @@ static moe_status check_experts(moe__forward *f, const moe_pass *pass, const cha
     moe_forward_args *a = &f->a;
     const moe_experts_config *c = &pass->experts->config;
     int64_t element = moe__dtype_size(c->dtype);
-    MOE_TRY(check_matrix("x", a->x, &a->x_stride, a->tokens, c->d_model, element, true, function));
-    MOE_TRY(check_matrix("y", a->y, &a->y_stride, a->tokens, c->d_out, element, !f->recompute,
-                         function));
+    MOE_TRY(
+        moe__check_matrix("x", a->x, &a->x_stride, a->tokens, c->d_model, element, true, function));
+    MOE_TRY(moe__check_matrix("y", a->y, &a->y_stride, a->tokens, c->d_out, element, !f->recompute,
+                              function));
     if (overlap(a->x, a->x_stride, c->d_model, a->y, a->y_stride, c->d_out, a->tokens, element))
         REFUSE_ARGUMENT("x and y overlap");
     return moe__parameters_check_bound(&pass->experts->parameters, function);
@@ -285,14 +291,15 @@ moe_status moe__backward_check(moe_backward_args *b, const moe_pass *pass,
     int64_t gate_width = pass->gate ? pass->gate->config.d_model : 0;
     int64_t width = c ? c->d_model : gate_width;
     if (c)
-        MOE_TRY(check_matrix("dy", b->dy, &b->dy_stride, T, c->d_out, element, true, function));
+        MOE_TRY(
+            moe__check_matrix("dy", b->dy, &b->dy_stride, T, c->d_out, element, true, function));
     else if (b->dy)
         REFUSE_ARGUMENT("dy must be NULL: a gate has entry_weight_grad instead");
-    MOE_TRY(check_matrix("dx", b->dx, &b->dx_stride, T, width, element, false, function));
-    MOE_TRY(check_matrix("d_gate_x", b->d_gate_x, &b->d_gate_x_stride, T, gate_width, element,
-                         false, function));
-    MOE_TRY(check_matrix("d_logits", b->d_logits_out, &b->d_logits_stride, T, E, element, false,
-                         function));
+    MOE_TRY(moe__check_matrix("dx", b->dx, &b->dx_stride, T, width, element, false, function));
+    MOE_TRY(moe__check_matrix("d_gate_x", b->d_gate_x, &b->d_gate_x_stride, T, gate_width, element,
+                              false, function));
+    MOE_TRY(moe__check_matrix("d_logits", b->d_logits_out, &b->d_logits_stride, T, E, element,
+                              false, function));
     if (c && overlap(b->dx, b->dx_stride, width, b->dy, b->dy_stride, c->d_out, T, element))
         REFUSE_ARGUMENT("dx and dy overlap");
     if (!pass->routed && b->d_gate_x)

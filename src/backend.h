@@ -33,7 +33,6 @@ typedef struct moe__route_job {
     const uint8_t *token_mask; /* or NULL */
     uint32_t noise_stream;     /* first counter word */
     int64_t step, token_first;
-    int32_t train;    /* 1: sd > 0 */
     int32_t keep_ids; /* 1: expert_of_entry is given (replay), compute weights only */
     /* outputs */
     void *logits;               /* [T,E] clean */
@@ -59,10 +58,11 @@ typedef struct moe__losses_job {
     const int64_t *valid_begin;   /* [G+1] first of each group among them */
     double *importance, *load;    /* out: [E] */
     int64_t *counts;              /* out: [E] before dropping */
-    double *score_sum;            /* out: [E] sum_t P, saved for backward of switch/gshard */
+    double *score_sum;            /* out: [E] sum_t P */
     int64_t *first_counts;        /* out: [E] */
     double *sequence_sum;         /* out: [G,E] sum_t s/sum s; NULL if off */
     int64_t *sequence_counts;     /* out: [G,E]; NULL if off */
+    double *sequence_scale;       /* out: [G]; NULL if off */
     double *value;                /* out: [MOE_LOSS_SLOTS] weighted */
     double *stats;                /* out: [MOE_STAT_SLOTS] */
     void *columns;                /* scratch [T,E] real for column sums; NULL if no loss needs it */
@@ -86,8 +86,7 @@ typedef struct moe__gate_backward_job {
     int32_t dx_add;
     void *d_logits_out; /* [T,E] or NULL */
     int64_t d_logits_stride;
-    moe__matrices d_weight_matrix, d_bias, d_noise_weight; /* NULL: not wanted */
-    int32_t overwrite;
+    moe__matrices d_weight_matrix, d_bias, d_noise_weight; /* NULL: not wanted; added to */
     int32_t logits_from_host; /* 1: no gradient by weight, bias and x through the clean logits */
 } moe__gate_backward_job;
 

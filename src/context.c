@@ -9,9 +9,6 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
-#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
-
 /* ---- config ---------------------------------------------------------------------------------- */
 
 static void config_defaults(void *instance)
@@ -19,8 +16,8 @@ static void config_defaults(void *instance)
     *(moe_context_config *)instance = (moe_context_config){.log_level = MOE_LOG_WARNING};
 }
 
-const moe__struct_info moe__context_config_info = {"moe_context_config", sizeof(moe_context_config),
-                                                   sizeof(moe_context_config), config_defaults};
+const moe__struct_info moe__context_config_info = MOE__STRUCT_INFO(moe_context_config,
+                                                                   config_defaults);
 
 moe_status moe_context_config_init(moe_context_config *config, size_t size)
 {
@@ -210,8 +207,8 @@ static moe_status run_on_host(moe_context *context, int64_t count, moe_task_fn t
     int64_t ran = atomic_load(&run.ran);
     if (result != 0) REFUSE(MOE_ERROR_CALLBACK, "the host's parallel-for returned %d", (int)result);
     if (ran != count)
-        REFUSE(MOE_ERROR_CALLBACK, "the host's parallel-for ran %lld of %lld tasks", (long long)ran,
-               (long long)count);
+        REFUSE(MOE_ERROR_CALLBACK, "the host's parallel-for ran %lld of %lld tasks", (ll)ran,
+               (ll)count);
     return MOE_OK;
 }
 

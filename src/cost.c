@@ -9,18 +9,14 @@
 
 #include <string.h>
 
-#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
-
 static void query_defaults(void *instance)
 {
     *(moe_cost_query *)instance = (moe_cost_query){.top_k = MOE_FROM_CONFIG};
 }
 static void cost_defaults(void *instance) { *(moe_cost *)instance = (moe_cost){0}; }
 
-const moe__struct_info moe__cost_query_info = {"moe_cost_query", sizeof(moe_cost_query),
-                                               sizeof(moe_cost_query), query_defaults};
-const moe__struct_info moe__cost_info = {"moe_cost", sizeof(moe_cost), sizeof(moe_cost),
-                                         cost_defaults};
+const moe__struct_info moe__cost_query_info = MOE__STRUCT_INFO(moe_cost_query, query_defaults);
+const moe__struct_info moe__cost_info = MOE__STRUCT_INFO(moe_cost, cost_defaults);
 
 moe_status moe_cost_query_init(moe_cost_query *query, size_t size)
 {
@@ -70,12 +66,11 @@ static moe_status read_query(cost_case *c, const moe_cost_query *query, const ch
     c->num_experts = c->has_gate ? c->gate.num_experts : c->experts.num_experts;
     if (c->has_gate && c->has_experts && c->num_experts != c->experts.num_experts)
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "the gate has %lld experts, the pool has %lld",
-               (long long)c->num_experts, (long long)c->experts.num_experts);
+               (ll)c->num_experts, (ll)c->experts.num_experts);
     if (c->has_gate && c->has_experts && c->gate.dtype != c->experts.dtype)
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "the gate's dtype is %d, the pool's is %d",
                (int)c->gate.dtype, (int)c->experts.dtype);
-    if (c->q.flags & ~(uint64_t)(MOE_FORWARD_TRAIN | MOE_FORWARD_NO_SAVE | MOE_FORWARD_PLAN_ONLY |
-                                 MOE_FORWARD_RECOMPUTE | MOE_FORWARD_ADD))
+    if (c->q.flags & ~(uint64_t)MOE__FORWARD_FLAGS)
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "flags 0x%llx has unknown bits",
                (unsigned long long)c->q.flags);
     if (c->q.reserved != 0)
@@ -83,12 +78,10 @@ static moe_status read_query(cost_case *c, const moe_cost_query *query, const ch
     if (c->has_gate && top_k == MOE_FROM_CONFIG) top_k = c->gate.top_k;
     if (c->has_gate && c->gate.kind == MOE_GATE_SOFTMAX_DENSE) top_k = c->num_experts;
     if (top_k < 0 || (c->has_gate && (top_k < 1 || top_k > c->num_experts)))
-        REFUSE(MOE_ERROR_INVALID_ARGUMENT, "top_k is %lld with %lld experts", (long long)top_k,
-               (long long)c->num_experts);
-    if (c->q.tokens < 0)
-        REFUSE(MOE_ERROR_INVALID_ARGUMENT, "tokens is %lld", (long long)c->q.tokens);
-    if (c->q.groups < 0)
-        REFUSE(MOE_ERROR_INVALID_ARGUMENT, "groups is %lld", (long long)c->q.groups);
+        REFUSE(MOE_ERROR_INVALID_ARGUMENT, "top_k is %lld with %lld experts", (ll)top_k,
+               (ll)c->num_experts);
+    if (c->q.tokens < 0) REFUSE(MOE_ERROR_INVALID_ARGUMENT, "tokens is %lld", (ll)c->q.tokens);
+    if (c->q.groups < 0) REFUSE(MOE_ERROR_INVALID_ARGUMENT, "groups is %lld", (ll)c->q.groups);
     if (c->q.threads < 0 || c->q.threads > 4096)
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "threads is %d", (int)c->q.threads);
     c->top_k = top_k;

@@ -1,15 +1,9 @@
 /* dispatch_combine.c - dispatch and combine around a host's own experts: their arguments. */
 #include "backend.h"
 
-#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
-#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
-
-typedef long long ll; /* for %lld */
-
 static void args_defaults(void *instance) { *(moe_rows_args *)instance = (moe_rows_args){0}; }
 
-const moe__struct_info moe__rows_args_info = {"moe_rows_args", sizeof(moe_rows_args),
-                                              sizeof(moe_rows_args), args_defaults};
+const moe__struct_info moe__rows_args_info = MOE__STRUCT_INFO(moe_rows_args, args_defaults);
 
 moe_status moe_rows_args_init(moe_rows_args *args, size_t size)
 {
@@ -17,21 +11,6 @@ moe_status moe_rows_args_init(moe_rows_args *args, size_t size)
 }
 
 enum { TOKENS_IN = 1, TOKENS_OUT = 2, ROWS_IN = 4, ROWS_OUT = 8, ROWS_IN_FOR_WEIGHTS = 16 };
-
-static moe_status check_matrix(const char *name, const void *data, int64_t *stride, int64_t rows,
-                               const moe_rows_args *a, bool required, const char *function)
-{
-    if (!data && required && rows > 0) REFUSE_ARGUMENT("%s is NULL for %lld rows", name, (ll)rows);
-    if (*stride < 0) REFUSE_ARGUMENT("%s_stride is %lld", name, (ll)*stride);
-    if (*stride == 0) *stride = a->width;
-    if (*stride < a->width && rows > 1)
-        REFUSE_ARGUMENT("%s_stride is %lld, width is %lld", name, (ll)*stride, (ll)a->width);
-    int64_t span = moe__max(*stride, a->width);
-    if (moe__mul(moe__mul(rows, span), moe__dtype_size(a->dtype)) < 0)
-        REFUSE(MOE_ERROR_OVERFLOW, "%s: %lld rows of stride %lld do not fit in 63 bits", name,
-               (ll)rows, (ll)span);
-    return MOE_OK;
-}
 
 /* `needs` says which matrices the call cannot do without. */
 static moe_status read_args(moe__rows_job *job, const moe_plan *plan, const moe_rows_args *args,
@@ -49,16 +28,16 @@ static moe_status read_args(moe__rows_job *job, const moe_plan *plan, const moe_
         REFUSE_ARGUMENT("dtype is %d, the plan's is %d", (int)a.dtype, (int)plan->a.dtype);
     if (a.reserved != 0) REFUSE_ARGUMENT("reserved is %d", (int)a.reserved);
     if (a.stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
-    int64_t T = plan->a.tokens, rows = plan->a.rows;
-    MOE_TRY(check_matrix("tokens_in", a.tokens_in, &a.tokens_in_stride, T, &a, needs & TOKENS_IN,
-                         function));
-    MOE_TRY(check_matrix("tokens_out", a.tokens_out, &a.tokens_out_stride, T, &a,
-                         needs & TOKENS_OUT, function));
-    MOE_TRY(check_matrix(
-        "rows_in", a.rows_in, &a.rows_in_stride, rows, &a,
-        (needs & ROWS_IN) || ((needs & ROWS_IN_FOR_WEIGHTS) && a.entry_weight_grad), function));
-    MOE_TRY(check_matrix("rows_out", a.rows_out, &a.rows_out_stride, rows, &a, needs & ROWS_OUT,
-                         function));
+    int64_t T = plan->a.tokens, rows = plan->a.rows, element = moe__dtype_size(a.dtype);
+    MOE_TRY(moe__check_matrix("tokens_in", a.tokens_in, &a.tokens_in_stride, T, a.width, element,
+                              needs & TOKENS_IN, function));
+    MOE_TRY(moe__check_matrix("tokens_out", a.tokens_out, &a.tokens_out_stride, T, a.width, element,
+                              needs & TOKENS_OUT, function));
+    bool reads_rows = (needs & ROWS_IN) || ((needs & ROWS_IN_FOR_WEIGHTS) && a.entry_weight_grad);
+    MOE_TRY(moe__check_matrix("rows_in", a.rows_in, &a.rows_in_stride, rows, a.width, element,
+                              reads_rows, function));
+    MOE_TRY(moe__check_matrix("rows_out", a.rows_out, &a.rows_out_stride, rows, a.width, element,
+                              needs & ROWS_OUT, function));
     *job = (moe__rows_job){.workers = {.context = plan->context, .function = function},
                            .plan = &plan->a,
                            .width = a.width,

@@ -3,11 +3,6 @@
 
 #include <string.h>
 
-#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
-#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
-
-typedef long long ll; /* for %lld */
-
 /* ---- config ---------------------------------------------------------------------------------- */
 
 static void experts_defaults(void *instance)
@@ -16,21 +11,12 @@ static void experts_defaults(void *instance)
     *c = (moe_experts_config){.d_out = MOE_SAME, .init_std = MOE_INIT_DEFAULT};
 }
 
-const moe__struct_info moe__experts_config_info = {"moe_experts_config", sizeof(moe_experts_config),
-                                                   sizeof(moe_experts_config), experts_defaults};
+const moe__struct_info moe__experts_config_info = MOE__STRUCT_INFO(moe_experts_config,
+                                                                   experts_defaults);
 
 moe_status moe_experts_config_init(moe_experts_config *config, size_t size)
 {
     return moe__struct_init(&moe__experts_config_info, config, size, __func__);
-}
-
-static moe_status check_range(const char *name, int64_t value, int64_t low, int64_t high,
-                              const char *function)
-{
-    if (value < low || value > high)
-        REFUSE_ARGUMENT("%s is %lld; it must be in [%lld, %lld]", name, (ll)value, (ll)low,
-                        (ll)high);
-    return MOE_OK;
 }
 
 static moe_status check_supported(const moe_experts_config *c, const char *function)
@@ -56,21 +42,22 @@ static moe_status check_supported(const moe_experts_config *c, const char *funct
 moe_status moe__experts_config_check(moe_experts_config *c, const char *function)
 {
     if (c->d_out == MOE_SAME) c->d_out = c->d_model;
-    MOE_TRY(check_range("num_experts", c->num_experts, 1, INT32_MAX, function));
-    MOE_TRY(check_range("d_model", c->d_model, 1, INT64_MAX, function));
-    MOE_TRY(check_range("d_hidden", c->d_hidden, 1, INT64_MAX, function));
-    MOE_TRY(check_range("d_out", c->d_out, 1, INT64_MAX, function));
+    MOE_TRY(moe__check_range("num_experts", c->num_experts, 1, INT32_MAX, function));
+    MOE_TRY(moe__check_range("d_model", c->d_model, 1, INT64_MAX, function));
+    MOE_TRY(moe__check_range("d_hidden", c->d_hidden, 1, INT64_MAX, function));
+    MOE_TRY(moe__check_range("d_out", c->d_out, 1, INT64_MAX, function));
     if (c->activation < MOE_ACTIVATION_SWIGLU)
-        MOE_TRY(check_range("activation", c->activation, 0, MOE_ACTIVATION_SILU, function));
-    MOE_TRY(check_range("activation", c->activation, 0, MOE_ACTIVATION_REGLU, function));
-    MOE_TRY(check_range("bias", c->bias, 0, 1, function));
-    MOE_TRY(check_range("glu_order", c->glu_order, 0, MOE_GLU_INTERLEAVED, function));
-    MOE_TRY(check_range("weight_layout", c->weight_layout, 0, MOE_WEIGHT_OUT_IN, function));
-    MOE_TRY(check_range("storage", c->storage, 0, MOE_STORAGE_PANELS, function));
-    MOE_TRY(check_range("output", c->output, 0, MOE_OUTPUT_SIGMOID, function));
-    MOE_TRY(check_range("weight_position", c->weight_position, 0, MOE_WEIGHT_ON_INPUT, function));
-    MOE_TRY(check_range("parameters", c->parameters, 0, MOE_PARAMETERS_BOUND, function));
-    MOE_TRY(check_range("reserved", c->reserved, 0, 0, function));
+        MOE_TRY(moe__check_range("activation", c->activation, 0, MOE_ACTIVATION_SILU, function));
+    MOE_TRY(moe__check_range("activation", c->activation, 0, MOE_ACTIVATION_REGLU, function));
+    MOE_TRY(moe__check_range("bias", c->bias, 0, 1, function));
+    MOE_TRY(moe__check_range("glu_order", c->glu_order, 0, MOE_GLU_INTERLEAVED, function));
+    MOE_TRY(moe__check_range("weight_layout", c->weight_layout, 0, MOE_WEIGHT_OUT_IN, function));
+    MOE_TRY(moe__check_range("storage", c->storage, 0, MOE_STORAGE_PANELS, function));
+    MOE_TRY(moe__check_range("output", c->output, 0, MOE_OUTPUT_SIGMOID, function));
+    MOE_TRY(
+        moe__check_range("weight_position", c->weight_position, 0, MOE_WEIGHT_ON_INPUT, function));
+    MOE_TRY(moe__check_range("parameters", c->parameters, 0, MOE_PARAMETERS_BOUND, function));
+    MOE_TRY(moe__check_range("reserved", c->reserved, 0, 0, function));
     if (c->init_std != MOE_INIT_DEFAULT && !(c->init_std >= 0 && c->init_std <= 1e300))
         REFUSE_ARGUMENT("init_std is %g; it must be finite and not negative", c->init_std);
     if (c->glu_order != MOE_GLU_SEPARATE && !moe__is_gated(c->activation))

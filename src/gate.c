@@ -6,11 +6,6 @@
 
 #include <string.h>
 
-#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
-#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
-
-typedef long long ll; /* for %lld */
-
 /* ---- config ---------------------------------------------------------------------------------- */
 
 static void gate_defaults(void *instance)
@@ -29,8 +24,7 @@ static void gate_defaults(void *instance)
     };
 }
 
-const moe__struct_info moe__gate_config_info = {"moe_gate_config", sizeof(moe_gate_config),
-                                                sizeof(moe_gate_config), gate_defaults};
+const moe__struct_info moe__gate_config_info = MOE__STRUCT_INFO(moe_gate_config, gate_defaults);
 
 moe_status moe_gate_config_init(moe_gate_config *config, size_t size)
 {
@@ -38,15 +32,6 @@ moe_status moe_gate_config_init(moe_gate_config *config, size_t size)
 }
 
 double moe_init_default(void) { return MOE_INIT_DEFAULT; }
-
-static moe_status check_range(const char *name, int64_t value, int64_t low, int64_t high,
-                              const char *function)
-{
-    if (value < low || value > high)
-        REFUSE_ARGUMENT("%s is %lld; it must be in [%lld, %lld]", name, (ll)value, (ll)low,
-                        (ll)high);
-    return MOE_OK;
-}
 
 /* Finite and not negative. */
 static moe_status check_factor(const char *name, double value, const char *function)
@@ -65,26 +50,27 @@ static moe_status check_finite(const char *name, double value, const char *funct
 /* Fields that hold one of a few numbers. */
 static moe_status check_choices(const moe_gate_config *c, const char *function)
 {
-    MOE_TRY(check_range("kind", c->kind, MOE_GATE_TOP_K, MOE_GATE_SINKHORN, function));
-    MOE_TRY(check_range("score", c->score, MOE_SCORE_SOFTMAX, MOE_SCORE_SIGMOID, function));
-    MOE_TRY(check_range("order", c->order, 0, MOE_ORDER_SCORE_THEN_SELECT, function));
-    MOE_TRY(check_range("renormalize", c->renormalize, 0, 1, function));
-    MOE_TRY(check_range("bias", c->bias, 0, 1, function));
-    MOE_TRY(check_range("selection_bias", c->selection_bias, 0, 1, function));
-    MOE_TRY(check_range("group_score", c->group_score, 0, 1, function));
-    MOE_TRY(check_range("cv_ddof", c->cv_ddof, 0, 1, function));
-    MOE_TRY(check_range("stream_id", c->stream_id, 0, 255, function));
-    MOE_TRY(check_range("sequence_score", c->sequence_score, 0, MOE_SCORE_SIGMOID, function));
-    MOE_TRY(check_range("sequence_counts", c->sequence_counts, 0, MOE_SEQUENCE_COUNTS_ROUTED,
-                        function));
-    MOE_TRY(check_range("capacity_kind", c->capacity_kind, 0, MOE_CAPACITY_FACTOR, function));
-    MOE_TRY(check_range("capacity_rounding", c->capacity_rounding, 0, MOE_ROUND_NEAREST, function));
-    MOE_TRY(check_range("capacity", c->capacity, 0, INT64_MAX, function));
-    MOE_TRY(check_range("capacity_minimum", c->capacity_minimum, 0, INT64_MAX, function));
-    MOE_TRY(check_range("drop_policy", c->drop_policy, 0, MOE_DROP_RANDOM, function));
-    MOE_TRY(check_range("renormalize_after_drop", c->renormalize_after_drop, 0, 1, function));
-    MOE_TRY(check_range("parameters", c->parameters, 0, MOE_PARAMETERS_BOUND, function));
-    return check_range("reserved", c->reserved, 0, 0, function);
+    MOE_TRY(moe__check_range("kind", c->kind, MOE_GATE_TOP_K, MOE_GATE_SINKHORN, function));
+    MOE_TRY(moe__check_range("score", c->score, MOE_SCORE_SOFTMAX, MOE_SCORE_SIGMOID, function));
+    MOE_TRY(moe__check_range("order", c->order, 0, MOE_ORDER_SCORE_THEN_SELECT, function));
+    MOE_TRY(moe__check_range("renormalize", c->renormalize, 0, 1, function));
+    MOE_TRY(moe__check_range("bias", c->bias, 0, 1, function));
+    MOE_TRY(moe__check_range("selection_bias", c->selection_bias, 0, 1, function));
+    MOE_TRY(moe__check_range("group_score", c->group_score, 0, 1, function));
+    MOE_TRY(moe__check_range("cv_ddof", c->cv_ddof, 0, 1, function));
+    MOE_TRY(moe__check_range("stream_id", c->stream_id, 0, 255, function));
+    MOE_TRY(moe__check_range("sequence_score", c->sequence_score, 0, MOE_SCORE_SIGMOID, function));
+    MOE_TRY(moe__check_range("sequence_counts", c->sequence_counts, 0, MOE_SEQUENCE_COUNTS_ROUTED,
+                             function));
+    MOE_TRY(moe__check_range("capacity_kind", c->capacity_kind, 0, MOE_CAPACITY_FACTOR, function));
+    MOE_TRY(moe__check_range("capacity_rounding", c->capacity_rounding, 0, MOE_ROUND_NEAREST,
+                             function));
+    MOE_TRY(moe__check_range("capacity", c->capacity, 0, INT64_MAX, function));
+    MOE_TRY(moe__check_range("capacity_minimum", c->capacity_minimum, 0, INT64_MAX, function));
+    MOE_TRY(moe__check_range("drop_policy", c->drop_policy, 0, MOE_DROP_RANDOM, function));
+    MOE_TRY(moe__check_range("renormalize_after_drop", c->renormalize_after_drop, 0, 1, function));
+    MOE_TRY(moe__check_range("parameters", c->parameters, 0, MOE_PARAMETERS_BOUND, function));
+    return moe__check_range("reserved", c->reserved, 0, 0, function);
 }
 
 static moe_status check_numbers(const moe_gate_config *c, const char *function)
@@ -155,15 +141,15 @@ static moe_status check_clashes(const moe_gate_config *c, const char *function)
 
 moe_status moe__gate_config_check(const moe_gate_config *c, const char *function)
 {
-    MOE_TRY(check_range("num_experts", c->num_experts, 1, INT32_MAX, function));
-    MOE_TRY(check_range("d_model", c->d_model, 0, INT64_MAX, function));
-    MOE_TRY(check_range("expert_groups", c->expert_groups, 1, c->num_experts, function));
-    MOE_TRY(check_range("top_groups", c->top_groups, 1, c->expert_groups, function));
+    MOE_TRY(moe__check_range("num_experts", c->num_experts, 1, INT32_MAX, function));
+    MOE_TRY(moe__check_range("d_model", c->d_model, 0, INT64_MAX, function));
+    MOE_TRY(moe__check_range("expert_groups", c->expert_groups, 1, c->num_experts, function));
+    MOE_TRY(moe__check_range("top_groups", c->top_groups, 1, c->expert_groups, function));
     MOE_TRY(check_choices(c, function));
     MOE_TRY(check_numbers(c, function));
     MOE_TRY(check_supported(c, function));
     if (c->kind != MOE_GATE_SOFTMAX_DENSE)
-        MOE_TRY(check_range("top_k", c->top_k, 1, c->num_experts, function));
+        MOE_TRY(moe__check_range("top_k", c->top_k, 1, c->num_experts, function));
     return check_clashes(c, function);
 }
 
@@ -286,8 +272,8 @@ moe_status moe_cv_squared(double *cv2, void *dv, const void *v, int64_t n, int32
                           int32_t dtype)
 {
     const char *function = __func__;
-    MOE_TRY(check_range("n", n, 0, INT64_MAX / 8, function));
-    MOE_TRY(check_range("ddof", ddof, 0, 1, function));
+    MOE_TRY(moe__check_range("n", n, 0, INT64_MAX / 8, function));
+    MOE_TRY(moe__check_range("ddof", ddof, 0, 1, function));
     if (!v && n > 0) REFUSE_ARGUMENT("v is NULL for %lld elements", (ll)n);
     if (dtype == MOE_DTYPE_BF16 || dtype == MOE_DTYPE_F16)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d is not available on CPU", (int)dtype);
@@ -316,11 +302,11 @@ moe_status moe_noise4(float *out, uint64_t seed, int32_t layer_id, int32_t strea
     const char *function = __func__;
     uint32_t counter[4], bits[4];
     if (!out) REFUSE_ARGUMENT("out is NULL");
-    MOE_TRY(check_range("layer_id", layer_id, 0, 65535, function));
-    MOE_TRY(check_range("stream_id", stream_id, 0, 255, function));
-    MOE_TRY(check_range("step", step, 0, UINT32_MAX, function));
-    MOE_TRY(check_range("token", token, 0, UINT32_MAX, function));
-    MOE_TRY(check_range("block", block, 0, UINT32_MAX, function));
+    MOE_TRY(moe__check_range("layer_id", layer_id, 0, 65535, function));
+    MOE_TRY(moe__check_range("stream_id", stream_id, 0, 255, function));
+    MOE_TRY(moe__check_range("step", step, 0, UINT32_MAX, function));
+    MOE_TRY(moe__check_range("token", token, 0, UINT32_MAX, function));
+    MOE_TRY(moe__check_range("block", block, 0, UINT32_MAX, function));
     fenv_t saved;
     moe__fenv_enter(&saved);
     moe__counter(counter, moe__stream((uint32_t)layer_id, (uint32_t)stream_id, MOE__PURPOSE_NOISE),

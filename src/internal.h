@@ -22,11 +22,25 @@ __attribute__((format(printf, 3, 4)))
 moe_status
 moe__fail(moe_status status, const char *function, const char *format, ...);
 
+/* For functions that are told whom they check for: const char *function. */
+#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
+#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
+
+typedef long long ll; /* for %lld */
+
 #define MOE_TRY(call)                                \
     do {                                             \
         moe_status try_status = (call);              \
         if (try_status != MOE_OK) return try_status; \
     } while (0)
+
+/* MOE_ERROR_INVALID_ARGUMENT with the field's name and value unless low <= value <= high. */
+moe_status moe__check_range(const char *name, int64_t value, int64_t low, int64_t high,
+                            const char *function);
+
+/* A matrix [rows,width] of the host: resolves stride 0, checks it and the size of the whole. */
+moe_status moe__check_matrix(const char *name, const void *data, int64_t *stride, int64_t rows,
+                             int64_t width, int64_t element, bool required, const char *function);
 
 /* ---- structs of growing size (struct.c) ------------------------------------------------------ */
 
@@ -36,6 +50,12 @@ typedef struct moe__struct_info {
     size_t size, first_size;
     void (*defaults)(void *instance); /* writes every field but struct_size */
 } moe__struct_info;
+
+/* A struct that has not grown since its first release. */
+#define MOE__STRUCT_INFO(type, defaults)            \
+    {                                               \
+#type, sizeof(type), sizeof(type), defaults \
+    }
 
 /* One per public struct, each beside the code that owns it. */
 extern const moe__struct_info moe__context_config_info, moe__gate_config_info,
@@ -219,8 +239,7 @@ typedef struct moe__parameter {
     void **data_each, **grad_each; /* [E] or NULL; point into `lists` */
     void **lists;                  /* [2E] or NULL; kept once allocated */
     int64_t data_stride[MOE_MAX_DIMS], grad_stride[MOE_MAX_DIMS];
-    int32_t owned;      /* data is own_data */
-    int32_t owned_grad; /* grad is own_grad */
+    int32_t owned; /* data is own_data */
 } moe__parameter;
 
 enum { MOE__MAX_PARAMETERS = 6 };

@@ -11,9 +11,6 @@
 
 #include <string.h>
 
-#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
-#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
-
 /* ---- forward --------------------------------------------------------------------------------- */
 
 /* The empty plan of a gate: K entries for every token, to be filled by the route step. */
@@ -86,7 +83,6 @@ static void fill_route_job(moe_pass *pass, const moe__forward *f)
                                   MOE__PURPOSE_NOISE);
     r->step = a->step;
     r->token_first = a->token_first;
-    r->train = (a->flags & MOE_FORWARD_TRAIN) != 0;
     r->keep_ids = f->replay;
     r->token_begin = pass->plan.a.token_begin;
     r->expert_of_entry = pass->plan.a.expert_of_entry;
@@ -275,7 +271,6 @@ moe_status moe__run_forward(moe_pass *pass, const moe_forward_args *args, int32_
 
     pass->uses = uses;
     pass->routed = f.route;
-    pass->flags = f.a.flags;
     pass->state = status != MOE_OK                      ? MOE__PASS_FAILED
                   : shape.save                          ? MOE__PASS_SAVED
                   : (f.a.flags & MOE_FORWARD_PLAN_ONLY) ? MOE__PASS_PLAN
@@ -390,7 +385,6 @@ static moe_status gate_backward_step(moe_pass *pass, const moe_backward_args *b,
     }
     g->d_logits_out = want_dx ? b->d_logits_out : NULL;
     g->d_logits_stride = b->d_logits_stride;
-    g->overwrite = 0; /* set to zero before: what this forward did not use has gradient 0 */
     g->logits_from_host = pass->logits_from_host;
     return kernels->gate_backward(g);
 }
@@ -403,6 +397,7 @@ static moe_status backward_steps(moe_pass *pass, const moe_backward_args *b, int
                      !(b->flags & MOE_BACKWARD_SKIP_PARAMETERS);
     if (with_experts) MOE_TRY(experts_backward_step(pass, b, kernels));
     if (!pass->gate || !(uses & MOE__USE_GATE)) return MOE_OK;
+    /* Parameters that this forward did not use have gradient 0: set all to it, then add. */
     if (overwrite) MOE_TRY(moe_gate_zero_gradients(pass->gate, NULL));
     return pass->routed ? gate_backward_step(pass, b, with_experts, kernels) : MOE_OK;
 }

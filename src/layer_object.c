@@ -1,16 +1,12 @@
 /* layer_object.c - the layer object: its config and its life. Its steps are in layer.c. */
 #include "pass_state.h"
 
-#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
-#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
-
 static void layer_defaults(void *instance)
 {
     *(moe_layer_config *)instance = (moe_layer_config){0};
 }
 
-const moe__struct_info moe__layer_config_info = {"moe_layer_config", sizeof(moe_layer_config),
-                                                 sizeof(moe_layer_config), layer_defaults};
+const moe__struct_info moe__layer_config_info = MOE__STRUCT_INFO(moe_layer_config, layer_defaults);
 
 moe_status moe_layer_config_init(moe_layer_config *config, size_t size)
 {
@@ -25,8 +21,8 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
     if (g && g->context != e->context)
         REFUSE_ARGUMENT("gate and experts are of different contexts");
     if (g && g->config.num_experts != e->config.num_experts)
-        REFUSE_ARGUMENT("the gate has %lld experts, the pool has %lld",
-                        (long long)g->config.num_experts, (long long)e->config.num_experts);
+        REFUSE_ARGUMENT("the gate has %lld experts, the pool has %lld", (ll)g->config.num_experts,
+                        (ll)e->config.num_experts);
     if (g && g->config.dtype != e->config.dtype)
         REFUSE_ARGUMENT("the gate's dtype is %d, the pool's is %d", (int)g->config.dtype,
                         (int)e->config.dtype);

@@ -8,11 +8,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
-#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
-
-typedef long long ll; /* for %lld */
-
 /* ---- structs --------------------------------------------------------------------------------- */
 
 static void binding_defaults(void *instance) { *(moe_binding *)instance = (moe_binding){0}; }
@@ -21,11 +16,9 @@ static void record_defaults(void *instance)
     *(moe_parameter_record *)instance = (moe_parameter_record){0};
 }
 
-const moe__struct_info moe__binding_info = {"moe_binding", sizeof(moe_binding), sizeof(moe_binding),
-                                            binding_defaults};
-const moe__struct_info moe__parameter_record_info = {"moe_parameter_record",
-                                                     sizeof(moe_parameter_record),
-                                                     sizeof(moe_parameter_record), record_defaults};
+const moe__struct_info moe__binding_info = MOE__STRUCT_INFO(moe_binding, binding_defaults);
+const moe__struct_info moe__parameter_record_info = MOE__STRUCT_INFO(moe_parameter_record,
+                                                                     record_defaults);
 
 moe_status moe_binding_init(moe_binding *binding, size_t size)
 {
@@ -168,7 +161,6 @@ static void use_own(moe__parameter *p)
     p->grad = p->own_grad;
     p->data_each = p->grad_each = NULL;
     p->owned = p->own_data != NULL;
-    p->owned_grad = p->own_grad != NULL;
     contiguous(p->data_stride, p->shape, p->dims);
     contiguous(p->grad_stride, p->shape, p->dims);
 }
@@ -428,7 +420,7 @@ static moe_status bind(moe__parameter_list *list, int64_t index, const moe_bindi
     p->grad_each = b.grad_per_expert ? p->lists + E : NULL;
     memcpy(p->data_stride, data_stride, sizeof data_stride);
     memcpy(p->grad_stride, grad_stride, sizeof grad_stride);
-    p->owned = p->owned_grad = 0;
+    p->owned = 0;
     return MOE_OK;
 }
 

@@ -12,8 +12,6 @@
 
 #include <string.h>
 
-#define REFUSE_ARGUMENT(...) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, function, __VA_ARGS__)
-
 typedef struct fill {
     const moe__parameter_list *list;
     const moe__parameter *p;

@@ -3,11 +3,6 @@
 
 #include <string.h>
 
-#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
-#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
-
-typedef long long ll; /* for %lld */
-
 /* ---- structs --------------------------------------------------------------------------------- */
 
 static void forward_defaults(void *instance)
@@ -24,16 +19,14 @@ static void losses_defaults(void *instance) { *(moe_losses *)instance = (moe_los
 static void stats_defaults(void *instance) { *(moe_stats *)instance = (moe_stats){0}; }
 static void view_defaults(void *instance) { *(moe_tensor_view *)instance = (moe_tensor_view){0}; }
 
-#define INFO(type, defaults)                        \
-    {                                               \
-#type, sizeof(type), sizeof(type), defaults \
-    }
-const moe__struct_info moe__forward_args_info = INFO(moe_forward_args, forward_defaults);
-const moe__struct_info moe__backward_args_info = INFO(moe_backward_args, backward_defaults);
-const moe__struct_info moe__pass_config_info = INFO(moe_pass_config, config_defaults);
-const moe__struct_info moe__losses_info = INFO(moe_losses, losses_defaults);
-const moe__struct_info moe__stats_info = INFO(moe_stats, stats_defaults);
-const moe__struct_info moe__tensor_view_info = INFO(moe_tensor_view, view_defaults);
+const moe__struct_info moe__forward_args_info = MOE__STRUCT_INFO(moe_forward_args,
+                                                                 forward_defaults);
+const moe__struct_info moe__backward_args_info = MOE__STRUCT_INFO(moe_backward_args,
+                                                                  backward_defaults);
+const moe__struct_info moe__pass_config_info = MOE__STRUCT_INFO(moe_pass_config, config_defaults);
+const moe__struct_info moe__losses_info = MOE__STRUCT_INFO(moe_losses, losses_defaults);
+const moe__struct_info moe__stats_info = MOE__STRUCT_INFO(moe_stats, stats_defaults);
+const moe__struct_info moe__tensor_view_info = MOE__STRUCT_INFO(moe_tensor_view, view_defaults);
 
 moe_status moe_forward_args_init(moe_forward_args *args, size_t size)
 {

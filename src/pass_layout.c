@@ -38,6 +38,8 @@ static void lay_out_losses(moe_pass *pass, moe__arena *arena, const moe__pass_sh
                                   : NULL;
     l->sequence_counts = s->sequence ? moe__arena_take(arena, by_group, sizeof *l->sequence_counts)
                                      : NULL;
+    l->sequence_scale = s->sequence ? moe__arena_take(arena, s->groups, sizeof *l->sequence_scale)
+                                    : NULL;
     l->plain_ids = s->plain_counts
                        ? moe__arena_take(arena, moe__mul(s->tokens, s->top_k), sizeof *l->plain_ids)
                        : NULL;
@@ -158,12 +160,12 @@ static moe_status grow(moe_pass *pass, int64_t bytes, int64_t keep, const char *
 {
     if (pass->host_memory)
         return moe__fail(MOE_ERROR_BUFFER_TOO_SMALL, function,
-                         "the pass needs %lld bytes of workspace, the host gave %lld",
-                         (long long)bytes, (long long)pass->capacity);
+                         "the pass needs %lld bytes of workspace, the host gave %lld", (ll)bytes,
+                         (ll)pass->capacity);
     char *memory = moe__alloc(pass->context, bytes);
     if (!memory)
         return moe__fail(MOE_ERROR_OUT_OF_MEMORY, function, "no %lld bytes for the pass",
-                         (long long)bytes);
+                         (ll)bytes);
     if (keep > 0) memcpy(memory, pass->memory, (size_t)keep);
     moe__free(pass->context, pass->memory, pass->capacity);
     pass->memory = memory;
@@ -179,7 +181,7 @@ moe_status moe__pass_make_room(moe_pass *pass, const moe__pass_shape *shape, boo
     if (bytes < 0)
         return moe__fail(MOE_ERROR_OVERFLOW, function,
                          "the pass for %lld tokens is larger than the address space",
-                         (long long)shape->tokens);
+                         (ll)shape->tokens);
     if (bytes > pass->capacity)
         MOE_TRY(grow(pass, bytes, keep_plan ? plan_bytes(shape) : 0, function));
     moe__arena arena = {pass->memory, 0};

@@ -7,6 +7,12 @@
 
 #include "backend.h"
 
+/* Every flag of a forward. */
+enum {
+    MOE__FORWARD_FLAGS = MOE_FORWARD_TRAIN | MOE_FORWARD_NO_SAVE | MOE_FORWARD_PLAN_ONLY |
+                         MOE_FORWARD_RECOMPUTE | MOE_FORWARD_ADD
+};
+
 /* What a pass must have room for. */
 typedef struct moe__pass_shape {
     const moe_gate_config *gate;       /* NULL: no gate */
@@ -41,7 +47,6 @@ struct moe_pass {
     int64_t used;     /* most bytes of it that a forward or reserve has needed */
     int32_t host_memory;
     int32_t state;
-    uint64_t flags; /* of the last forward */
     int32_t uses;   /* MOE__USE_*: what the last forward ran over */
     int32_t routed; /* 1: its gate ran, 0: a plan with weights was replayed */
     int32_t gate_saw_x;

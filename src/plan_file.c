@@ -13,11 +13,7 @@
 
 #include <string.h>
 
-#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
-#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
 #define CORRUPT(...) REFUSE(MOE_ERROR_CORRUPT_DATA, __VA_ARGS__)
-
-typedef long long ll; /* for %lld */
 
 static const char MAGIC[8] = {'M', 'O', 'E', 'P', 'L', 'A', 'N', '1'};
 

@@ -1,6 +1,7 @@
 /* check_big.c - beyond 2^31 elements, by sparse mappings: strides and offsets that do not fit 32
  * bits give the same bytes as compact memory; and sizes that fit nothing are refused. */
 #include "support/layer_case.h"
+#include "support/suite.h"
 
 #include <check.h>
 #include <stdlib.h>
@@ -175,9 +176,5 @@ int main(void)
     tcase_add_test(tests, test_big_strides_of_experts);
     tcase_add_test(tests, test_big_sizes_are_refused);
     suite_add_tcase(suite, tests);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return run_suite(suite, 1);
 }

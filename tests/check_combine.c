@@ -1,6 +1,7 @@
 /* check_combine.c - dispatch and combine of plan.h, in both directions, and the kernels behind
  * them. */
 #include "support/plan_case.h"
+#include "support/suite.h"
 
 /* ---- dispatch and combine -------------------------------------------------------------------- */
 
@@ -435,9 +436,5 @@ int main(void)
     tcase_add_loop_test(tests, test_plan_rows_keeps_rows_case, 0, CASES);
     tcase_add_test(tests, test_rows_same_bytes_everywhere);
     suite_add_tcase(suite, tests);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return run_suite(suite, 1);
 }

@@ -1,6 +1,7 @@
 /* check_context.c - context.h and comm.h: config, memory, log, life, and how many threads there
  * are. */
 #include "support/context_host.h"
+#include "support/suite.h"
 
 /* ---- config ---------------------------------------------------------------------------------- */
 
@@ -438,9 +439,5 @@ int main(void)
     Suite *suite = suite_create("context");
     add_object_tests(suite);
     add_cpus_tests(suite);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+    return run_suite(suite, 1);
 }

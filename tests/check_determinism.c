@@ -4,6 +4,7 @@
  *
  * Sizes give at least 8 tiles a product and are no multiple of a tile. */
 #include "support/layer_cases.h"
+#include "support/suite.h"
 
 #include <check.h>
 #include <fenv.h>
@@ -463,9 +464,5 @@ int main(void)
     tcase_add_test(tests, test_layer_survives_every_failure_of_the_hosts_loop);
     tcase_add_loop_test(tests, test_determinism_over_splits_of_the_batch, 0, 2);
     suite_add_tcase(suite, tests);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return run_suite(suite, 1);
 }

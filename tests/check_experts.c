@@ -3,6 +3,7 @@
  * are shared. */
 #include "support/bad_fields.h"
 #include "support/layer_case.h"
+#include "support/suite.h"
 
 #include <check.h>
 #include <math.h>
@@ -10,14 +11,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define COUNT(table) (sizeof(table) / sizeof *(table))
-#define REFUSED(status, call)                                               \
-    do {                                                                    \
-        moe_status refused_status = (call);                                 \
-        ck_assert_msg(refused_status == (status), "%s gave %s (%s)", #call, \
-                      moe_status_name(refused_status), moe_last_error());   \
-    } while (0)
 
 /* A pool's own calls with a host's plan. */
 static const layer_case base = {.name = "pool",
@@ -31,18 +24,6 @@ static const layer_case base = {.name = "pool",
                                 .no_gate = 2,
                                 .expert_bias = 1,
                                 .activation = MOE_ACTIVATION_SWIGLU};
-
-static void begin(layer_run *r, layer_case *c, int32_t dtype)
-{
-    layer_case_make(c, 9);
-    layer_run_make(r, c, dtype, NULL);
-}
-
-static void end(layer_run *r, layer_case *c)
-{
-    layer_run_free(r);
-    layer_case_free(c);
-}
 
 /* ---- creation -------------------------------------------------------------------------------- */
 
@@ -133,7 +114,7 @@ START_TEST(test_experts_calls_refuse_null)
     moe_experts_config e;
     moe_parameter_record record;
     uint8_t touched[5] = {7, 7, 7, 7, 7};
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     MUST(moe_experts_config_init(&e, sizeof e));
     MUST(moe_parameter_record_init(&record, sizeof record));
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_experts_create(NULL, r.context, &e));
@@ -166,7 +147,7 @@ START_TEST(test_experts_calls_refuse_null)
     ck_assert_int_eq(moe_experts_parameter_find(r.experts, NULL), -1);
     ck_assert(touched[0] == 7 && !pool && !pass);
     moe_experts_destroy(NULL);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -216,7 +197,7 @@ START_TEST(test_experts_forward_and_backward_refuse_bad_fields)
 {
     layer_case c = base;
     layer_run r;
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     REFUSED(MOE_ERROR_INVALID_STATE, layer_run_backward(&r));
     MUST(layer_run_forward(&r));
     MUST(layer_run_backward(&r));
@@ -245,7 +226,7 @@ START_TEST(test_experts_forward_and_backward_refuse_bad_fields)
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, layer_run_forward(&r));
     r.b.dy = r.dx;
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, layer_run_backward(&r));
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -256,7 +237,7 @@ START_TEST(test_experts_forward_refuses_plans_that_do_not_fit)
     layer_run r;
     moe_plan_args a;
     static const int32_t ids[24] = {0};
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     MUST(moe_plan_args_init(&a, sizeof a));
     a.tokens = 12, a.num_experts = 4, a.top_k = 2, a.expert_ids = ids;
     MUST(moe_plan_build(r.plan, &a));
@@ -266,7 +247,7 @@ START_TEST(test_experts_forward_refuses_plans_that_do_not_fit)
     MUST(moe_plan_build(r.plan, &a));
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, layer_run_forward(&r));
     ck_assert_ptr_nonnull(strstr(moe_last_error(), "dtype"));
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -279,7 +260,7 @@ START_TEST(test_experts_forward_through_a_layers_pass_is_the_plain_sum)
     moe_layer_config l;
     moe_layer *layer = NULL;
     moe_pass *pass = NULL;
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     MUST(layer_run_forward(&r));
     size_t bytes = 12 * 4 * sizeof(float);
     float *y = malloc(bytes);
@@ -293,7 +274,7 @@ START_TEST(test_experts_forward_through_a_layers_pass_is_the_plain_sum)
     ck_assert_mem_eq(r.y, y, bytes);
     moe_pass_destroy(pass), moe_layer_destroy(layer);
     free(y);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -305,7 +286,7 @@ START_TEST(test_experts_without_tokens_need_no_pointers)
     moe_plan_args a;
     moe_backward_args b;
     int64_t count;
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     MUST(layer_run_forward(&r));
     MUST(layer_run_backward(&r));
     MUST(moe_plan_args_init(&a, sizeof a));
@@ -326,7 +307,7 @@ START_TEST(test_experts_without_tokens_need_no_pointers)
     }
     ck_assert_double_gt(sum, 0);
     free(before), free(after);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -494,7 +475,7 @@ START_TEST(test_experts_that_are_not_bound_are_refused)
     moe_experts_config e;
     moe_experts *pool = NULL;
     moe_pass *pass = NULL;
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     MUST(moe_experts_config_init(&e, sizeof e));
     MUST(moe_experts_get_config(r.experts, &e));
     e.parameters = MOE_PARAMETERS_BOUND;
@@ -505,7 +486,7 @@ START_TEST(test_experts_that_are_not_bound_are_refused)
     REFUSED(MOE_ERROR_INVALID_STATE, moe_experts_bind(pool, 0, NULL)); /* it owns none */
     MUST(moe_experts_init_parameters(pool, 1));                        /* leaves bound ones out */
     moe_pass_destroy(pass), moe_experts_destroy(pool);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -516,7 +497,7 @@ START_TEST(test_experts_gradients_that_are_not_wanted_are_left_out)
     layer_case c = base;
     layer_run r;
     int64_t count;
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     MUST(layer_run_forward(&r));
     MUST(layer_run_backward(&r));
     double *all[6], *some;
@@ -544,7 +525,7 @@ START_TEST(test_experts_gradients_that_are_not_wanted_are_left_out)
         MUST(moe_experts_bind(r.experts, index, NULL));
     }
     for (int i = 0; i < 6; i++) free(all[i]);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -558,7 +539,7 @@ START_TEST(test_experts_touched_are_those_with_gradients)
     uint8_t touched[5];
     int64_t count;
     int32_t ids[12];
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     MUST(moe_plan_args_init(&a, sizeof a));
     a.tokens = 12, a.num_experts = 5, a.top_k = 1, a.expert_ids = ids;
     r.b.entry_weight_grad = NULL;
@@ -585,7 +566,7 @@ START_TEST(test_experts_touched_are_those_with_gradients)
     MUST(moe_experts_zero_gradients(r.experts, NULL));
     MUST(moe_experts_touched(r.experts, touched, &count));
     ck_assert_int_eq(count, 0);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -642,7 +623,7 @@ START_TEST(test_experts_one_backward_at_a_time)
     ck_assert_uint_eq(layer_run_hash(&r), want);
     MUST(moe_experts_backward(r.experts, s.pass, &r.b)); /* afterwards it works */
     moe_pass_destroy(s.pass);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -665,9 +646,5 @@ int main(void)
     tcase_add_test(tests, test_experts_touched_are_those_with_gradients);
     tcase_add_test(tests, test_experts_one_backward_at_a_time);
     suite_add_tcase(suite, tests);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return run_suite(suite, 1);
 }

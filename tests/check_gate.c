@@ -3,19 +3,13 @@
  * check_gradients'. */
 #include "support/bad_fields.h"
 #include "support/layer_case.h"
+#include "support/suite.h"
 
 #include <check.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define REFUSED(status, call)                                               \
-    do {                                                                    \
-        moe_status refused_status = (call);                                 \
-        ck_assert_msg(refused_status == (status), "%s gave %s (%s)", #call, \
-                      moe_status_name(refused_status), moe_last_error());   \
-    } while (0)
 
 static const layer_case base = {.name = "gate",
                                 .T = 12,
@@ -27,25 +21,6 @@ static const layer_case base = {.name = "gate",
                                 .router_bias = 1,
                                 .no_experts = 1,
                                 .weight = {0.1, 0.1, 0.1, 0.1, 0.01, 0.1}};
-
-static void begin(layer_run *r, layer_case *c, int32_t dtype)
-{
-    layer_case_make(c, 9);
-    layer_run_make(r, c, dtype, NULL);
-}
-
-static void end(layer_run *r, layer_case *c)
-{
-    layer_run_free(r);
-    layer_case_free(c);
-}
-
-static moe_context *new_context(void)
-{
-    moe_context *context = NULL;
-    MUST(moe_context_create(&context, NULL));
-    return context;
-}
 
 /* ---- creation -------------------------------------------------------------------------------- */
 
@@ -141,8 +116,6 @@ static const bad_field bad_noisy[] = {I(score, MOE_SCORE_SIGMOID), I(order, 1), 
 #undef N
 #undef R
 
-#define COUNT(table) (sizeof(table) / sizeof *(table))
-
 static void refuse_configs(const bad_field *bad, size_t count, const moe_gate_config *good)
 {
     moe_context *context = new_context();
@@ -178,7 +151,7 @@ START_TEST(test_gate_calls_refuse_null)
     moe_gate *gate = NULL;
     moe_pass *pass = NULL;
     moe_gate_config g;
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     MUST(moe_gate_config_init(&g, sizeof g));
     g.num_experts = 3;
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_gate_create(NULL, r.context, &g));
@@ -205,7 +178,7 @@ START_TEST(test_gate_calls_refuse_null)
     ck_assert_int_eq(moe_gate_parameter_find(r.gate, NULL), -1);
     ck_assert_int_eq(moe_gate_parameter_find(r.gate, "w1"), -1);
     moe_gate_destroy(NULL);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -214,7 +187,7 @@ START_TEST(test_gate_get_config_gives_what_was_set)
     layer_case c = base;
     layer_run r;
     moe_gate_config g;
-    begin(&r, &c, MOE_DTYPE_F64);
+    layer_run_begin(&r, &c, MOE_DTYPE_F64);
     MUST(moe_gate_config_init(&g, sizeof g));
     MUST(moe_gate_get_config(r.gate, &g));
     ck_assert_int_eq(g.num_experts, 5);
@@ -224,7 +197,7 @@ START_TEST(test_gate_get_config_gives_what_was_set)
     ck_assert_double_eq(g.z_weight, 0.01);
     ck_assert_int_eq((int64_t)g.struct_size, (int64_t)sizeof g);
     ck_assert_double_eq(moe_init_default(), g.init_std);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -302,7 +275,7 @@ START_TEST(test_gate_forward_refuses_bad_fields)
     layer_case c = base;
     layer_run r;
     double weights[MOE_LOSS_SLOTS] = {0};
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     MUST(layer_run_forward(&r));
     MUST(layer_run_backward(&r));
     refuse_forwards(&r, bad_forwards, COUNT(bad_forwards));
@@ -321,7 +294,7 @@ START_TEST(test_gate_forward_refuses_bad_fields)
     MUST(moe_gate_zero_gradients(r.gate, NULL));
     MUST(layer_run_backward(&r));
     refuse_forwards(&r, bad_grouped, COUNT(bad_grouped));
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -342,7 +315,7 @@ START_TEST(test_gate_backward_refuses_bad_fields)
 {
     layer_case c = base;
     layer_run r;
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     REFUSED(MOE_ERROR_INVALID_STATE, layer_run_backward(&r));
     MUST(layer_run_forward(&r));
     for (size_t i = 0; i < COUNT(bad_backwards); i++) {
@@ -361,7 +334,7 @@ START_TEST(test_gate_backward_refuses_bad_fields)
         MUST(layer_run_forward(&r));
         REFUSED(MOE_ERROR_INVALID_STATE, layer_run_backward(&r));
     }
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -482,7 +455,7 @@ START_TEST(test_gate_keeps_odd_logits_to_their_token)
     moe_plan_view v[2];
     c.kind = MOE_GATE_TOP_K, c.router_bias = 0, c.logits_in = 1, c.order = _i, c.T = 9;
     memset(c.weight, 0, sizeof c.weight);
-    begin(&odd, &c, MOE_DTYPE_F32);
+    layer_run_begin(&odd, &c, MOE_DTYPE_F32);
     layer_run_make(&plain, &c, MOE_DTYPE_F32, NULL);
     float *logits = odd.logits_in;
     logits[3 * 5 + 1] = NAN;
@@ -508,7 +481,7 @@ START_TEST(test_gate_keeps_odd_logits_to_their_token)
     ck_assert_int_eq(v[0].expert_of_entry[10], 2); /* +inf is the largest */
     ck_assert_int_eq(v[0].expert_of_entry[14], 0); /* equals: the lower index */
     layer_run_free(&plain);
-    end(&odd, &c);
+    layer_run_end(&odd, &c);
 }
 END_TEST
 
@@ -525,7 +498,7 @@ START_TEST(test_gate_replay_of_a_token_without_experts_has_gradient_zero)
     if (_i == 2)
         c.kind = MOE_GATE_NOISY_TOP_K, c.order = c.score = c.renormalize = 0,
         c.weight[MOE_LOSS_LOAD] = 0.1;
-    begin(&r, &c, MOE_DTYPE_F64);
+    layer_run_begin(&r, &c, MOE_DTYPE_F64);
     MUST(moe_plan_args_init(&a, sizeof a));
     a.tokens = 3, a.num_experts = 5, a.top_k = 2, a.expert_ids = ids, a.dtype = MOE_DTYPE_F64;
     MUST(moe_plan_create(&r.plan, r.context));
@@ -536,7 +509,7 @@ START_TEST(test_gate_replay_of_a_token_without_experts_has_gradient_zero)
     for (int i = 0; i < 15; i++)
         ck_assert_msg(isfinite(((double *)r.d_logits)[i]), "d_logits[%d] is %g", i,
                       ((double *)r.d_logits)[i]);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -552,7 +525,7 @@ START_TEST(test_gate_dense_replay_counts_plain_scores)
     c.T = 2, c.E = 4, c.kind = MOE_GATE_SOFTMAX_DENSE;
     memset(c.weight, 0, sizeof c.weight);
     c.weight[MOE_LOSS_SEQUENCE] = 1;
-    begin(&r, &c, MOE_DTYPE_F64);
+    layer_run_begin(&r, &c, MOE_DTYPE_F64);
     MUST(moe_losses_init(&plain, sizeof plain));
     MUST(moe_losses_init(&replayed, sizeof replayed));
     MUST(layer_run_forward(&r));
@@ -565,7 +538,7 @@ START_TEST(test_gate_dense_replay_counts_plain_scores)
     MUST(layer_run_forward(&r));
     MUST(moe_pass_losses(r.pass, &replayed));
     ck_assert_double_eq(replayed.value[MOE_LOSS_SEQUENCE], plain.value[MOE_LOSS_SEQUENCE]);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -580,7 +553,7 @@ START_TEST(test_gate_replays_plans_of_varying_k)
     moe_plan_view v;
     const moe_plan *plan;
     c.T = 4;
-    begin(&r, &c, MOE_DTYPE_F64);
+    layer_run_begin(&r, &c, MOE_DTYPE_F64);
     MUST(moe_plan_args_init(&a, sizeof a));
     a.tokens = 4, a.num_experts = 5, a.token_begin = token_begin, a.expert_ids = ids,
     a.id_dtype = MOE_DTYPE_I64;
@@ -601,7 +574,7 @@ START_TEST(test_gate_replays_plans_of_varying_k)
     ck_assert_double_eq(w[4], 0.5); /* the same expert twice */
     ck_assert_double_eq(w[5], 0.5);
     for (int i = 0; i < 20; i++) ck_assert(isfinite(((double *)r.d_logits)[i]));
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -668,7 +641,7 @@ START_TEST(test_gate_backward_forgets_where_x_moved)
 {
     layer_case c = base;
     layer_run r;
-    begin(&r, &c, MOE_DTYPE_F64);
+    layer_run_begin(&r, &c, MOE_DTYPE_F64);
     MUST(layer_run_forward(&r));
     MUST(layer_run_backward(&r));
     uint64_t once = layer_run_hash(&r);
@@ -684,7 +657,7 @@ START_TEST(test_gate_backward_forgets_where_x_moved)
     MUST(layer_run_backward(&r));
     ck_assert_uint_eq(layer_run_hash(&r), once);
     free(copy);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -694,7 +667,7 @@ START_TEST(test_pass_tensor_shows_what_was_made)
     layer_case c = base;
     layer_run r;
     moe_tensor_view v;
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     MUST(moe_tensor_view_init(&v, sizeof v));
     for (int32_t what = MOE_TENSOR_LOGITS; what <= MOE_TENSOR_ROWS; what++)
         REFUSED(MOE_ERROR_INVALID_STATE, moe_pass_tensor(r.pass, what, &v));
@@ -720,7 +693,7 @@ START_TEST(test_pass_tensor_shows_what_was_made)
     for (int32_t what = MOE_TENSOR_LOGITS; what <= MOE_TENSOR_NOISE_STD; what++)
         REFUSED(MOE_ERROR_INVALID_STATE, moe_pass_tensor(r.pass, what, &v));
     MUST(moe_pass_tensor(r.pass, MOE_TENSOR_LOAD, &v));
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -780,9 +753,5 @@ int main(void)
     tcase_add_test(tests, test_pass_tensor_shows_what_was_made);
     tcase_add_test(tests, test_gate_noise_is_the_documented_philox);
     suite_add_tcase(suite, tests);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return run_suite(suite, 1);
 }

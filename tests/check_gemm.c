@@ -4,6 +4,8 @@
  * of 4096 rows, segments in order. A variant must give the same bytes, tiles in any order, scratch
  * full of rubbish, and may touch nothing else. Values of both types are kept in double, which
  * holds a float. */
+#include "support/suite.h"
+
 #include <check.h>
 #include <math.h>
 #include <pthread.h>
@@ -633,9 +635,5 @@ int main(void)
     tcase_add_loop_test(tcase, test_gemm_dw_random, 0, 5);
     tcase_add_test(tcase, test_gemm_dw_concurrent_tiles);
     suite_add_tcase(suite, tcase);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return run_suite(suite, 1);
 }

@@ -6,6 +6,7 @@
  * The selection is held still: the reference by fixed_ids, the library by replaying the plan with
  * MOE_PLAN_IDS. MOE_VERBOSE=1 prints the largest error of each name. */
 #include "support/layer_cases.h"
+#include "support/suite.h"
 
 #include <check.h>
 #include <float.h>
@@ -424,11 +425,7 @@ int main(void)
     tcase_add_test(tests, test_gradients_of_linear_parts_are_adjoint);
     tcase_add_test(tests, test_gradients_of_logits_are_adjoint);
     suite_add_tcase(suite, tests);
-    SRunner *runner = srunner_create(suite);
-    srunner_set_fork_status(runner, CK_NOFORK); /* so that the errors can be collected */
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
+    int failed = run_suite(suite, 0);
     print_worst();
-    return failed != 0;
+    return failed;
 }

@@ -3,19 +3,12 @@
  * pass.h. */
 #include "support/bad_fields.h"
 #include "support/layer_cases.h"
+#include "support/suite.h"
 
 #include <check.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define COUNT(table) (sizeof(table) / sizeof *(table))
-#define REFUSED(status, call)                                               \
-    do {                                                                    \
-        moe_status refused_status = (call);                                 \
-        ck_assert_msg(refused_status == (status), "%s gave %s (%s)", #call, \
-                      moe_status_name(refused_status), moe_last_error());   \
-    } while (0)
 
 /* ---- the reference --------------------------------------------------------------------------- */
 
@@ -73,25 +66,6 @@ static const layer_case base = {.name = "layer",
                                 .expert_bias = 1,
                                 .weight = {0.1, 0.1, 0.1, 0.1, 0.01, 0.1}};
 
-static void begin(layer_run *r, layer_case *c, int32_t dtype)
-{
-    layer_case_make(c, 9);
-    layer_run_make(r, c, dtype, NULL);
-}
-
-static void end(layer_run *r, layer_case *c)
-{
-    layer_run_free(r);
-    layer_case_free(c);
-}
-
-static moe_context *new_context(void)
-{
-    moe_context *context = NULL;
-    MUST(moe_context_create(&context, NULL));
-    return context;
-}
-
 static int some_number;
 #define I(field, value) BAD_INTEGER(moe_forward_args, field, value, INVALID_ARGUMENT)
 #define P(field, value) BAD_POINTER(moe_forward_args, field, value, INVALID_ARGUMENT)
@@ -135,7 +109,7 @@ START_TEST(test_layer_forward_and_backward_refuse_bad_fields)
 {
     layer_case c = base;
     layer_run r;
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     REFUSED(MOE_ERROR_INVALID_STATE, layer_run_backward(&r)); /* no forward yet */
     MUST(layer_run_forward(&r));
     MUST(layer_run_backward(&r));
@@ -166,7 +140,7 @@ START_TEST(test_layer_forward_and_backward_refuse_bad_fields)
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, layer_run_forward(&r));
     r.b.dx = r.dy;
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, layer_run_backward(&r));
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -179,7 +153,7 @@ START_TEST(test_layer_and_pass_calls_refuse_null)
     moe_layer_config l;
     const moe_plan *plan = NULL;
     moe_pass *pass = NULL;
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     MUST(layer_run_forward(&r));
     MUST(moe_losses_init(&losses, sizeof losses));
     MUST(moe_stats_init(&stats, sizeof stats));
@@ -225,7 +199,7 @@ START_TEST(test_layer_and_pass_calls_refuse_null)
     ck_assert_int_ge(moe_layer_parameter_find(r.layer, "experts.w1"), 0);
     ck_assert_int_eq(moe_layer_parameter_find(r.layer, "w1"), -1);
     moe_layer_destroy(NULL), moe_pass_destroy(NULL);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -235,7 +209,7 @@ START_TEST(test_layer_create_refuses_what_does_not_fit)
     layer_run r;
     moe_layer *layer = NULL;
     moe_layer_config l;
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     moe_context *other = new_context();
     moe_comm *comm = NULL;
     moe_gate_config g;
@@ -274,7 +248,7 @@ START_TEST(test_layer_create_refuses_what_does_not_fit)
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_create(&layer, &l));
     ck_assert_ptr_null(layer);
     moe_gate_destroy(gate), moe_comm_destroy(comm), moe_context_destroy(other);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -283,7 +257,7 @@ START_TEST(test_pass_of_another_object_is_refused)
     layer_case c = base;
     layer_run r, other;
     moe_pass *of_gate = NULL;
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     layer_run_make(&other, &c, MOE_DTYPE_F32, NULL);
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_forward(r.layer, other.pass, &r.f));
     MUST(moe_pass_create_for_gate(&of_gate, r.gate, NULL));
@@ -296,7 +270,7 @@ START_TEST(test_pass_of_another_object_is_refused)
     MUST(moe_gate_forward(r.gate, of_gate, &f));
     moe_pass_destroy(of_gate);
     layer_run_free(&other);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -307,7 +281,7 @@ START_TEST(test_layer_flags_add_overwrite_and_skip)
     layer_case c = base;
     layer_run r;
     int64_t count;
-    begin(&r, &c, MOE_DTYPE_F64);
+    layer_run_begin(&r, &c, MOE_DTYPE_F64);
     double *y = malloc((size_t)(c.T * c.D) * 8), *dx = malloc((size_t)(c.T * c.D) * 8);
     MUST(layer_run_forward(&r));
     MUST(layer_run_backward(&r));
@@ -341,7 +315,7 @@ START_TEST(test_layer_flags_add_overwrite_and_skip)
     ck_assert_double_eq(((double *)r.dx)[7], dx[7]);
     free(y), free(dx), free(once), free(gate_once), free(twice), free(set), free(gate_set),
         free(zero);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -407,7 +381,7 @@ START_TEST(test_layer_recompute_is_the_plain_step_and_counts_losses_once)
     layer_case c = base;
     layer_run r;
     double losses_out[MOE_LOSS_SLOTS], stats_out[MOE_STAT_SLOTS], untouched[MOE_LOSS_SLOTS] = {-7};
-    begin(&r, &c, MOE_DTYPE_F64);
+    layer_run_begin(&r, &c, MOE_DTYPE_F64);
     r.f.losses_out = losses_out;
     r.f.stats_out = stats_out;
     MUST(layer_run_forward(&r));
@@ -434,7 +408,7 @@ START_TEST(test_layer_recompute_is_the_plain_step_and_counts_losses_once)
     MUST(moe_pass_losses(r.pass, &losses));
     for (int i = 0; i < MOE_LOSS_SLOTS; i++) ck_assert_double_eq(losses.value[i], losses_out[i]);
     ck_assert_double_eq(stats_out[MOE_STAT_TOKENS], 12);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -444,7 +418,7 @@ START_TEST(test_layer_replays_plans)
     layer_run r, again;
     const moe_plan *routed;
     moe_plan *plan = NULL;
-    begin(&r, &c, MOE_DTYPE_F64);
+    layer_run_begin(&r, &c, MOE_DTYPE_F64);
     layer_run_make(&again, &c, MOE_DTYPE_F64, NULL);
     MUST(layer_run_forward(&r));
     MUST(layer_run_backward(&r));
@@ -479,7 +453,7 @@ START_TEST(test_layer_replays_plans)
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, layer_run_forward(&again));
     moe_plan_destroy(plan);
     layer_run_free(&again);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -488,7 +462,7 @@ START_TEST(test_layer_keeps_a_nan_token_to_itself)
     layer_case c = base;
     layer_run r, clean;
     memset(c.weight, 0, sizeof c.weight);
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     layer_run_make(&clean, &c, MOE_DTYPE_F32, NULL);
     ((float *)r.x)[3 * 6 + 2] = NAN;
     MUST(layer_run_forward(&r));
@@ -500,7 +474,7 @@ START_TEST(test_layer_keeps_a_nan_token_to_itself)
             ck_assert_mem_eq((float *)r.y + i, (float *)clean.y + i, 4);
     }
     layer_run_free(&clean);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -514,7 +488,7 @@ START_TEST(test_layer_is_gate_then_experts)
     layer_run r, parts;
     moe_pass *of_gate = NULL, *of_pool = NULL;
     const moe_plan *plan;
-    begin(&r, &c, _i ? MOE_DTYPE_F64 : MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, _i ? MOE_DTYPE_F64 : MOE_DTYPE_F32);
     layer_run_make(&parts, &c, r.dtype, NULL);
     MUST(layer_run_forward(&r));
     MUST(layer_run_backward(&r));
@@ -537,7 +511,7 @@ START_TEST(test_layer_is_gate_then_experts)
     ck_assert_uint_eq(layer_run_hash(&parts), layer_run_hash(&r));
     moe_pass_destroy(of_gate), moe_pass_destroy(of_pool);
     layer_run_free(&parts);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -548,7 +522,7 @@ START_TEST(test_layer_takes_logits_for_a_gate_of_another_width)
     layer_run r;
     ref_result want;
     c.kind = MOE_GATE_TOP_K, c.logits_in = 1, c.gate_D = _i ? 20 : 3, c.weight[MOE_LOSS_LOAD] = 0;
-    begin(&r, &c, MOE_DTYPE_F64);
+    layer_run_begin(&r, &c, MOE_DTYPE_F64);
     ref_run(&c.p, &want, 1);
     r.f.gate_x = NULL, r.b.d_gate_x = NULL;
     MUST(layer_run_forward(&r));
@@ -559,7 +533,7 @@ START_TEST(test_layer_takes_logits_for_a_gate_of_another_width)
         ck_assert_double_eq_tol(dx[i], want.dx[i], 1e-12);
     }
     ref_free(&want);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -571,7 +545,7 @@ START_TEST(test_layer_replay_leaves_padding_out_of_the_statistics)
     moe_stats stats;
     c.replay = 2, c.masked = 1;
     memset(c.weight, 0, sizeof c.weight);
-    begin(&r, &c, MOE_DTYPE_F64);
+    layer_run_begin(&r, &c, MOE_DTYPE_F64);
     double tokens = 0, entries = 0;
     for (int64_t n = 0; n < c.T * c.K; n++) entries += c.mask[n / c.K] && c.ids[n] >= 0;
     for (int64_t t = 0; t < c.T; t++) tokens += c.mask[t];
@@ -582,7 +556,7 @@ START_TEST(test_layer_replay_leaves_padding_out_of_the_statistics)
     ck_assert_double_eq(stats.value[MOE_STAT_TOKENS], tokens);
     ck_assert_double_eq(stats.value[MOE_STAT_DROPPED], 0);
     ck_assert_double_eq(stats.value[MOE_STAT_ENTRIES], entries);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -595,7 +569,7 @@ START_TEST(test_layers_share_a_pool_with_passes_in_flight)
     moe_layer *tied = NULL;
     moe_pass *passes[4];
     int64_t count;
-    begin(&r, &c, MOE_DTYPE_F64);
+    layer_run_begin(&r, &c, MOE_DTYPE_F64);
     MUST(moe_layer_config_init(&l, sizeof l));
     MUST(moe_layer_get_config(r.layer, &l));
     MUST(moe_layer_create(&tied, &l));
@@ -623,7 +597,7 @@ START_TEST(test_layers_share_a_pool_with_passes_in_flight)
     moe_layer_destroy(tied); /* its passes still hold it */
     for (int i = 0; i < 4; i++) moe_pass_destroy(passes[i]);
     free(once), free(all), free(y), free(dx);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -635,7 +609,7 @@ START_TEST(test_layer_without_tokens_needs_no_pointers)
     moe_forward_args f;
     moe_backward_args b;
     int64_t count;
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     MUST(layer_run_forward(&r));
     MUST(layer_run_backward(&r));
     MUST(moe_forward_args_init(&f, sizeof f));
@@ -650,7 +624,7 @@ START_TEST(test_layer_without_tokens_needs_no_pointers)
             ck_assert_msg(zero[n] == 0, "%s is not overwritten", names[i]);
         free(zero);
     }
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -671,7 +645,7 @@ START_TEST(test_pass_statistics_and_touched_experts)
     moe_stats stats;
     uint8_t touched[5];
     int64_t count;
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     for (int i = 0; i < 50; i++)
         ((float *)r.logits_in)[i] = i / 5 < 7 ? (i % 5 == 2 ? 5.0f : 0.0f)
                                               : (i % 5 == 4 ? 5.0f : 0.0f);
@@ -699,7 +673,7 @@ START_TEST(test_pass_statistics_and_touched_experts)
     MUST(moe_experts_zero_gradients(r.experts, NULL));
     MUST(moe_experts_touched(r.experts, touched, NULL));
     ck_assert(!touched[2]);
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -708,7 +682,7 @@ START_TEST(test_objects_live_as_long_as_they_are_used)
 {
     layer_case c = base;
     layer_run r;
-    begin(&r, &c, MOE_DTYPE_F32);
+    layer_run_begin(&r, &c, MOE_DTYPE_F32);
     moe_context_destroy(r.context), moe_gate_destroy(r.gate), moe_experts_destroy(r.experts);
     MUST(layer_run_forward(&r));
     MUST(layer_run_backward(&r));
@@ -716,7 +690,7 @@ START_TEST(test_objects_live_as_long_as_they_are_used)
     moe_layer_destroy(layer); /* the pass still holds it */
     MUST(moe_layer_forward(layer, r.pass, &r.f));
     r.context = NULL, r.gate = NULL, r.experts = NULL, r.layer = NULL;
-    end(&r, &c);
+    layer_run_end(&r, &c);
 }
 END_TEST
 
@@ -745,9 +719,5 @@ int main(void)
     tcase_add_test(tests, test_pass_statistics_and_touched_experts);
     tcase_add_test(tests, test_objects_live_as_long_as_they_are_used);
     suite_add_tcase(suite, tests);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return run_suite(suite, 1);
 }

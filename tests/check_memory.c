@@ -5,6 +5,7 @@
  * call them, are counted by the linker's --wrap. */
 #include "support/bad_fields.h"
 #include "support/layer_case.h"
+#include "support/suite.h"
 
 #include <check.h>
 #include <stdio.h>
@@ -91,14 +92,6 @@ static moe_context_config failing_config(failing *f)
     k.threads = 2;
     return k;
 }
-
-#define COUNT(table) (sizeof(table) / sizeof *(table))
-#define REFUSED(status, call)                                               \
-    do {                                                                    \
-        moe_status refused_status = (call);                                 \
-        ck_assert_msg(refused_status == (status), "%s gave %s (%s)", #call, \
-                      moe_status_name(refused_status), moe_last_error());   \
-    } while (0)
 
 /* ---- a whole life ---------------------------------------------------------------------------- */
 
@@ -642,9 +635,5 @@ int main(void)
     tcase_add_loop_test(tests, test_memory_of_every_kind_of_pass_is_what_the_query_said, 0, 4);
     tcase_add_loop_test(tests, test_memory_of_a_pass_is_what_the_query_said, 0, 2);
     suite_add_tcase(suite, tests);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return run_suite(suite, 1);
 }

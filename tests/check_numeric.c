@@ -3,6 +3,8 @@
  * The checksums must hold for every compiler, optimisation level and vector width, so each sweep is
  * a loop that the compiler may vectorise. -DCHECK_STRIDE=61 -DCHECK_PRINT measures the errors that
  * numeric.h states (minutes). */
+#include "support/suite.h"
+
 #include <check.h>
 #include <float.h>
 #include <math.h>
@@ -440,9 +442,5 @@ int main(void)
     tcase_add_test(tcase, test_numeric_normal4_golden);
     tcase_add_test(tcase, test_numeric_normal4_moments);
     suite_add_tcase(suite, tcase);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return run_suite(suite, 1);
 }

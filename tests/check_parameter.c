@@ -2,6 +2,7 @@
  * zeroing. */
 #include "philox.h"
 #include "support/layer_case.h"
+#include "support/suite.h"
 
 #include <check.h>
 #include <math.h>
@@ -10,20 +11,12 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#define OK(call) ck_assert_msg((call) == MOE_OK, "%s: %s", #call, moe_last_error())
-#define REFUSED(status, call)                                               \
-    do {                                                                    \
-        moe_status refused_status = (call);                                 \
-        ck_assert_msg(refused_status == (status), "%s gave %s (%s)", #call, \
-                      moe_status_name(refused_status), moe_last_error());   \
-    } while (0)
-
 enum { E = 4, D = 5, F = 6, O = 3 };
 
 static moe_experts_config pool_config(void)
 {
     moe_experts_config e;
-    OK(moe_experts_config_init(&e, sizeof e));
+    MUST(moe_experts_config_init(&e, sizeof e));
     e.d_model = D, e.d_hidden = F, e.d_out = O, e.num_experts = E, e.bias = 1;
     e.activation = MOE_ACTIVATION_SWIGLU;
     return e;
@@ -32,8 +25,8 @@ static moe_experts_config pool_config(void)
 static moe_experts *make_pool(moe_context **context, const moe_experts_config *config)
 {
     moe_experts *pool = NULL;
-    OK(moe_context_create(context, NULL));
-    OK(moe_experts_create(&pool, *context, config));
+    MUST(moe_context_create(context, NULL));
+    MUST(moe_experts_create(&pool, *context, config));
     return pool;
 }
 
@@ -42,8 +35,8 @@ static moe_parameter_record record(const moe_experts *pool, const char *name)
     moe_parameter_record p;
     int64_t index = moe_experts_parameter_find(pool, name);
     ck_assert_msg(index >= 0, "there is no %s", name);
-    OK(moe_parameter_record_init(&p, sizeof p));
-    OK(moe_experts_parameter(pool, index, &p));
+    MUST(moe_parameter_record_init(&p, sizeof p));
+    MUST(moe_experts_parameter(pool, index, &p));
     return p;
 }
 
@@ -126,8 +119,8 @@ START_TEST(test_parameter_of_a_layer_carries_its_objects_name)
     ck_assert_int_eq(moe_layer_parameter_count(r.layer), 5);
     for (int i = 0; i < 5; i++) {
         moe_parameter_record p;
-        OK(moe_parameter_record_init(&p, sizeof p));
-        OK(moe_layer_parameter(r.layer, i, &p));
+        MUST(moe_parameter_record_init(&p, sizeof p));
+        MUST(moe_layer_parameter(r.layer, i, &p));
         ck_assert_str_eq(p.name, names[i]);
         ck_assert_int_eq(moe_layer_parameter_find(r.layer, names[i]), i);
         ck_assert_int_eq(p.sharding, i < 3 ? MOE_SHARD_REPLICATED : MOE_SHARD_EXPERT);
@@ -163,7 +156,7 @@ START_TEST(test_parameter_init_is_the_same_in_every_layout)
     e.weight_layout = _i / 4 % 2, e.glu_order = _i % 4,
     e.dtype = _i / 8 ? MOE_DTYPE_F64 : MOE_DTYPE_F32;
     moe_experts *pool = make_pool(&context, &e);
-    OK(moe_experts_init_parameters(pool, 77));
+    MUST(moe_experts_init_parameters(pool, 77));
     int fused = e.glu_order != MOE_GLU_SEPARATE;
     for (uint32_t x = 0; x < E; x++)
         for (uint32_t i = 0; i < D; i++)
@@ -201,18 +194,18 @@ START_TEST(test_parameter_init_of_gates_follows_the_rule)
                  {MOE_GATE_NOISY_TOP_K, 0.5, 0.5},
                  {MOE_GATE_TOP_K, 0, 0}};
     moe_context *context;
-    OK(moe_context_create(&context, NULL));
+    MUST(moe_context_create(&context, NULL));
     for (int c = 0; c < 4; c++) {
         moe_gate_config g;
         moe_gate *gate;
         moe_parameter_record p;
         double sum = 0;
-        OK(moe_gate_config_init(&g, sizeof g));
+        MUST(moe_gate_config_init(&g, sizeof g));
         g.d_model = 60, g.num_experts = 50, g.kind = cases[c].kind, g.init_std = cases[c].std;
-        OK(moe_gate_create(&gate, context, &g));
-        OK(moe_gate_init_parameters(gate, 3));
-        OK(moe_parameter_record_init(&p, sizeof p));
-        OK(moe_gate_parameter(gate, 0, &p));
+        MUST(moe_gate_create(&gate, context, &g));
+        MUST(moe_gate_init_parameters(gate, 3));
+        MUST(moe_parameter_record_init(&p, sizeof p));
+        MUST(moe_gate_parameter(gate, 0, &p));
         for (int64_t i = 0; i < p.element_count; i++) sum += value_at(&p, i) * value_at(&p, i);
         ck_assert_double_eq_tol(sqrt(sum / 3000), cases[c].want, 0.05 * cases[c].want + 1e-12);
         moe_gate_destroy(gate);
@@ -241,7 +234,7 @@ START_TEST(test_parameter_bind_refuses_what_cannot_be)
     moe_experts *pool = make_pool(&context, &e);
     moe_parameter_record own = record(pool, "w1");
     moe_binding good;
-    OK(moe_binding_init(&good, sizeof good));
+    MUST(moe_binding_init(&good, sizeof good));
     good.data = data, good.grad = grad;
     BAD_BINDING(MOE_ERROR_INVALID_ARGUMENT, data, NULL);
     BAD_BINDING(MOE_ERROR_INVALID_ARGUMENT, grad, data);
@@ -265,11 +258,11 @@ START_TEST(test_parameter_bind_refuses_what_cannot_be)
     REFUSED(MOE_ERROR_INVALID_ARGUMENT,
             moe_experts_bind(pool, 0, &good)); /* expert 2's are the same */
     grads[2] = grad + 60;
-    OK(moe_experts_bind(pool, 0, &good));
+    MUST(moe_experts_bind(pool, 0, &good));
     ck_assert_ptr_eq(record(pool, "w1").data_per_expert[3], data + 90);
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_experts_bind(pool, 6, &good));
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_experts_bind(NULL, 0, &good));
-    OK(moe_experts_bind(pool, 0, NULL)); /* back to its own memory */
+    MUST(moe_experts_bind(pool, 0, NULL)); /* back to its own memory */
     ck_assert_ptr_eq(record(pool, "w1").data, own.data);
     free_pool(pool, context);
 }
@@ -289,20 +282,20 @@ START_TEST(test_parameter_that_is_not_bound_is_named)
     moe_experts *pool = make_pool(&context, &e);
     ck_assert_ptr_null(record(pool, "w1").data);
     REFUSED(MOE_ERROR_INVALID_STATE, moe_experts_bind(pool, 0, NULL)); /* it owns nothing */
-    OK(moe_pass_create_for_experts(&pass, pool, NULL));
-    OK(moe_plan_create(&plan, context));
+    MUST(moe_pass_create_for_experts(&pass, pool, NULL));
+    MUST(moe_plan_create(&plan, context));
     moe_plan_args a;
     int32_t id = 0;
-    OK(moe_plan_args_init(&a, sizeof a));
+    MUST(moe_plan_args_init(&a, sizeof a));
     a.tokens = 1, a.num_experts = E, a.top_k = 1, a.expert_ids = &id;
-    OK(moe_plan_build(plan, &a));
-    OK(moe_forward_args_init(&f, sizeof f));
+    MUST(moe_plan_build(plan, &a));
+    MUST(moe_forward_args_init(&f, sizeof f));
     f.tokens = 1, f.x = x, f.y = y, f.plan = plan;
     REFUSED(MOE_ERROR_INVALID_STATE, moe_experts_forward(pool, pass, &f));
     ck_assert_ptr_nonnull(strstr(moe_last_error(), "w1"));
-    OK(moe_binding_init(&b, sizeof b));
+    MUST(moe_binding_init(&b, sizeof b));
     b.data = data;
-    OK(moe_experts_bind(pool, 0, &b));
+    MUST(moe_experts_bind(pool, 0, &b));
     REFUSED(MOE_ERROR_INVALID_STATE, moe_experts_forward(pool, pass, &f));
     ck_assert_ptr_nonnull(strstr(moe_last_error(), "b1"));
     moe_pass_destroy(pass), moe_plan_destroy(plan);
@@ -323,20 +316,20 @@ START_TEST(test_parameter_bound_data_is_never_written_and_gaps_are_left_alone)
     moe_binding b;
     ck_assert(read_only != MAP_FAILED);
     for (int i = 0; i < E * 40; i++) grad[i] = 5;
-    OK(moe_binding_init(&b, sizeof b));
+    MUST(moe_binding_init(&b, sizeof b));
     b.data = read_only;
     b.grad = grad + 39; /* experts 40 apart, rows 8 apart and backwards, columns backwards */
     b.grad_stride[0] = 40, b.grad_stride[1] = -8, b.grad_stride[2] = -1;
-    OK(moe_experts_bind(pool, 0, &b));
-    OK(moe_experts_init_parameters(pool, 1));
-    OK(moe_experts_zero_gradients(pool, NULL));
+    MUST(moe_experts_bind(pool, 0, &b));
+    MUST(moe_experts_init_parameters(pool, 1));
+    MUST(moe_experts_zero_gradients(pool, NULL));
     for (int i = 0; i < E * 40; i++) {
         int column = 7 - i % 8;
         ck_assert_msg(grad[i] == (column < F ? 0 : 5), "element %d is %g", i, (double)grad[i]);
     }
     REFUSED(MOE_ERROR_INVALID_ARGUMENT,
             moe_experts_zero_gradients(pool, grad)); /* a stream on CPU */
-    OK(moe_experts_bind(pool, 0, NULL));
+    MUST(moe_experts_bind(pool, 0, NULL));
     ck_assert(((float *)record(pool, "w1").data)[0] == 0); /* init left it out while it was bound */
     ck_assert_int_eq(munmap(read_only, bytes), 0);
     free_pool(pool, context);
@@ -353,10 +346,10 @@ START_TEST(test_parameter_zero_gradients_skips_experts_without_one)
     void *grads[E] = {grad[0], NULL, NULL, grad[1]};
     moe_binding b;
     memset(grad, 0x5a, sizeof grad);
-    OK(moe_binding_init(&b, sizeof b));
+    MUST(moe_binding_init(&b, sizeof b));
     b.data_per_expert = each, b.grad_per_expert = grads;
-    OK(moe_experts_bind(pool, 0, &b));
-    OK(moe_experts_zero_gradients(pool, NULL));
+    MUST(moe_experts_bind(pool, 0, &b));
+    MUST(moe_experts_zero_gradients(pool, NULL));
     for (int i = 0; i < 2 * D * F; i++) ck_assert(grad[i / 30][i % 30] == 0);
     free_pool(pool, context);
 }
@@ -377,9 +370,5 @@ int main(void)
     tcase_add_test(tests, test_parameter_bound_data_is_never_written_and_gaps_are_left_alone);
     tcase_add_test(tests, test_parameter_zero_gradients_skips_experts_without_one);
     suite_add_tcase(suite, tests);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return run_suite(suite, 1);
 }

@@ -1,5 +1,6 @@
 /* check_plan.c - plan.h, sentence by sentence: building, dropping, checking, saving and loading. */
 #include "support/plan_case.h"
+#include "support/suite.h"
 
 /* ---- building -------------------------------------------------------------------------------- */
 
@@ -569,9 +570,5 @@ int main(void)
     tcase_add_test(tests, test_plan_check_finds);
     tcase_add_test(tests, test_plan_of_pass);
     suite_add_tcase(suite, tests);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return run_suite(suite, 1);
 }

@@ -3,6 +3,8 @@
  * the text of the headers. MOE_SOURCE_DIR is the root of the source tree. */
 #include "internal.h"
 
+#include "support/suite.h"
+
 #include <check.h>
 #include <dirent.h>
 #include <pthread.h>
@@ -483,9 +485,5 @@ int main(void)
     suite_add_tcase(suite, status);
     suite_add_tcase(suite, structs);
     suite_add_tcase(suite, constants);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+    return run_suite(suite, 1);
 }

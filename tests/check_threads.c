@@ -1,6 +1,7 @@
 /* check_threads.c - the parallel work of a context: the library's own threads (counts, callers,
  * signals, floating-point environment, fork, idling) and the host's parallel-for. */
 #include "support/context_host.h"
+#include "support/suite.h"
 
 /* ---- parallel work --------------------------------------------------------------------------- */
 
@@ -661,9 +662,5 @@ int main(void)
 {
     Suite *suite = suite_create("threads");
     add_thread_tests(suite);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+    return run_suite(suite, 1);
 }

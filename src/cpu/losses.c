@@ -259,14 +259,18 @@ static int64_t sum_counts(const int64_t *counts, int64_t n)
     return sum;
 }
 
-/* E / (sum(n_g) T_g groups): what n_ge sum_t s_te/sum(s_t) is multiplied by. 0 for an empty
- * group. */
-static double sequence_scale(const moe__losses_job *job, int64_t g)
+/* sequence_scale_g = E / (sum(n_g) T_g groups): what n_ge sum_t s_te/sum(s_t) is multiplied by. 0 for an
+ * empty group. */
+static void sequence_scales(const moe__losses_job *job)
 {
     int64_t E = job->plan->num_experts;
-    double entries = (double)sum_counts(job->sequence_counts + g * E, E);
-    double tokens = (double)valid_in_group(job, g);
-    return entries > 0 && tokens > 0 ? (double)E / entries / tokens / nonempty_groups(job) : 0;
+    double groups = nonempty_groups(job);
+    for (int64_t g = 0; g < job->plan->groups; g++) {
+        double entries = (double)sum_counts(job->sequence_counts + g * E, E);
+        double tokens = (double)valid_in_group(job, g);
+        bool empty = entries <= 0 || tokens <= 0;
+        job->sequence_scale[g] = empty ? 0 : (double)E / entries / tokens / groups;
+    }
 }
 
 static double sequence_loss(const moe__losses_job *job)
@@ -274,10 +278,10 @@ static double sequence_loss(const moe__losses_job *job)
     int64_t E = job->plan->num_experts;
     double loss = 0;
     for (int64_t g = 0; g < job->plan->groups; g++) {
-        double sum = 0, scale = sequence_scale(job, g);
+        double sum = 0;
         for (int64_t i = g * E; i < (g + 1) * E; i++)
             sum += (double)job->sequence_counts[i] * job->sequence_sum[i];
-        loss += scale * sum;
+        loss += job->sequence_scale[g] * sum;
     }
     return loss;
 }
@@ -320,6 +324,7 @@ static moe_status logit_losses(moe__losses_job *job)
     if (weight[MOE_LOSS_SEQUENCE] != 0) {
         MOE_TRY(sum_columns(job, fill_sequence, NULL, job->sequence_sum));
         sequence_counts(job);
+        sequence_scales(job);
         value[MOE_LOSS_SEQUENCE] = sequence_loss(job);
     }
     if (job->route->kth) MOE_TRY(sum_columns(job, fill_load, job->load, NULL));
@@ -434,7 +439,7 @@ static void sequence_loss_row(const moe__gate_backward_job *job, int64_t t, cons
     const moe_gate_config *c = losses->route->config;
     int64_t E = c->num_experts, g = group_of_token(losses->plan, t);
     const int64_t *counts = losses->sequence_counts + g * E;
-    real scale = (real)(job->loss_factor[MOE_LOSS_SEQUENCE] * sequence_scale(losses, g));
+    real scale = (real)(job->loss_factor[MOE_LOSS_SEQUENCE] * losses->sequence_scale[g]);
     real sum = normalized_scores(c, r, clean), lanes[16] = {R(0.0)};
     for (int64_t i = 0; i < E; i++)
         lanes[i % 16] = r_fma(r[i], scale * (real)counts[i], lanes[i % 16]);

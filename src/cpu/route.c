@@ -350,7 +350,6 @@ static moe_status parameter_gradient(const moe__gate_backward_job *job, const vo
                              .g = {g, E, job->losses->valid_token, NULL},
                              .dw = *dw,
                              .dbias = *dbias,
-                             .overwrite = job->overwrite,
                              .tile_begin = route->tile_begin};
     return run_gemm_dw(&route->workers, &gemm);
 }

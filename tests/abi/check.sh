@@ -96,6 +96,16 @@ all_locked() { # directory
     cut -d' ' -f1 "$out/fields" | sort -u >"$out/structs"
     sed -n 's/^SIZE(\([a-z0-9_]*\),.*/\1/p' tests/abi/layout.c | sort -u >"$out/locked"
     cmp -s "$out/structs" "$out/locked" || { echo "a struct's size is not locked"; return 1; }
+    # Enumerators and rows of the status list: every "MOE_NAME =" and "X(MOE_NAME," outside comments.
+    cat "$1"/*.h | tr '\n' ' ' | sed 's|/\*[^*]*\*\+\([^/*][^*]*\*\+\)*/||g' |
+        grep -oE 'MOE_[A-Z0-9_]+ *= |X\(MOE_[A-Z0-9_]+,' |
+        grep -oE 'MOE_[A-Z0-9_]+' | sort >"$out/constants"
+    sed -n 's/^VALUE(\([A-Z0-9_]*\),.*/\1/p' tests/abi/layout.c | sort >"$out/locked"
+    diff "$out/constants" "$out/locked" >"$out/log" || {
+        echo "tests/abi/layout.c and the headers do not have the same constants:"
+        cat "$out/log"
+        return 1
+    }
 }
 
 # ---- what the library may need, call and include ------------------------------------------------------
@@ -214,6 +224,12 @@ must_find "the last field removed" lock_layout "$bad"
 anew
 edit gate.h 's|^    int32_t score;|    int64_t score;|'
 must_find "a field that grew" lock_layout "$bad"
+anew
+edit gate.h 's|MOE_GATE_HASH = 6|MOE_GATE_HASH = 9|'
+must_find "a constant with another number" lock_layout "$bad"
+anew
+edit gate.h 's|MOE_GATE_SINKHORN = 7|MOE_GATE_SINKHORN = 7, MOE_GATE_NEW = 8|'
+must_find "a constant that layout.c lacks" all_locked "$bad/moe"
 
 for call in exit abort puts getenv raise; do
     echo "void $call(void); void f(void); void f(void) { $call(); }" >"$bad/call.c"
@@ -242,4 +258,4 @@ if [ -z "$notes" ]; then
     must_find "a field inserted, by abidiff" compare_abi "$bad/inserted.so" "$bad/moe"
     must_find "other symbols, by abidiff" compare_abi "$out/extra.so"
 fi
-echo "abi: $count functions, $structs structs locked, $found bad copies found out$notes"
+echo "abi: $count functions, $structs structs and $(wc -l <"$out/constants") constants locked, $found bad copies found out$notes"

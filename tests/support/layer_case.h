@@ -128,6 +128,22 @@ const char *layer_run_check_gaps(const layer_run *r);
 double random_uniform(uint64_t *state);
 double random_normal(uint64_t *state);
 
+/* Contents and objects of a case at once, and back. */
+void layer_run_begin(layer_run *r, layer_case *c, int32_t dtype);
+void layer_run_end(layer_run *r, layer_case *c);
+/* A context of the defaults. */
+moe_context *new_context(void);
+
+#define COUNT(table) (sizeof(table) / sizeof *(table))
+
+/* Ends the test unless the call answers with `status`. */
+#define REFUSED(status, call)                                               \
+    do {                                                                    \
+        moe_status refused_status = (call);                                 \
+        ck_assert_msg(refused_status == (status), "%s gave %s (%s)", #call, \
+                      moe_status_name(refused_status), moe_last_error());   \
+    } while (0)
+
 /* Ends the test with the library's message unless the call succeeds. */
 #define MUST(call)                                                                  \
     do {                                                                            \

@@ -309,3 +309,24 @@ moe_status layer_run_backward(layer_run *r)
     move_rows(r, 1);
     return status;
 }
+
+/* ---- for suites of sentences ----------------------------------------------------------------- */
+
+void layer_run_begin(layer_run *r, layer_case *c, int32_t dtype)
+{
+    layer_case_make(c, 9);
+    layer_run_make(r, c, dtype, NULL);
+}
+
+void layer_run_end(layer_run *r, layer_case *c)
+{
+    layer_run_free(r);
+    layer_case_free(c);
+}
+
+moe_context *new_context(void)
+{
+    moe_context *context = NULL;
+    MUST(moe_context_create(&context, NULL));
+    return context;
+}
