@@ -283,6 +283,10 @@ START_TEST(test_gate_forward_refuses_bad_fields)
     const bad_field loss = BAD_POINTER(moe_forward_args, loss_weights, weights, INVALID_ARGUMENT);
     const bad_field y = BAD_POINTER(moe_forward_args, y, r.y, INVALID_ARGUMENT);
     refuse_forwards(&r, &loss, 1);
+    weights[MOE_LOSS_THRESHOLD] = 0, weights[MOE_LOSS_Z] = NAN;
+    refuse_forwards(&r, &loss, 1);
+    weights[MOE_LOSS_Z] = -INFINITY;
+    refuse_forwards(&r, &loss, 1);
     refuse_forwards(&r, &y, 1);
     r.f.noise = NULL;
     MUST(layer_run_forward(&r));

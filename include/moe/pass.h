@@ -110,8 +110,8 @@ typedef struct moe_forward_args {
     int64_t top_k;              /* K of this call; default MOE_FROM_CONFIG */
     int64_t capacity;           /* rows of an expert per group in this call; default
                                    MOE_FROM_CONFIG */
-    const double *loss_weights; /* in: [MOE_LOSS_SLOTS] weights of this call instead of the
-                                   config's, or NULL */
+    const double *loss_weights; /* in: [MOE_LOSS_SLOTS] finite weights of this call instead of
+                                   the config's, or NULL */
     void *losses_out;           /* out: [MOE_LOSS_SLOTS] weighted losses, the layer's dtype,
                                    backend memory; or NULL */
     void *stats_out;            /* out: [MOE_STAT_SLOTS] the same for the statistics; or NULL */
