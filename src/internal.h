@@ -62,7 +62,8 @@ extern const moe__struct_info moe__context_config_info, moe__gate_config_info,
     moe__experts_config_info, moe__layer_config_info, moe__pass_config_info, moe__binding_info,
     moe__parameter_record_info, moe__forward_args_info, moe__backward_args_info, moe__losses_info,
     moe__stats_info, moe__tensor_view_info, moe__plan_args_info, moe__plan_view_info,
-    moe__rows_args_info, moe__cost_query_info, moe__cost_info;
+    moe__rows_args_info, moe__cost_query_info, moe__cost_info, moe__gradient_check_info,
+    moe__gradient_report_info;
 
 /* The body of every moe_*_init. */
 moe_status moe__struct_init(const moe__struct_info *info, void *instance, size_t size,

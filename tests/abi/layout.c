@@ -10,6 +10,29 @@
 #define VALUE(name, number) _Static_assert((name) == (number), #name)
 
 #if defined(__LP64__)
+SIZE(moe_gradient_check, 80);
+OFFSET(moe_gradient_check, struct_size, 0);
+OFFSET(moe_gradient_check, tokens, 8);
+OFFSET(moe_gradient_check, groups, 16);
+OFFSET(moe_gradient_check, probes, 24);
+OFFSET(moe_gradient_check, seed, 32);
+OFFSET(moe_gradient_check, step, 40);
+OFFSET(moe_gradient_check, tolerance, 48);
+OFFSET(moe_gradient_check, parameters, 56);
+OFFSET(moe_gradient_check, train, 60);
+OFFSET(moe_gradient_check, report, 64);
+OFFSET(moe_gradient_check, report_user, 72);
+SIZE(moe_gradient_report, 80);
+OFFSET(moe_gradient_report, struct_size, 0);
+OFFSET(moe_gradient_report, tensors, 8);
+OFFSET(moe_gradient_report, probes, 16);
+OFFSET(moe_gradient_report, disagreements, 24);
+OFFSET(moe_gradient_report, kinks, 32);
+OFFSET(moe_gradient_report, worst, 40);
+OFFSET(moe_gradient_report, worst_name, 48);
+OFFSET(moe_gradient_report, worst_index, 56);
+OFFSET(moe_gradient_report, worst_gradient, 64);
+OFFSET(moe_gradient_report, worst_difference, 72);
 SIZE(moe_context_config, 80);
 OFFSET(moe_context_config, struct_size, 0);
 OFFSET(moe_context_config, backend, 8);
@@ -261,6 +284,8 @@ OFFSET(moe_rows_args, reserved, 100);
 OFFSET(moe_rows_args, stream, 104);
 #endif
 
+VALUE(MOE_CHECK_DRAWN, 0);
+VALUE(MOE_CHECK_CURRENT, 1);
 VALUE(MOE_BACKEND_CPU, 0);
 VALUE(MOE_BACKEND_CUDA, 1);
 VALUE(MOE_ISA_AUTO, 0);

@@ -1,0 +1,305 @@
+/* check_twin.c - the f64 copy of a layer that moe_check_gradients moves about.
+ *
+ *     L = sum(y * dy) + sum(losses)
+ *
+ * It uses the library through its public calls, as a host would, so that what is checked is what a
+ * host gets. The plan of the first forward is replayed in all others: selections, masks and drops
+ * are constants of every gradient. */
+#include "check_twin.h"
+#include "numeric.h"
+#include "philox.h"
+
+#include <float.h>
+#include <string.h>
+
+/* ---- numbers --------------------------------------------------------------------------------- */
+
+/* Normal numbers times `scale`; each `which` has its own. */
+static void draw(double *to, int64_t count, double scale, uint64_t seed, uint32_t which)
+{
+    for (int64_t i = 0; i < count; i += 4) {
+        uint32_t counter[4];
+        float normal[4];
+        moe__counter(counter, moe__stream(0, which, 0xff), (uint32_t)(i >> 34), 0,
+                     (uint32_t)(i >> 2));
+        moe__philox(seed, counter, counter);
+        moe__normal4(counter, normal);
+        for (int64_t j = i; j < i + 4 && j < count; j++) to[j] = scale * (double)normal[j - i];
+    }
+}
+
+/* Weights of about unit gain, and biases that matter. */
+static double drawn_scale(const moe__parameter *p, int32_t weight_layout)
+{
+    int32_t matrix = p->dims - p->per_expert == 2;
+    int32_t in = p->per_expert && weight_layout == MOE_WEIGHT_OUT_IN ? p->dims - 1 : p->dims - 2;
+    return matrix ? 1 / moe__sqrt_f64((double)p->shape[in]) : 0.5;
+}
+
+/* The layer's own values, of any strides and f32 or f64, in the order of the shape. */
+static void convert(double *to, const moe__parameter *p)
+{
+    const int64_t *n = p->shape, *s = p->data_stride;
+    int64_t size = moe__dtype_size(p->dtype);
+    for (int64_t i = 0; i < n[0]; i++) {
+        const char *part = p->data_each ? p->data_each[i] : (const char *)p->data + i * s[0] * size;
+        for (int64_t j = 0; j < n[1]; j++)
+            for (int64_t k = 0; k < n[2]; k++) {
+                const void *at = part + (j * s[1] + k * s[2]) * size;
+                *to++ = p->dtype == MOE_DTYPE_F64 ? *(const double *)at
+                                                  : (double)*(const float *)at;
+            }
+    }
+}
+
+static moe_status set_parameters(moe__parameter_list *list, const moe__parameter_list *from,
+                                 const moe_gradient_check *check, uint32_t first,
+                                 const char *function)
+{
+    bool current = check->parameters == MOE_CHECK_CURRENT;
+    if (current) MOE_TRY(moe__parameters_check_bound(from, function));
+    for (int64_t i = 0; i < list->count; i++) {
+        moe__parameter *p = &list->p[i];
+        if (current)
+            convert(p->own_data, &from->p[i]);
+        else
+            draw(p->own_data, moe__parameter_elements(p), drawn_scale(p, list->weight_layout),
+                 check->seed, first + (uint32_t)i);
+    }
+    return MOE_OK;
+}
+
+/* ---- making it ------------------------------------------------------------------------------- */
+
+static moe_status make_objects(moe__twin *t, const moe_layer *layer)
+{
+    moe_experts_config e = layer->experts->config;
+    moe_layer_config l = layer->config;
+    e.dtype = MOE_DTYPE_F64;
+    e.parameters = MOE_PARAMETERS_OWNED;
+    e.storage = MOE_STORAGE_ROW_MAJOR;
+    MOE_TRY(moe_experts_create(&t->experts, t->context, &e));
+    if (layer->gate) {
+        moe_gate_config g = layer->gate->config;
+        g.dtype = MOE_DTYPE_F64;
+        g.parameters = MOE_PARAMETERS_OWNED;
+        MOE_TRY(moe_gate_create(&t->gate, t->context, &g));
+    }
+    l.gate = t->gate;
+    l.experts = t->experts;
+    l.comm = NULL;
+    MOE_TRY(moe_layer_create(&t->layer, &l));
+    MOE_TRY(moe_pass_create(&t->saved, t->layer, NULL));
+    MOE_TRY(moe_pass_create(&t->moved, t->layer, NULL));
+    return moe_plan_create(&t->plan, t->context);
+}
+
+/* Every array of the twin: counted with base NULL, handed out else. */
+static void lay_out(moe__twin *t, const moe_layer *layer, moe__arena *arena)
+{
+    const moe_experts_config *e = &layer->experts->config;
+    const moe_gate_config *g = layer->gate ? &layer->gate->config : NULL;
+    int64_t T = t->tokens, size = (int64_t)sizeof(double), D = moe__mul(T, e->d_model);
+    t->outputs = moe__mul(T, e->d_out);
+    t->x = moe__arena_take(arena, D, size), t->dx = moe__arena_take(arena, D, size);
+    t->dy = moe__arena_take(arena, t->outputs, size);
+    t->here.y = moe__arena_take(arena, t->outputs, size);
+    t->up.y = moe__arena_take(arena, t->outputs, size);
+    t->down.y = moe__arena_take(arena, t->outputs, size);
+    t->group_begin = moe__arena_take(arena, t->groups + 1, (int64_t)sizeof(int64_t));
+    if (g && g->d_model == 0) {
+        int64_t n = moe__mul(T, g->num_experts);
+        t->logits = moe__arena_take(arena, n, size), t->d_logits = moe__arena_take(arena, n, size);
+    } else if (g && g->d_model != e->d_model) {
+        int64_t n = moe__mul(T, g->d_model);
+        t->gate_x = moe__arena_take(arena, n, size), t->d_gate_x = moe__arena_take(arena, n, size);
+    } else if (!g) {
+        int64_t n = moe__mul(T, 2);
+        t->weights = moe__arena_take(arena, n, size),
+        t->d_weights = moe__arena_take(arena, n, size);
+        t->ids = moe__arena_take(arena, n, (int64_t)sizeof *t->ids);
+    }
+}
+
+static moe_status allocate(moe__twin *t, const moe_layer *layer, const char *function)
+{
+    moe__arena arena = {NULL, 0};
+    lay_out(t, layer, &arena);
+    if (arena.used < 0)
+        REFUSE(MOE_ERROR_OVERFLOW, "inputs and outputs of %lld tokens do not fit in 63 bits",
+               (ll)t->tokens);
+    t->bytes = arena.used;
+    t->memory = moe__alloc_zeroed(t->context, t->bytes);
+    if (!t->memory) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no %lld bytes for inputs", (ll)t->bytes);
+    arena = (moe__arena){t->memory, 0};
+    lay_out(t, layer, &arena);
+    return MOE_OK;
+}
+
+/* Two entries a token where no gate chooses: experts in turn, so that all are met. */
+static void draw_inputs(moe__twin *t, const moe_layer *layer, uint64_t seed)
+{
+    const moe_gate_config *g = layer->gate ? &layer->gate->config : NULL;
+    int64_t E = layer->experts->config.num_experts, T = t->tokens;
+    draw(t->x, T * layer->experts->config.d_model, 1, seed, 0);
+    draw(t->dy, t->outputs, 1, seed, 1);
+    if (t->gate_x) draw(t->gate_x, T * g->d_model, 1, seed, 2);
+    if (t->logits) draw(t->logits, T * E, 1, seed, 3);
+    if (t->weights) draw(t->weights, T * 2, 1, seed, 4);
+    for (int64_t n = 0; t->ids && n < 2 * T; n++) t->ids[n] = (int32_t)((n + n / E) % E);
+    for (int64_t i = 0; i <= t->groups; i++)
+        t->group_begin[i] = i == t->groups ? T : T / t->groups * i + moe__min(i, T % t->groups);
+}
+
+/* ---- L --------------------------------------------------------------------------------------- */
+
+static moe_status build_plan(moe__twin *t)
+{
+    moe_plan_args a;
+    MOE_TRY(moe_plan_args_init(&a, sizeof a));
+    a.tokens = t->tokens;
+    a.num_experts = t->experts->config.num_experts;
+    a.top_k = 2;
+    a.expert_ids = t->ids;
+    a.weights = t->weights;
+    a.dtype = MOE_DTYPE_F64;
+    a.groups = t->groups;
+    a.group_begin = t->group_begin;
+    return moe_plan_build(t->plan, &a);
+}
+
+static moe_status run_forward(moe__twin *t, moe_pass *pass, const moe_plan *plan, uint64_t flags,
+                              moe__twin_value *value)
+{
+    moe_forward_args f;
+    MOE_TRY(moe_forward_args_init(&f, sizeof f));
+    f.flags = flags | (t->train ? (uint64_t)MOE_FORWARD_TRAIN : 0);
+    f.tokens = t->tokens;
+    f.x = t->x;
+    f.y = value->y;
+    f.gate_x = t->gate_x;
+    f.logits_in = t->logits;
+    f.groups = t->groups;
+    f.group_begin = t->group_begin;
+    f.plan = plan;
+    f.plan_use = t->gate && plan ? MOE_PLAN_IDS : MOE_PLAN_IDS_AND_WEIGHTS;
+    f.losses_out = value->losses;
+    return moe_layer_forward(t->layer, pass, &f);
+}
+
+/* The first forward, whose routing is kept, and the only backward. */
+static moe_status find_gradients(moe__twin *t)
+{
+    moe_backward_args b;
+    const moe_plan *routed;
+    double sum = 0;
+    if (!t->gate) MOE_TRY(build_plan(t));
+    MOE_TRY(run_forward(t, t->saved, t->gate ? NULL : t->plan, 0, &t->here));
+    if (t->gate) {
+        MOE_TRY(moe_pass_plan(t->saved, &routed));
+        MOE_TRY(moe_plan_copy(t->plan, routed));
+    }
+    MOE_TRY(moe_backward_args_init(&b, sizeof b));
+    b.dx = t->dx;
+    b.dy = t->dy;
+    b.d_gate_x = t->d_gate_x;
+    b.d_logits_out = t->d_logits;
+    b.entry_weight_grad = t->d_weights;
+    MOE_TRY(moe_layer_backward(t->layer, t->saved, &b));
+    for (int64_t i = 0; i < t->outputs; i++) {
+        double term = t->here.y[i] * t->dy[i];
+        sum += term * term;
+    }
+    for (int i = 0; i < MOE_LOSS_SLOTS; i++) sum += t->here.losses[i] * t->here.losses[i];
+    t->rounding = 16 * DBL_EPSILON * moe__sqrt_f64(sum);
+    return MOE_OK;
+}
+
+/* L(to) - L(from), element by element, so that only differences are summed. */
+static double difference(const moe__twin *t, const moe__twin_value *to, const moe__twin_value *from)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < t->outputs; i++) sum += (to->y[i] - from->y[i]) * t->dy[i];
+    for (int i = 0; i < MOE_LOSS_SLOTS; i++) sum += to->losses[i] - from->losses[i];
+    return sum;
+}
+
+/* A moved weight of the plan is one only in a plan built anew; it is built once more when the weight
+ * is back. */
+static moe_status value_at(moe__twin *t, const moe__twin_tensor *tensor, double *at, double moved,
+                           moe__twin_value *value)
+{
+    bool planned = tensor->value == t->weights;
+    double kept = *at;
+    *at = moved;
+    moe_status status = planned ? build_plan(t) : MOE_OK;
+    if (status == MOE_OK) status = run_forward(t, t->moved, t->plan, MOE_FORWARD_NO_SAVE, value);
+    *at = kept;
+    if (status == MOE_OK && planned) status = build_plan(t);
+    return status;
+}
+
+moe_status moe__twin_differences(moe__twin *t, const moe__twin_tensor *tensor, int64_t index,
+                                 double step, double side[2])
+{
+    double *at = tensor->value + index, here = *at, up = here + step, down = here - step;
+    MOE_TRY(value_at(t, tensor, at, up, &t->up));
+    MOE_TRY(value_at(t, tensor, at, down, &t->down));
+    side[0] = difference(t, &t->up, &t->here) / (up - here);
+    side[1] = difference(t, &t->here, &t->down) / (here - down);
+    return MOE_OK;
+}
+
+/* ---- the whole ------------------------------------------------------------------------------- */
+
+static void add_tensor(moe__twin *t, const char *name, double *value, double *grad, int64_t count)
+{
+    if (value) t->tensor[t->tensors++] = (moe__twin_tensor){name, value, grad, count};
+}
+
+/* What is compared, under the names the layer has for them. */
+static void list_tensors(moe__twin *t, const moe_layer *layer)
+{
+    int64_t of_gate = t->gate ? t->gate->parameters.count : 0, T = t->tokens;
+    int64_t E = t->experts->config.num_experts, width = t->gate ? t->gate->config.d_model : 0;
+    add_tensor(t, "x", t->x, t->dx, T * t->experts->config.d_model);
+    add_tensor(t, "gate_x", t->gate_x, t->d_gate_x, T * width);
+    add_tensor(t, "logits", t->logits, t->d_logits, T * E);
+    add_tensor(t, "weights", t->weights, t->d_weights, 2 * T);
+    for (int64_t i = 0; i < moe_layer_parameter_count(t->layer); i++) {
+        moe__parameter *p = i < of_gate ? &t->gate->parameters.p[i]
+                                        : &t->experts->parameters.p[i - of_gate];
+        add_tensor(t, layer->names[i], p->own_data, p->own_grad, moe__parameter_elements(p));
+    }
+}
+
+moe_status moe__twin_create(moe__twin *t, const moe_layer *layer, const moe_gradient_check *check,
+                            const char *function)
+{
+    *t = (moe__twin){.context = layer->context,
+                     .tokens = check->tokens,
+                     .groups = check->groups,
+                     .train = check->train};
+    MOE_TRY(make_objects(t, layer));
+    MOE_TRY(allocate(t, layer, function));
+    draw_inputs(t, layer, check->seed);
+    if (t->gate)
+        MOE_TRY(
+            set_parameters(&t->gate->parameters, &layer->gate->parameters, check, 16, function));
+    MOE_TRY(
+        set_parameters(&t->experts->parameters, &layer->experts->parameters, check, 32, function));
+    MOE_TRY(find_gradients(t));
+    list_tensors(t, layer);
+    return MOE_OK;
+}
+
+void moe__twin_free(moe__twin *t)
+{
+    moe_plan_destroy(t->plan);
+    moe_pass_destroy(t->moved);
+    moe_pass_destroy(t->saved);
+    moe_layer_destroy(t->layer);
+    moe_experts_destroy(t->experts);
+    moe_gate_destroy(t->gate);
+    moe__free(t->context, t->memory, t->bytes);
+}

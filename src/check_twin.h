@@ -1,0 +1,54 @@
+/* check_twin.h - a copy of a layer in f64 whose inputs and parameters can be moved one element at a
+ * time; what moe_check_gradients asks its questions of. */
+#ifndef MOE_CHECK_TWIN_H
+#define MOE_CHECK_TWIN_H
+
+#include "pass_state.h"
+
+/* A tensor that L depends on, with the library's gradient by it. */
+typedef struct moe__twin_tensor {
+    const char *name;
+    double *value, *grad;
+    int64_t count;
+} moe__twin_tensor;
+
+enum { MOE__TWIN_TENSORS = 3 + 2 * MOE__MAX_PARAMETERS };
+
+/* y, losses and their scale at one place. */
+typedef struct moe__twin_value {
+    double *y;                     /* [T,O] */
+    double losses[MOE_LOSS_SLOTS]; /* weighted */
+} moe__twin_value;
+
+typedef struct moe__twin {
+    moe_context *context;
+    moe_gate *gate; /* may be NULL */
+    moe_experts *experts;
+    moe_layer *layer;
+    moe_pass *saved, *moved;         /* of the one backward, and of the moved forwards */
+    moe_plan *plan;                  /* the selection, held still */
+    int64_t tokens, groups, outputs; /* T, G, T * O */
+    int32_t train;
+    double *x, *gate_x, *logits, *weights; /* the last three may be NULL */
+    double *dx, *d_gate_x, *d_logits, *d_weights, *dy;
+    int32_t *ids; /* [T] of a layer without a gate */
+    int64_t *group_begin;
+    moe__twin_value here, up, down;
+    double rounding; /* what rounding leaves of a difference of L, about */
+    void *memory;
+    int64_t bytes;
+    moe__twin_tensor tensor[MOE__TWIN_TENSORS];
+    int64_t tensors;
+} moe__twin;
+
+/* Makes the twin and its gradients; free it whatever this returns. */
+moe_status moe__twin_create(moe__twin *twin, const moe_layer *layer,
+                            const moe_gradient_check *check, const char *function);
+void moe__twin_free(moe__twin *twin);
+
+/* One-sided differences of L by element `index` of a tensor: (L(a+h) - L(a)) / h and (L(a) -
+ * L(a-h)) / h. */
+moe_status moe__twin_differences(moe__twin *twin, const moe__twin_tensor *tensor, int64_t index,
+                                 double step, double side[2]);
+
+#endif
