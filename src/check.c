@@ -1,6 +1,7 @@
 /* check.c - moe_check_gradients: every gradient of a layer against central differences.
  *
- *     error = (|g - d| - rounding) / max(|g|, |d|, largest |gradient| of the tensor / 1000)
+ *     error = |g - d| / scale,   scale = max(|g|, |d|, largest |gradient| of the tensor / 1000)
+ *     agrees if |g - d| <= tolerance scale + rounding
  *
  * g is the library's gradient, d the difference. Where they disagree the step is made smaller
  * twice: L has kinks (ReLU, the maximum in a threshold), and one that the step crossed is left
@@ -59,7 +60,8 @@ typedef struct check {
     moe__twin twin;
     int64_t *probe; /* elements to look at */
     int64_t probes; /* room in it */
-    bool inexact;   /* a worst error is known */
+    bool has_worst;
+    verdict worst;
 } check;
 
 #if defined(__GNUC__)
@@ -77,14 +79,21 @@ say(const check *c, int32_t level, const char *format, ...)
     c->asked.report(c->asked.report_user, level, line);
 }
 
+/* One that disagrees is worse than all that agree. */
+static bool is_worse(const verdict *a, const verdict *b)
+{
+    return a->agrees != b->agrees ? b->agrees : a->error > b->error;
+}
+
 static void note(check *c, const moe__twin_tensor *tensor, int64_t index, const verdict *v)
 {
     c->found.probes++;
     c->found.kinks += v->kink;
     if (v->kink) return;
     c->found.disagreements += !v->agrees;
-    if (c->inexact && v->error <= c->found.worst) return;
-    c->inexact = true;
+    if (c->has_worst && !is_worse(v, &c->worst)) return;
+    c->worst = *v;
+    c->has_worst = true;
     c->found.worst = v->error;
     c->found.worst_name = tensor->name;
     c->found.worst_index = index;
@@ -148,12 +157,13 @@ static double largest_gradient(const moe__twin_tensor *tensor)
     return largest;
 }
 
-static double error_of(double gradient, double difference, double rounding, double largest)
+/* Sets error and agrees; a number that is none agrees with nothing. */
+static void judge(verdict *v, double tolerance, double rounding, double largest)
 {
-    double off = fabs(gradient - difference);
-    double scale = fmax(fmax(fabs(gradient), fabs(difference)), largest / 1000);
-    if (off != off) return INFINITY;
-    return off <= rounding ? 0 : (off - rounding) / scale;
+    double off = fabs(v->gradient - v->difference);
+    double scale = fmax(fmax(fabs(v->gradient), fabs(v->difference)), largest / 1000);
+    v->agrees = off <= tolerance * scale + rounding;
+    v->error = off == 0 ? 0 : off - off == 0 ? off / scale : INFINITY;
 }
 
 static moe_status look_at(check *c, const moe__twin_tensor *tensor, int64_t index, double largest,
@@ -165,8 +175,7 @@ static moe_status look_at(check *c, const moe__twin_tensor *tensor, int64_t inde
         MOE_TRY(moe__twin_differences(&c->twin, tensor, index, step, side));
         rounding = c->twin.rounding / step;
         v->difference = (side[0] + side[1]) / 2;
-        v->error = error_of(v->gradient, v->difference, rounding, largest);
-        v->agrees = v->error <= c->asked.tolerance;
+        judge(v, c->asked.tolerance, rounding, largest);
         gap = fabs(side[0] - side[1]);
         if (tries == 0) first_gap = gap;
     }
@@ -185,7 +194,7 @@ static moe_status check_tensor(check *c, const moe__twin_tensor *tensor)
         note(c, tensor, c->probe[i], &v);
         kinks += v.kink;
         bad += !v.agrees && !v.kink;
-        if (v.kink || (at >= 0 && v.error <= worst.error)) continue;
+        if (v.kink || (at >= 0 && !is_worse(&v, &worst))) continue;
         worst = v;
         at = c->probe[i];
     }

@@ -32,9 +32,9 @@ typedef struct moe_gradient_check {
                              gradients, half drawn; default 24; 0 = every element */
     uint64_t seed;      /* of everything that is drawn; default 1 */
     double step;        /* h > 0, finite; default 1e-5 */
-    double tolerance;   /* largest error that agrees, relative to the larger of both values and
-                             of a thousandth of the tensor's largest gradient; >= 0; default
-                             1e-6 */
+    double tolerance;   /* largest error that agrees, relative to the largest of both values and
+                             of a thousandth of the tensor's largest gradient; what rounding
+                             leaves of a difference is allowed on top; >= 0; default 1e-6 */
     int32_t parameters; /* MOE_CHECK_*; default MOE_CHECK_DRAWN */
     int32_t train;      /* 1: as with MOE_FORWARD_TRAIN; 0: without; default 1 */
     moe_log_fn report;  /* receives the report, a line a tensor and two around them, all of
@@ -52,7 +52,8 @@ typedef struct moe_gradient_report {
     int64_t kinks;           /* elements left out because L is not smooth there (a ReLU at 0, two
                                 equal candidates for a threshold): the one-sided differences stay
                                 apart as the step shrinks */
-    double worst;            /* largest error, relative as above */
+    double worst;            /* largest error, relative as above; of those that disagree, if any
+                                do */
     const char *worst_name;  /* tensor of `worst`: "x", "gate_x", "logits", "weights" or a
                                parameter's name; lives as long as the layer; NULL if nothing was
                                compared */
