@@ -161,6 +161,12 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     return MOE_OK;
 }
 
+moe_status moe_pass_trim(moe_pass *pass)
+{
+    if (!pass) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "pass is NULL");
+    return moe__pass_trim(pass, __func__);
+}
+
 int64_t moe_pass_bytes(const moe_pass *pass)
 {
     return !pass ? 0 : pass->host_memory ? pass->used : pass->capacity;

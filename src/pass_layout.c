@@ -146,17 +146,26 @@ int64_t moe__pass_shape_bytes(const moe__pass_shape *shape)
     return arena.used;
 }
 
-/* The plan's own part of the block; laid out first, so its size is where the next array begins. */
-static int64_t plan_bytes(const moe__pass_shape *s)
+/* Lays out a plan of the sizes of `like` at the front of the block; returns its bytes, which is where
+ * the next array begins. */
+static int64_t lay_out_plan(moe__plan_arrays *plan, char *base, const moe__plan_arrays *like)
 {
-    moe__plan_arrays plan;
-    moe__arena arena = {NULL, 0};
-    moe__plan_layout(&plan, &arena, s->tokens, s->entries, s->num_experts, s->groups, s->dtype);
+    moe__arena arena = {base, 0};
+    moe__plan_layout(plan, &arena, like->tokens, like->entries, like->num_experts, like->groups,
+                     like->dtype);
+    plan->rows = like->rows;
     return arena.used;
 }
 
-/* Moves the block to memory that is large enough; the old one lives until the new one is there. */
-static moe_status grow(moe_pass *pass, int64_t bytes, int64_t keep, const char *function)
+static int64_t plan_bytes(const moe_pass *pass)
+{
+    moe__plan_arrays plan;
+    return lay_out_plan(&plan, NULL, &pass->plan.a);
+}
+
+/* Moves the block to memory of another size with its first `keep` bytes; the old one lives until the
+ * new one is there. */
+static moe_status move_to(moe_pass *pass, int64_t bytes, int64_t keep, const char *function)
 {
     if (pass->host_memory)
         return moe__fail(MOE_ERROR_BUFFER_TOO_SMALL, function,
@@ -173,6 +182,27 @@ static moe_status grow(moe_pass *pass, int64_t bytes, int64_t keep, const char *
     return MOE_OK;
 }
 
+moe_status moe__pass_trim(moe_pass *pass, const char *function)
+{
+    if (pass->host_memory || pass->state == MOE__PASS_SAVED) return MOE_OK;
+    if (pass->state == MOE__PASS_PLAN) {
+        int64_t bytes = plan_bytes(pass);
+        if (bytes < pass->capacity) MOE_TRY(move_to(pass, bytes, bytes, function));
+        moe__plan_arrays kept = pass->plan.a;
+        (void)lay_out_plan(&pass->plan.a, pass->memory, &kept);
+    } else {
+        moe__free(pass->context, pass->memory, pass->capacity);
+        pass->memory = NULL;
+        pass->capacity = 0;
+        pass->state = MOE__PASS_EMPTY;
+        pass->uses = 0;
+    }
+    /* What moe_pass_tensor would show lay in the part that is gone. */
+    pass->losses.importance = pass->losses.load = NULL;
+    pass->losses.counts = pass->rows_of_expert = NULL;
+    return MOE_OK;
+}
+
 moe_status moe__pass_make_room(moe_pass *pass, const moe__pass_shape *shape, bool keep_plan,
                                const char *function)
 {
@@ -183,7 +213,7 @@ moe_status moe__pass_make_room(moe_pass *pass, const moe__pass_shape *shape, boo
                          "the pass for %lld tokens is larger than the address space",
                          (ll)shape->tokens);
     if (bytes > pass->capacity)
-        MOE_TRY(grow(pass, bytes, keep_plan ? plan_bytes(shape) : 0, function));
+        MOE_TRY(move_to(pass, bytes, keep_plan ? plan_bytes(pass) : 0, function));
     moe__arena arena = {pass->memory, 0};
     moe__pass_layout(pass, &arena, shape);
     pass->used = moe__max(pass->used, bytes);

@@ -86,6 +86,9 @@ int64_t moe__pass_shape_bytes(const moe__pass_shape *shape);
 moe_status moe__pass_make_room(moe_pass *pass, const moe__pass_shape *shape, bool keep_plan,
                                const char *function);
 
+/* Leaves the pass the memory of its plan, or none if it keeps no plan. Nothing changes on error. */
+moe_status moe__pass_trim(moe_pass *pass, const char *function);
+
 /* Checked arguments of a forward: strides and defaults resolved. */
 typedef struct moe__forward {
     moe_forward_args a;

@@ -3,7 +3,7 @@
  * A pass is one micro-batch in flight. It holds the plan, what the backward needs and the
  * workspace, so that a layer has no state of its own and several passes may be in flight over one
  * layer. It is reused step after step: after the first step at a size, or after moe_pass_reserve, a
- * step allocates nothing. A pass belongs to one thread at a time.
+ * step allocates nothing (moe_pass_trim gives memory back). A pass belongs to one thread at a time.
  *
  * The pass remembers the addresses of x and gate_x, not their contents: they must stay valid and
  * unchanged until the backward, or be handed in again there. All else is copied. */
@@ -188,12 +188,22 @@ MOE_API void moe_pass_destroy(moe_pass *pass);
 MOE_API moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_groups,
                                     int64_t max_top_k);
 
+/* Gives memory back that the pass does not need for what it holds: after a forward with
+ * MOE_FORWARD_PLAN_ONLY all but the routing, so that a checkpointed layer waits for its backward in
+ * little memory; of a pass that waits for no backward (MOE_FORWARD_NO_SAVE, a failed call) all, and
+ * the pass is as new. A pass that holds activations, or works in the host's workspace, is left as it
+ * is. Ends the plan and the tensors that the pass has shown; moe_pass_plan shows a kept plan again,
+ * losses and statistics of a kept plan stay. The next forward allocates anew.
+ * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, or MOE_ERROR_OUT_OF_MEMORY with the pass as it was:
+ * the routing moves to memory of its own. Since 0.1. */
+MOE_API moe_status moe_pass_trim(moe_pass *pass);
+
 /* Returns the bytes of backend memory the pass holds (or the part of the host's workspace it has
  * used); 0 for NULL. Since 0.1. */
 MOE_API int64_t moe_pass_bytes(const moe_pass *pass);
 
 /* The routing of the last forward.
- *   plan  out: belongs to the pass; valid until its next forward, reserve or destroy. May be
+ *   plan  out: belongs to the pass; valid until its next forward, reserve, trim or destroy. May be
  *         replayed in other passes meanwhile, or kept with moe_plan_copy or moe_plan_save
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, or MOE_ERROR_INVALID_STATE before a forward. Since
  * 0.1. */
@@ -252,10 +262,10 @@ MOE_API moe_status moe_tensor_view_init(moe_tensor_view *view, size_t size);
 
 /* Shows a tensor of the last forward.
  *   view  in: struct_size; out: the rest. The memory belongs to the pass and is valid until its
- *         next forward, reserve or destroy
+ *         next forward, reserve, trim or destroy
  *   what  MOE_TENSOR_*
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, or MOE_ERROR_INVALID_STATE if the last forward did
- * not make it: before a forward, after one with MOE_FORWARD_NO_SAVE or MOE_FORWARD_PLAN_ONLY (for
+ * not make it or it was trimmed: before a forward, after one with MOE_FORWARD_NO_SAVE or MOE_FORWARD_PLAN_ONLY (for
  * the [T,E] tensors), or where a plan with weights was replayed. Since 0.1. */
 MOE_API moe_status moe_pass_tensor(const moe_pass *pass, int32_t what, moe_tensor_view *view);
 
