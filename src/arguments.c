@@ -295,6 +295,13 @@ moe_status moe__backward_check(moe_backward_args *b, const moe_pass *pass,
             moe__check_matrix("dy", b->dy, &b->dy_stride, T, c->d_out, element, true, function));
     else if (b->dy)
         REFUSE_ARGUMENT("dy must be NULL: a gate has entry_weight_grad instead");
+    if (b->x_stride == 0) b->x_stride = pass->x_stride;
+    if (b->gate_x_stride == 0) b->gate_x_stride = pass->gate_x_stride;
+    if (b->x)
+        MOE_TRY(moe__check_matrix("x", b->x, &b->x_stride, T, width, element, false, function));
+    if (b->gate_x)
+        MOE_TRY(moe__check_matrix("gate_x", b->gate_x, &b->gate_x_stride, T, gate_width, element,
+                                  false, function));
     MOE_TRY(moe__check_matrix("dx", b->dx, &b->dx_stride, T, width, element, false, function));
     MOE_TRY(moe__check_matrix("d_gate_x", b->d_gate_x, &b->d_gate_x_stride, T, gate_width, element,
                               false, function));

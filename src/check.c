@@ -259,8 +259,8 @@ moe_status moe_check_gradients(moe_layer *layer, const moe_gradient_check *asked
     if (status != MOE_OK) return status;
     if (report) moe__struct_write(&moe__gradient_report_info, report, &c.found);
     if (c.found.disagreements > 0)
-        REFUSE(MOE_ERROR_INTERNAL, "%s[%lld]: the gradient is %.9g, the central difference %.9g",
-               c.found.worst_name, (ll)c.found.worst_index, c.found.worst_gradient,
-               c.found.worst_difference);
+        REFUSE(MOE_ERROR_WRONG_GRADIENT,
+               "%s[%lld]: the gradient is %.9g, the central difference %.9g", c.found.worst_name,
+               (ll)c.found.worst_index, c.found.worst_gradient, c.found.worst_difference);
     return MOE_OK;
 }

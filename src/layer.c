@@ -327,6 +327,7 @@ static moe_status experts_backward_step(moe_pass *pass, const moe_backward_args 
     bool parameters = !(b->flags & MOE_BACKWARD_SKIP_PARAMETERS);
     bool want_dx = b->dx && !(b->flags & MOE_BACKWARD_SKIP_DX);
     e->x = b->x ? b->x : pass->x;
+    e->x_stride = b->x ? b->x_stride : pass->x_stride;
     moe__experts_operands(pass->experts, e);
     moe__experts_gradients(pass->experts, e, parameters);
     e->overwrite = (b->flags & MOE_BACKWARD_OVERWRITE) != 0;
@@ -368,6 +369,9 @@ static moe_status gate_backward_step(moe_pass *pass, const moe_backward_args *b,
     const void *moved = b->gate_x ? b->gate_x : pass->gate_saw_x ? b->x : NULL;
     find_loss_factors(pass, b);
     pass->route.x = moved ? moved : pass->gate_x;
+    pass->route.x_stride = !moved      ? pass->gate_x_stride
+                           : b->gate_x ? b->gate_x_stride
+                                       : b->x_stride;
     moe__gate_operands(pass->gate, &pass->route);
     moe__gate_gradients(pass->gate, g, !(b->flags & MOE_BACKWARD_SKIP_PARAMETERS));
     g->losses = &pass->losses;

@@ -21,8 +21,10 @@ static void view_defaults(void *instance) { *(moe_tensor_view *)instance = (moe_
 
 const moe__struct_info moe__forward_args_info = MOE__STRUCT_INFO(moe_forward_args,
                                                                  forward_defaults);
-const moe__struct_info moe__backward_args_info = MOE__STRUCT_INFO(moe_backward_args,
-                                                                  backward_defaults);
+/* x_stride and gate_x_stride came after the first release's fields. */
+const moe__struct_info moe__backward_args_info = {"moe_backward_args", sizeof(moe_backward_args),
+                                                  offsetof(moe_backward_args, x_stride),
+                                                  backward_defaults};
 const moe__struct_info moe__pass_config_info = MOE__STRUCT_INFO(moe_pass_config, config_defaults);
 const moe__struct_info moe__losses_info = MOE__STRUCT_INFO(moe_losses, losses_defaults);
 const moe__struct_info moe__stats_info = MOE__STRUCT_INFO(moe_stats, stats_defaults);

@@ -215,7 +215,7 @@ START_TEST(test_report_finds_a_small_error_in_each_tensor)
         char where[32];
         c.probes = 0, c.tokens = 16;
         planted = (struct planted){tensors_of[_i][i], -16 * 2, 1.0001, 0};
-        ck_assert_msg(moe_check_gradients(s.layer, &c, &r) == MOE_ERROR_INTERNAL,
+        ck_assert_msg(moe_check_gradients(s.layer, &c, &r) == MOE_ERROR_WRONG_GRADIENT,
                       "kind %d: an error in %s was not found", _i, planted.name);
         ck_assert_str_eq(r.worst_name, planted.name);
         ck_assert_int_eq(r.worst_index, planted.index);
@@ -239,7 +239,7 @@ START_TEST(test_report_probes_the_largest_gradients)
     moe_gradient_report r = empty_report();
     planted = (struct planted){"experts.w2", 700, 0, 1e6}; /* by chance 4 of 720 would miss it */
     c.probes = 4;
-    ck_assert_int_eq(moe_check_gradients(s.layer, &c, &r), MOE_ERROR_INTERNAL);
+    ck_assert_int_eq(moe_check_gradients(s.layer, &c, &r), MOE_ERROR_WRONG_GRADIENT);
     ck_assert_int_eq(r.worst_index, 700);
     ck_assert(r.worst_gradient == 1e6);
     planted.name = NULL;
@@ -255,7 +255,7 @@ START_TEST(test_report_nan_gradient_disagrees)
     moe_gradient_report r = empty_report();
     planted = (struct planted){"x", 3, NAN, 0};
     c.probes = 0;
-    ck_assert_int_eq(moe_check_gradients(s.layer, &c, &r), MOE_ERROR_INTERNAL);
+    ck_assert_int_eq(moe_check_gradients(s.layer, &c, &r), MOE_ERROR_WRONG_GRADIENT);
     ck_assert_int_eq(r.worst_index, 3);
     planted.name = NULL;
     drop(&s);
@@ -281,9 +281,9 @@ START_TEST(test_report_leaves_kinks_out)
                   l.text);
     ck_assert(r.kinks > 0);
     planted = (struct planted){"experts.b2", 0, 1, 1e-3}; /* the smooth ones are still compared */
-    ck_assert_int_eq(moe_check_gradients(s.layer, &c, &r), MOE_ERROR_INTERNAL);
+    ck_assert_int_eq(moe_check_gradients(s.layer, &c, &r), MOE_ERROR_WRONG_GRADIENT);
     planted = (struct planted){"experts.b1", 0, NAN, 0}; /* no number is no subgradient */
-    ck_assert_int_eq(moe_check_gradients(s.layer, &c, &r), MOE_ERROR_INTERNAL);
+    ck_assert_int_eq(moe_check_gradients(s.layer, &c, &r), MOE_ERROR_WRONG_GRADIENT);
     planted.name = NULL;
     drop(&s);
 }

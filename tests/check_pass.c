@@ -1,10 +1,11 @@
-/* check_pass.c - the memory of a pass after it has been trimmed: what stays, what is gone, and that
- * the step goes on as if nothing had happened. */
+/* check_pass.c - a pass that has been trimmed: what stays, what is gone, and that the step goes on as
+ * if nothing had happened; and an x that has moved between forward and backward. */
 #include "support/suite.h"
 
 #include <moe/moe.h>
 
 #include <check.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -253,6 +254,57 @@ START_TEST(test_pass_trim_without_memory_changes_nothing)
 }
 END_TEST
 
+/* x in another place with other strides, the old place spoiled: the same gradients. */
+START_TEST(test_pass_backward_takes_x_where_it_lies_now)
+{
+    static host plain, moved;
+    static float wide[T * (D + 5)];
+    moe_backward_args b;
+    make(&plain, NULL), make(&moved, NULL);
+    ck_assert_int_eq(forward(&plain, 0), MOE_OK);
+    ck_assert_int_eq(backward(&plain), MOE_OK);
+    ck_assert_int_eq(forward(&moved, 0), MOE_OK);
+    for (int t = 0; t < T; t++) memcpy(wide + t * (D + 5), moved.x + t * D, D * sizeof(float));
+    memset(moved.x, 0xff, sizeof moved.x); /* NaN */
+    ck_assert_int_eq(moe_backward_args_init(&b, sizeof b), MOE_OK);
+    b.flags = MOE_BACKWARD_OVERWRITE, b.dy = moved.dy, b.dx = moved.dx;
+    b.x = wide, b.x_stride = D - 1;
+    ck_assert_int_eq(moe_layer_backward(moved.layer, moved.pass, &b), MOE_ERROR_INVALID_ARGUMENT);
+    ck_assert_ptr_nonnull(strstr(moe_last_error(), "x_stride is 15"));
+    b.x_stride = -1;
+    ck_assert_int_eq(moe_layer_backward(moved.layer, moved.pass, &b), MOE_ERROR_INVALID_ARGUMENT);
+    b.x_stride = D + 5;
+    ck_assert_int_eq(moe_layer_backward(moved.layer, moved.pass, &b), MOE_OK);
+    assert_same(&plain, &moved);
+    memcpy(moved.x, plain.x, sizeof moved.x); /* and the next one where it was */
+    ck_assert_int_eq(backward(&moved), MOE_OK);
+    assert_same(&plain, &moved);
+    free_all(&plain);
+    drop(&moved);
+}
+END_TEST
+
+/* A program built before the strides were there: a shorter struct, and the forward's strides. */
+START_TEST(test_pass_backward_of_the_first_release)
+{
+    static host h, plain;
+    moe_backward_args b;
+    make(&h, NULL), make(&plain, NULL);
+    ck_assert_int_eq(forward(&plain, 0), MOE_OK);
+    ck_assert_int_eq(backward(&plain), MOE_OK);
+    ck_assert_int_eq(forward(&h, 0), MOE_OK);
+    memset(&b, 0xff, sizeof b);
+    ck_assert_int_eq(moe_backward_args_init(&b, offsetof(moe_backward_args, x_stride)), MOE_OK);
+    b.flags = MOE_BACKWARD_OVERWRITE, b.dy = h.dy, b.dx = h.dx, b.x = h.x;
+    ck_assert_int_eq(moe_layer_backward(h.layer, h.pass, &b), MOE_OK);
+    assert_same(&plain, &h);
+    ck_assert_int_eq(moe_backward_args_init(&b, offsetof(moe_backward_args, stream)),
+                     MOE_ERROR_STRUCT_TOO_OLD);
+    free_all(&plain);
+    drop(&h);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("pass");
@@ -262,6 +314,10 @@ int main(void)
     tcase_add_test(cases, test_pass_trim_makes_an_idle_pass_new);
     tcase_add_test(cases, test_pass_trim_leaves_the_hosts_workspace_alone);
     tcase_add_test(cases, test_pass_trim_without_memory_changes_nothing);
+    suite_add_tcase(suite, cases);
+    cases = tcase_create("backward");
+    tcase_add_test(cases, test_pass_backward_takes_x_where_it_lies_now);
+    tcase_add_test(cases, test_pass_backward_of_the_first_release);
     suite_add_tcase(suite, cases);
     return run_suite(suite, 1);
 }

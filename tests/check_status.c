@@ -39,6 +39,7 @@ static const struct {
     {-14, "MOE_ERROR_TRANSPORT"},
     {-15, "MOE_ERROR_TIMEOUT"},
     {-16, "MOE_ERROR_INTERNAL"},
+    {-17, "MOE_ERROR_WRONG_GRADIENT"},
 };
 
 /* The numbers are permanent: they are written out here once more. */

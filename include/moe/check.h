@@ -73,10 +73,10 @@ MOE_API moe_status moe_gradient_report_init(moe_gradient_report *report, size_t 
  *   layer   whose configuration is checked. A layer without a gate gets a drawn plan, and the
  *           gradient by its weights is checked too; a gate of width 0 gets drawn logits
  *   check   NULL for all defaults
- *   report  in: struct_size; out: the rest, written with MOE_OK and with MOE_ERROR_INTERNAL; may be
- *           NULL
- * Returns MOE_OK if every gradient agrees; MOE_ERROR_INTERNAL if one does not, the message names
- * tensor, element and both values; MOE_ERROR_INVALID_STATE with MOE_CHECK_CURRENT if a parameter is
+ *   report  in: struct_size; out: the rest, written with MOE_OK and with MOE_ERROR_WRONG_GRADIENT;
+ *           may be NULL
+ * Returns MOE_OK if every gradient agrees; MOE_ERROR_WRONG_GRADIENT if one does not, the message
+ * names tensor, element and both values; MOE_ERROR_INVALID_STATE with MOE_CHECK_CURRENT if a parameter is
  * not bound; MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OUT_OF_MEMORY,
  * MOE_ERROR_CALLBACK or an error of a struct's size. No other thread may be binding the layer's
  * parameters, or writing to them, meanwhile. Since 0.1. */

@@ -26,11 +26,11 @@ enum {
 enum { MOE_LOG_ERROR = 0, MOE_LOG_WARNING = 1, MOE_LOG_INFO = 2, MOE_LOG_DEBUG = 3 };
 
 /* Gives `size` bytes (size > 0) aligned to `alignment`, a power of two from 16 to 4096, or NULL if
- * there are none. Called from the thread that called the library. */
+ * there are none. Called from the thread that called the library, and must not call it back. */
 typedef void *(*moe_alloc_fn)(void *user, uint64_t size, uint64_t alignment);
 
 /* Takes back memory of the matching moe_alloc_fn; never called with NULL. `size` is as
- * allocated. */
+ * allocated. Must not call the library. */
 typedef void (*moe_free_fn)(void *user, void *memory, uint64_t size);
 
 /* One unit of parallel work, to be called by a host's moe_parallel_fn. */

@@ -155,7 +155,8 @@ MOE_API moe_status moe_gate_get_config(const moe_gate *gate, moe_gate_config *co
 MOE_API moe_status moe_gate_forward(moe_gate *gate, moe_pass *pass, const moe_forward_args *args);
 
 /* Gradients of the weights' use and of the losses, by the gate's input and parameters.
- *   pass  after a moe_gate_forward with MOE_FORWARD_TRAIN or without MOE_FORWARD_NO_SAVE
+ *   pass  after a moe_gate_forward that kept its logits: without MOE_FORWARD_NO_SAVE and
+ *         MOE_FORWARD_PLAN_ONLY
  *   args  reads entry_weight_grad [N] (in; the gradient by each weight of the plan, NULL = 0;
  *         entries with no row are read only if renormalisation after a drop does not apply: a
  *         dropped entry's weight is 0 and its gradient is ignored), loss_grad, x or gate_x if they

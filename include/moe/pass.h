@@ -104,7 +104,8 @@ typedef struct moe_forward_args {
                                    T, or NULL: one group */
     int64_t groups;             /* 0 = one group, with or without group_begin */
     const int64_t *token_key;   /* in: [T] for hash routing; must be NULL so far */
-    const moe_plan *plan;       /* in: a routing to replay, copied; or NULL */
+    const moe_plan *plan;       /* in: a routing to replay, copied, the pass's own included; or
+                                   NULL */
     int32_t plan_use;           /* MOE_PLAN_*; default MOE_PLAN_IDS_AND_WEIGHTS */
     int32_t reserved;           /* 0 */
     int64_t top_k;              /* K of this call; default MOE_FROM_CONFIG */
@@ -139,6 +140,8 @@ typedef struct moe_backward_args {
     const void *x;           /* in: x of the forward if its memory moved; NULL = where it was */
     const void *gate_x;      /* in: likewise; NULL = where it was, or x if gate_x was NULL then */
     void *stream;            /* NULL on CPU */
+    int64_t x_stride;        /* of x, if it is given; 0 = as in the forward */
+    int64_t gate_x_stride;   /* of gate_x, likewise */
 } moe_backward_args;
 
 /* Write every default and the caller's size. Return as moe_context_config_init. Since 0.1. */

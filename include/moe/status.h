@@ -27,10 +27,11 @@
     X(MOE_ERROR_DEVICE, -13, "a device or its runtime failed")                                     \
     X(MOE_ERROR_TRANSPORT, -14, "communication between ranks failed")                              \
     X(MOE_ERROR_TIMEOUT, -15, "a wait exceeded its deadline")                                      \
-    X(MOE_ERROR_INTERNAL, -16, "a defect of the library")
+    X(MOE_ERROR_INTERNAL, -16, "a defect of the library")                                          \
+    X(MOE_ERROR_WRONG_GRADIENT, -17, "a gradient disagrees with central differences")
 
 #define MOE__STATUS_ENUMERATOR(name, number, meaning) name = number,
-enum { MOE_STATUS_LIST(MOE__STATUS_ENUMERATOR) MOE_STATUS_LAST = -16 };
+enum { MOE_STATUS_LIST(MOE__STATUS_ENUMERATOR) MOE_STATUS_LAST = -17 };
 #undef MOE__STATUS_ENUMERATOR
 
 MOE_BEGIN_DECLS
