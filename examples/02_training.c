@@ -1,6 +1,6 @@
-/* 02_training.c - backward and an optimizer step, twice: an ordinary Adam, and the memory-frugal one
- * of Shazeer et al. 2017 (arXiv 1701.06538, appendix D), both walking only the experts that met a
- * token.
+/* 02_training.c - backward and an optimizer step, twice: an ordinary Adam, and the memory-frugal
+ * one of Shazeer et al. 2017 (arXiv 1701.06538, appendix D), both walking only the experts that met
+ * a token.
  *
  * Introduces: moe_layer_backward, moe_layer_zero_gradients, moe_pass_losses,
  * moe_layer_parameter_count, moe_layer_parameter, moe_experts_touched.
@@ -178,9 +178,9 @@ static void adam(const moments *k, int64_t part, float *data, const float *grad)
 }
 
 /* snippet: frugal-adam */
-/* Appendix D: no first moment (beta1 = 0), and of the second moments only the averages over each row
- * and each column; the estimate of an element is their product over the mean of either. A matrix
- * [rows,cols] costs rows + cols numbers instead of 2 rows cols. */
+/* Appendix D: no first moment (beta1 = 0), and of the second moments only the averages over each
+ * row and each column; the estimate of an element is their product over the mean of either. A
+ * matrix [rows,cols] costs rows + cols numbers instead of 2 rows cols. */
 static void frugal_adam(const moments *k, int64_t part, float *data, const float *grad)
 {
     float *row = k->row + part * k->rows, *col = k->col + part * k->cols, mean = 0;

@@ -1,6 +1,6 @@
-/* 04_own_experts.c - the host's own network as the expert: the library routes, gathers and combines,
- * forward and backward, and never sees what an expert is. Here expert e multiplies by a gain vector
- * and goes through tanh; central differences confirm every gradient.
+/* 04_own_experts.c - the host's own network as the expert: the library routes, gathers and
+ * combines, forward and backward, and never sees what an expert is. Here expert e multiplies by a
+ * gain vector and goes through tanh; central differences confirm every gradient.
  *
  * Introduces: moe_gate_forward, moe_gate_backward, moe_dispatch_forward, moe_dispatch_backward,
  * moe_combine_forward, moe_combine_backward, MOE_PLAN_IDS, f64. */

@@ -1,6 +1,7 @@
-/* 05_host_memory.c - a host that owns everything: its memory holds the parameters, gradients and the
- * workspace, its allocator gives the rest, its threads do the work. After the first step nothing is
- * allocated any more, and the bytes of the results are those of the library's own threads.
+/* 05_host_memory.c - a host that owns everything: its memory holds the parameters, gradients and
+ * the workspace, its allocator gives the rest, its threads do the work. After the first step
+ * nothing is allocated any more, and the bytes of the results are those of the library's own
+ * threads.
  *
  * Introduces: moe_context_config (alloc, free, parallel), MOE_PARAMETERS_BOUND, moe_layer_bind,
  * moe_pass_config (workspace), moe_layer_memory, moe_layer_flops. */
@@ -50,8 +51,8 @@ static void *work(void *argument)
     return NULL;
 }
 
-/* Runs the library's tasks on threads of the host, any of them anywhere. A real host would hand them
- * to the pool it has. */
+/* Runs the library's tasks on threads of the host, any of them anywhere. A real host would hand
+ * them to the pool it has. */
 static int32_t parallel(void *user, int64_t count, moe_task_fn task, void *argument)
 {
     pthread_t threads[THREADS - 1];

@@ -2,8 +2,8 @@
  * again before the backward; and a routing saved as bytes and replayed by another pass. Neither
  * routes anew, so the gradients are the bytes of the plain step even with a noisy gate.
  *
- * Introduces: MOE_FORWARD_PLAN_ONLY, MOE_FORWARD_RECOMPUTE, moe_pass_trim, moe_pass_bytes, moe_plan_save,
- * moe_plan_load, MOE_PLAN_IDS. */
+ * Introduces: MOE_FORWARD_PLAN_ONLY, MOE_FORWARD_RECOMPUTE, moe_pass_trim, moe_pass_bytes,
+ * moe_plan_save, moe_plan_load, MOE_PLAN_IDS. */
 #include "example.h"
 
 #include <string.h>

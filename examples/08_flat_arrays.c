@@ -1,6 +1,6 @@
-/* 08_flat_arrays.c - inside a plain C training program that keeps all its parameters in one array of
- * floats and all its gradients in another, as small trainers do: the layer's part of both is where
- * the trainer says, one loop is the optimizer, one fwrite the checkpoint.
+/* 08_flat_arrays.c - inside a plain C training program that keeps all its parameters in one array
+ * of floats and all its gradients in another, as small trainers do: the layer's part of both is
+ * where the trainer says, one loop is the optimizer, one fwrite the checkpoint.
  *
  * Introduces: moe_layer_parameter for sizes before memory exists, moe_layer_bind into one array.
  *
