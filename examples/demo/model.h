@@ -1,22 +1,26 @@
-/* model.h - a byte-level language model whose middle is a Mixture-of-Experts layer.
+/* model.h - a byte-level language model whose middle is a Mixture-of-Experts layer, or its dense
+ * twin.
  *
  *     x  = the embeddings of the last CONTEXT bytes, side by side          [T, CONTEXT * EMBED]
  *     h  = input network(x)                                                [T, WIDTH]
- *     h' = h + MoE(norm(h))
- *     logits = output network(norm(h'))                                    [T, 256]
+ *     h' = h + middle(norm(h))
+ *     logits = output network(norm(h'))                                    [T, BYTES]
  *
- * The input and output networks are libmoe pools of one expert, so that libmoe computes every
- * product here. norm divides a row by its root mean square. */
+ * middle is a noisy top-k MoE layer, or in the twin one expert that every byte visits, so wide that
+ * it costs as many multiply-adds as the MoE layer with its gate. Input network, output network and
+ * the twin's middle are libmoe pools of one expert, so that libmoe computes every product here.
+ * norm divides a row by its root mean square. */
 #ifndef DEMO_MODEL_H
 #define DEMO_MODEL_H
 
 #include <moe/moe.h>
 
-enum { CONTEXT = 16, EMBED = 24, WIDTH = 192, HIDDEN = 384, BYTES = 256 };
+enum { CONTEXT = 16, EMBED = 16, WIDTH = 128, BYTES = 256, TOKENS = 1024 };
 
 typedef struct model_options {
-    int64_t experts, top_k, tokens; /* of the MoE layer; tokens of the largest batch */
-    int32_t threads;
+    int64_t experts, top_k, hidden; /* of the MoE layer */
+    int64_t tokens;                 /* of the largest batch */
+    int dense;                      /* 1: the twin */
     uint64_t seed;
     double balance; /* weight of the importance and of the load loss */
 } model_options;
@@ -25,47 +29,69 @@ typedef struct model_options {
 typedef struct weights {
     const char *name;
     float *data, *grad, *mean, *square;
-    int64_t count;
+    int64_t count, parts; /* parts: experts, if each can be left untouched by a step; else 1 */
 } weights;
 
+/* A layer with its pass; without a gate every token goes to the one expert. */
 typedef struct network {
+    moe_gate *gate;
     moe_experts *pool;
     moe_layer *layer;
     moe_pass *pass;
-    moe_plan *plan; /* every token to the one expert */
+    moe_plan *plan; /* NULL with a gate */
 } network;
+
+enum { MODEL_MAX_PARAMETERS = 16 };
 
 typedef struct model {
     model_options options;
-    moe_context *context;
-    moe_gate *gate;
-    moe_experts *experts;
-    moe_layer *layer;
-    moe_pass *pass;
-    network input, output;
-    weights parameters[16];
+    network input, middle, output;
+    weights parameters[MODEL_MAX_PARAMETERS];
     int parameter_count;
-    weights *embedding;
+    uint8_t *touched; /* [experts] */
+    float *embedding, *embedding_grad;
     float *x, *dx, *h, *dh, *n1, *dn1, *mixed, *n2, *dn2, *logits, *dlogits;
+    float *bits;     /* [tokens] of each byte of the last batch */
     int64_t planned; /* tokens the one-expert plans are for */
 } model;
+
+/* Multiply-adds of a forward in training, per token. */
+typedef struct model_cost {
+    int64_t middle, gate; /* gate: logits and noise, part of middle */
+    int64_t ends;         /* input and output network */
+} model_cost;
 
 /* What a forward found. */
 typedef struct model_result {
     double bits;         /* per byte, mean over the batch */
-    double balance_loss; /* importance and load, weighted */
+    double balance_loss; /* importance and load, weighted; 0 for the twin */
 } model_result;
 
-/* Return 0, or -1 with a message on stderr. */
-int model_create(model *m, const model_options *options);
+/* Return 0, or -1 with a message on stderr. The context may serve several models. */
+int model_create(model *m, moe_context *context, const model_options *options);
+/* Also for a model that is all zero, or that could not be made completely. */
 void model_destroy(model *m);
 
-/* Predicts the byte at each of `positions` from the CONTEXT bytes before it; with `train` gradients
- * are computed too. The load of the experts is added to load[experts] if that is not NULL. */
-int model_run(model *m, const uint8_t *text, const int64_t *positions, int64_t tokens, int64_t step,
-              int train, model_result *result, double *load);
+/* The hidden width of the narrowest dense middle that costs at least what the MoE layer costs in
+ * training. */
+int model_dense_hidden(const model_options *options, int64_t *hidden);
+int model_count_cost(const model_options *options, model_cost *cost);
+int64_t model_count_parameters(const model *m);
 
-/* One step of Adam (Kingma & Ba 2015) on all parameters; experts that met no token keep theirs. */
-void model_update(model *m, int64_t step, double rate);
+/* Predicts the byte at each of `positions` from the CONTEXT bytes before it; with `train` gradients
+ * are computed too. `step` numbers the noise. */
+int model_run(model *m, const uint8_t *text, const int64_t *positions, int64_t tokens, int64_t step,
+              int train, model_result *result);
+
+/* One step of Adam (Kingma & Ba 2015). Experts that met no token in the last model_run keep their
+ * parameters and their moments. */
+int model_update(model *m, int64_t step, double rate);
+
+/* The message of a library call that failed. */
+int model_failed(const char *call);
+#define TRY(call)                                         \
+    do {                                                  \
+        if ((call) != MOE_OK) return model_failed(#call); \
+    } while (0)
 
 #endif

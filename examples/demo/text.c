@@ -1,7 +1,7 @@
 /* text.c - finds text: C headers, or what the user names.
  *
- * Files are taken in sorted order so that a run can be repeated. A file with a zero byte is no
- * text. */
+ * Files are taken in sorted order so that a run can be repeated. Below a directory a file with a
+ * zero byte is no text and is left out; a file that is named is taken as it is. */
 #define _XOPEN_SOURCE 700
 #include "text.h"
 
@@ -12,11 +12,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 /* Two parts that grow while files are read; text_read joins them. */
 typedef struct parts {
     text train, held;
-    size_t files;
+    size_t files, skipped;
+    int any; /* bytes of every value are welcome */
 } parts;
 
 static int append(text *t, const uint8_t *bytes, size_t size)
@@ -33,20 +35,24 @@ static int append(text *t, const uint8_t *bytes, size_t size)
     return 0;
 }
 
-/* Adds one file to the part whose turn it is. Unreadable files and files that are no text are
- * left out. */
+/* Adds one file to the held-out part as long as that has less than a tenth, else to the other.
+ * Unreadable files and files that are no text are left out. */
 static int add_file(parts *p, const char *path, size_t limit)
 {
     uint8_t buffer[65536];
     size_t taken = p->train.size + p->held.size, got;
-    text *to = p->files % 10 == 9 ? &p->held : &p->train;
+    text *to = p->held.size < p->train.size / 9 ? &p->held : &p->train;
     size_t before = to->size;
     FILE *f = fopen(path, "rb");
-    if (!f) return 0;
+    if (!f) {
+        p->skipped++;
+        return 0;
+    }
     while (taken < limit && (got = fread(buffer, 1, sizeof buffer, f)) > 0) {
         if (got > limit - taken) got = limit - taken;
-        if (memchr(buffer, 0, got)) {
+        if (!p->any && memchr(buffer, 0, got)) {
             to->size = before;
+            p->skipped++;
             fclose(f);
             return 0;
         }
@@ -73,7 +79,7 @@ static int add_path(parts *p, const char *path, size_t limit, int depth)
     int result = 0;
     if (p->train.size + p->held.size >= limit || depth > 16 || stat(path, &s) != 0) return 0;
     if (S_ISREG(s.st_mode)) return add_file(p, path, limit);
-    if (!S_ISDIR(s.st_mode)) return 0;
+    if (!S_ISDIR(s.st_mode)) return 0; /* a pipe or a device might never end */
     int count = scandir(path, &entries, NULL, by_name);
     for (int i = 0; i < count; i++) {
         char child[4096];
@@ -89,7 +95,9 @@ static int add_path(parts *p, const char *path, size_t limit, int depth)
 
 static int join(text *t, parts *p)
 {
-    if (p->files < 10) { /* too few to hold a file out: the last tenth of all */
+    size_t all = p->train.size + p->held.size;
+    /* Too few files, or of too different sizes: hold out the last tenth of all bytes. */
+    if (p->files < 10 || p->held.size < all / 20 || p->held.size > all / 5) {
         if (append(&p->train, p->held.bytes, p->held.size) != 0) return -1;
         p->held.size = 0;
         t->train_size = p->train.size - p->train.size / 10;
@@ -100,8 +108,17 @@ static int join(text *t, parts *p)
     t->bytes = p->train.bytes;
     t->size = p->train.size;
     t->files = p->files;
+    t->skipped = p->skipped;
     p->train.bytes = NULL;
     return 0;
+}
+
+/* FNV-1a. */
+static uint64_t hash(const text *t)
+{
+    uint64_t h = 0xcbf29ce484222325u ^ t->train_size;
+    for (size_t i = 0; i < t->size; i++) h = (h ^ t->bytes[i]) * 0x100000001b3u;
+    return h;
 }
 
 int text_read(text *t, const char *path, size_t limit)
@@ -109,10 +126,11 @@ int text_read(text *t, const char *path, size_t limit)
     struct stat s;
     parts p = {0};
     memset(t, 0, sizeof *t);
-    if (stat(path, &s) != 0) {
+    if (stat(path, &s) != 0 || access(path, R_OK) != 0) {
         fprintf(stderr, "%s: %s\n", path, strerror(errno));
         return -1;
     }
+    p.any = S_ISREG(s.st_mode);
     p.train.bytes = malloc(1);
     p.held.bytes = malloc(1);
     int bad = !p.train.bytes || !p.held.bytes || add_path(&p, path, limit, 0) != 0 ||
@@ -123,11 +141,17 @@ int text_read(text *t, const char *path, size_t limit)
         fprintf(stderr, "%s: out of memory\n", path);
         return -1;
     }
-    if (t->size < 4096) {
-        fprintf(stderr, "%s: %zu bytes of text found, at least 4096 are needed\n", path, t->size);
+    if (t->size < TEXT_MINIMUM || t->size - t->train_size < TEXT_MINIMUM / 16) {
+        fprintf(
+            stderr,
+            "%s: %zu bytes of text in %zu files (%zu left out), %zu of them to hold out; at least "
+            "%d and %d are needed\n",
+            path, t->size, t->files, t->skipped, t->size - t->train_size, TEXT_MINIMUM,
+            TEXT_MINIMUM / 16);
         text_free(t);
         return -1;
     }
+    t->hash = hash(t);
     return 0;
 }
 

@@ -8,13 +8,17 @@
 typedef struct text {
     uint8_t *bytes;
     size_t size, room, limit;
-    size_t train_size; /* bytes[0..train_size) to train on, the rest is held out */
-    size_t files;
+    size_t train_size;     /* bytes[0..train_size) to train on, the rest is held out */
+    size_t files, skipped; /* skipped: not readable, or with a zero byte and so no text */
+    uint64_t hash;         /* of the bytes and of where they are cut */
 } text;
 
-/* Reads a file, or every text file below a directory in sorted order, up to `limit` bytes. Every
- * tenth file is held out, or the last tenth of a single file. Returns 0, or -1 with a message on
- * stderr. */
+/* The least text that can be cut into two parts worth the name. */
+enum { TEXT_MINIMUM = 4096 };
+
+/* Reads a file, whatever is in it, or every text file below a directory in sorted order, up to
+ * `limit` bytes. About a tenth is held out, in whole files; where that is not possible, or of fewer
+ * than ten files, the last tenth of all bytes. Returns 0, or -1 with a message on stderr. */
 int text_read(text *t, const char *path, size_t limit);
 void text_free(text *t);
 

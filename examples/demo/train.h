@@ -1,0 +1,12 @@
+/* train.h - a whole run: resume, steps, reports, log, checkpoints. */
+#ifndef DEMO_TRAIN_H
+#define DEMO_TRAIN_H
+
+#include "trainer.h"
+
+enum { TRAIN_DONE = 0, TRAIN_INTERRUPTED = 1, TRAIN_FAILED = -1 };
+
+/* Trains to the last step, or to the step in which a signal came. */
+int train(trainer *t);
+
+#endif

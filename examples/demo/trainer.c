@@ -1,0 +1,187 @@
+/* trainer.c - see trainer.h. The two models never share a random number: places come from one
+ * generator for both, noise from libmoe's counter. */
+#define _XOPEN_SOURCE 700
+#include "trainer.h"
+
+#include "classes.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+volatile sig_atomic_t trainer_signal = 0;
+
+static void note_signal(int number) { trainer_signal = number; }
+
+void trainer_catch_signals(void)
+{
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = note_signal;
+    action.sa_flags = SA_RESTART;
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+}
+
+double trainer_clock(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+int trainer_create(trainer *t, const options *o, const text *corpus)
+{
+    moe_context_config c;
+    memset(t, 0, sizeof *t);
+    t->options = o;
+    t->text = corpus;
+    t->state.random = o->seed;
+    TRY(moe_context_config_init(&c, sizeof c));
+    c.threads = o->threads;
+    TRY(moe_context_create(&t->context, &c));
+    for (int i = 0; i < MODELS; i++) {
+        model_options m = {.experts = o->experts,
+                           .top_k = o->top_k,
+                           .hidden = o->hidden,
+                           .tokens = TOKENS,
+                           .dense = i == DENSE,
+                           .seed = o->seed,
+                           .balance = o->balance};
+        t->used[i] = o->only == ONLY_BOTH || (o->only == ONLY_MOE) == (i == MOE);
+        if (t->used[i] && model_create(&t->models[i], t->context, &m) != 0) return -1;
+    }
+    return 0;
+}
+
+void trainer_destroy(trainer *t)
+{
+    for (int i = 0; i < MODELS; i++) model_destroy(&t->models[i]);
+    moe_context_destroy(t->context);
+    t->context = NULL;
+}
+
+/* SplitMix64 (Steele, Lea, Flood 2014). */
+static uint64_t next_random(uint64_t *state)
+{
+    uint64_t z = *state += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+/* Random places with CONTEXT bytes before them in the same part of the text. */
+static void pick_positions(int64_t *positions, size_t begin, size_t end, uint64_t *state)
+{
+    for (int i = 0; i < TOKENS; i++)
+        positions[i] = (int64_t)(begin + CONTEXT + next_random(state) % (end - begin - CONTEXT));
+}
+
+double trainer_rate(const options *o, int64_t step)
+{
+    const double warm = 40, pi = 3.14159265358979323846;
+    double rate = o->rate * (0.05 + 0.475 * (1 + cos(pi * (double)step / (double)o->steps)));
+    return (double)step < warm ? rate * ((double)step + 1) / warm : rate;
+}
+
+int trainer_step(trainer *t)
+{
+    int64_t positions[TOKENS];
+    trainer_state *s = &t->state;
+    model_result result;
+    pick_positions(positions, 0, t->text->train_size, &s->random);
+    for (int i = 0; i < MODELS; i++) {
+        model *m = &t->models[i];
+        double begin = trainer_clock();
+        if (!t->used[i]) continue;
+        if (model_run(m, t->text->bytes, positions, TOKENS, s->step, 1, &result) != 0 ||
+            model_update(m, s->step, trainer_rate(t->options, s->step)) != 0)
+            return -1;
+        s->bits[i] = s->step == 0 ? result.bits : 0.95 * s->bits[i] + 0.05 * result.bits;
+        t->seconds[i] += trainer_clock() - begin;
+        if (i == MOE) s->balance_loss = result.balance_loss;
+    }
+    s->step++;
+    return 0;
+}
+
+/* ---- held-out text --------------------------------------------------------------------------- */
+
+static int count_entries(trainer *t, const int64_t *positions, double *counts, double *by_read,
+                         double *by_next)
+{
+    const moe_plan *plan;
+    moe_plan_view v;
+    TRY(moe_pass_plan(t->models[MOE].middle.pass, &plan));
+    TRY(moe_plan_view_init(&v, sizeof v));
+    TRY(moe_plan_get(plan, &v));
+    for (int64_t token = 0; token < v.tokens; token++) {
+        int read = class_of_byte(t->text->bytes[positions[token] - 1]);
+        int next = class_of_byte(t->text->bytes[positions[token]]);
+        for (int64_t i = v.token_begin[token]; i < v.token_begin[token + 1]; i++) {
+            int64_t e = v.expert_of_entry[i];
+            counts[e]++;
+            if (by_read) by_read[e * CLASSES + read]++;
+            if (by_next) by_next[e * CLASSES + next]++;
+        }
+    }
+    return 0;
+}
+
+static sharing share(const double *counts, int64_t experts)
+{
+    sharing s = {.experts = experts};
+    double sum = 0, most = 0;
+    for (int64_t e = 0; e < experts; e++) sum += counts[e], most = fmax(most, counts[e]);
+    for (int64_t e = 0; e < experts; e++) {
+        double part = counts[e] / sum;
+        if (part > 0) s.entropy -= part * log(part);
+        s.idle += 4 * (double)experts * part < 1;
+    }
+    s.busiest = most / sum * (double)experts;
+    return s;
+}
+
+/* One batch of both models; sums[i] and squares collect bits and squared differences. */
+static int measure_batch(trainer *t, const int64_t *positions, double *sums, double *square)
+{
+    model_result result;
+    for (int i = 0; i < MODELS; i++) {
+        if (!t->used[i]) continue;
+        if (model_run(&t->models[i], t->text->bytes, positions, TOKENS, 0, 0, &result) != 0)
+            return -1;
+        sums[i] += result.bits * TOKENS;
+    }
+    if (!t->used[MOE] || !t->used[DENSE]) return 0;
+    for (int j = 0; j < TOKENS; j++) {
+        double difference = (double)(t->models[DENSE].bits[j] - t->models[MOE].bits[j]);
+        *square += difference * difference;
+    }
+    return 0;
+}
+
+int trainer_measure(trainer *t, int batches, held_out *held, double *by_read, double *by_next)
+{
+    int64_t positions[TOKENS], experts = t->options->experts;
+    uint64_t random = 12345;
+    double sums[MODELS] = {0}, square = 0, bytes = (double)batches * TOKENS;
+    double *counts = calloc((size_t)experts, sizeof *counts);
+    int failed = !counts;
+    *held = (held_out){0};
+    for (int batch = 0; batch < batches && !failed; batch++) {
+        pick_positions(positions, t->text->train_size, t->text->size, &random);
+        failed = measure_batch(t, positions, sums, &square) != 0 ||
+                 (t->used[MOE] && count_entries(t, positions, counts, by_read, by_next) != 0);
+    }
+    for (int i = 0; i < MODELS; i++) held->bits[i] = sums[i] / bytes;
+    double mean = held->bits[DENSE] - held->bits[MOE];
+    /* Of a short text the same bytes come again and again, which makes no more evidence. */
+    double evidence = fmin(bytes, (double)(t->text->size - t->text->train_size));
+    held->error = sqrt(fmax(square / bytes - mean * mean, 0) / evidence);
+    if (!failed && t->used[MOE]) held->sharing = share(counts, experts);
+    free(counts);
+    return failed ? -1 : 0;
+}
