@@ -1,0 +1,98 @@
+"""The sparsely-gated Mixture-of-Experts layer, forward and backward, on the CPU.
+
+    import numpy, moe
+
+    context = moe.Context()
+    gate = moe.Gate(context, d_model=64, num_experts=8, top_k=2)
+    experts = moe.Experts(context, d_model=64, d_hidden=256, num_experts=8)
+    layer = moe.Layer(gate, experts)
+    layer.init_parameters(seed=1)
+    step = moe.Pass(layer)
+    x = numpy.random.default_rng(0).standard_normal((100, 64), dtype="float32")
+    y = layer.forward(step, x)
+    dx = layer.backward(step, numpy.ones_like(y))
+
+Arrays are numpy's or anything else with the buffer protocol or DLPack, and are never copied.
+Keyword arguments are the fields of the library's structs, which its headers describe; fields that
+hold a constant also take its name: kind="noisy_top_k".
+"""
+
+from ._constants import (
+    FROM_CONFIG,
+    SAME,
+    Activation,
+    Backend,
+    Backward,
+    Capacity,
+    Check,
+    Drop,
+    DType,
+    Forward,
+    GateKind,
+    Glu,
+    Isa,
+    Kind,
+    Log,
+    Loss,
+    Order,
+    Output,
+    Parameters,
+    PlanUse,
+    Round,
+    Rows,
+    Score,
+    SequenceCounts,
+    Shard,
+    Stat,
+    Status,
+    Storage,
+    Tensor,
+    WeightLayout,
+    WeightOn,
+)
+from ._library import (
+    BufferTooSmall,
+    CallbackFailed,
+    CorruptData,
+    Error,
+    InvalidArgument,
+    InvalidState,
+    NotSupported,
+    OutOfMemory,
+    SizeOverflow,
+    SystemRefused,
+    constant,
+    library_path,
+    load,
+    version,
+)
+from .context import Comm, Context
+from .functions import (
+    Flops,
+    GradientReport,
+    GradientsDisagree,
+    Memory,
+    check_gradients,
+    cv_squared,
+    experts_config,
+    flops,
+    gate_config,
+    memory,
+    noise4,
+)
+from .objects import Experts, Gate, Layer
+from .parameter import Parameter
+from .passes import Losses, Pass, Stats
+from .plan import Plan, PlanArrays
+
+__all__ = [
+    "FROM_CONFIG", "SAME", "Activation", "Backend", "Backward", "BufferTooSmall", "CallbackFailed",
+    "Capacity", "Check", "Comm", "Context", "CorruptData", "DType", "Drop", "Error", "Experts",
+    "Flops", "Forward", "Gate", "GateKind", "Glu", "GradientReport", "GradientsDisagree",
+    "InvalidArgument", "InvalidState", "Isa", "Kind", "Layer", "Log", "Loss", "Losses", "Memory",
+    "NotSupported", "Order", "OutOfMemory", "Output", "Parameter", "Parameters", "Pass", "Plan",
+    "PlanArrays", "PlanUse", "Round", "Rows", "Score", "SequenceCounts", "Shard", "SizeOverflow",
+    "Stat", "Stats", "Status", "Storage", "SystemRefused", "Tensor", "WeightLayout", "WeightOn",
+    "check_gradients", "constant", "cv_squared", "experts_config", "flops", "gate_config",
+    "library_path", "load", "memory", "noise4", "version",
+]  # fmt: skip

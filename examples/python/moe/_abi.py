@@ -1,0 +1,468 @@
+"""The C interface in ctypes: every public struct, callback type and function prototype.
+
+Structs have the names of the C types in camel case (moe_gate_config is GateConfig) and exactly
+their fields; handles and pointers to elements are c_void_p. PROTOTYPES maps each function of the
+library to its result and arguments. The tests compare all of it with the headers and the symbol map.
+"""
+
+from __future__ import annotations
+
+import re
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint8,
+    c_uint64,
+    c_void_p,
+)
+from typing import Any, Dict, List, Tuple, Type
+
+from ._constants import *  # noqa: F401,F403 - one place to import from
+from ._constants import LOSS_SLOTS, MAX_DIMS, STAT_SLOTS
+
+# ---- callbacks ----------------------------------------------------------------------------------
+
+AllocFn = CFUNCTYPE(c_void_p, c_void_p, c_uint64, c_uint64)
+FreeFn = CFUNCTYPE(None, c_void_p, c_void_p, c_uint64)
+TaskFn = CFUNCTYPE(None, c_void_p, c_int64)
+ParallelFn = CFUNCTYPE(c_int32, c_void_p, c_int64, TaskFn, c_void_p)
+LogFn = CFUNCTYPE(None, c_void_p, c_int32, c_char_p)
+
+# ---- structs ------------------------------------------------------------------------------------
+
+_Dims = c_int64 * MAX_DIMS
+
+
+class ContextConfig(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("backend", c_int32),
+        ("isa", c_int32),
+        ("threads", c_int32),
+        ("log_level", c_int32),
+        ("alloc", AllocFn),
+        ("free", FreeFn),
+        ("alloc_user", c_void_p),
+        ("parallel", ParallelFn),
+        ("parallel_user", c_void_p),
+        ("log", LogFn),
+        ("log_user", c_void_p),
+    ]
+
+
+class GateConfig(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("d_model", c_int64),
+        ("num_experts", c_int64),
+        ("top_k", c_int64),
+        ("kind", c_int32),
+        ("score", c_int32),
+        ("order", c_int32),
+        ("renormalize", c_int32),
+        ("renormalize_epsilon", c_double),
+        ("route_scale", c_double),
+        ("bias", c_int32),
+        ("selection_bias", c_int32),
+        ("expert_groups", c_int64),
+        ("top_groups", c_int64),
+        ("group_score", c_int32),
+        ("dtype", c_int32),
+        ("noise_epsilon", c_double),
+        ("cdf_guard", c_double),
+        ("jitter", c_double),
+        ("seed", c_uint64),
+        ("stream_id", c_int32),
+        ("cv_ddof", c_int32),
+        ("importance_weight", c_double),
+        ("load_weight", c_double),
+        ("switch_weight", c_double),
+        ("gshard_weight", c_double),
+        ("z_weight", c_double),
+        ("sequence_weight", c_double),
+        ("sequence_score", c_int32),
+        ("sequence_counts", c_int32),
+        ("capacity_kind", c_int32),
+        ("capacity_rounding", c_int32),
+        ("capacity", c_int64),
+        ("capacity_factor", c_double),
+        ("capacity_minimum", c_int64),
+        ("drop_policy", c_int32),
+        ("renormalize_after_drop", c_int32),
+        ("parameters", c_int32),
+        ("reserved", c_int32),
+        ("init_std", c_double),
+    ]
+
+
+class ExpertsConfig(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("d_model", c_int64),
+        ("d_hidden", c_int64),
+        ("d_out", c_int64),
+        ("num_experts", c_int64),
+        ("activation", c_int32),
+        ("bias", c_int32),
+        ("glu_order", c_int32),
+        ("weight_layout", c_int32),
+        ("storage", c_int32),
+        ("dtype", c_int32),
+        ("output", c_int32),
+        ("weight_position", c_int32),
+        ("activation_alpha", c_double),
+        ("activation_limit", c_double),
+        ("activation_offset", c_double),
+        ("parameters", c_int32),
+        ("reserved", c_int32),
+        ("init_std", c_double),
+    ]
+
+
+class LayerConfig(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("gate", c_void_p),
+        ("experts", c_void_p),
+        ("shared", c_void_p),
+        ("residual", c_void_p),
+        ("comm", c_void_p),
+        ("output", c_int32),
+        ("layer_id", c_int32),
+        ("shared_gate", c_int32),
+        ("residual_mix", c_int32),
+    ]
+
+
+class CostQuery(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("gate", POINTER(GateConfig)),
+        ("experts", POINTER(ExpertsConfig)),
+        ("layer", POINTER(LayerConfig)),
+        ("tokens", c_int64),
+        ("groups", c_int64),
+        ("top_k", c_int64),
+        ("flags", c_uint64),
+        ("threads", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class Cost(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("parameter_bytes", c_int64),
+        ("gradient_bytes", c_int64),
+        ("parameter_count", c_int64),
+        ("pass_bytes", c_int64),
+        ("forward_flops", c_int64),
+        ("backward_flops", c_int64),
+        ("active_parameters", c_int64),
+    ]
+
+
+class ParameterRecord(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("name", c_char_p),
+        ("data", c_void_p),
+        ("grad", c_void_p),
+        ("data_per_expert", POINTER(c_void_p)),
+        ("grad_per_expert", POINTER(c_void_p)),
+        ("element_count", c_int64),
+        ("shape", _Dims),
+        ("global_shape", _Dims),
+        ("global_offset", _Dims),
+        ("data_stride", _Dims),
+        ("grad_stride", _Dims),
+        ("dims", c_int32),
+        ("kind", c_int32),
+        ("data_dtype", c_int32),
+        ("grad_dtype", c_int32),
+        ("sharding", c_int32),
+        ("trainable", c_int32),
+        ("opaque", c_int32),
+        ("owned", c_int32),
+    ]
+
+
+class Binding(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("data", c_void_p),
+        ("grad", c_void_p),
+        ("data_per_expert", POINTER(c_void_p)),
+        ("grad_per_expert", POINTER(c_void_p)),
+        ("data_stride", _Dims),
+        ("grad_stride", _Dims),
+        ("data_dtype", c_int32),
+        ("grad_dtype", c_int32),
+    ]
+
+
+class ForwardArgs(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("flags", c_uint64),
+        ("tokens", c_int64),
+        ("token_first", c_int64),
+        ("step", c_int64),
+        ("y", c_void_p),
+        ("y_stride", c_int64),
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("gate_x", c_void_p),
+        ("gate_x_stride", c_int64),
+        ("logits_in", c_void_p),
+        ("logits_stride", c_int64),
+        ("noise", c_void_p),
+        ("noise_stride", c_int64),
+        ("token_mask", c_void_p),
+        ("group_begin", c_void_p),
+        ("groups", c_int64),
+        ("token_key", c_void_p),
+        ("plan", c_void_p),
+        ("plan_use", c_int32),
+        ("reserved", c_int32),
+        ("top_k", c_int64),
+        ("capacity", c_int64),
+        ("loss_weights", c_void_p),
+        ("losses_out", c_void_p),
+        ("stats_out", c_void_p),
+        ("stream", c_void_p),
+    ]
+
+
+class BackwardArgs(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("flags", c_uint64),
+        ("dx", c_void_p),
+        ("dx_stride", c_int64),
+        ("dy", c_void_p),
+        ("dy_stride", c_int64),
+        ("d_gate_x", c_void_p),
+        ("d_gate_x_stride", c_int64),
+        ("d_logits_out", c_void_p),
+        ("d_logits_stride", c_int64),
+        ("entry_weight_grad", c_void_p),
+        ("loss_grad", c_void_p),
+        ("x", c_void_p),
+        ("gate_x", c_void_p),
+        ("stream", c_void_p),
+        ("x_stride", c_int64),
+        ("gate_x_stride", c_int64),
+    ]
+
+
+class PassConfig(Structure):
+    _fields_ = [("struct_size", c_uint64), ("workspace", c_void_p), ("workspace_bytes", c_int64)]
+
+
+class Losses(Structure):
+    _fields_ = [("struct_size", c_uint64), ("total", c_double), ("value", c_double * LOSS_SLOTS)]
+
+
+class Stats(Structure):
+    _fields_ = [("struct_size", c_uint64), ("value", c_double * STAT_SLOTS)]
+
+
+class TensorView(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("data", c_void_p),
+        ("shape", _Dims),
+        ("dims", c_int32),
+        ("dtype", c_int32),
+    ]
+
+
+class PlanArgs(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("tokens", c_int64),
+        ("num_experts", c_int64),
+        ("top_k", c_int64),
+        ("token_begin", c_void_p),
+        ("expert_ids", c_void_p),
+        ("weights", c_void_p),
+        ("id_dtype", c_int32),
+        ("dtype", c_int32),
+        ("token_mask", c_void_p),
+        ("group_begin", c_void_p),
+        ("groups", c_int64),
+        ("capacity", c_int64),
+        ("drop_policy", c_int32),
+        ("renormalize_after_drop", c_int32),
+        ("token_priority", c_void_p),
+    ]
+
+
+class PlanView(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("tokens", c_int64),
+        ("entries", c_int64),
+        ("rows", c_int64),
+        ("num_experts", c_int64),
+        ("groups", c_int64),
+        ("token_begin", c_void_p),
+        ("expert_of_entry", c_void_p),
+        ("weight_of_entry", c_void_p),
+        ("row_of_entry", c_void_p),
+        ("slot_of_entry", c_void_p),
+        ("expert_begin", c_void_p),
+        ("token_of_row", c_void_p),
+        ("entry_of_row", c_void_p),
+        ("group_begin", c_void_p),
+        ("dtype", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class RowsArgs(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("flags", c_uint64),
+        ("width", c_int64),
+        ("tokens_in", c_void_p),
+        ("tokens_in_stride", c_int64),
+        ("tokens_out", c_void_p),
+        ("tokens_out_stride", c_int64),
+        ("rows_in", c_void_p),
+        ("rows_in_stride", c_int64),
+        ("rows_out", c_void_p),
+        ("rows_out_stride", c_int64),
+        ("entry_weight_grad", c_void_p),
+        ("dtype", c_int32),
+        ("reserved", c_int32),
+        ("stream", c_void_p),
+    ]
+
+
+class GradientCheck(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("tokens", c_int64),
+        ("groups", c_int64),
+        ("probes", c_int64),
+        ("seed", c_uint64),
+        ("step", c_double),
+        ("tolerance", c_double),
+        ("parameters", c_int32),
+        ("train", c_int32),
+        ("report", LogFn),
+        ("report_user", c_void_p),
+    ]
+
+
+class GradientReport(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("tensors", c_int64),
+        ("probes", c_int64),
+        ("disagreements", c_int64),
+        ("kinks", c_int64),
+        ("worst", c_double),
+        ("worst_name", c_char_p),
+        ("worst_index", c_int64),
+        ("worst_gradient", c_double),
+        ("worst_difference", c_double),
+    ]
+
+
+STRUCTS: List[Type[Structure]] = [
+    ContextConfig, GateConfig, ExpertsConfig, LayerConfig, CostQuery, Cost, ParameterRecord,
+    Binding,
+    ForwardArgs, BackwardArgs, PassConfig, Losses, Stats, TensorView, PlanArgs, PlanView, RowsArgs,
+    GradientCheck, GradientReport,
+]  # fmt: skip
+
+
+def c_name(struct: Type[Structure]) -> str:
+    """The C name of a struct: GateConfig is moe_gate_config."""
+    return "moe" + re.sub("[A-Z]", lambda letter: "_" + letter.group().lower(), struct.__name__)
+
+
+# ---- prototypes ---------------------------------------------------------------------------------
+
+_status = c_int32
+_handle = c_void_p
+_new = POINTER(c_void_p)  # where a create call puts its handle
+
+PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
+    "moe_status_name": (c_char_p, [_status]),
+    "moe_status_text": (c_char_p, [_status]),
+    "moe_last_error": (c_char_p, []),
+    "moe_clear_last_error": (None, []),
+    "moe_version_number": (c_int32, []),
+    "moe_version_string": (c_char_p, []),
+    "moe_constant": (_status, [POINTER(c_int64), c_char_p]),
+    "moe_context_create": (_status, [_new, POINTER(ContextConfig)]),
+    "moe_context_destroy": (None, [_handle]),
+    "moe_context_threads": (c_int32, [_handle]),
+    "moe_context_isa": (c_int32, [_handle]),
+    "moe_context_backend": (c_int32, [_handle]),
+    "moe_gate_create": (_status, [_new, _handle, POINTER(GateConfig)]),
+    "moe_gate_get_config": (_status, [_handle, POINTER(GateConfig)]),
+    "moe_init_default": (c_double, []),
+    "moe_cv_squared": (_status, [POINTER(c_double), c_void_p, c_void_p, c_int64, c_int32, c_int32]),
+    "moe_noise4": (_status, [POINTER(c_float), c_uint64, c_int32, c_int32] + 3 * [c_int64]),
+    "moe_experts_create": (_status, [_new, _handle, POINTER(ExpertsConfig)]),
+    "moe_experts_get_config": (_status, [_handle, POINTER(ExpertsConfig)]),
+    "moe_experts_weights_changed": (_status, [_handle]),
+    "moe_experts_touched": (_status, [_handle, POINTER(c_uint8), POINTER(c_int64)]),
+    "moe_layer_create": (_status, [_new, POINTER(LayerConfig)]),
+    "moe_layer_get_config": (_status, [_handle, POINTER(LayerConfig)]),
+    "moe_layer_memory": (_status, [POINTER(CostQuery), POINTER(Cost)]),
+    "moe_layer_flops": (_status, [POINTER(CostQuery), POINTER(Cost)]),
+    "moe_comm_create_self": (_status, [_new, _handle]),
+    "moe_comm_destroy": (None, [_handle]),
+    "moe_comm_rank": (c_int32, [_handle]),
+    "moe_comm_size": (c_int32, [_handle]),
+    "moe_pass_create": (_status, [_new, _handle, POINTER(PassConfig)]),
+    "moe_pass_create_for_gate": (_status, [_new, _handle, POINTER(PassConfig)]),
+    "moe_pass_create_for_experts": (_status, [_new, _handle, POINTER(PassConfig)]),
+    "moe_pass_destroy": (None, [_handle]),
+    "moe_pass_reserve": (_status, [_handle, c_int64, c_int64, c_int64]),
+    "moe_pass_bytes": (c_int64, [_handle]),
+    "moe_pass_plan": (_status, [_handle, _new]),
+    "moe_pass_losses": (_status, [_handle, POINTER(Losses)]),
+    "moe_pass_stats": (_status, [_handle, POINTER(Stats)]),
+    "moe_pass_tensor": (_status, [_handle, c_int32, POINTER(TensorView)]),
+    "moe_pass_trim": (_status, [_handle]),
+    "moe_plan_create": (_status, [_new, _handle]),
+    "moe_plan_destroy": (None, [_handle]),
+    "moe_plan_build": (_status, [_handle, POINTER(PlanArgs)]),
+    "moe_plan_copy": (_status, [_handle, _handle]),
+    "moe_plan_get": (_status, [_handle, POINTER(PlanView)]),
+    "moe_plan_check": (_status, [_handle]),
+    "moe_plan_save": (_status, [_handle, c_void_p, c_int64, POINTER(c_int64)]),
+    "moe_plan_load": (_status, [_handle, c_void_p, c_int64]),
+    "moe_check_gradients": (_status, [_handle, POINTER(GradientCheck), POINTER(GradientReport)]),
+}
+
+for _struct in STRUCTS:
+    PROTOTYPES[c_name(_struct) + "_init"] = (_status, [POINTER(_struct), c_size_t])
+for _object in ("gate", "experts", "layer"):
+    _prefix = "moe_" + _object
+    PROTOTYPES[_prefix + "_destroy"] = (None, [_handle])
+    PROTOTYPES[_prefix + "_forward"] = (_status, [_handle, _handle, POINTER(ForwardArgs)])
+    PROTOTYPES[_prefix + "_backward"] = (_status, [_handle, _handle, POINTER(BackwardArgs)])
+    PROTOTYPES[_prefix + "_parameter_count"] = (c_int64, [_handle])
+    PROTOTYPES[_prefix + "_parameter_find"] = (c_int64, [_handle, c_char_p])
+    PROTOTYPES[_prefix + "_parameter"] = (_status, [_handle, c_int64, POINTER(ParameterRecord)])
+    PROTOTYPES[_prefix + "_bind"] = (_status, [_handle, c_int64, POINTER(Binding)])
+    PROTOTYPES[_prefix + "_zero_gradients"] = (_status, [_handle, c_void_p])
+    PROTOTYPES[_prefix + "_init_parameters"] = (_status, [_handle, c_uint64])
+for _step in ("dispatch", "combine"):
+    for _direction in ("forward", "backward"):
+        PROTOTYPES[f"moe_{_step}_{_direction}"] = (_status, [_handle, POINTER(RowsArgs)])

@@ -1,0 +1,182 @@
+"""Handles of the library and their lifetimes.
+
+A Handle owns one reference of the library's own counting and gives it up when Python has no use for
+it any more. Children keep their parents' Handles, views of library memory keep the Handle they look
+into, so that the order in which the garbage collector finds them does not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+import weakref
+from collections import deque
+from typing import Any, Deque, Dict, Iterator, Optional
+
+from ._library import InvalidState, check, library, raise_pending_since, pending_count
+
+# A destroy may not happen inside a callback, but the garbage collector runs there as anywhere: such
+# handles wait here for the next call.
+_deferred: Deque["Handle"] = deque()
+
+
+class _Inside(threading.local):
+    depth = 0
+
+
+_inside = _Inside()
+
+
+@contextlib.contextmanager
+def inside_callback() -> Iterator[None]:
+    """Marks that this thread is in a callback of the library."""
+    _inside.depth += 1
+    try:
+        yield
+    finally:
+        _inside.depth -= 1
+
+
+def refuse_inside_callback() -> None:
+    """Callbacks may not call the library: it may hold locks, and would wait for itself."""
+    if _inside.depth:
+        raise InvalidState("a callback must not call the library")
+
+
+def destroy_deferred() -> None:
+    """Destroy what had to wait, unless this is a callback as well."""
+    while _deferred and not _inside.depth:
+        try:
+            handle = _deferred.popleft()
+        except IndexError:
+            return
+        handle.destroy()
+
+
+class Busy:
+    """Who is using an object: any number of calls, or one change (a binding) and nothing else."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._alone = False
+        self._pid = os.getpid()
+
+    def _after_fork(self) -> None:
+        # The calls that the parent's other threads were in do not exist in the child.
+        if self._pid != os.getpid():
+            self._reset()
+
+    @contextlib.contextmanager
+    def shared(self, what: str) -> Iterator[None]:
+        self._after_fork()
+        with self._lock:
+            if self._alone:
+                raise InvalidState(f"{what} is in use by another call")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+
+    @contextlib.contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        self._after_fork()
+        with self._lock:
+            if self._users or self._alone:
+                raise InvalidState(f"{what} is in use by another call")
+            self._alone = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._alone = False
+
+
+class Handle:
+    """One object of the library.
+
+    `kept` holds what must live as long: parents' handles, callbacks, memory bound to it. `exports`
+    holds the views of its memory that somebody still has. A borrowed handle is destroyed by the
+    object it belongs to.
+    """
+
+    def __init__(self, kind: str, borrowed: bool = False) -> None:
+        self.kind = kind
+        self.borrowed = borrowed
+        self.value: Optional[int] = None
+        self.kept: Dict[str, Any] = {}
+        self.exports: "weakref.WeakSet[Any]" = weakref.WeakSet()
+        self.busy = Busy()
+
+    def create(self, function: str, *arguments: Any) -> "Handle":
+        """Call a create function; its first argument is where the handle goes."""
+        refuse_inside_callback()
+        destroy_deferred()
+        value = ctypes.c_void_p()
+        status = getattr(library(), function)(ctypes.byref(value), *arguments)
+        self.value = value.value
+        check(status)
+        return self
+
+    def refuse_exports(self, what: str) -> None:
+        """Refuse a call that may move memory somebody has a view of."""
+        if len(self.exports):
+            raise InvalidState(f"{what}: {len(self.exports)} views of the {self.kind} are in use")
+
+    def destroy(self) -> None:
+        """Give up the library's object; at once, whoever else may still have this handle."""
+        value, self.value = self.value, None
+        if value and not self.borrowed:
+            before = pending_count()
+            getattr(library(), f"moe_{self.kind}_destroy")(value)
+            raise_pending_since(before)
+
+    # A weakref.finalize could not do this: inside a callback the handle must outlive its own
+    # finalizer together with all it keeps, and only __del__ can resurrect it. It runs before any
+    # part of a cycle is cleared. When the interpreter goes down nothing is destroyed: others may
+    # still look at the memory, and the system takes it back anyway.
+    def __del__(self) -> None:
+        if self.value is None or sys is None or sys.is_finalizing():
+            return
+        if _inside.depth:
+            _deferred.append(self)
+        else:
+            self.destroy()
+
+
+class Object:
+    """A Python object around a Handle: closing, and refusing use after that."""
+
+    _handle: Optional[Handle] = None
+
+    @property
+    def handle(self) -> Handle:
+        handle = self._handle
+        if handle is None:
+            raise InvalidState(f"this {type(self).__name__} has been closed")
+        return handle
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() has been called."""
+        return self._handle is None
+
+    def close(self) -> None:
+        """Give the object up now. What others still use of it, views included, lives on."""
+        self._handle = None
+
+    def call(self, function: str, *arguments: Any) -> None:
+        """Call a function of the library on this object and raise its error."""
+        handle = self.handle  # held here: a close() in another thread does not pull it away
+        refuse_inside_callback()
+        if _deferred:
+            destroy_deferred()
+        check(getattr(library(), function)(handle.value, *arguments))

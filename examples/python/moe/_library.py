@@ -1,0 +1,247 @@
+"""Finding and loading the library, and its errors as exceptions.
+
+library() gives the loaded library with every prototype set; check(status) turns a status into an
+exception; new(struct) makes a struct with its defaults. Calls run without the GIL, as ctypes.CDLL
+releases it. Nothing here reads the environment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from pathlib import Path
+from typing import Any, Dict, List, NoReturn, Optional, Type, TypeVar, Union
+
+from . import _abi
+from ._constants import Status
+
+NEEDED_VERSION = (0, 1, 0)
+SYSTEM_NAME = "libmoe.so.0"
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+class Error(Exception):
+    """A call of the library failed. `status` is the number, `name` its C name."""
+
+    def __init__(self, message: str, status: int = int(Status.INTERNAL), name: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.name = name
+
+
+class InvalidArgument(Error, ValueError):
+    """An argument or a field has a value that is not allowed."""
+
+
+class OutOfMemory(Error, MemoryError):
+    """The allocator returned no memory."""
+
+
+class InvalidState(Error, RuntimeError):
+    """The object is not in a state that allows this call."""
+
+
+class NotSupported(Error, NotImplementedError):
+    """Known, but not available in this build or on this backend."""
+
+
+class SizeOverflow(Error, OverflowError):
+    """A size does not fit in 63 bits or in the address space."""
+
+
+class BufferTooSmall(Error, ValueError):
+    """Memory supplied by the host is too small."""
+
+
+class CorruptData(Error, ValueError):
+    """Saved data is damaged or breaks an invariant."""
+
+
+class CallbackFailed(Error, RuntimeError):
+    """A callback reported failure; its exception, if it raised one, is the __cause__."""
+
+
+class SystemRefused(Error, OSError):
+    """The operating system refused a resource, such as a thread."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+ERRORS: Dict[int, Type[Error]] = {
+    Status.INVALID_ARGUMENT: InvalidArgument,
+    Status.OUT_OF_MEMORY: OutOfMemory,
+    Status.INVALID_STATE: InvalidState,
+    Status.NOT_SUPPORTED: NotSupported,
+    Status.OVERFLOW: SizeOverflow,
+    Status.BUFFER_TOO_SMALL: BufferTooSmall,
+    Status.CORRUPT_DATA: CorruptData,
+    Status.CALLBACK: CallbackFailed,
+    Status.SYSTEM: SystemRefused,
+}
+
+# ---- loading ------------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_loaded: Optional[ctypes.CDLL] = None
+_loaded_path = ""
+
+
+def _candidates() -> List[str]:
+    """Where the library may be: in the package, in the tree the package lies in, in the system."""
+    here = Path(__file__).resolve().parent
+    found = [here / "libmoe.so"]
+    if len(here.parents) > 2:
+        root = here.parents[2]
+        if (root / "include" / "moe" / "moe.h").exists():
+            found.append(root / "lib" / "libmoe.so")
+    return [str(path) for path in found if path.exists()] + [SYSTEM_NAME]
+
+
+def _check_version(cdll: ctypes.CDLL, path: str) -> None:
+    try:
+        number_of, text_of = cdll.moe_version_number, cdll.moe_version_string
+    except AttributeError:
+        raise ImportError(f"{path} is no libmoe: it has no moe_version_number") from None
+    number_of.restype, number_of.argtypes = ctypes.c_int32, []
+    text_of.restype, text_of.argtypes = ctypes.c_char_p, []
+    major, minor, patch = NEEDED_VERSION
+    if number_of() < major * 10000 + minor * 100 + patch:
+        raise ImportError(
+            f"{path} is libmoe {text_of().decode()}; this package needs "
+            f"{major}.{minor}.{patch} or newer"
+        )
+
+
+def _open(path: str) -> ctypes.CDLL:
+    try:
+        cdll = ctypes.CDLL(path)
+    except OSError as error:
+        raise ImportError(f"cannot load the library {path}: {error}") from error
+    _check_version(cdll, path)
+    for name, (result, arguments) in _abi.PROTOTYPES.items():
+        try:
+            function = getattr(cdll, name)
+        except AttributeError:
+            raise ImportError(f"{path} has no function {name}; is it of an older tree?") from None
+        function.restype = result
+        function.argtypes = arguments
+    return cdll
+
+
+def load(path: Union[str, "os.PathLike[str]", None] = None) -> ctypes.CDLL:
+    """Load the library: from `path`, or from the first place that has it.
+
+    The places are the package itself, lib/ of the source tree the package lies in, and the system's
+    libmoe.so.0. The library is loaded once; a second path is refused.
+    """
+    global _loaded, _loaded_path
+    with _lock:
+        if _loaded is not None:
+            if path is not None and os.path.realpath(path) != os.path.realpath(_loaded_path):
+                raise ImportError(f"{os.fspath(path)}: {_loaded_path} is loaded already")
+            return _loaded
+        places = [os.fspath(path)] if path is not None else _candidates()
+        if path is None and len(places) == 1:
+            try:
+                ctypes.CDLL(SYSTEM_NAME)
+            except OSError as error:
+                raise ImportError(
+                    f"libmoe not found: not in {Path(__file__).resolve().parent}, and the system "
+                    f"has no {SYSTEM_NAME} ({error}). Run pip install, or make in the source tree, "
+                    "or give a path to moe.load()"
+                ) from error
+        _loaded = _open(places[0])
+        _loaded_path = places[0]
+        return _loaded
+
+
+def library() -> Any:
+    """The loaded library; the first call loads it."""
+    return _loaded if _loaded is not None else load()
+
+
+def library_path() -> str:
+    """The file the library was loaded from."""
+    library()
+    return _loaded_path
+
+
+def version() -> str:
+    """The version of the loaded library."""
+    text: bytes = library().moe_version_string()
+    return text.decode()
+
+
+def constant(name: str) -> int:
+    """A constant of the C headers by its name, "MOE_GATE_NOISY_TOP_K"."""
+    value = ctypes.c_int64()
+    check(library().moe_constant(ctypes.byref(value), name.encode()))
+    return value.value
+
+
+# ---- calling ------------------------------------------------------------------------------------
+
+
+class _Pending(threading.local):
+    """Exceptions that callbacks of this thread's running call have raised."""
+
+    def __init__(self) -> None:
+        self.errors: List[BaseException] = []
+
+
+_pending = _Pending()
+
+
+def note_exception(error: BaseException) -> None:
+    """Keep an exception of a callback for the check() after the call."""
+    _pending.errors.append(error)
+
+
+def pending_count() -> int:
+    """How many exceptions of callbacks are waiting in this thread."""
+    return len(_pending.errors)
+
+
+def raise_pending_since(count: int) -> None:
+    """Raise what callbacks added after pending_count() was `count`, for calls without a status."""
+    added = _pending.errors[count:]
+    del _pending.errors[count:]
+    if added:
+        raise added[0]
+
+
+def _raise(status: int, cause: Optional[BaseException]) -> NoReturn:
+    lib = library()
+    name = lib.moe_status_name(status).decode()
+    message = lib.moe_last_error().decode(errors="replace") or lib.moe_status_text(status).decode()
+    raise ERRORS.get(status, Error)(message, status, name) from cause
+
+
+def check(status: int) -> None:
+    """Raise what a call that returned `status` has to say. Call it in the same thread right after.
+
+    An exception raised by a callback becomes the cause; if the call succeeded nonetheless, it is
+    raised itself. KeyboardInterrupt and SystemExit are always raised themselves.
+    """
+    cause: Optional[BaseException] = None
+    if _pending.errors:
+        cause = _pending.errors[0]
+        _pending.errors.clear()
+        if status == 0 or not isinstance(cause, Exception):
+            raise cause
+    if status != 0:
+        _raise(status, cause)
+
+
+_S = TypeVar("_S", bound=ctypes.Structure)
+
+
+def new(struct: Type[_S]) -> _S:
+    """A struct with every default in it."""
+    value = struct()
+    init = getattr(library(), _abi.c_name(struct) + "_init")
+    check(init(ctypes.byref(value), ctypes.sizeof(value)))
+    return value

@@ -1,0 +1,289 @@
+"""The library's side of moe.torch: handles, passes and calls over the memory of torch tensors.
+
+An Engine is the layer of one configuration and dtype. Its parameters are bound, in every call, to
+where the tensors are at that moment; a lock keeps the calls of two threads apart. A Lease is a pass
+in somebody's hands: it goes back to the engine when nothing can ask for its backward any more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+
+from . import _abi
+from ._constants import (
+    LOSS_SLOTS,
+    STAT_SLOTS,
+    Backward,
+    DType,
+    Forward,
+    GateKind,
+    Parameters,
+    PlanUse,
+)
+from ._handle import destroy_deferred, refuse_inside_callback
+from ._library import InvalidState, check, library, new
+from .context import Context
+from .objects import Experts, Gate, Layer
+from .passes import Pass
+from .plan import Plan
+
+DTYPES = {torch.float32: DType.F32, torch.float64: DType.F64}
+
+_context: Optional[Context] = None
+_context_lock = threading.Lock()
+
+
+def default_context() -> Context:
+    """The context that layers share unless they are given one: all cores."""
+    global _context
+    with _context_lock:
+        if _context is None:
+            _context = Context()
+        return _context
+
+
+def address(tensor: Optional[torch.Tensor]) -> Optional[int]:
+    """Where a tensor's memory is; None for none."""
+    return None if tensor is None else tensor.data_ptr() or None
+
+
+def row_stride(tensor: torch.Tensor) -> int:
+    """The row stride for the library: 0 for the ordinary one, which one row always has."""
+    return tensor.stride(0) if tensor.shape[0] > 1 else 0
+
+
+class Config:
+    """How a layer is made: keyword arguments of Gate, Experts and Layer. gate None: no gate."""
+
+    def __init__(
+        self,
+        gate: Optional[Mapping[str, Any]],
+        experts: Mapping[str, Any],
+        layer: Mapping[str, Any],
+    ) -> None:
+        self.gate = None if gate is None else dict(gate)
+        self.experts = dict(experts)
+        self.layer = dict(layer)
+
+    def make(self, context: Context, dtype: DType, parameters: Parameters) -> Layer:
+        """The layer, with parameters where `parameters` says."""
+        own = {"dtype": dtype, "parameters": parameters}
+        gate = None if self.gate is None else Gate(context, **self.gate, **own)
+        return Layer(gate, Experts(context, **self.experts, **own), **self.layer)
+
+
+class Lease:
+    """A pass in flight. `node` is the autograd node that may call its backward."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self.pass_: Optional[Pass] = None
+        self.complete = False  # activations are there: a backward can run
+        self.results: Tuple[torch.Tensor, torch.Tensor] = ()  # type: ignore[assignment]
+        self.node: Optional["weakref.ref[Any]"] = None
+        self.recorded = False  # a checkpoint will come back for it
+        self.frugal = False  # not to be kept for others: memory matters more than time
+        self.used = False  # has had a backward
+        self._engine = engine
+
+    def give_back(self) -> None:
+        """Return the pass, for others to use, or let it go."""
+        pass_, self.pass_ = self.pass_, None
+        if pass_ is not None and not self.frugal:
+            self._engine.passes.append(pass_)
+
+    def __del__(self) -> None:
+        self.give_back()
+
+
+class Call:
+    """The arguments of one forward that are no differentiable tensors."""
+
+    def __init__(self) -> None:
+        self.flags = 0
+        self.step = 0
+        self.token_first = 0
+        self.mask: Optional[torch.Tensor] = None
+        self.group_begin: Optional[torch.Tensor] = None
+        self.noise: Optional[torch.Tensor] = None
+        self.plan: Optional[Plan] = None
+        self.plan_use = PlanUse.IDS_AND_WEIGHTS
+        self.top_k: Optional[int] = None
+        self.capacity: Optional[int] = None
+
+
+class Engine:
+    """The library's layer for one configuration and dtype."""
+
+    def __init__(self, config: Config, context: Context, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.context = context
+        self.layer = config.make(context, DTYPES[dtype], Parameters.BOUND)
+        self.lock = threading.Lock()
+        self.passes: List[Pass] = []  # append and pop are atomic
+        self._leases: "weakref.WeakSet[Lease]" = weakref.WeakSet()
+        self._leases_lock = threading.Lock()
+        self.shapes: Dict[str, Tuple[int, ...]] = {
+            name: p.shape for name, p in self.layer.parameters.items()
+        }
+        self._bindings = [new(_abi.Binding) for _ in self.shapes]
+        for binding in self._bindings:
+            binding.data_dtype = binding.grad_dtype = int(DTYPES[dtype])
+        experts = self.layer.experts
+        assert experts is not None
+        self.d_model, self.d_out = experts.dims.d_model, experts.dims.d_out
+        self.num_experts = experts.dims.num_experts
+        self.d_gate = self.layer.dims.d_gate
+        gate = self.layer.gate
+        self.draws_noise = gate is not None and gate.config.kind == GateKind.NOISY_TOP_K
+
+    # ---- passes ---------------------------------------------------------------------------------
+
+    def take(self) -> Lease:
+        """A pass, from those that came back or new."""
+        with self._leases_lock:
+            self._reclaim()
+            lease = Lease(self)
+            self._leases.add(lease)
+        try:
+            lease.pass_ = self.passes.pop()
+        except IndexError:
+            lease.pass_ = Pass(self.layer)
+        return lease
+
+    def _reclaim(self) -> None:
+        """Take passes back whose graph autograd has freed although somebody still holds its output:
+        such a node has no saved tensors any more. (They are not unpacked by looking.)"""
+        for lease in list(self._leases):
+            node = lease.node() if lease.node is not None else None
+            if not lease.used or lease.recorded or node is None:
+                continue
+            try:
+                node._raw_saved_tensors
+            except RuntimeError:
+                lease.give_back()
+
+    # ---- calls ----------------------------------------------------------------------------------
+
+    def _bind(
+        self, data: Sequence[torch.Tensor], grads: Sequence[Optional[torch.Tensor]]
+    ) -> None:
+        handle = self.layer.handle.value
+        for i, (binding, tensor, grad) in enumerate(zip(self._bindings, data, grads)):
+            binding.data = address(tensor)
+            binding.grad = address(grad)
+            plain = tensor.is_contiguous()
+            for d in range(tensor.dim()):
+                binding.data_stride[d] = 0 if plain else tensor.stride(d)
+            check(library().moe_layer_bind(handle, i, ctypes.byref(binding)))
+
+    def _enter(self) -> None:
+        refuse_inside_callback()
+        destroy_deferred()
+
+    def forward(
+        self,
+        lease: Lease,
+        call: Call,
+        x: torch.Tensor,
+        gate_x: Optional[torch.Tensor],
+        logits: Optional[torch.Tensor],
+        parameters: Sequence[torch.Tensor],
+        y: Optional[torch.Tensor],
+        flags: int,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Run forward on the lease's pass; returns losses and statistics."""
+        args = new(_abi.ForwardArgs)
+        args.flags = call.flags | flags
+        args.tokens, args.token_first, args.step = x.shape[0], call.token_first, call.step
+        args.x, args.x_stride = address(x), row_stride(x)
+        args.y = address(y)
+        if gate_x is not None:
+            args.gate_x, args.gate_x_stride = address(gate_x), row_stride(gate_x)
+        if logits is not None:
+            args.logits_in, args.logits_stride = address(logits), row_stride(logits)
+        if call.noise is not None:
+            args.noise, args.noise_stride = address(call.noise), row_stride(call.noise)
+        args.token_mask = address(call.mask)
+        if call.group_begin is not None:
+            args.group_begin, args.groups = address(call.group_begin), len(call.group_begin) - 1
+        recompute = bool(flags & Forward.RECOMPUTE)
+        if not recompute:
+            if call.top_k is not None:
+                args.top_k = call.top_k
+            if call.capacity is not None:
+                args.capacity = call.capacity
+            if call.plan is not None:
+                args.plan, args.plan_use = call.plan.handle.value, int(call.plan_use)
+            losses = torch.zeros(LOSS_SLOTS, dtype=self.dtype)
+            stats = torch.zeros(STAT_SLOTS, dtype=self.dtype)
+            args.losses_out, args.stats_out = address(losses), address(stats)
+            lease.results = (losses, stats)
+        assert lease.pass_ is not None
+        with self.lock:
+            self._enter()
+            self._bind(parameters, [None] * len(parameters))
+            check(library().moe_layer_forward(
+                self.layer.handle.value, lease.pass_.handle.value, ctypes.byref(args)))  # fmt: skip
+            if flags & Forward.PLAN_ONLY:
+                lease.frugal = True
+                check(library().moe_pass_trim(lease.pass_.handle.value))
+        lease.complete = not flags & (Forward.PLAN_ONLY | Forward.NO_SAVE)
+        return lease.results
+
+    def backward(
+        self,
+        lease: Lease,
+        x: torch.Tensor,
+        gate_x: Optional[torch.Tensor],
+        parameters: Sequence[torch.Tensor],
+        dy: torch.Tensor,
+        loss_grad: torch.Tensor,
+        outputs: Mapping[str, Optional[torch.Tensor]],
+        grads: Sequence[Optional[torch.Tensor]],
+    ) -> None:
+        """Run backward: into `outputs` (dx, d_gate_x, d_logits, weights) and `grads`, all set."""
+        if lease.pass_ is None:
+            raise InvalidState("the pass of this backward has been given back")
+        args = new(_abi.BackwardArgs)
+        args.flags = Backward.OVERWRITE
+        inputs = [outputs[name] for name in ("dx", "d_gate_x", "d_logits")]
+        if all(t is None for t in inputs):
+            args.flags |= Backward.SKIP_DX
+        if all(t is None for t in grads):
+            args.flags |= Backward.SKIP_PARAMETERS
+        args.dy, args.dy_stride = address(dy), row_stride(dy)
+        args.dx, args.d_gate_x, args.d_logits_out = (address(t) for t in inputs)
+        args.entry_weight_grad = address(outputs["weights"])
+        args.loss_grad = address(loss_grad)
+        args.x, args.x_stride = address(x), x.stride(0) if x.shape[0] else 0
+        if gate_x is not None:
+            args.gate_x, args.gate_x_stride = address(gate_x), gate_x.stride(0) if x.shape[0] else 0
+        with self.lock:
+            self._enter()
+            self._bind(parameters, grads)
+            check(library().moe_layer_backward(
+                self.layer.handle.value, lease.pass_.handle.value, ctypes.byref(args)))  # fmt: skip
+        lease.used = True
+
+
+def initial_values(
+    config: Config, context: Context, dtype: torch.dtype, seed: int
+) -> Dict[str, torch.Tensor]:
+    """The parameters' first values by the library's rule: the same numbers everywhere."""
+    layer = config.make(context, DTYPES[dtype], Parameters.OWNED_NO_GRAD)
+    layer.init_parameters(seed)
+    values = {}
+    for name, p in layer.parameters.items():
+        raw = (ctypes.c_char * (p.size * dtype_size(dtype))).from_address(p.record.data)
+        values[name] = torch.frombuffer(raw, dtype=dtype).reshape(p.shape).clone()
+    return values
+
+
+def dtype_size(dtype: torch.dtype) -> int:
+    """Bytes of an element."""
+    return torch.empty((), dtype=dtype).element_size()

@@ -1,0 +1,102 @@
+"""Memory given to the host: views of what the library owns, and new arrays for results.
+
+A view is a numpy array where numpy is installed, otherwise a memoryview; both go on through DLPack
+or the buffer protocol without a copy. A view keeps the library's object alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from typing import Any, Dict, Optional, Sequence, Tuple
+
+from ._handle import Handle
+
+
+def _optional(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+numpy = _optional("numpy")
+_CTYPES: Dict[str, Any] = {
+    "float32": ctypes.c_float,
+    "float64": ctypes.c_double,
+    "int32": ctypes.c_int32,
+    "int64": ctypes.c_int64,
+    "uint8": ctypes.c_uint8,
+}
+_FORMATS: Dict[str, Any] = {"float32": "f", "float64": "d", "int32": "i", "int64": "q",
+                            "uint8": "B"}  # fmt: skip
+
+
+class _Export:
+    """Stands for one view; the Handle sees by it whether somebody still looks."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
+def view(
+    handle: Handle,
+    address: Optional[int],
+    shape: Tuple[int, ...],
+    dtype: str,
+    writable: bool,
+    track: bool = False,
+) -> Any:
+    """Contiguous memory of `handle` as an array.
+
+    With `track` the handle counts the view among its exports: memory that a later call may move.
+    """
+    count = _count(shape)
+    if not address or count == 0:
+        return zeros(shape, dtype)
+    raw = (_CTYPES[dtype] * count).from_address(address)
+    export = _Export(handle)
+    raw._export = export  # everything derived from `raw` keeps it, and it keeps the handle
+    if track:
+        handle.exports.add(export)
+    if numpy is not None:
+        array = numpy.ndarray(shape, dtype, buffer=raw)
+        array.flags.writeable = writable
+        return array
+    flat = memoryview(raw).cast("B")
+    cast = flat.cast(_FORMATS[dtype], shape) if len(shape) else flat.cast(_FORMATS[dtype])
+    return cast if writable else cast.toreadonly()
+
+
+def copy(address: Optional[int], shape: Tuple[int, ...], dtype: str) -> Any:
+    """The same elements in an array of their own."""
+    array = zeros(shape, dtype)
+    if address and _count(shape):
+        size = _count(shape) * ctypes.sizeof(_CTYPES[dtype])
+        ctypes.memmove(address_of(array), address, size)
+    return array
+
+
+def zeros(shape: Tuple[int, ...], dtype: str) -> Any:
+    """A new array: numpy's, or a memoryview of a bytearray."""
+    if numpy is not None:
+        return numpy.zeros(shape, dtype)
+    size = _count(shape) * ctypes.sizeof(_CTYPES[dtype])
+    if size == 0:  # memoryview casts no empty array to several dimensions
+        return memoryview(bytearray()).cast(_FORMATS[dtype])
+    return memoryview(bytearray(size)).cast(_FORMATS[dtype], shape)
+
+
+def address_of(array: Any) -> int:
+    """Where an array made by zeros() lies."""
+    if numpy is not None:
+        return int(array.ctypes.data)
+    return ctypes.addressof(ctypes.c_char.from_buffer(array.cast("B")))
+

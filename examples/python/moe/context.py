@@ -1,0 +1,89 @@
+"""Context and Comm: where work runs, and the group of ranks."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Optional, Tuple
+
+from . import _abi, _callbacks, _config
+from ._constants import Isa
+from ._handle import Handle, Object
+from ._library import library
+
+
+class Context(Object):
+    """Backend, threads, instruction set, allocator and log; most programs make one.
+
+    Keywords are the fields of moe_context_config: backend, isa, threads, log_level. Callbacks:
+
+    parallel  callable(count, task) that calls task(i) once for each i in range(count), from any
+              threads, and returns when all have; None or 0 is success. Or an executor of
+              concurrent.futures, on which the tasks run. `threads` must say how many run at once;
+              for an executor it is the number of its workers unless given
+    alloc     pair of callables: alloc(size, alignment) -> address or None, free(address, size)
+    log       callable(level, text)
+    """
+
+    def __init__(
+        self,
+        *,
+        parallel: Any = None,
+        alloc: Optional[Tuple[_callbacks.Alloc, _callbacks.Free]] = None,
+        log: Optional[_callbacks.Log] = None,
+        **fields: Any,
+    ) -> None:
+        config = _config.make(_abi.ContextConfig, fields, ("parallel", "alloc", "log"))
+        handle = Handle("context")
+        handle.kept.update(_callbacks.install(config, parallel, alloc, log))
+        self._handle = handle.create("moe_context_create", ctypes.byref(config))
+
+    @property
+    def threads(self) -> int:
+        """How many tasks run at once, the caller's thread included."""
+        return int(library().moe_context_threads(self.handle.value))
+
+    @property
+    def isa(self) -> Isa:
+        """The instruction set in use."""
+        return Isa(library().moe_context_isa(self.handle.value))
+
+    @property
+    def backend(self) -> int:
+        """The backend, a member of Backend."""
+        return int(library().moe_context_backend(self.handle.value))
+
+    def __enter__(self) -> "Context":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "<moe.Context closed>"
+        return f"<moe.Context threads={self.threads} isa={self.isa.name.lower()}>"
+
+
+class Comm(Object):
+    """An expert-parallel group; so far the group of one rank."""
+
+    def __init__(self, context: Context) -> None:
+        handle = Handle("comm")
+        handle.kept["context"] = context.handle
+        self._handle = handle.create("moe_comm_create_self", context.handle.value)
+
+    @property
+    def rank(self) -> int:
+        """The number of this rank, from 0."""
+        return int(library().moe_comm_rank(self.handle.value))
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return int(library().moe_comm_size(self.handle.value))
+
+    def __enter__(self) -> "Comm":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

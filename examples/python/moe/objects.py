@@ -1,0 +1,315 @@
+"""Gate, Experts and Layer: what is trained, with forward and backward on a Pass."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+from . import _abi, _config, _memory, _views
+from ._arguments import BackwardCall, Dims, ForwardCall
+from ._constants import DType, Forward, Status
+from ._handle import Handle, Object, destroy_deferred, refuse_inside_callback
+from ._library import InvalidState, check, library, new
+from .context import Comm, Context
+from .parameter import Parameter, ParameterOwner
+from .passes import Pass
+from .plan import Plan
+
+_ARRAYS = ("y", "gate_x", "logits_in", "noise", "token_mask", "group_begin", "plan",
+           "loss_weights", "losses_out", "stats_out")  # fmt: skip
+
+
+class Computing(Object):
+    """The common half of gate, pool and layer: a forward and a backward on a pass."""
+
+    kind = ""
+    dims: Dims
+
+    def _used(self) -> List[Handle]:
+        """The handles whose parameters a call reads."""
+        return [self.handle]
+
+    def new_pass(self, *, workspace: Any = None) -> Pass:
+        """A pass for this object."""
+        return Pass(self, workspace=workspace)  # type: ignore[arg-type]
+
+    @contextlib.contextmanager
+    def _in_call(self, handle: Handle, plan: Optional[Plan]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(handle.busy.alone("the pass"))
+            for used in self._used():
+                stack.enter_context(used.busy.shared(f"the {used.kind}"))
+            if plan is not None:
+                stack.enter_context(plan.handle.busy.shared("the plan"))
+            yield
+
+    def forward(
+        self,
+        pass_: Pass,
+        x: Any = None,
+        *,
+        y: Any = None,
+        gate_x: Any = None,
+        logits_in: Any = None,
+        noise: Any = None,
+        token_mask: Any = None,
+        group_begin: Any = None,
+        plan: Optional[Plan] = None,
+        loss_weights: Any = None,
+        losses_out: Any = None,
+        stats_out: Any = None,
+        **fields: Any,
+    ) -> Any:
+        """Run forward and return y: the array given, or a new one. A gate returns None.
+
+        Arrays have the meaning of moe_forward_args and are never copied: x [T,D] (leading
+        dimensions are folded into T), y [T,O], gate_x, logits_in and noise [T,E], token_mask [T]
+        uint8 or bool, group_begin [G+1] int64, losses_out and stats_out [16]. loss_weights is
+        [16] float64 or a mapping from a loss's name to its weight, 0 for the rest. fields are
+        flags (Forward), tokens, token_first, step, plan_use, top_k, capacity.
+
+        The pass keeps x and gate_x alive until its next forward: they must stay unchanged until
+        the backward.
+        """
+        dims = self.dims
+        made = ForwardCall(dims, fields, _ARRAYS)
+        made.matrix("x", x, dims.d_model or dims.d_gate)
+        made.matrix("gate_x", gate_x, dims.d_gate)
+        made.matrix("logits_in", logits_in, dims.num_experts, "logits")
+        made.matrix("noise", noise, dims.num_experts)
+        if made.tokens is None and plan is not None:
+            made.tokens = plan.tokens
+        made.options(token_mask, group_begin, loss_weights, losses_out, stats_out)
+        if plan is not None:
+            made.args.plan = plan.handle.value
+        if dims.d_out:
+            y = made.output(y, x)
+        elif y is not None:
+            raise ValueError("y is given and a gate has no output")
+        handle = pass_.handle
+        with self._in_call(handle, plan):
+            handle.refuse_exports("forward")
+            self._run_forward(handle, made)
+        return y
+
+    def _run_forward(self, handle: Handle, made: ForwardCall) -> None:
+        refuse_inside_callback()
+        destroy_deferred()
+        function = getattr(library(), f"moe_{self.kind}_forward")
+        status = function(self.handle.value, handle.value, ctypes.byref(made.args))
+        # With any other error the pass is as it was, and still looks at the x it had.
+        if status in (Status.OK, Status.CALLBACK):
+            handle.kept["generation"] += 1
+            handle.kept["remembered"] = made.remembered
+            handle.kept["had"] = tuple(made.remembered)
+            handle.kept["tokens"] = made.tokens
+            handle.kept.pop("moved", None)
+            if made.args.flags & (Forward.NO_SAVE | Forward.TRAIN) == Forward.NO_SAVE:
+                handle.kept["remembered"] = {}  # no backward will look
+        check(status)
+
+    def backward(
+        self,
+        pass_: Pass,
+        dy: Any = None,
+        *,
+        dx: Any = None,
+        d_gate_x: Any = None,
+        d_logits_out: Any = None,
+        entry_weight_grad: Any = None,
+        loss_grad: Any = None,
+        x: Any = None,
+        gate_x: Any = None,
+        flags: int = 0,
+    ) -> Any:
+        """Run backward on the last forward of `pass_`; returns dx: the array given, or a new one,
+        or None with Backward.SKIP_DX. Parameter gradients are added where the parameters say.
+
+        Arrays have the meaning of moe_backward_args: dy [T,O] in; dx, d_gate_x, d_logits_out [T,E]
+        out; entry_weight_grad [N] out, in for a gate. loss_grad is [16] of the layer's dtype or a
+        mapping from a loss's name to its factor, 1 for the rest. x and gate_x only if they moved.
+        """
+        dims, handle = self.dims, pass_.handle
+        tokens = handle.kept.get("tokens")
+        if tokens is None:
+            raise InvalidState("backward needs a forward on this pass first")
+        made = BackwardCall(dims, tokens, flags)
+        made.matrix("dy", dy, dims.d_out, False)
+        made.matrix("d_gate_x", d_gate_x, dims.d_gate, True)
+        made.matrix("d_logits_out", d_logits_out, dims.num_experts, True, "d_logits")
+        width = dims.d_model or dims.d_gate
+        had = handle.kept["had"]
+        made.moved("x", x, width, "x" in had)
+        made.moved("gate_x", gate_x, dims.d_gate, "gate_x" in had)
+        # A gate writes its gradient by x to one of the two.
+        only_gate = dims.d_model == 0 and d_gate_x is not None
+        before = handle.kept["remembered"].get("x")
+        dx = made.gradient(dx, 0 if only_gate else width, before.shape if before else None)
+        entries = pass_.plan.entries if entry_weight_grad is not None else 0
+        made.options(loss_grad, entry_weight_grad, entries, self.kind != "gate")
+        with self._in_call(handle, None):
+            if x is not None or gate_x is not None:
+                handle.kept.setdefault("moved", []).append(made.keep)
+            self.call(f"moe_{self.kind}_backward", handle.value, ctypes.byref(made.args))
+        return dx
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Gate(Computing, ParameterOwner):
+    """The gating network. Keywords are the fields of moe_gate_config: num_experts (required),
+    d_model, top_k, kind, score, order, the loss weights, capacity..., dtype, parameters."""
+
+    kind = "gate"
+
+    def __init__(self, context: Context, **fields: Any) -> None:
+        config = _config.make(_abi.GateConfig, fields)
+        handle = Handle("gate")
+        handle.kept["context"] = context.handle
+        self._handle = handle.create(
+            "moe_gate_create", context.handle.value, ctypes.byref(config)
+        )
+        config = self.config
+        dtype = _memory.NAMES[DType(config.dtype)]
+        self.dims = Dims(dtype, 0, 0, config.d_model, config.num_experts)
+
+    @property
+    def config(self) -> _abi.GateConfig:
+        """A copy of the config the gate was made with."""
+        config = new(_abi.GateConfig)
+        self.call("moe_gate_get_config", ctypes.byref(config))
+        return config
+
+    def __repr__(self) -> str:
+        return f"<moe.Gate {'closed' if self.closed else _config.describe(self.config)}>"
+
+
+class Experts(Computing, ParameterOwner):
+    """A pool of feed-forward experts. Keywords are the fields of moe_experts_config: d_model,
+    d_hidden and num_experts (required), d_out, activation, bias, weight_layout, dtype..."""
+
+    kind = "experts"
+
+    def __init__(self, context: Context, **fields: Any) -> None:
+        config = _config.make(_abi.ExpertsConfig, fields)
+        handle = Handle("experts")
+        handle.kept["context"] = context.handle
+        self._handle = handle.create(
+            "moe_experts_create", context.handle.value, ctypes.byref(config)
+        )
+        config = self.config
+        d_out = config.d_out if config.d_out > 0 else config.d_model
+        dtype = _memory.NAMES[DType(config.dtype)]
+        self.dims = Dims(dtype, config.d_model, d_out, 0, config.num_experts)
+
+    @property
+    def config(self) -> _abi.ExpertsConfig:
+        """A copy of the config the pool was made with."""
+        config = new(_abi.ExpertsConfig)
+        self.call("moe_experts_get_config", ctypes.byref(config))
+        return config
+
+    def weights_changed(self) -> None:
+        """Tell the pool that weight data changed, so that packed copies are renewed."""
+        with self.handle.busy.shared("the experts"):
+            self.call("moe_experts_weights_changed")
+
+    def touched(self) -> Any:
+        """[E] uint8: 1 for each expert that has received gradients since they were zeroed."""
+        count = self.dims.num_experts
+        touched = _views.zeros((count,), "uint8")
+        memory = _memory.vector("touched", touched, ["uint8"], count, True)
+        place = ctypes.cast(memory.address, ctypes.POINTER(ctypes.c_uint8))
+        with self.handle.busy.shared("the experts"):
+            self.call("moe_experts_touched", place, None)
+        return touched
+
+    def __repr__(self) -> str:
+        return f"<moe.Experts {'closed' if self.closed else _config.describe(self.config)}>"
+
+
+class Layer(Computing):
+    """Gate and experts as one layer. Keywords are the fields of moe_layer_config: output, layer_id.
+
+    gate     None: every forward brings a plan with weights
+    experts  the pool; may serve several layers
+    comm     None: one rank
+    """
+
+    kind = "layer"
+
+    def __init__(
+        self,
+        gate: Optional[Gate] = None,
+        experts: Optional[Experts] = None,
+        *,
+        comm: Optional[Comm] = None,
+        **fields: Any,
+    ) -> None:
+        if experts is None:
+            raise TypeError("a layer needs experts")
+        config = _config.make(_abi.LayerConfig, fields, ("gate", "experts", "comm"))
+        handle = Handle("layer")
+        parts: List[Tuple[str, Any]] = [("gate", gate), ("experts", experts), ("comm", comm)]
+        for name, part in parts:
+            if part is not None:
+                setattr(config, name, part.handle.value)
+                handle.kept[name] = part.handle
+        self._handle = handle.create("moe_layer_create", ctypes.byref(config))
+        self.gate = gate
+        self.experts = experts
+        d_gate = gate.dims.d_gate if gate is not None else 0
+        self.dims = experts.dims._replace(d_gate=d_gate)
+
+    def _used(self) -> List[Handle]:
+        kept = self.handle.kept
+        return [self.handle] + [kept[name] for name in ("gate", "experts") if name in kept]
+
+    @property
+    def config(self) -> _abi.LayerConfig:
+        """A copy of the config the layer was made with; its handles are borrowed."""
+        config = new(_abi.LayerConfig)
+        self.call("moe_layer_get_config", ctypes.byref(config))
+        return config
+
+    def _parts(self) -> Iterator[Tuple[str, ParameterOwner]]:
+        # Through objects of the layer's own, so that a gate or pool the program has closed still
+        # shows its parameters here.
+        kept = self.handle.kept
+        kinds: Dict[str, Any] = {"gate": Gate, "experts": Experts}
+        for name, kind in kinds.items():
+            if name in kept:
+                part = kind.__new__(kind)
+                part._handle = kept[name]
+                yield name, part
+
+    @property
+    def parameters(self) -> Dict[str, Parameter]:
+        """The parameters of gate and experts by name: "gate.weight", "experts.w1"..."""
+        found: Dict[str, Parameter] = {}
+        for name, part in self._parts():
+            found.update(part._parameters(name + "."))
+        return found
+
+    def zero_gradients(self) -> None:
+        """Set every gradient to zero and forget which experts were touched."""
+        with contextlib.ExitStack() as stack:
+            for used in self._used():
+                stack.enter_context(used.busy.shared(f"the {used.kind}"))
+            self.call("moe_layer_zero_gradients", None)
+
+    def init_parameters(self, seed: int) -> None:
+        """Give every owned parameter its first value; bound data is never written."""
+        seed = _config.number("seed", seed, ctypes.c_uint64)
+        with contextlib.ExitStack() as stack:
+            for used in self._used():
+                stack.enter_context(used.busy.shared(f"the {used.kind}"))
+            self.call("moe_layer_init_parameters", seed)
+
+    def __repr__(self) -> str:
+        return f"<moe.Layer {'closed' if self.closed else _config.describe(self.config)}>"

@@ -1,0 +1,445 @@
+"""The layer as a PyTorch module: parameters are torch Parameters, autograd does the rest.
+
+    layer = MoELayer(64, 256, num_experts=8, top_k=2,
+                     gate={"kind": "noisy_top_k", "importance_weight": 0.1, "load_weight": 0.1})
+    y, losses, stats = layer(x)             # x [..., 64]
+    (task_loss(y) + losses.sum()).backward()
+
+The parameters are the library's own, bound in every call to where the tensors are at that moment:
+nothing is copied. On CPU, in float32 and float64; PyTorch 1.13 and later.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint as _torch_checkpoint
+
+from ._constants import LOSS_SLOTS, Forward, Loss, PlanUse
+from ._torch_engine import DTYPES, Call, Config, Engine, Lease, default_context, initial_values
+from .context import Context
+from .plan import Plan
+
+__all__ = ["MoELayer", "MoEOutput", "checkpoint"]
+
+
+class MoEOutput(NamedTuple):
+    """What a layer returns."""
+
+    y: torch.Tensor  # [..., d_out]
+    losses: torch.Tensor  # [16] weighted auxiliary losses by moe.Loss; add what you want to yours
+    stats: torch.Tensor  # [16] statistics by moe.Stat; not differentiable
+    plan: Optional[Plan] = None  # a copy of the routing, with keep_plan=True
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+class _Recorder:
+    """The passes of a checkpointed function's first run, for its later runs."""
+
+    def __init__(self) -> None:
+        self.leases: List[Tuple["MoELayer", Lease, Call]] = []
+        self.next: Optional[int] = None  # None: the first run
+
+    def replay(self, layer: "MoELayer", x: torch.Tensor) -> Tuple[Lease, Call]:
+        """What the first run had at this place."""
+        assert self.next is not None
+        if self.next >= len(self.leases) or self.leases[self.next][0] is not layer:
+            raise RuntimeError(
+                "a checkpointed function called its MoE layers in another order when it was "
+                "computed again"
+            )
+        _, lease, call = self.leases[self.next]
+        self.next += 1
+        return lease, call
+
+
+class _Active(threading.local):
+    recorder: Optional[_Recorder] = None
+
+
+_active = _Active()
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **keywords: Any) -> Any:
+    """torch.utils.checkpoint.checkpoint for functions that contain MoE layers.
+
+    The first run keeps each layer's routing, and when autograd runs the function again every layer
+    takes the routing it had: it never routes anew, whatever happened to x or the gate meanwhile,
+    and its noise and losses are those of the first run.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args, **keywords)
+    recorder = _Recorder()
+    runs = 0
+
+    def run(*run_args: Any) -> Any:
+        nonlocal runs
+        recorder.next = None if runs == 0 else 0
+        runs += 1
+        before, _active.recorder = _active.recorder, recorder
+        try:
+            return function(*run_args, **keywords)
+        finally:
+            _active.recorder = before
+
+    return _torch_checkpoint(run, *args, use_reentrant=use_reentrant)
+
+
+# ---- autograd -----------------------------------------------------------------------------------
+
+
+class _Run(torch.autograd.Function):
+    """One forward and its backward. Inputs are x, gate_x, logits, the plan's weights, and then the
+    parameters in the library's order."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: Engine, call: Call, lease: Lease, flags: int, x: Any, gate_x: Any,
+                logits: Any, weights: Any, *parameters: Any) -> Any:  # fmt: skip
+        y = x.new_empty((x.shape[0], engine.d_out))
+        losses, stats = engine.forward(lease, call, x, gate_x, logits, parameters, y, flags)
+        losses, stats = losses.clone(), stats.clone()
+        ctx.engine, ctx.call, ctx.lease = engine, call, lease
+        ctx.has = [t is not None for t in (gate_x, logits, weights)]
+        ctx.save_for_backward(
+            x, *(t for t in (gate_x, logits, weights) if t is not None), *parameters
+        )
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        lease.node = weakref.ref(ctx)
+        return y, losses, stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Any, d_losses: Any, _d_stats: Any) -> Any:
+        engine, call, lease = ctx.engine, ctx.call, ctx.lease
+        saved = list(ctx.saved_tensors)  # refuses tensors that were changed in place
+        x = saved.pop(0)
+        gate_x, logits, weights = (saved.pop(0) if has else None for has in ctx.has)
+        parameters = saved
+        need = ctx.needs_input_grad[4:]
+        if not lease.complete:  # only the routing was kept
+            engine.forward(lease, call, x, gate_x, logits, parameters, None, int(Forward.RECOMPUTE))
+        if dy is None:
+            dy = x.new_zeros((x.shape[0], engine.d_out))
+        if d_losses is None:
+            d_losses = x.new_zeros(LOSS_SLOTS)
+        outputs: Dict[str, Optional[torch.Tensor]] = {
+            "dx": torch.empty_like(x, memory_format=torch.contiguous_format) if need[0] else None,
+            "d_gate_x": _empty(gate_x, need[1]),
+            "d_logits": _empty(logits, need[2]),
+            "weights": _empty(weights, need[3]),
+        }
+        grads = [_empty(p, wanted) for p, wanted in zip(parameters, need[4:])]
+        engine.backward(lease, x, gate_x, parameters, _rows(dy), d_losses.contiguous(), outputs, grads)
+        return (None, None, None, None, *outputs.values(), *grads)
+
+
+def _empty(like: Optional[torch.Tensor], wanted: bool) -> Optional[torch.Tensor]:
+    if like is None or not wanted:
+        return None
+    return torch.empty(like.shape, dtype=like.dtype)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A matrix whose rows the library can read where they are; only others are copied."""
+    rows, width = tensor.shape
+    fits = width <= 1 or tensor.stride(1) == 1
+    return tensor if fits and (rows <= 1 or tensor.stride(0) >= width) else tensor.contiguous()
+
+
+# ---- the module ---------------------------------------------------------------------------------
+
+
+class MoELayer(nn.Module):
+    """A Mixture-of-Experts layer: y = sum over the chosen experts of weight * expert(x).
+
+    d_model, d_hidden, num_experts, top_k
+                 as in moe_experts_config and moe_gate_config
+    activation   a name of moe.Activation
+    gate         further fields of moe_gate_config (kind, losses' weights, capacity...);
+                 d_model=0 for a gate without weights, whose logits every call brings;
+                 None for no gate: every call brings ids and weights
+    experts      further fields of moe_experts_config (bias, d_out, glu_order, weight_layout...)
+    output, layer_id
+                 as in moe_layer_config
+    checkpoint   True: keep the routing of a forward and compute activations anew in the backward
+    seed         of the first values, which are the library's: the same numbers everywhere
+    context      a moe.Context; None: one that all layers share
+    dtype        torch.float32 or torch.float64; None: torch's default
+
+    Parameters are registered as gate.weight, experts.w1 and so on, the library's own names.
+
+    In training mode a noisy gate draws noise that depends on a step number and the token's place.
+    The number comes from PyTorch's generator, as dropout's randomness does: torch.manual_seed
+    repeats it, and torch.utils.checkpoint, which restores the generator, draws it again.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        activation: str = "relu",
+        gate: Optional[Mapping[str, Any]] = {},
+        experts: Mapping[str, Any] = {},
+        output: str = "linear",
+        layer_id: int = 0,
+        checkpoint: bool = False,
+        seed: int = 0,
+        context: Optional[Context] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        for fields in (gate or {}, experts):
+            for name in ("dtype", "parameters"):
+                if name in fields:
+                    raise TypeError(f"{name} is not a field to give: the module's tensors say it")
+        of_gate = None if gate is None else {
+            "d_model": d_model, "num_experts": num_experts, "top_k": top_k, **gate}  # fmt: skip
+        of_experts = {"d_model": d_model, "d_hidden": d_hidden, "num_experts": num_experts,
+                      "activation": activation, **experts}  # fmt: skip
+        self._config = Config(of_gate, of_experts, {"output": output, "layer_id": layer_id})
+        self._context = context
+        self._engines: Dict[torch.dtype, Engine] = {}
+        self._making = threading.Lock()
+        self.checkpoint = checkpoint
+        dtype = dtype or torch.get_default_dtype()
+        engine = self._engine(dtype)
+        self.gate, self.experts = nn.Module(), nn.Module()
+        self._names = list(engine.shapes)
+        for name, shape in engine.shapes.items():
+            part, own = name.split(".")
+            getattr(self, part).register_parameter(own, nn.Parameter(torch.empty(shape, dtype=dtype)))
+        self.reset_parameters(seed)
+
+    # ---- parameters -----------------------------------------------------------------------------
+
+    def _engine(self, dtype: torch.dtype) -> Engine:
+        if dtype not in DTYPES:
+            raise TypeError(f"the parameters are {dtype}; the library has torch.float32 and torch.float64")
+        with self._making:
+            if dtype not in self._engines:
+                self._engines[dtype] = Engine(self._config, self.context, dtype)
+            return self._engines[dtype]
+
+    @property
+    def context(self) -> Context:
+        """Where the work runs."""
+        return self._context if self._context is not None else default_context()
+
+    def tensors(self) -> List[nn.Parameter]:
+        """The parameters in the library's order."""
+        split = (name.split(".") for name in self._names)
+        return [getattr(getattr(self, part), own) for part, own in split]
+
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Write the library's first values for `seed` into the parameters."""
+        tensors = self.tensors()
+        values = initial_values(self._config, self.context, tensors[0].dtype, seed)
+        with torch.no_grad():
+            for name, tensor in zip(self._names, tensors):
+                tensor.copy_(values[name])
+
+    def __getstate__(self) -> Dict[str, Any]:
+        # Handles are made anew where they are needed; a context given by the program stays in this
+        # process.
+        state = self.__dict__.copy()
+        state["_engines"], state["_making"], state["_context"] = {}, None, None
+        return state
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._making = threading.Lock()
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "MoELayer":
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin._context = self._context
+        return twin
+
+    # ---- forward --------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        gate_x: Optional[torch.Tensor] = None,
+        logits: Optional[torch.Tensor] = None,
+        ids: Optional[torch.Tensor] = None,
+        weights: Optional[torch.Tensor] = None,
+        mask: Optional[torch.Tensor] = None,
+        group_begin: Optional[torch.Tensor] = None,
+        noise: Optional[torch.Tensor] = None,
+        step: Optional[int] = None,
+        token_first: int = 0,
+        top_k: Optional[int] = None,
+        capacity: Optional[int] = None,
+        plan: Optional[Plan] = None,
+        keep_plan: bool = False,
+    ) -> MoEOutput:
+        """Route x [..., d_model], run the experts and combine.
+
+        gate_x       [..., d of the gate] what the gate sees instead of x
+        logits       [..., E] of the program instead of the gate's own
+        ids, weights [..., K] routing of the program: experts (-1: none) and their weights
+        mask         [...] bool, False for padding: no expert, in no loss, y = 0
+        group_begin  [G+1] int64, first token of each group, for capacity and losses by group
+        noise        [..., E] standard normal numbers instead of the library's
+        step, token_first
+                     numbers of the step and of the first token, for the noise. With the same step
+                     and token_first set, micro-batches draw what the whole batch would
+        top_k, capacity
+                     of this call instead of the configuration's
+        plan         a moe.Plan whose selection is taken; weights and losses are computed
+        keep_plan    return a copy of the routing
+
+        x, gate_x, logits, weights and all parameters get gradients. Rows are read where they lie if
+        their elements are side by side. Under autocast, inputs are converted to the parameters'
+        dtype.
+        """
+        parameters = self.tensors()
+        dtype = parameters[0].dtype
+        engine = self._engine(dtype)
+        for name, tensor in zip(self._names, parameters):
+            _check(name, tensor, dtype, False)
+        shape = x.shape[:-1]
+        call = Call()
+        recorder = _active.recorder
+        replay = recorder is not None and recorder.next is not None
+        x = _matrix("x", x, engine.d_model, shape, dtype)
+        gate_x = _matrix("gate_x", gate_x, engine.d_gate, shape, dtype)
+        logits = _matrix("logits", logits, engine.num_experts, shape, dtype)
+        if replay:
+            assert recorder is not None
+            lease, call = recorder.replay(self, x)
+        else:
+            lease = engine.take()
+            call.token_first = token_first
+            if step is not None:
+                call.step = step
+            elif self.training and engine.draws_noise and noise is None:
+                call.step = int(torch.randint(2**32, ()))
+            call.top_k, call.capacity = top_k, capacity
+            call.flags = int(Forward.TRAIN) if self.training else 0
+            call.noise = _matrix("noise", noise, engine.num_experts, shape, dtype)
+            call.mask = _vector("mask", mask, torch.bool, x.shape[0])
+            call.group_begin = _vector("group_begin", group_begin, torch.int64, None)
+            _set_plan(call, engine, x.shape[0], ids, weights, plan)
+        weights = None if weights is None else weights.reshape(x.shape[0], -1)
+        y, losses, stats = self._run(
+            engine, call, lease, recorder, replay, x, gate_x, logits, weights, parameters
+        )
+        kept = lease.pass_.plan.copy() if keep_plan and lease.pass_ is not None else None
+        return MoEOutput(y.reshape(*shape, engine.d_out), losses, stats, kept)
+
+    def _run(self, engine: Engine, call: Call, lease: Lease, recorder: Optional[_Recorder],
+             replay: bool, x: Any, gate_x: Any, logits: Any, weights: Any,
+             parameters: List[nn.Parameter]) -> Any:  # fmt: skip
+        inputs = (x, gate_x, logits, weights, *parameters)
+        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        flags = 0
+        if replay:
+            flags = int(Forward.RECOMPUTE)
+        elif recorder is not None:
+            recorder.leases.append((self, lease, call))
+            lease.recorded = True
+            flags = int(Forward.PLAN_ONLY)
+        elif not wanted:
+            flags = int(Forward.NO_SAVE)
+        elif self.checkpoint:
+            flags = int(Forward.PLAN_ONLY)
+        return _Run.apply(engine, call, lease, flags, *inputs)
+
+    def extra_repr(self) -> str:
+        """The configuration, as given."""
+        parts: List[Iterator[Tuple[str, Any]]] = [iter(self._config.experts.items())]
+        if self._config.gate is not None:
+            parts.append((k, v) for k, v in self._config.gate.items() if k not in self._config.experts)
+        return ", ".join(f"{name}={value}" for part in parts for name, value in part)
+
+
+# ---- checking what comes in ---------------------------------------------------------------------
+
+
+def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, convert: bool) -> torch.Tensor:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on {tensor.device}; the library's layer runs on the CPU")
+    if tensor.dtype != dtype:
+        if convert and _autocast():
+            return tensor.to(dtype)
+        raise TypeError(f"{name} is {tensor.dtype}; the layer's parameters are {dtype}")
+    return tensor
+
+
+def _autocast() -> bool:
+    try:
+        return torch.is_autocast_enabled("cpu")
+    except TypeError:  # before it took a device
+        return torch.is_autocast_cpu_enabled()
+
+
+def _matrix(name: str, tensor: Optional[torch.Tensor], width: int, shape: Any, dtype: torch.dtype) -> Any:
+    if tensor is None:
+        return None
+    tensor = _check(name, tensor, dtype, True)
+    if tensor.dim() < 1 or tensor.shape[-1] != width or tensor.shape[:-1] != shape:
+        want = tuple(shape) + (width,)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted {want}")
+    return _rows(tensor.reshape(shape.numel(), width))
+
+
+def _vector(name: str, tensor: Optional[torch.Tensor], dtype: torch.dtype, count: Optional[int]) -> Any:
+    if tensor is None:
+        return None
+    if tensor.dtype != dtype or tensor.device.type != "cpu":
+        raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}; wanted {dtype} on cpu")
+    if count is not None and tensor.numel() != count:
+        raise ValueError(f"{name} has {tensor.numel()} elements; there are {count} tokens")
+    return tensor.reshape(-1).contiguous()
+
+
+def _set_plan(call: Call, engine: Engine, tokens: int, ids: Optional[torch.Tensor],
+              weights: Optional[torch.Tensor], plan: Optional[Plan]) -> None:  # fmt: skip
+    """The routing that the program brings: a plan for its selection, or ids and weights."""
+    if (ids is None) != (weights is None):
+        raise TypeError("ids and weights go together")
+    if plan is not None and ids is not None:
+        raise TypeError("plan clashes with ids and weights")
+    if plan is not None:
+        call.plan, call.plan_use = plan, PlanUse.IDS
+    if ids is None or weights is None:
+        return
+    _check("weights", weights, engine.dtype, False)
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids are {ids.dtype}; wanted torch.int32 or torch.int64")
+    if ids.shape != weights.shape or ids.numel() % max(tokens, 1):
+        raise ValueError(
+            f"ids have shape {tuple(ids.shape)}, weights {tuple(weights.shape)}, for {tokens} tokens"
+        )
+    count = ids.shape[-1] if ids.dim() > 1 else 1
+    made = Plan(engine.context)
+    made.build(
+        ids.detach().reshape(tokens, count).contiguous(),
+        weights.detach().reshape(tokens, count).contiguous(),
+        num_experts=engine.num_experts,
+    )
+    call.plan, call.plan_use = made, PlanUse.IDS_AND_WEIGHTS
+
+
+def loss(losses: torch.Tensor, name: str) -> torch.Tensor:
+    """One of a layer's losses by its name, "load"."""
+    if name.upper() not in Loss.__members__:
+        known = ", ".join(member.lower() for member in Loss.__members__)
+        raise ValueError(f"there is no loss {name!r}; there are {known}")
+    return losses[Loss[name.upper()]]

@@ -1,0 +1,171 @@
+"""The package's picture of the C interface against the headers, a C compiler and the symbol map."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import moe
+from moe import _abi, _constants, _library
+
+CC = os.environ.get("CC", "cc").split()
+
+
+@pytest.fixture(scope="module")
+def headers(root):
+    """All public headers without their comments, conditional parts for Windows left in."""
+    text = "\n".join(path.read_text() for path in sorted((root / "include/moe").glob("*.h")))
+    return re.sub(r"/\*.*?\*/", " ", text, flags=re.S)
+
+
+def test_structs_have_the_layout_of_the_compiler(root, tmp_path):
+    if shutil.which(CC[0]) is None:
+        pytest.skip(f"no compiler {CC[0]}")
+    lines = []
+    for struct in _abi.STRUCTS:
+        c = _abi.c_name(struct)
+        lines.append(f'printf("{c} sizeof %zu %zu\\n", sizeof({c}), (size_t)0);')
+        for field, *_ in struct._fields_:
+            size = f"sizeof((({c}*)0)->{field})"
+            lines.append(f'printf("{c} {field} %zu %zu\\n", offsetof({c}, {field}), {size});')
+    body = "\n".join(lines)
+    source = tmp_path / "layout.c"
+    source.write_text(
+        "#include <moe/moe.h>\n#include <stdio.h>\n#include <stddef.h>\n"
+        f"int main(void)\n{{\n{body}\nreturn 0;\n}}\n"
+    )
+    program = tmp_path / "layout"
+    command = [*CC, "-std=c11", f"-I{root / 'include'}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    found = {}
+    printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    for line in printed.splitlines():
+        struct, field, offset, size = line.split()
+        found[struct, field] = int(offset), int(size)
+    expected = {}
+    for struct in _abi.STRUCTS:
+        c = _abi.c_name(struct)
+        expected[c, "sizeof"] = ctypes.sizeof(struct), 0
+        for field, *_ in struct._fields_:
+            descriptor = getattr(struct, field)
+            expected[c, field] = descriptor.offset, descriptor.size
+    assert expected == found
+    assert len(found) > 200
+
+
+def test_every_struct_and_field_of_the_headers_is_here(headers):
+    here = {
+        _abi.c_name(s): [field for field, *_ in s._fields_] for s in _abi.STRUCTS
+    }
+    there = {}
+    for body, name in re.findall(r"typedef struct moe_\w+ \{(.*?)\} (moe_\w+);", headers, re.S):
+        fields = []
+        for declaration in body.split(";"):
+            for part in declaration.split(","):
+                words = re.findall(r"\w+", part.split("[")[0])
+                if words:
+                    fields.append(words[-1])
+        there[name] = fields
+    assert here == there
+
+
+def test_every_function_of_the_map_has_a_prototype(root):
+    exported = re.findall(r"^\s+(moe_\w+);", (root / "src/libmoe.map").read_text(), re.M)
+    assert sorted(exported) == sorted(_abi.PROTOTYPES)
+
+
+SCALARS = {
+    "void": None, "int32_t": ctypes.c_int32, "moe_status": ctypes.c_int32,
+    "int64_t": ctypes.c_int64, "uint64_t": ctypes.c_uint64, "size_t": ctypes.c_size_t,
+    "double": ctypes.c_double,
+}  # fmt: skip
+
+
+def _ctypes_of(declaration, is_result):
+    """The ctypes type of a C parameter or result as this package writes it."""
+    stars = declaration.count("*")
+    words = [w for w in re.findall(r"\w+", declaration) if w != "const"]
+    base = words[0]
+    structs = {_abi.c_name(s): s for s in _abi.STRUCTS}
+    if stars == 0:
+        return SCALARS[base]
+    if stars == 2:
+        return ctypes.POINTER(ctypes.c_void_p)
+    if base in structs:
+        return ctypes.POINTER(structs[base])
+    if base == "char":
+        return ctypes.c_char_p
+    pointed = {"float": ctypes.c_float, "double": ctypes.c_double, "int64_t": ctypes.c_int64,
+               "uint8_t": ctypes.c_uint8}  # fmt: skip
+    if base in pointed:
+        return ctypes.POINTER(pointed[base])
+    return ctypes.c_void_p
+
+
+def test_prototypes_are_those_of_the_headers(headers):
+    declared = re.findall(r"MOE_API\s+([\w\s]+?[\s*]+)(moe_\w+)\(([^)]*)\);", headers)
+    assert {name for _, name, _ in declared} == set(_abi.PROTOTYPES)
+    for result, name, arguments in declared:
+        parts = [] if arguments.strip() == "void" else arguments.split(",")
+        expected = _ctypes_of(result, True), [_ctypes_of(part, False) for part in parts]
+        assert _abi.PROTOTYPES[name] == expected, name
+
+
+def test_every_constant_of_the_headers_is_here_with_its_value(headers):
+    named = _constants.constants()
+    there = set(re.findall(r"X\((MOE_\w+), -?\d+", headers))
+    for body in re.findall(r"enum \{(.*?)\}", headers, re.S):
+        for part in body.split(","):
+            there.update(re.findall(r"^\s*(MOE_[A-Z0-9_]+)\s*=", part))
+    there.add("MOE_STATUS_LAST")
+    assert set(named) == there
+    assert {name: moe.constant(name) for name in named} == named
+
+
+def test_defaults_come_from_the_library():
+    for struct in _abi.STRUCTS:
+        assert _library.new(struct).struct_size == ctypes.sizeof(struct)
+    assert _library.new(_abi.GateConfig).init_std == _library.library().moe_init_default()
+    assert _library.new(_abi.ForwardArgs).top_k == moe.FROM_CONFIG
+
+
+def test_a_status_that_is_unknown_is_an_error_still():
+    with pytest.raises(moe.Error) as caught:
+        _library.check(-99)
+    assert caught.value.status == -99
+    assert caught.value.name == "unknown status"
+
+
+def test_named_results_follow_the_constants():
+    assert moe.Losses._fields[1:] == tuple(name.lower() for name in moe.Loss.__members__)
+    assert moe.Stats._fields == tuple(name.lower() for name in moe.Stat.__members__)
+
+
+def test_loading_refuses_what_is_no_libmoe(script, tmp_path):
+    text = script(
+        "import moe\n"
+        "for path in ('/nowhere/libmoe.so', 'libm.so.6'):\n"
+        "    try: moe.load(path)\n"
+        "    except ImportError as error: print(error)\n"
+    )
+    assert "cannot load the library /nowhere/libmoe.so" in text
+    assert "libm.so.6 is no libmoe" in text
+
+
+def test_loading_a_second_library_is_refused():
+    path = moe.library_path()
+    assert moe.load(path) is moe.load()
+    with pytest.raises(ImportError, match="is loaded already"):
+        moe.load("/elsewhere/libmoe.so")
+
+
+def test_an_old_library_is_refused_with_both_versions(script):
+    text = script(
+        "import moe\nfrom moe import _library\n_library.NEEDED_VERSION = (99, 0, 0)\n"
+        "try: moe.load()\n"
+        "except ImportError as error: print(error)\n"
+    )
+    assert re.search(r"is libmoe \d+\.\d+\.\d+; this package needs 99\.0\.0 or newer", text)
