@@ -56,7 +56,7 @@ CORE_OBJECTS := $(CORE:%.c=$(BUILD)/%.o) $(BUILD)/src/cpu/dispatch_isa.o
 KERNEL_OBJECTS := $(foreach v,$(VARIANTS),$(KERNELS:src/cpu/%.c=$(BUILD)/src/cpu/%.$(v).o))
 OBJECTS := $(CORE_OBJECTS) $(KERNEL_OBJECTS)
 
-.PHONY: all help clean install uninstall dist demo
+.PHONY: all help clean install uninstall dist demo demo-long
 all: $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/pkgconfig/moe.pc
 	@printf '\n%-24s %s\n' 'built' 'what'
 	@printf '%-24s %s\n' '$(LIB)/libmoe.a' 'static library, $(words $(VARIANTS)) CPU variants: $(VARIANTS)'
@@ -155,7 +155,7 @@ dist:
 
 # Only what the build makes, by name: BUILD and LIB may be anywhere.
 clean:
-	rm -rf $(BUILD)/src $(BUILD)/tests $(BUILD)/examples
+	rm -rf $(BUILD)/src $(BUILD)/tests $(BUILD)/examples $(BUILD)/venv $(BUILD)/venv-current
 	rm -f $(BUILD)/demo $(BUILD)/run_vectors $(FLAGS_STAMP) $(OBJECTS_STAMP)
 	rm -f $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/libmoe.so.* $(LIB)/pkgconfig/moe.pc
 	rm -rf build-asan build-tsan build-clang dist
@@ -171,11 +171,18 @@ $(BUILD)/demo: $(DEMO) $(wildcard examples/demo/*.h include/moe/*.h) $(LIB)/libm
 demo: $(BUILD)/demo
 	$(BUILD)/demo $(if $(FILE),--file '$(FILE)') $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
+# Both models with three learning rates and three seeds: about half an hour on two cores.
+demo-long: $(BUILD)/demo
+	$(BUILD)/demo --sweep $(if $(FILE),--file '$(FILE)') $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+
 help:
 	@sed -n 's/^#: //p' Makefile
 
 #: make                build lib/libmoe.a and lib/libmoe.so (CC=, CFLAGS=, WERROR=0, BUILD=, LIB=)
 #: make check          all tests of the first tier, under five minutes
+#: make check-examples examples, with what they print; check-tutorial; tutorial refreshes docs/tutorial.md
+#: make check-python  the Python package, installed and tested; check-torch, compare-torch, check-libtorch
+#: make check-torch-current  the same with PyPI's PyTorch (gigabytes)
 #: make check-asan     suites, hosts and vectors under AddressSanitizer and UBSan
 #: make check-tsan     threaded suites and hosts under ThreadSanitizer
 #: make check-valgrind hosts under valgrind
@@ -183,7 +190,7 @@ help:
 #: make check-abi      map, headers, symbols, layouts, abidiff
 #: make check-format   clang-format
 #: make check-long     everything long
-#: make demo           train a language model (FILE=path, STEPS=n, ARGS=...)
+#: make demo           train a language model and its dense twin (FILE=path, STEPS=n, ARGS=...); demo-long
 #: make install        PREFIX=, DESTDIR=, LIBDIR=, INCLUDEDIR=
 #: make uninstall dist clean
 

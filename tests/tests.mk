@@ -10,10 +10,20 @@ LINK_memory := -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=posix_memal
 # The call that check_gradient_report spoils.
 LINK_gradient_report := -Wl,--wrap=moe_layer_backward
 HOSTS := $(patsubst tests/hosts/%.c,$(BUILD)/tests/hosts/%,$(wildcard tests/hosts/*.c))
+# Examples: C ones always; C++ where there is a compiler; libtorch's by check-libtorch, since they take a
+# minute to compile.
+CXX ?= c++
+HAVE_CXX := $(shell command -v $(CXX) >/dev/null 2>&1 && echo yes)
 EXAMPLES := $(patsubst examples/%.c,$(BUILD)/examples/%,$(wildcard examples/*.c))
+CXX_EXAMPLES := $(filter-out %libtorch,$(patsubst examples/%.cpp,$(BUILD)/examples/%,$(wildcard examples/*.cpp)))
+TORCH_EXAMPLES := $(filter %libtorch,$(patsubst examples/%.cpp,$(BUILD)/examples/%,$(wildcard examples/*.cpp)))
+ifeq ($(HAVE_CXX),yes)
+EXAMPLES += $(CXX_EXAMPLES)
+endif
 RPATH = -Wl,-rpath,$(abspath $(LIB))
 TEST_FLAGS = $(COMMON) -O1 $(CFLAGS) -MMD -MP -MF $@.d -MT $@ -Itests -DMOE_SOURCE_DIR='"$(CURDIR)"'
 
+.PHONY: check-examples check-tutorial tutorial check-libtorch check-python check-torch compare-torch check-torch-current
 .PHONY: check check-have-check check-suites check-hosts check-vectors check-headers check-abi \
     check-install check-demo check-format format abi-baseline check-asan check-tsan check-valgrind check-long \
     test-programs
@@ -38,9 +48,24 @@ $(BUILD)/tests/hosts/%: tests/hosts/%.c $(LIB)/libmoe.so
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) $< -L$(LIB) -lmoe $(RPATH) -lm -o $@
 
+# As a reader would build them: public headers only.
+EXAMPLE_FLAGS = -g -O1 -pthread -D_GNU_SOURCE -Iinclude -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
+    $(if $(filter 1,$(WERROR)),-Werror) $(SAN) $(CFLAGS) -MMD -MP -MF $@.d -MT $@
 $(BUILD)/examples/%: examples/%.c $(LIB)/libmoe.so
 	@mkdir -p $(@D)
-	$(CC) $(TEST_FLAGS) $< -L$(LIB) -lmoe $(RPATH) -lm -o $@
+	$(CC) -std=c11 $(EXAMPLE_FLAGS) $< -L$(LIB) -lmoe $(RPATH) -lm -o $@
+
+$(CXX_EXAMPLES): $(BUILD)/examples/%: examples/%.cpp $(LIB)/libmoe.so
+	@mkdir -p $(@D)
+	$(CXX) -std=c++11 $(EXAMPLE_FLAGS) $< -L$(LIB) -lmoe $(RPATH) -lm -o $@
+
+# Debian's libtorch-dev; TORCH_CFLAGS and TORCH_LIBS for another one. Its headers are not free of warnings.
+TORCH_CFLAGS ?= -isystem /usr/include/torch/csrc/api/include
+TORCH_LIBS ?= -ltorch -ltorch_cpu -lc10
+$(TORCH_EXAMPLES): $(BUILD)/examples/%: examples/%.cpp $(LIB)/libmoe.so
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -pthread -Iinclude -Wall -Wextra $(TORCH_CFLAGS) $(CFLAGS) $< -L$(LIB) -lmoe $(RPATH) \
+	    $(TORCH_LIBS) -o $@
 
 RUNNER := $(wildcard tests/vector_runner/*.c)
 $(BUILD)/run_vectors: $(RUNNER) $(wildcard tests/vector_runner/*.h) $(LIB)/libmoe.so
@@ -55,11 +80,20 @@ VECTORS = "$(BUILD)/run_vectors tests/vectors"
 SCRIPTS = "sh tests/headers/check.sh $(LIB)" "sh tests/abi/check.sh $(LIB)" \
     "sh tests/packaging/check_install.sh $(BUILD)"
 
+RUN_EXAMPLES = "sh tests/packaging/check_examples.sh $(BUILD)"
+
 check: all test-programs $(BUILD)/demo
-	@$(RUN) $(SUITES) $(HOSTS) $(EXAMPLES) $(VECTORS) $(SCRIPTS) "sh tests/packaging/check_demo.sh $(BUILD)"
+	@$(RUN) $(SUITES) $(HOSTS) $(VECTORS) $(SCRIPTS) $(RUN_EXAMPLES) "sh tests/packaging/check_tutorial.sh" \
+	    "sh tests/packaging/check_demo.sh $(BUILD)"
 
 check-suites: test-programs
-	@$(RUN) $(SUITES) $(HOSTS) $(EXAMPLES) $(VECTORS)
+	@$(RUN) $(SUITES) $(HOSTS) $(VECTORS) $(RUN_EXAMPLES)
+check-examples: $(EXAMPLES)
+	@$(RUN) $(RUN_EXAMPLES)
+check-tutorial:
+	@$(RUN) "sh tests/packaging/check_tutorial.sh"
+tutorial:
+	sh tests/packaging/check_tutorial.sh --write
 check-hosts: $(HOSTS)
 	@$(RUN) $(HOSTS)
 check-vectors: $(BUILD)/run_vectors
@@ -70,6 +104,39 @@ check-abi: $(LIB)/libmoe.so $(LIB)/libmoe.a
 	@$(RUN) "sh tests/abi/check.sh $(LIB)"
 check-install: all
 	@$(RUN) "sh tests/packaging/check_install.sh $(BUILD)"
+
+# ---- Python and PyTorch -----------------------------------------------------------------------------
+
+# The Python that sees Debian's packages (numpy, torch, pytest).
+PYTHON ?= $(shell test -x /usr/bin/python3 && echo /usr/bin/python3 || echo python3)
+VENV := $(BUILD)/venv
+PY_SOURCES = $(shell find examples/python -name '*.py' -o -name '*.toml' 2>/dev/null) \
+    $(wildcard include/moe/*.h src/*.[ch] src/cpu/*.[ch] src/comm/*.[ch])
+
+# The package as a user installs it, in an environment of its own.
+$(VENV)/installed: $(PY_SOURCES)
+	@mkdir -p $(BUILD)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv --system-site-packages $(VENV)
+	$(VENV)/bin/pip install -q --no-deps --force-reinstall ./examples/python
+	@touch $@
+
+PYTEST = $(VENV)/bin/python -m pytest -q -p no:cacheprovider
+TORCH_TESTS = $(wildcard tests/python/test_torch*.py)
+check-python: $(VENV)/installed
+	$(PYTEST) $(TORCH_TESTS:%=--ignore=%) tests/python
+check-torch: $(VENV)/installed
+	$(PYTEST) $(TORCH_TESTS)
+compare-torch: $(VENV)/installed
+	$(VENV)/bin/python examples/python/compare_eager.py
+check-libtorch: $(TORCH_EXAMPLES)
+	@$(RUN) "sh tests/packaging/check_examples.sh $(BUILD) libtorch"
+
+# The same with the current PyTorch of PyPI: some gigabytes.
+check-torch-current:
+	@mkdir -p $(BUILD)
+	test -x $(BUILD)/venv-current/bin/python || $(PYTHON) -m venv $(BUILD)/venv-current
+	$(BUILD)/venv-current/bin/pip install -q torch numpy pytest
+	$(MAKE) VENV=$(BUILD)/venv-current check-python check-torch compare-torch
 
 # ---- sanitizers and valgrind ------------------------------------------------------------------------
 
@@ -92,11 +159,12 @@ check-long:
 	MOE_LONG=1 $(MAKE) check
 	$(MAKE) check-asan check-tsan check-valgrind
 	$(MAKE) CC=clang BUILD=build-clang check-suites
+	$(MAKE) check-libtorch check-python check-torch compare-torch check-torch-current
 	for isa in plain avx2; do $(BUILD)/run_vectors --isa $$isa tests/vectors || exit 1; done
 
 # ---- format and baselines ---------------------------------------------------------------------------
 
-FORMATTED := $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] examples/*.c \
+FORMATTED := $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] examples/*.[ch] examples/*.cpp \
     examples/demo/*.[ch] tests/*.c tests/reference/*.[ch] tests/support/*.[ch] tests/hosts/*.[ch] \
     tests/vector_runner/*.[ch])
 format:
