@@ -107,7 +107,20 @@ static moe_status check_replay(const moe__forward *f, const moe__plan_arrays *pl
     return check_replayed_mask(a, plan, function);
 }
 
-/* Where the routing comes from: the gate, a plan handed in, or the one that was kept. */
+/* Every token to the one expert: nothing to choose, nothing to drop. */
+static moe_status check_everyone(moe__forward *f, const char *function)
+{
+    if (f->a.top_k != MOE_FROM_CONFIG)
+        REFUSE_ARGUMENT("top_k is %lld; without a gate it must be MOE_FROM_CONFIG", (ll)f->a.top_k);
+    if (f->a.capacity != MOE_FROM_CONFIG)
+        REFUSE_ARGUMENT("capacity is %lld; without a gate it must be MOE_FROM_CONFIG",
+                        (ll)f->a.capacity);
+    f->top_k = 1;
+    f->entries = f->a.tokens;
+    return MOE_OK;
+}
+
+/* Where the routing comes from: the gate, a plan handed in, the one that was kept, or nowhere. */
 static moe_status check_routing(moe__forward *f, const moe_pass *pass, const char *function)
 {
     const moe_forward_args *a = &f->a;
@@ -134,7 +147,10 @@ static moe_status check_routing(moe__forward *f, const moe_pass *pass, const cha
             REFUSE_ARGUMENT("a gate replays a plan with plan_use MOE_PLAN_IDS only");
     } else {
         f->route = (f->uses & MOE__USE_GATE) != 0;
-        if (!f->route) REFUSE_ARGUMENT("plan is NULL, and there is no gate to make one");
+        f->everyone = !f->route && experts == 1;
+        if (!f->route && !f->everyone)
+            REFUSE_ARGUMENT("plan is NULL, and there is no gate to choose among %lld experts",
+                            (ll)experts);
     }
     f->replay = plan != NULL;
     f->own_plan = plan == &pass->plan.a;
@@ -150,7 +166,7 @@ static moe_status check_routing(moe__forward *f, const moe_pass *pass, const cha
     }
     MOE_TRY(moe__check_groups(a->group_begin, a->groups, a->tokens, function));
     if (f->a.groups == 0) f->a.groups = 1;
-    return MOE_OK;
+    return f->everyone ? check_everyone(f, function) : MOE_OK;
 }
 
 static moe_status check_top_k(moe__forward *f, const moe_gate_config *c, const char *function)
@@ -297,9 +313,9 @@ moe_status moe__backward_check(moe_backward_args *b, const moe_pass *pass,
         REFUSE_ARGUMENT("dy must be NULL: a gate has entry_weight_grad instead");
     if (b->x_stride == 0) b->x_stride = pass->x_stride;
     if (b->gate_x_stride == 0) b->gate_x_stride = pass->gate_x_stride;
-    if (b->x)
+    if (b->x && (c || pass->gate_saw_x)) /* else nothing reads it */
         MOE_TRY(moe__check_matrix("x", b->x, &b->x_stride, T, width, element, false, function));
-    if (b->gate_x)
+    if (b->gate_x && pass->routed)
         MOE_TRY(moe__check_matrix("gate_x", b->gate_x, &b->gate_x_stride, T, gate_width, element,
                                   false, function));
     MOE_TRY(moe__check_matrix("dx", b->dx, &b->dx_stride, T, width, element, false, function));

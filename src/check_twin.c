@@ -224,8 +224,8 @@ static double difference(const moe__twin *t, const moe__twin_value *to, const mo
     return sum;
 }
 
-/* A moved weight of the plan is one only in a plan built anew; it is built once more when the weight
- * is back. */
+/* A moved weight of the plan is one only in a plan built anew; it is built once more when the
+ * weight is back. */
 static moe_status value_at(moe__twin *t, const moe__twin_tensor *tensor, double *at, double moved,
                            moe__twin_value *value)
 {

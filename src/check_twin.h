@@ -14,7 +14,7 @@ typedef struct moe__twin_tensor {
 
 enum { MOE__TWIN_TENSORS = 3 + 2 * MOE__MAX_PARAMETERS };
 
-/* y, losses and their scale at one place. */
+/* y and losses at one place. */
 typedef struct moe__twin_value {
     double *y;                     /* [T,O] */
     double losses[MOE_LOSS_SLOTS]; /* weighted */

@@ -124,6 +124,24 @@ static void replay_step(moe_pass *pass, const moe__forward *f)
            (size_t)(plan->entries * moe__dtype_size(plan->dtype)));
 }
 
+/* Without a gate and a plan every token visits the one expert, with weight 1. */
+static moe_status everyone_step(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
+{
+    moe__plan_arrays *plan = &pass->plan.a;
+    for (int64_t n = 0; n < plan->entries; n++) {
+        plan->expert_of_entry[n] = 0;
+        if (plan->dtype == MOE_DTYPE_F64)
+            ((double *)plan->weight_of_entry)[n] = 1;
+        else
+            ((float *)plan->weight_of_entry)[n] = 1;
+    }
+    replay_step(pass, f);
+    moe__plan_rows_job rows = {.workers = pass->route.workers,
+                               .plan = plan,
+                               .token_mask = pass->route.token_mask};
+    return kernels->plan_rows(&rows);
+}
+
 static moe_status losses_step(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
 {
     moe__losses_job *l = &pass->losses;
@@ -187,6 +205,8 @@ static moe_status forward_steps(moe_pass *pass, const moe__forward *f, const moe
     note_mask(pass, f);
     if (f->route)
         MOE_TRY(route_step(pass, f, kernels));
+    else if (f->everyone)
+        MOE_TRY(everyone_step(pass, f, kernels));
     else
         replay_step(pass, f);
     MOE_TRY(losses_step(pass, f, kernels));

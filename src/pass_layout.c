@@ -146,8 +146,8 @@ int64_t moe__pass_shape_bytes(const moe__pass_shape *shape)
     return arena.used;
 }
 
-/* Lays out a plan of the sizes of `like` at the front of the block; returns its bytes, which is where
- * the next array begins. */
+/* Lays out a plan of the sizes of `like` at the front of the block; returns its bytes, which is
+ * where the next array begins. */
 static int64_t lay_out_plan(moe__plan_arrays *plan, char *base, const moe__plan_arrays *like)
 {
     moe__arena arena = {base, 0};
@@ -163,8 +163,8 @@ static int64_t plan_bytes(const moe_pass *pass)
     return lay_out_plan(&plan, NULL, &pass->plan.a);
 }
 
-/* Moves the block to memory of another size with its first `keep` bytes; the old one lives until the
- * new one is there. */
+/* Moves the block to memory of another size with its first `keep` bytes; the old one lives until
+ * the new one is there. */
 static moe_status move_to(moe_pass *pass, int64_t bytes, int64_t keep, const char *function)
 {
     if (pass->host_memory)

@@ -98,6 +98,7 @@ typedef struct moe__forward {
     bool route;    /* the gate runs */
     bool replay;   /* the plan is there already: handed in, or kept for a recompute */
     bool own_plan; /* it is the pass's own */
+    bool everyone; /* no gate and no plan: every token to the one expert */
     bool recompute;
 } moe__forward;
 

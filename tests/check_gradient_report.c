@@ -1,5 +1,5 @@
-/* check_gradient_report.c - moe_check_gradients: it passes where gradients are right, for every kind
- * of layer; it finds each planted error and says where; and it refuses nonsense.
+/* check_gradient_report.c - moe_check_gradients: it passes where gradients are right, for every
+ * kind of layer; it finds each planted error and says where; and it refuses nonsense.
  *
  * Errors are planted by standing in for moe_layer_backward (the linker's --wrap): after the real
  * one, one gradient of the library's own f64 copy is spoiled. */

@@ -1,5 +1,6 @@
-/* check_pass.c - a pass that has been trimmed: what stays, what is gone, and that the step goes on as
- * if nothing had happened; and an x that has moved between forward and backward. */
+/* check_pass.c - a pass that has been trimmed: what stays, what is gone, and that the step goes on
+ * as if nothing had happened; an x that has moved between forward and backward; and a layer of one
+ * expert with nothing to choose. */
 #include "support/suite.h"
 
 #include <moe/moe.h>
@@ -305,6 +306,125 @@ START_TEST(test_pass_backward_of_the_first_release)
 }
 END_TEST
 
+/* ---- a network of one expert: no gate, no plan ----------------------------------------------- */
+
+typedef struct network {
+    moe_context *context;
+    moe_experts *experts;
+    moe_layer *layer;
+    moe_pass *pass;
+    float y[T * D], dx[T * D], entry_grad[T];
+} network;
+
+static void make_network(network *n, int64_t count)
+{
+    moe_experts_config e;
+    moe_layer_config l;
+    ck_assert_int_eq(moe_context_create(&n->context, NULL), MOE_OK);
+    ck_assert_int_eq(moe_experts_config_init(&e, sizeof e), MOE_OK);
+    e.d_model = D, e.d_hidden = F, e.num_experts = count, e.bias = 1;
+    ck_assert_int_eq(moe_experts_create(&n->experts, n->context, &e), MOE_OK);
+    ck_assert_int_eq(moe_experts_init_parameters(n->experts, 4), MOE_OK);
+    ck_assert_int_eq(moe_layer_config_init(&l, sizeof l), MOE_OK);
+    l.experts = n->experts, l.output = MOE_OUTPUT_SIGMOID;
+    ck_assert_int_eq(moe_layer_create(&n->layer, &l), MOE_OK);
+    ck_assert_int_eq(moe_pass_create(&n->pass, n->layer, NULL), MOE_OK);
+}
+
+static void free_network(network *n)
+{
+    moe_pass_destroy(n->pass), moe_layer_destroy(n->layer);
+    moe_experts_destroy(n->experts), moe_context_destroy(n->context);
+}
+
+/* One step with `plan` or without; with `recompute` in two forwards. */
+static void run_network(network *n, const float *x, const float *dy, const uint8_t *mask,
+                        const moe_plan *plan, int recompute)
+{
+    moe_forward_args f;
+    moe_backward_args b;
+    ck_assert_int_eq(moe_forward_args_init(&f, sizeof f), MOE_OK);
+    f.tokens = T, f.x = x, f.y = n->y, f.token_mask = mask, f.plan = plan;
+    f.flags = recompute ? MOE_FORWARD_PLAN_ONLY : 0;
+    ck_assert_int_eq(moe_layer_forward(n->layer, n->pass, &f), MOE_OK);
+    if (recompute) {
+        ck_assert_int_eq(moe_pass_trim(n->pass), MOE_OK);
+        f.flags = MOE_FORWARD_RECOMPUTE, f.plan = NULL;
+        ck_assert_int_eq(moe_layer_forward(n->layer, n->pass, &f), MOE_OK);
+    }
+    ck_assert_int_eq(moe_backward_args_init(&b, sizeof b), MOE_OK);
+    b.flags = MOE_BACKWARD_OVERWRITE;
+    b.dy = dy, b.dx = n->dx, b.entry_weight_grad = n->entry_grad;
+    ck_assert_int_eq(moe_layer_backward(n->layer, n->pass, &b), MOE_OK);
+}
+
+static void assert_same_network(const network *a, const network *b)
+{
+    ck_assert_int_eq(memcmp(a->y, b->y, sizeof a->y), 0);
+    ck_assert_int_eq(memcmp(a->dx, b->dx, sizeof a->dx), 0);
+    ck_assert_int_eq(memcmp(a->entry_grad, b->entry_grad, sizeof a->entry_grad), 0);
+    for (int64_t i = 0; i < moe_experts_parameter_count(a->experts); i++) {
+        moe_parameter_record p, q;
+        ck_assert_int_eq(moe_parameter_record_init(&p, sizeof p), MOE_OK);
+        ck_assert_int_eq(moe_parameter_record_init(&q, sizeof q), MOE_OK);
+        ck_assert_int_eq(moe_experts_parameter(a->experts, i, &p), MOE_OK);
+        ck_assert_int_eq(moe_experts_parameter(b->experts, i, &q), MOE_OK);
+        ck_assert_int_eq(memcmp(p.grad, q.grad, (size_t)p.element_count * sizeof(float)), 0);
+    }
+}
+
+START_TEST(test_pass_without_gate_or_plan_visits_the_one_expert)
+{
+    static network planned, plain;
+    static int32_t ids[T];
+    static float x[T * D], dy[T * D];
+    static uint8_t mask[T];
+    moe_plan *plan;
+    const moe_plan *made;
+    moe_plan_args a;
+    for (int i = 0; i < T * D; i++) x[i] = (float)(i % 17) / 8 - 1, dy[i] = (float)(i % 13) / 6 - 1;
+    for (int t = 0; t < T; t++) mask[t] = t % 5 != 2;
+    make_network(&planned, 1), make_network(&plain, 1);
+    ck_assert_int_eq(moe_plan_create(&plan, planned.context), MOE_OK);
+    for (int masked = 0; masked < 2; masked++) {
+        ck_assert_int_eq(moe_plan_args_init(&a, sizeof a), MOE_OK);
+        a.tokens = T, a.num_experts = 1, a.top_k = 1, a.expert_ids = ids;
+        a.token_mask = masked ? mask : NULL;
+        ck_assert_int_eq(moe_plan_build(plan, &a), MOE_OK);
+        run_network(&planned, x, dy, a.token_mask, plan, 0);
+        for (int recompute = 0; recompute < 2; recompute++) {
+            run_network(&plain, x, dy, a.token_mask, NULL, recompute);
+            assert_same_network(&planned, &plain);
+            ck_assert_int_eq(moe_pass_plan(plain.pass, &made), MOE_OK);
+            ck_assert_int_eq(moe_plan_check(made), MOE_OK);
+        }
+        ck_assert(plain.y[0] > 0 && (!masked || plain.y[2 * D] == 0));
+    }
+    moe_plan_destroy(plan);
+    free_network(&planned), free_network(&plain);
+}
+END_TEST
+
+START_TEST(test_pass_without_gate_or_plan_refuses_a_choice)
+{
+    static network one, two;
+    static float x[T * D];
+    moe_forward_args f;
+    make_network(&one, 1), make_network(&two, 2);
+    ck_assert_int_eq(moe_forward_args_init(&f, sizeof f), MOE_OK);
+    f.tokens = T, f.x = x, f.y = one.y;
+    ck_assert_int_eq(moe_layer_forward(two.layer, two.pass, &f), MOE_ERROR_INVALID_ARGUMENT);
+    ck_assert_ptr_nonnull(strstr(moe_last_error(), "among 2 experts"));
+    f.top_k = 1;
+    ck_assert_int_eq(moe_layer_forward(one.layer, one.pass, &f), MOE_ERROR_INVALID_ARGUMENT);
+    f.top_k = MOE_FROM_CONFIG, f.capacity = 3;
+    ck_assert_int_eq(moe_layer_forward(one.layer, one.pass, &f), MOE_ERROR_INVALID_ARGUMENT);
+    f.capacity = MOE_FROM_CONFIG, f.tokens = 0, f.x = NULL, f.y = NULL;
+    ck_assert_int_eq(moe_layer_forward(one.layer, one.pass, &f), MOE_OK);
+    free_network(&one), free_network(&two);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("pass");
@@ -318,6 +438,8 @@ int main(void)
     cases = tcase_create("backward");
     tcase_add_test(cases, test_pass_backward_takes_x_where_it_lies_now);
     tcase_add_test(cases, test_pass_backward_of_the_first_release);
+    tcase_add_test(cases, test_pass_without_gate_or_plan_visits_the_one_expert);
+    tcase_add_test(cases, test_pass_without_gate_or_plan_refuses_a_choice);
     suite_add_tcase(suite, cases);
     return run_suite(suite, 1);
 }

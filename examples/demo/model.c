@@ -143,7 +143,7 @@ static int add_layer(model *m, const network *n)
 }
 
 /* The layer of a pool, and of a gate if the network has one. */
-static int make_layer(model *m, network *n, moe_context *context, uint64_t seed)
+static int make_layer(model *m, network *n, uint64_t seed)
 {
     moe_layer_config l;
     TRY(moe_layer_config_init(&l, sizeof l));
@@ -152,7 +152,6 @@ static int make_layer(model *m, network *n, moe_context *context, uint64_t seed)
     TRY(moe_layer_create(&n->layer, &l));
     TRY(moe_layer_init_parameters(n->layer, seed));
     TRY(moe_pass_create(&n->pass, n->layer, NULL));
-    if (!n->gate) TRY(moe_plan_create(&n->plan, context));
     return add_layer(m, n);
 }
 
@@ -164,7 +163,7 @@ static int make_network(model *m, network *n, moe_context *context, int64_t in, 
     if (pool_config(&e, in, WIDTH, out, 1) != 0) return -1;
     e.bias = 1;
     TRY(moe_experts_create(&n->pool, context, &e));
-    return make_layer(m, n, context, seed);
+    return make_layer(m, n, seed);
 }
 
 /* The MoE layer, or one expert of the same cost; neither has biases. */
@@ -179,7 +178,7 @@ static int make_middle(model *m, moe_context *context)
     if (pool_config(&e, WIDTH, hidden, WIDTH, o->dense ? 1 : o->experts) != 0) return -1;
     if (!o->dense) TRY(moe_gate_create(&m->middle.gate, context, &g));
     TRY(moe_experts_create(&m->middle.pool, context, &e));
-    return make_layer(m, &m->middle, context, o->seed);
+    return make_layer(m, &m->middle, o->seed);
 }
 
 static float *floats(int64_t count) { return calloc((size_t)count, sizeof(float)); }
@@ -226,7 +225,6 @@ int model_create(model *m, moe_context *context, const model_options *options)
 static void destroy_network(network *n)
 {
     moe_pass_destroy(n->pass);
-    moe_plan_destroy(n->plan);
     moe_layer_destroy(n->layer);
     moe_experts_destroy(n->pool);
     moe_gate_destroy(n->gate);

@@ -38,7 +38,6 @@ typedef struct network {
     moe_experts *pool;
     moe_layer *layer;
     moe_pass *pass;
-    moe_plan *plan; /* NULL with a gate */
 } network;
 
 enum { MODEL_MAX_PARAMETERS = 16 };
@@ -51,8 +50,7 @@ typedef struct model {
     uint8_t *touched; /* [experts] */
     float *embedding, *embedding_grad;
     float *x, *dx, *h, *dh, *n1, *dn1, *mixed, *n2, *dn2, *logits, *dlogits;
-    float *bits;     /* [tokens] of each byte of the last batch */
-    int64_t planned; /* tokens the one-expert plans are for */
+    float *bits; /* [tokens] of each byte of the last batch */
 } model;
 
 /* Multiply-adds of a forward in training, per token. */

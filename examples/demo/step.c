@@ -86,7 +86,6 @@ static int network_forward(const network *n, const float *x, float *y, int64_t T
     f.step = step;
     f.x = x;
     f.y = y;
-    f.plan = n->plan;
     TRY(moe_layer_forward(n->layer, n->pass, &f));
     return 0;
 }
@@ -100,31 +99,6 @@ static int network_backward(const network *n, const float *dy, float *dx)
     b.dx = dx;
     TRY(moe_layer_backward(n->layer, n->pass, &b));
     return 0;
-}
-
-static int plan_network(const network *n, const moe_plan_args *args)
-{
-    if (n->plan) TRY(moe_plan_build(n->plan, args));
-    return 0;
-}
-
-/* The plans of the one-expert networks: every token to expert 0. */
-static int plan_networks(model *m, int64_t T)
-{
-    moe_plan_args a;
-    if (T == m->planned) return 0;
-    TRY(moe_plan_args_init(&a, sizeof a));
-    int32_t *ids = calloc((size_t)T, sizeof *ids);
-    if (!ids) return model_failed("out of memory");
-    a.tokens = T;
-    a.num_experts = 1;
-    a.top_k = 1;
-    a.expert_ids = ids;
-    int failed = plan_network(&m->input, &a) != 0 || plan_network(&m->middle, &a) != 0 ||
-                 plan_network(&m->output, &a) != 0;
-    free(ids);
-    m->planned = failed ? 0 : T;
-    return failed ? -1 : 0;
 }
 
 /* ---- the whole ------------------------------------------------------------------------------- */
@@ -157,7 +131,6 @@ static int balance_loss(const model *m, double *loss)
 int model_run(model *m, const uint8_t *text, const int64_t *positions, int64_t tokens, int64_t step,
               int train, model_result *result)
 {
-    if (plan_networks(m, tokens) != 0) return -1;
     embed(m, text, positions, tokens);
     if (network_forward(&m->input, m->x, m->h, tokens, step, train) != 0) return -1;
     norm(m->n1, m->h, tokens);

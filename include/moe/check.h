@@ -67,19 +67,20 @@ MOE_API moe_status moe_gradient_check_init(moe_gradient_check *check, size_t siz
 /* The same for a report (all zero). Since 0.1. */
 MOE_API moe_status moe_gradient_report_init(moe_gradient_report *report, size_t size);
 
-/* Checks the gradients of a layer like `layer`: the same gate, pool, losses, capacity and layout, in
- * f64, with inputs drawn from `seed`. The layer itself is read and never changed; its passes may be
- * in flight. Takes two forwards for each element; memory of a layer of this configuration in f64.
+/* Checks the gradients of a layer like `layer`: the same gate, pool, losses, capacity and layout,
+ * in f64, with inputs drawn from `seed`. The layer itself is read and never changed; its passes may
+ * be in flight. Takes two forwards for each element; memory of a layer of this configuration in
+ * f64.
  *   layer   whose configuration is checked. A layer without a gate gets a drawn plan, and the
  *           gradient by its weights is checked too; a gate of width 0 gets drawn logits
  *   check   NULL for all defaults
  *   report  in: struct_size; out: the rest, written with MOE_OK and with MOE_ERROR_WRONG_GRADIENT;
  *           may be NULL
  * Returns MOE_OK if every gradient agrees; MOE_ERROR_WRONG_GRADIENT if one does not, the message
- * names tensor, element and both values; MOE_ERROR_INVALID_STATE with MOE_CHECK_CURRENT if a parameter is
- * not bound; MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OUT_OF_MEMORY,
- * MOE_ERROR_CALLBACK or an error of a struct's size. No other thread may be binding the layer's
- * parameters, or writing to them, meanwhile. Since 0.1. */
+ * names tensor, element and both values; MOE_ERROR_INVALID_STATE with MOE_CHECK_CURRENT if a
+ * parameter is not bound; MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED,
+ * MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_CALLBACK or an error of a struct's size. No other thread may
+ * be binding the layer's parameters, or writing to them, meanwhile. Since 0.1. */
 MOE_API moe_status moe_check_gradients(moe_layer *layer, const moe_gradient_check *check,
                                        moe_gradient_report *report);
 

@@ -109,8 +109,9 @@ MOE_API moe_status moe_experts_get_config(const moe_experts *experts, moe_expert
 /* y[t] = sum over the entries of token t of weight * expert(x[t]), in order of entry. A token
  * without rows gets 0.
  *   pass  made for this pool, or for a layer with it
- *   args  reads tokens, x, y, flags (MOE_FORWARD_ADD, MOE_FORWARD_NO_SAVE), plan (required; used
- *         with its ids and weights; its T, E and dtype must fit; copied)
+ *   args  reads tokens, x, y, flags (MOE_FORWARD_ADD, MOE_FORWARD_NO_SAVE), plan (used with its ids
+ *         and weights; its T, E and dtype must fit; copied; NULL only if E = 1: every token visits
+ *         the one expert with weight 1)
  * Returns as moe_layer_forward. Since 0.1. */
 MOE_API moe_status moe_experts_forward(moe_experts *experts, moe_pass *pass,
                                        const moe_forward_args *args);

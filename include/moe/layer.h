@@ -19,7 +19,8 @@ MOE_BEGIN_DECLS
 /* How a layer is made. Fill with moe_layer_config_init, then set gate and experts. */
 typedef struct moe_layer_config {
     uint64_t struct_size;
-    moe_gate *gate;        /* holds a reference; NULL: every forward brings a plan with weights */
+    moe_gate *gate;        /* holds a reference; NULL: every forward brings a plan with weights, or
+                              none to a pool of one expert: a plain feed-forward network */
     moe_experts *experts;  /* holds a reference; required. Its E, dtype and context must be the
                               gate's */
     moe_experts *shared;   /* an expert every token visits; MOE_ERROR_NOT_SUPPORTED unless NULL

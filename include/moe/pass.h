@@ -105,7 +105,8 @@ typedef struct moe_forward_args {
     int64_t groups;             /* 0 = one group, with or without group_begin */
     const int64_t *token_key;   /* in: [T] for hash routing; must be NULL so far */
     const moe_plan *plan;       /* in: a routing to replay, copied, the pass's own included; or
-                                   NULL */
+                                   NULL: the gate routes. Without a gate NULL is for a pool
+                                   of one expert: every token visits it with weight 1 */
     int32_t plan_use;           /* MOE_PLAN_*; default MOE_PLAN_IDS_AND_WEIGHTS */
     int32_t reserved;           /* 0 */
     int64_t top_k;              /* K of this call; default MOE_FROM_CONFIG */
@@ -194,9 +195,9 @@ MOE_API moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t 
 /* Gives memory back that the pass does not need for what it holds: after a forward with
  * MOE_FORWARD_PLAN_ONLY all but the routing, so that a checkpointed layer waits for its backward in
  * little memory; of a pass that waits for no backward (MOE_FORWARD_NO_SAVE, a failed call) all, and
- * the pass is as new. A pass that holds activations, or works in the host's workspace, is left as it
- * is. Ends the plan and the tensors that the pass has shown; moe_pass_plan shows a kept plan again,
- * losses and statistics of a kept plan stay. The next forward allocates anew.
+ * the pass is as new. A pass that holds activations, or works in the host's workspace, is left as
+ * it is. Ends the plan and the tensors that the pass has shown; moe_pass_plan shows a kept plan
+ * again, losses and statistics of a kept plan stay. The next forward allocates anew.
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, or MOE_ERROR_OUT_OF_MEMORY with the pass as it was:
  * the routing moves to memory of its own. Since 0.1. */
 MOE_API moe_status moe_pass_trim(moe_pass *pass);
@@ -268,8 +269,9 @@ MOE_API moe_status moe_tensor_view_init(moe_tensor_view *view, size_t size);
  *         next forward, reserve, trim or destroy
  *   what  MOE_TENSOR_*
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, or MOE_ERROR_INVALID_STATE if the last forward did
- * not make it or it was trimmed: before a forward, after one with MOE_FORWARD_NO_SAVE or MOE_FORWARD_PLAN_ONLY (for
- * the [T,E] tensors), or where a plan with weights was replayed. Since 0.1. */
+ * not make it or it was trimmed: before a forward, after one with MOE_FORWARD_NO_SAVE or
+ * MOE_FORWARD_PLAN_ONLY (for the [T,E] tensors), or where a plan with weights was replayed.
+ * Since 0.1. */
 MOE_API moe_status moe_pass_tensor(const moe_pass *pass, int32_t what, moe_tensor_view *view);
 
 MOE_END_DECLS
