@@ -24,6 +24,7 @@ static void with_recompute(small *s, const float *x, const float *dy, step *out,
     moe_backward_args b = backward_args(dy, out->dx);
     f.flags = MOE_FORWARD_TRAIN | MOE_FORWARD_PLAN_ONLY;
     OK(moe_layer_forward(s->layer, s->pass, &f));
+    OK(moe_pass_trim(s->pass)); /* while it waits, the routing is all it holds */
     *kept_bytes = moe_pass_bytes(s->pass);
     out->loss = total_loss(s->pass);
     f.flags = MOE_FORWARD_TRAIN | MOE_FORWARD_RECOMPUTE;
@@ -75,7 +76,7 @@ int main(void)
     plain.loss = total_loss(s[0].pass);
     with_recompute(&s[1], x, dy, &again, &kept);
     with_saved_plan(&s[2], x, dy, &replayed);
-    SHOW(kept < moe_pass_bytes(s[0].pass));
+    SHOW(kept < moe_pass_bytes(s[0].pass) / 50);
     SHOW(memcmp(&plain, &again, sizeof plain) == 0 && memcmp(&plain, &replayed, sizeof plain) == 0);
     SHOW(same_gradients(s[0].layer, s[1].layer) && same_gradients(s[0].layer, s[2].layer));
     printf(
