@@ -24,8 +24,10 @@ class Block(nn.Module):
     def __init__(self, layer_id: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        self.moe = MoELayer(WIDTH, 96, num_experts=8, top_k=2, activation="gelu_tanh", layer_id=layer_id,
-                            gate={"kind": "noisy_top_k", "importance_weight": 0.02, "load_weight": 0.02})
+        self.moe = MoELayer(
+            WIDTH, 96, num_experts=8, top_k=2, activation="gelu_tanh", layer_id=layer_id,
+            gate={"kind": "noisy_top_k", "importance_weight": 0.02, "load_weight": 0.02},
+        )  # fmt: skip
 
     def forward(self, x):
         out = self.moe(self.norm(x))

@@ -25,7 +25,8 @@ D, F, E, K = 48, 40, 8, 2
 CONFIGURATIONS: Dict[str, Dict[str, Any]] = {
     "shazeer 2017": dict(output="sigmoid", gate={
         "kind": "noisy_top_k", "importance_weight": 0.1, "load_weight": 0.1}),
-    "softmax dense": dict(activation="silu", gate={"kind": "softmax_dense", "importance_weight": 0.5}),
+    "softmax dense": dict(activation="silu", gate={
+        "kind": "softmax_dense", "importance_weight": 0.5}),
     "switch": dict(top_k=1, gate={
         "order": "score_then_select", "switch_weight": 0.01, "z_weight": 0.001,
         "capacity_kind": "number", "capacity": 12}, activation="gelu_tanh"),
@@ -42,8 +43,8 @@ CONFIGURATIONS: Dict[str, Dict[str, Any]] = {
     "reglu, geglu": dict(activation="reglu", gate={"z_weight": 0.1}),
 }  # fmt: skip
 
-COLUMNS = ["y", "losses", "x", "gate.weight", "gate.bias", "gate.noise_weight", "experts.w1", "experts.b1",
-           "experts.w3", "experts.b3", "experts.w2", "experts.b2"]  # fmt: skip
+COLUMNS = ["y", "losses", "x", "gate.weight", "gate.bias", "gate.noise_weight", "experts.w1",
+           "experts.b1", "experts.w3", "experts.b3", "experts.w2", "experts.b2"]  # fmt: skip
 
 # Both sides round every operation once; f32 sums of some hundred terms differ by some 1e-7 of the
 # largest term, and cancellation in a softmax's or a loss's gradient takes another digit.
@@ -61,9 +62,11 @@ def inputs(layer: MoELayer, tokens: int, dtype: torch.dtype) -> Tuple[torch.Tens
     """x, noise, the gradient by y, and parameters that are all at work."""
     with torch.no_grad():
         for name, p in layer.named_parameters():
-            p.copy_(torch.randn(p.shape, dtype=dtype) * (0.5 if p.dim() < 3 else p.shape[1] ** -0.5))
+            scale = 0.5 if p.dim() < 3 else p.shape[1] ** -0.5
+            p.copy_(torch.randn(p.shape, dtype=dtype) * scale)
     x = torch.randn(tokens, D, dtype=dtype, requires_grad=True)
-    return x, torch.randn(tokens, E, dtype=dtype), torch.randn(tokens, layer_out(layer), dtype=dtype)
+    noise = torch.randn(tokens, E, dtype=dtype)
+    return x, noise, torch.randn(tokens, layer_out(layer), dtype=dtype)
 
 
 def layer_out(layer: MoELayer) -> int:
@@ -86,7 +89,8 @@ def compare(config: Dict[str, Any], tokens: int, dtype: torch.dtype) -> Dict[str
     error = {"y": relative(ours.y, theirs.y)}
     if theirs.losses:
         error["losses"] = max(
-            relative(ours.losses[moe.Loss[name.upper()]], value) for name, value in theirs.losses.items()
+            relative(ours.losses[moe.Loss[name.upper()]], value)
+            for name, value in theirs.losses.items()
         )
     error.update(zip(["x", *parameters], map(relative, got, want)))
     return error
@@ -105,8 +109,8 @@ def main() -> int:
     for dtype, tolerance in TOLERANCE.items():
         torch.manual_seed(options.seed)
         print(f"\n{str(dtype)[6:]}, tolerance {tolerance:.0e}")
-        names = [column.replace("gate.", "g.").replace("experts.", "").replace("noise_weight", "noise")
-                 for column in COLUMNS]  # fmt: skip
+        names = [c.replace("gate.", "g.").replace("experts.", "").replace("noise_weight", "noise")
+                 for c in COLUMNS]  # fmt: skip
         print(f"{'configuration':15}" + "".join(f"{name:>9}" for name in names))
         for name, config in CONFIGURATIONS.items():
             error = compare(config, options.tokens, dtype)

@@ -45,7 +45,8 @@ class EagerMoE:
 
     def __init__(self, d_model: int, d_hidden: int, num_experts: int, top_k: int = 1, *,
                  activation: str = "relu", gate: Mapping[str, Any] = {},
-                 experts: Mapping[str, Any] = {}, output: str = "linear", **_: Any) -> None:  # fmt: skip
+                 experts: Mapping[str, Any] = {}, output: str = "linear",
+                 **_: Any) -> None:  # fmt: skip
         self.experts, self.k = num_experts, top_k
         self.gate, self.activation = dict(gate), activation
         self.sigmoid_rows = experts.get("output", "linear") == "sigmoid"
@@ -66,7 +67,8 @@ class EagerMoE:
             clean = clean + p["gate.bias"]
         h, sd = clean, None
         if self.gate.get("kind") == "noisy_top_k" and noise is not None:  # eq. 4
-            sd = functional.softplus(seen @ p["gate.noise_weight"]) + self.gate.get("noise_epsilon", 1e-2)
+            sd = functional.softplus(seen @ p["gate.noise_weight"])
+            sd = sd + self.gate.get("noise_epsilon", 1e-2)
             h = clean + noise * sd
         ids = h.topk(self.k, dim=1).indices
         weights = self._weights(h, ids)
@@ -111,7 +113,8 @@ class EagerMoE:
         first = torch.bincount(ids[:, 0], minlength=experts).to(clean.dtype)
         mean = torch.softmax(clean, 1).mean(0)
         scores = torch.sigmoid(clean)
-        plain = torch.bincount(clean.topk(self.k, 1).indices.flatten(), minlength=experts).to(clean.dtype)
+        best = clean.topk(self.k, 1).indices.flatten()
+        plain = torch.bincount(best, minlength=experts).to(clean.dtype)
         found = {
             "importance": lambda: cv_squared(importance),
             "load": lambda: cv_squared(  # eq. 8-11
@@ -123,7 +126,8 @@ class EagerMoE:
             "sequence": lambda: experts
             * (plain / plain.sum() * (scores / scores.sum(1, keepdim=True)).mean(0)).sum(),
         }
-        return {name: g[name + "_weight"] * f() for name, f in found.items() if g.get(name + "_weight")}
+        weight = {name: g.get(name + "_weight", 0.0) for name in found}
+        return {name: weight[name] * f() for name, f in found.items() if weight[name]}
 
     def _mix(self, p: Mapping[str, torch.Tensor], x: torch.Tensor, ids: torch.Tensor,
              weights: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:  # fmt: skip

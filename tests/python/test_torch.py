@@ -1,13 +1,7 @@
-"""moe.torch.MoELayer: values and gradients, and everything a training program does with a module."""
+"""moe.torch.MoELayer: values, gradients, losses, modes, shapes, and what it refuses."""
 
 import copy
-import gc
-import io
-import os
-import subprocess
 import sys
-import threading
-from pathlib import Path
 
 import pytest
 
@@ -20,27 +14,7 @@ sys.path.insert(0, str(PACKAGE))
 import compare_eager  # noqa: E402
 from eager_moe import EagerMoE  # noqa: E402
 from moe.torch import MoELayer, loss  # noqa: E402
-
-NOISY = {"kind": "noisy_top_k", "importance_weight": 0.1, "load_weight": 0.1, "init_std": 0.5}
-
-
-def small(dtype=torch.float64, **more):
-    arguments = dict(d_model=6, d_hidden=5, num_experts=4, top_k=2, activation="silu", seed=3,
-                     gate=dict(NOISY), experts={"bias": 1}, dtype=dtype)  # fmt: skip
-    arguments.update(more)
-    return MoELayer(**arguments)
-
-
-def numbers(*shape, seed=1, dtype=torch.float64, grad=False):
-    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    return made.requires_grad_(grad)
-
-
-def step_of(layer, x, **arguments):
-    """Gradients of x and of all parameters of sum(y^2) + losses."""
-    out = layer(x, step=4, **arguments)
-    return torch.autograd.grad((out.y**2).sum() + out.losses.sum(), [x, *layer.parameters()])
-
+from torch_layers import NOISY, numbers, small, step_of  # noqa: E402
 
 # ---- values and gradients -----------------------------------------------------------------------
 
@@ -111,14 +85,42 @@ def test_gradcheck_of_host_routing(ids_dtype):
     assert grad[1, 1] == 0 and (grad[4] == 0).all() and grad[0, 0] != 0
 
 
+def test_host_routing_of_any_shape():
+    layer = small(gate=None)
+    x, ids = numbers(2, 3, 6), torch.tensor([[[0, 1], [3, 2], [1, 1]], [[2, 0], [-1, 3], [0, 2]]])
+    weights = numbers(2, 3, 2, seed=2)
+    want = layer(x, ids=ids, weights=weights).y
+    for i in (0, 1):
+        for j in (0, 1, 2):  # one token
+            one = layer(x[i, j], ids=ids[i, j], weights=weights[i, j]).y
+            assert one.shape == (6,) and torch.equal(one, want[i, j])
+    flat = layer(x[0], ids=ids[0, :, 0], weights=weights[0, :, 0]).y  # one expert a token
+    assert torch.equal(flat, layer(x[0], ids=ids[0, :, :1], weights=weights[0, :, :1]).y)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    masked = layer(x, ids=ids, weights=weights, mask=mask).y
+    assert (masked[0, 2] == 0).all() and torch.equal(masked[mask], want[mask])
+    none = layer(x[:0], ids=ids[:0], weights=weights[:0].requires_grad_())
+    none.y.sum().backward()
+    assert none.y.shape == (0, 3, 6)
+    with pytest.raises(ValueError, match="for 6 tokens"):
+        layer(x, ids=ids[0, 0], weights=weights[0, 0])
+
+
+def test_noise_is_the_librarys():
+    layer, x = small(num_experts=4, layer_id=3, gate={**NOISY, "seed": 9}), numbers(5, 6)
+    rows = [list(moe.noise4(9, layer_id=3, step=7, token=100 + token)) for token in range(5)]
+    noise = torch.tensor(rows, dtype=torch.float64)
+    assert torch.equal(layer(x, step=7, token_first=100).y, layer(x, noise=noise).y)
+
+
 def test_losses_are_differentiable_one_by_one():
     layer, x = small(), numbers(9, 6, grad=True)
     out = layer(x, step=1)
     weight = layer.gate.weight
     load = torch.autograd.grad(loss(out.losses, "load"), weight, retain_graph=True)[0]
     importance = torch.autograd.grad(loss(out.losses, "importance"), weight, retain_graph=True)[0]
-    both = torch.autograd.grad(3 * loss(out.losses, "load") + loss(out.losses, "importance"), weight,
-                               retain_graph=True)[0]  # fmt: skip
+    sum_of = 3 * loss(out.losses, "load") + loss(out.losses, "importance")
+    both = torch.autograd.grad(sum_of, weight, retain_graph=True)[0]
     none = torch.autograd.grad((0 * out.y).sum(), weight)[0]  # losses unused: no gradient of theirs
     assert load.abs().max() > 0 and importance.abs().max() > 0
     assert torch.allclose(both, 3 * load + importance, rtol=1e-10)
@@ -306,7 +308,7 @@ def test_grad_scaler():
 
 def test_autocast_computes_in_the_parameters_dtype():
     layer, x = small(torch.float32), numbers(9, 6, dtype=torch.float32)
-    with pytest.raises(TypeError, match="x is torch.bfloat16; the layer's parameters are torch.float32"):
+    with pytest.raises(TypeError, match="x is torch.bfloat16; .* are torch.float32"):
         layer(x.bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = layer(x.bfloat16(), step=1)
@@ -381,6 +383,13 @@ def test_nonsense_is_refused():
         layer(x, group_begin=torch.tensor([0, 7, 5]))
     with pytest.raises(ValueError, match="x is on meta"):
         layer(x.to("meta"))
+    with pytest.raises(ValueError, match=r"experts.w2 has shape \(3, 5, 6\); wanted \(4, 5, 6\)"):
+        changed = small()
+        changed.experts.w2.data = numbers(3, 5, 6)
+        changed(x)
+    with pytest.raises(ValueError, match="elements would share a place"):
+        changed.experts.w2.data = numbers(5, 6).expand(4, 5, 6)
+        changed(x)
     with pytest.raises(TypeError, match="torch.float16"):
         small().half()(x.half())
     with pytest.raises(TypeError, match="top_kk"):
@@ -402,106 +411,3 @@ def test_plans_are_kept_and_replayed():
     assert other.plan.save() != out.plan.save()  # weights are anew
     before = out.plan.arrays().expert_of_entry
     assert list(other.plan.arrays().expert_of_entry) == list(before)  # experts are not
-
-
-# ---- keeping and moving -------------------------------------------------------------------------
-
-
-def test_state_dict_deepcopy_and_pickle():
-    layer, x = small(), numbers(8, 6, grad=True)
-    want = step_of(layer, x)
-    fresh = small(seed=99)
-    fresh.load_state_dict(layer.state_dict(), strict=True)
-    buffer = io.BytesIO()
-    torch.save(layer, buffer)
-    buffer.seek(0)
-    try:
-        loaded = torch.load(buffer, weights_only=False)
-    except TypeError:  # before weights_only
-        buffer.seek(0)
-        loaded = torch.load(buffer)
-    for twin in (fresh, copy.deepcopy(layer), loaded):
-        for a, b in zip(want, step_of(twin, x)):
-            assert torch.equal(a, b)
-        assert twin.experts.w1.data_ptr() != layer.experts.w1.data_ptr()
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        small(num_experts=5).load_state_dict(layer.state_dict())
-
-
-def test_double_and_float():
-    layer, x = small(torch.float32), numbers(8, 6, dtype=torch.float32)
-    single = layer(x, step=1).y
-    double = layer.double()(x.double(), step=1).y
-    assert double.dtype == torch.float64
-    assert torch.allclose(single.double(), double, atol=1e-5)
-    assert torch.equal(layer.float()(x, step=1).y, single)
-
-
-def test_passes_come_back():
-    layer, x = small(), numbers(8, 6)
-    engine = layer._engine(torch.float64)
-    for step in range(300):
-        out = layer(x, step=step)
-        if step % 3:
-            out.y.sum().backward()  # every third graph dies unused
-    del out
-    gc.collect()
-    assert len(engine.passes) <= 2
-    kept = []
-    for step in range(20):  # outputs are kept, but their graphs have been freed
-        out = layer(x, step=step)
-        out.y.sum().backward()
-        kept.append(out)
-    assert len(engine.passes) + sum(lease.pass_ is not None for lease in engine._leases) <= 3
-    alive = [layer(x, step=step).y for step in range(5)]  # these may still be asked
-    assert sum(lease.pass_ is not None for lease in engine._leases) >= 5
-    sum(y.sum() for y in alive).backward()
-
-
-def test_threads():
-    layer, x = small(), numbers(64, 6)
-    want = step_of(layer, x.clone().requires_grad_())
-    failed = []
-
-    def work(module):
-        try:
-            for _ in range(25):
-                mine = x.clone().requires_grad_()
-                for a, b in zip(want, step_of(module, mine)):
-                    assert torch.equal(a, b)
-        except BaseException as error:  # noqa: B902 - reported below
-            failed.append(error)
-
-    modules = [layer, layer, copy.deepcopy(layer), copy.deepcopy(layer)]
-    threads = [threading.Thread(target=work, args=(module,)) for module in modules]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed, failed
-
-
-def test_own_context():
-    own = moe.Context(threads=1)
-    layer, x = small(context=own), numbers(8, 6, grad=True)
-    assert layer.context is own and copy.deepcopy(layer).context is own
-    for a, b in zip(step_of(layer, x), step_of(small(), x)):
-        assert torch.equal(a, b)  # the same bytes for any number of threads
-
-
-@pytest.mark.parametrize("arguments", [[], ["--checkpoint"]])
-def test_example_trains(arguments):
-    done = subprocess.run([sys.executable, str(PACKAGE / "03_torch.py"), *arguments], timeout=300,
-                          env={**os.environ, "PYTHONPATH": str(Path(moe.__file__).parents[1])},
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0 and "visits 2 experts" in done.stdout, done.stdout + done.stderr
-
-
-def test_interpreter_ends_cleanly_with_graphs_alive(script):
-    out = script(
-        "import torch\nfrom moe.torch import MoELayer\n"
-        "layer = MoELayer(8, 8, 4, 2)\n"
-        "kept = [layer(torch.randn(5, 8)) for _ in range(3)]\n"
-        "kept[0].y.sum().backward()\nprint('end')\n"
-    )
-    assert out == "end\n"

@@ -122,14 +122,107 @@ def test_checkpoint_keeps_less():
     held = {}
     for name in ("plain", "itself", "function"):
         layer = MoELayer(64, 1024, 4, 2, checkpoint=name == "itself")
-        run = (lambda x: checkpoint(lambda x: layer(x).y, x)) if name == "function" else (lambda x: layer(x).y)
-        y = run(x)
+        run = lambda x: layer(x).y  # noqa: B023, E731 - used in this round only
+        y = checkpoint(run, x) if name == "function" else run(x)
         engine = layer._engine(torch.float32)
         held[name] = sum(lease.pass_.bytes for lease in engine._leases if lease.pass_ is not None)
         y.sum().backward()
         assert name == "plain" or not engine.passes  # nor is memory kept for others
     assert held["itself"] < held["plain"] / 50 and held["function"] < held["plain"] / 50
     assert held["plain"] > 512 * 2 * 1024 * 4
+
+
+@pytest.mark.parametrize("name", ["itself", "function", "reentrant"])
+def test_backward_lets_activations_go(name):
+    """A loss holds the whole graph while its backward runs: what one layer has computed anew must
+    be gone before the next one does so, or nothing is saved where memory is needed most."""
+    x, held = torch.randn(512, 64, requires_grad=True), []
+    layers = [MoELayer(64, 1024, 4, 2, checkpoint=name == "itself", seed=i) for i in range(4)]
+
+    def measure(_):
+        leases = [lease for layer in layers for lease in layer._engine(torch.float32)._leases]
+        held.append(sum(lease.pass_.bytes for lease in leases if lease.pass_ is not None))
+
+    y = x
+    for layer in layers:
+        run = lambda x, layer=layer: layer(x).y  # noqa: E731
+        y = run(y) if name == "itself" else checkpoint(run, y, use_reentrant=name == "reentrant")
+        y.register_hook(measure)
+    y.sum().backward()
+    measure(None)
+    hidden = 512 * 2 * 1024 * 4  # bytes of one layer
+    assert len(held) == 5 and max(held) < hidden / 10
+    assert all(p.grad is not None for layer in layers for p in layer.parameters())
+
+
+@REENTRANT
+def test_layers_without_gradients_in_a_checkpoint(use_reentrant):
+    """A teacher inside a checkpointed function: replayed as the rest, and nothing of it is kept."""
+    teacher, pupil, seen = MoELayer(64, 1024, 4, 2, seed=1), MoELayer(64, 64, 4, 2, seed=2), []
+
+    def run(x):
+        with torch.no_grad():
+            wanted = teacher(x, keep_plan=True)
+        seen.append((wanted.y.clone(), wanted.plan.save()))
+        return (pupil(x).y - wanted.y) ** 2
+
+    value = checkpoint(run, torch.randn(64, 64, requires_grad=True), use_reentrant=use_reentrant)
+    value.sum().backward()
+    assert len(seen) == 2 and torch.equal(seen[0][0], seen[1][0]) and seen[0][1] == seen[1][1]
+    assert all(p.grad is None for p in teacher.parameters())
+    leases = teacher._engine(torch.float32)._leases
+    assert sum(lease.pass_.bytes for lease in leases if lease.pass_ is not None) < 64 * 2 * 1024
+
+
+@pytest.mark.parametrize("arguments", [
+    {}, {"top_k": 1}, {"capacity": 3}, {"mask": torch.arange(32) % 5 > 0},
+    {"group_begin": torch.tensor([0, 10, 32]), "capacity": 2},
+], ids=["plain", "top_k", "capacity", "mask", "groups"])  # fmt: skip
+def test_second_backward_after_activations_are_gone(arguments):
+    """The third way to compute activations: on a new pass, with the routing kept as a plan."""
+    config = dict(d_model=8, d_hidden=16, num_experts=6, top_k=2, dtype=torch.float64, gate={
+        "kind": "noisy_top_k", "importance_weight": 0.1, "load_weight": 0.1, "z_weight": 0.1,
+        "renormalize_after_drop": 1, "init_std": 0.5})  # fmt: skip
+    grads = []
+    for own in (False, True):
+        layer, x = MoELayer(**config, checkpoint=own, output="sigmoid"), inputs()
+        out = layer(x, step=3, **arguments)
+        value, wanted = (out.y**2).sum() + out.losses.sum(), [x, *layer.parameters()]
+        grads += [torch.autograd.grad(value, wanted, retain_graph=True) for _ in range(2)]
+    for other in grads[1:]:
+        same(grads[0], other)
+
+
+def test_second_backward_with_the_programs_routing():
+    x, grads = inputs(), []
+    ids = torch.tensor([[e % 6, (e + 2) % 6] for e in range(32)])
+    weights = torch.rand(32, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights.requires_grad_()
+    for own in (False, True):
+        layer = MoELayer(8, 16, 6, 2, gate=None, dtype=torch.float64, checkpoint=own)
+        value = (layer(x, ids=ids, weights=weights).y ** 2).sum()
+        wanted = [x, weights, *layer.parameters()]
+        grads += [torch.autograd.grad(value, wanted, retain_graph=True) for _ in range(2)]
+    for other in grads[1:]:
+        same(grads[0], other)
+
+
+@REENTRANT
+def test_a_checkpoint_in_a_checkpoint_never_routes_anew(use_reentrant):
+    layer = MoELayer(8, 16, 6, 1, gate={"init_std": 1.0}, dtype=torch.float64)
+    plans, flip = [], [1.0]
+
+    def inner(x):
+        out = layer(x * flip[0], keep_plan=True)
+        plans.append(list(out.plan.arrays().expert_of_entry))
+        flip[0] = -1.0
+        return out.y**2
+
+    def outer(x):
+        return checkpoint(inner, x, use_reentrant=use_reentrant) ** 2
+
+    checkpoint(outer, inputs(), use_reentrant=use_reentrant).sum().backward()
+    assert len(plans) >= 2 and all(list(plan) == list(plans[0]) for plan in plans)
 
 
 @REENTRANT

@@ -86,7 +86,8 @@ class Lease:
         self.results: Tuple[torch.Tensor, torch.Tensor] = ()  # type: ignore[assignment]
         self.node: Optional["weakref.ref[Any]"] = None
         self.recorded = False  # a checkpoint will come back for it
-        self.frugal = False  # not to be kept for others: memory matters more than time
+        self.frugal = False  # memory matters more than time: only the routing waits
+        self.plan: Optional[Plan] = None  # the routing, when activations have been let go
         self.used = False  # has had a backward
         self._engine = engine
 
@@ -95,6 +96,13 @@ class Lease:
         pass_, self.pass_ = self.pass_, None
         if pass_ is not None and not self.frugal:
             self._engine.passes.append(pass_)
+
+    def let_go(self) -> None:
+        """Keep the routing and free the activations, although the graph may live on: a program's
+        loss holds every node of its graph until the last one has had its backward."""
+        pass_ = self.pass_
+        if self.frugal and pass_ is not None:
+            self.plan, self.pass_, self.complete = pass_.plan.copy(), None, False
 
     def __del__(self) -> None:
         self.give_back()
@@ -197,41 +205,37 @@ class Engine:
         flags: int,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Run forward on the lease's pass; returns losses and statistics."""
-        args = new(_abi.ForwardArgs)
+        again = bool(flags & Forward.RECOMPUTE)
+        pass_, plan, plan_use = lease.pass_, call.plan, call.plan_use
+        if pass_ is None:  # its activations were let go: a new pass, the old routing
+            assert again
+            pass_, flags = Pass(self.layer), flags & ~int(Forward.RECOMPUTE)
+            if plan is None:
+                plan, plan_use = lease.plan, PlanUse.IDS
+            if y is None:  # nobody asks for it, but only a recompute can do without
+                y = x.new_empty((x.shape[0], self.d_out))
+        args = _forward_arguments(call, x, gate_x, logits, y)
         args.flags = call.flags | flags
-        args.tokens, args.token_first, args.step = x.shape[0], call.token_first, call.step
-        args.x, args.x_stride = address(x), row_stride(x)
-        args.y = address(y)
-        if gate_x is not None:
-            args.gate_x, args.gate_x_stride = address(gate_x), row_stride(gate_x)
-        if logits is not None:
-            args.logits_in, args.logits_stride = address(logits), row_stride(logits)
-        if call.noise is not None:
-            args.noise, args.noise_stride = address(call.noise), row_stride(call.noise)
-        args.token_mask = address(call.mask)
-        if call.group_begin is not None:
-            args.group_begin, args.groups = address(call.group_begin), len(call.group_begin) - 1
-        recompute = bool(flags & Forward.RECOMPUTE)
-        if not recompute:
+        if plan is not None and not flags & Forward.RECOMPUTE:
+            args.plan, args.plan_use = plan.handle.value, int(plan_use)
+        if not again:  # a kept routing has its K and capacity, losses and statistics stay
             if call.top_k is not None:
                 args.top_k = call.top_k
             if call.capacity is not None:
                 args.capacity = call.capacity
-            if call.plan is not None:
-                args.plan, args.plan_use = call.plan.handle.value, int(call.plan_use)
             losses = torch.zeros(LOSS_SLOTS, dtype=self.dtype)
             stats = torch.zeros(STAT_SLOTS, dtype=self.dtype)
             args.losses_out, args.stats_out = address(losses), address(stats)
             lease.results = (losses, stats)
-        assert lease.pass_ is not None
         with self.lock:
             self._enter()
             self._bind(parameters, [None] * len(parameters))
             check(library().moe_layer_forward(
-                self.layer.handle.value, lease.pass_.handle.value, ctypes.byref(args)))  # fmt: skip
+                self.layer.handle.value, pass_.handle.value, ctypes.byref(args)))  # fmt: skip
             if flags & Forward.PLAN_ONLY:
                 lease.frugal = True
-                check(library().moe_pass_trim(lease.pass_.handle.value))
+                check(library().moe_pass_trim(pass_.handle.value))
+        lease.pass_ = pass_
         lease.complete = not flags & (Forward.PLAN_ONLY | Forward.NO_SAVE)
         return lease.results
 
@@ -247,7 +251,8 @@ class Engine:
         grads: Sequence[Optional[torch.Tensor]],
     ) -> None:
         """Run backward: into `outputs` (dx, d_gate_x, d_logits, weights) and `grads`, all set."""
-        if lease.pass_ is None:
+        pass_ = lease.pass_
+        if pass_ is None:
             raise InvalidState("the pass of this backward has been given back")
         args = new(_abi.BackwardArgs)
         args.flags = Backward.OVERWRITE
@@ -267,8 +272,33 @@ class Engine:
             self._enter()
             self._bind(parameters, grads)
             check(library().moe_layer_backward(
-                self.layer.handle.value, lease.pass_.handle.value, ctypes.byref(args)))  # fmt: skip
+                self.layer.handle.value, pass_.handle.value, ctypes.byref(args)))  # fmt: skip
         lease.used = True
+        lease.let_go()
+
+
+def _forward_arguments(
+    call: Call,
+    x: torch.Tensor,
+    gate_x: Optional[torch.Tensor],
+    logits: Optional[torch.Tensor],
+    y: Optional[torch.Tensor],
+) -> _abi.ForwardArgs:
+    """What every forward of a call gets, the recompute too."""
+    args = new(_abi.ForwardArgs)
+    args.tokens, args.token_first, args.step = x.shape[0], call.token_first, call.step
+    args.x, args.x_stride = address(x), row_stride(x)
+    args.y = address(y)
+    if gate_x is not None:
+        args.gate_x, args.gate_x_stride = address(gate_x), row_stride(gate_x)
+    if logits is not None:
+        args.logits_in, args.logits_stride = address(logits), row_stride(logits)
+    if call.noise is not None:
+        args.noise, args.noise_stride = address(call.noise), row_stride(call.noise)
+    args.token_mask = address(call.mask)
+    if call.group_begin is not None:
+        args.group_begin, args.groups = address(call.group_begin), len(call.group_begin) - 1
+    return args
 
 
 def initial_values(

@@ -68,14 +68,17 @@ class _Active(threading.local):
 _active = _Active()
 
 
-def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **keywords: Any) -> Any:
+def checkpoint(
+    function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **keywords: Any
+) -> Any:
     """torch.utils.checkpoint.checkpoint for functions that contain MoE layers.
 
     The first run keeps each layer's routing, and when autograd runs the function again every layer
     takes the routing it had: it never routes anew, whatever happened to x or the gate meanwhile,
-    and its noise and losses are those of the first run.
+    and its noise and losses are those of the first run. Calls inside a checkpointed function just
+    run theirs: the outermost one keeps the routing and computes all of it again.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or _active.recorder is not None:
         return function(*args, **keywords)
     recorder = _Recorder()
     runs = 0
@@ -138,7 +141,9 @@ class _Run(torch.autograd.Function):
             "weights": _empty(weights, need[3]),
         }
         grads = [_empty(p, wanted) for p, wanted in zip(parameters, need[4:])]
-        engine.backward(lease, x, gate_x, parameters, _rows(dy), d_losses.contiguous(), outputs, grads)
+        engine.backward(
+            lease, x, gate_x, parameters, _rows(dy), d_losses.contiguous(), outputs, grads
+        )
         return (None, None, None, None, *outputs.values(), *grads)
 
 
@@ -180,6 +185,10 @@ class MoELayer(nn.Module):
     In training mode a noisy gate draws noise that depends on a step number and the token's place.
     The number comes from PyTorch's generator, as dropout's randomness does: torch.manual_seed
     repeats it, and torch.utils.checkpoint, which restores the generator, draws it again.
+
+    PyTorch and the library each have threads of their own for the same cores. Where PyTorch's spin
+    while they wait, both get slower: OMP_WAIT_POLICY=passive in the environment, or
+    torch.set_num_threads(1), ends that.
     """
 
     def __init__(
@@ -219,14 +228,17 @@ class MoELayer(nn.Module):
         self._names = list(engine.shapes)
         for name, shape in engine.shapes.items():
             part, own = name.split(".")
-            getattr(self, part).register_parameter(own, nn.Parameter(torch.empty(shape, dtype=dtype)))
+            parameter = nn.Parameter(torch.empty(shape, dtype=dtype))
+            getattr(self, part).register_parameter(own, parameter)
         self.reset_parameters(seed)
 
     # ---- parameters -----------------------------------------------------------------------------
 
     def _engine(self, dtype: torch.dtype) -> Engine:
         if dtype not in DTYPES:
-            raise TypeError(f"the parameters are {dtype}; the library has torch.float32 and torch.float64")
+            raise TypeError(
+                f"the parameters are {dtype}; the library has torch.float32 and torch.float64"
+            )
         with self._making:
             if dtype not in self._engines:
                 self._engines[dtype] = Engine(self._config, self.context, dtype)
@@ -313,6 +325,9 @@ class MoELayer(nn.Module):
         engine = self._engine(dtype)
         for name, tensor in zip(self._names, parameters):
             _check(name, tensor, dtype, False)
+            if tensor.shape != engine.shapes[name]:  # the library sees an address only
+                want = engine.shapes[name]
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted {want}")
         shape = x.shape[:-1]
         call = Call()
         recorder = _active.recorder
@@ -336,11 +351,13 @@ class MoELayer(nn.Module):
             call.mask = _vector("mask", mask, torch.bool, x.shape[0])
             call.group_begin = _vector("group_begin", group_begin, torch.int64, None)
             _set_plan(call, engine, x.shape[0], ids, weights, plan)
-        weights = None if weights is None else weights.reshape(x.shape[0], -1)
+        weights = None if weights is None else weights.reshape(-1)
         y, losses, stats = self._run(
             engine, call, lease, recorder, replay, x, gate_x, logits, weights, parameters
         )
         kept = lease.pass_.plan.copy() if keep_plan and lease.pass_ is not None else None
+        if replay and not y.requires_grad:  # no backward will come that would let it go
+            lease.let_go()
         return MoEOutput(y.reshape(*shape, engine.d_out), losses, stats, kept)
 
     def _run(self, engine: Engine, call: Call, lease: Lease, recorder: Optional[_Recorder],
@@ -365,7 +382,8 @@ class MoELayer(nn.Module):
         """The configuration, as given."""
         parts: List[Iterator[Tuple[str, Any]]] = [iter(self._config.experts.items())]
         if self._config.gate is not None:
-            parts.append((k, v) for k, v in self._config.gate.items() if k not in self._config.experts)
+            gate, experts = self._config.gate, self._config.experts
+            parts.append((k, v) for k, v in gate.items() if k not in experts)
         return ", ".join(f"{name}={value}" for part in parts for name, value in part)
 
 
@@ -389,7 +407,9 @@ def _autocast() -> bool:
         return torch.is_autocast_cpu_enabled()
 
 
-def _matrix(name: str, tensor: Optional[torch.Tensor], width: int, shape: Any, dtype: torch.dtype) -> Any:
+def _matrix(
+    name: str, tensor: Optional[torch.Tensor], width: int, shape: Any, dtype: torch.dtype
+) -> Any:
     if tensor is None:
         return None
     tensor = _check(name, tensor, dtype, True)
@@ -399,7 +419,9 @@ def _matrix(name: str, tensor: Optional[torch.Tensor], width: int, shape: Any, d
     return _rows(tensor.reshape(shape.numel(), width))
 
 
-def _vector(name: str, tensor: Optional[torch.Tensor], dtype: torch.dtype, count: Optional[int]) -> Any:
+def _vector(
+    name: str, tensor: Optional[torch.Tensor], dtype: torch.dtype, count: Optional[int]
+) -> Any:
     if tensor is None:
         return None
     if tensor.dtype != dtype or tensor.device.type != "cpu":
@@ -423,14 +445,18 @@ def _set_plan(call: Call, engine: Engine, tokens: int, ids: Optional[torch.Tenso
     _check("weights", weights, engine.dtype, False)
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids are {ids.dtype}; wanted torch.int32 or torch.int64")
-    if ids.shape != weights.shape or ids.numel() % max(tokens, 1):
+    if ids.shape != weights.shape or (ids.numel() % tokens if tokens else ids.numel()):
         raise ValueError(
-            f"ids have shape {tuple(ids.shape)}, weights {tuple(weights.shape)}, for {tokens} tokens"
+            f"ids have shape {tuple(ids.shape)}, weights {tuple(weights.shape)}, "
+            f"for {tokens} tokens"
         )
-    count = ids.shape[-1] if ids.dim() > 1 else 1
+    count = ids.numel() // tokens if tokens else 1
+    ids = ids.detach().reshape(tokens, count)
+    if call.mask is not None:  # padding goes nowhere
+        ids = ids.masked_fill(~call.mask[:, None], -1)
     made = Plan(engine.context)
     made.build(
-        ids.detach().reshape(tokens, count).contiguous(),
+        ids.contiguous(),
         weights.detach().reshape(tokens, count).contiguous(),
         num_experts=engine.num_experts,
     )
