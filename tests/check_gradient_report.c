@@ -204,7 +204,7 @@ START_TEST(test_report_agrees_for_each_kind_of_layer)
 }
 END_TEST
 
-/* Every tensor of every kind, spoiled in the largest of its first elements by one part in 10^4. */
+/* Every tensor of every kind, spoiled in the largest of its first E elements by one part in 10^4. */
 START_TEST(test_report_finds_a_small_error_in_each_tensor)
 {
     for (int i = 0; tensors_of[_i][i]; i++) {
@@ -214,7 +214,7 @@ START_TEST(test_report_finds_a_small_error_in_each_tensor)
         moe_gradient_report r = empty_report();
         char where[32];
         c.probes = 0, c.tokens = 16;
-        planted = (struct planted){tensors_of[_i][i], -16 * 2, 1.0001, 0};
+        planted = (struct planted){tensors_of[_i][i], -E, 1.0001, 0};
         ck_assert_msg(moe_check_gradients(s.layer, &c, &r) == MOE_ERROR_WRONG_GRADIENT,
                       "kind %d: an error in %s was not found", _i, planted.name);
         ck_assert_str_eq(r.worst_name, planted.name);
