@@ -130,8 +130,8 @@ static int64_t pick_probes(const check *c, const moe__twin_tensor *tensor)
     pick_largest(tensor, c->probe, largest);
     for (int64_t i = largest; i < wanted; i++) {
         uint32_t word[4];
-        moe__counter(word, moe__stream(1, 0, 0xff), (uint32_t)(tensor - c->twin.tensor), 0,
-                     (uint32_t)i);
+        moe__counter(word, moe__stream(1, 0, MOE__PURPOSE_CHECK),
+                     (uint32_t)(tensor - c->twin.tensor), 0, (uint32_t)i);
         moe__philox(c->asked.seed, word, word);
         c->probe[i] = (int64_t)(((uint64_t)word[0] << 32 | word[1]) % (uint64_t)tensor->count);
     }

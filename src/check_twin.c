@@ -20,7 +20,7 @@ static void draw(double *to, int64_t count, double scale, uint64_t seed, uint32_
     for (int64_t i = 0; i < count; i += 4) {
         uint32_t counter[4];
         float normal[4];
-        moe__counter(counter, moe__stream(0, which, 0xff), (uint32_t)(i >> 34), 0,
+        moe__counter(counter, moe__stream(0, which, MOE__PURPOSE_CHECK), (uint32_t)(i >> 34), 0,
                      (uint32_t)(i >> 2));
         moe__philox(seed, counter, counter);
         moe__normal4(counter, normal);

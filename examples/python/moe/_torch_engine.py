@@ -171,7 +171,7 @@ class Engine:
             if not lease.used or lease.recorded or node is None:
                 continue
             try:
-                node._raw_saved_tensors
+                getattr(node, "_raw_saved_tensors", None)
             except RuntimeError:
                 lease.give_back()
 

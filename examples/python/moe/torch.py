@@ -2,7 +2,7 @@
 
     layer = MoELayer(64, 256, num_experts=8, top_k=2,
                      gate={"kind": "noisy_top_k", "importance_weight": 0.1, "load_weight": 0.1})
-    y, losses, stats = layer(x)             # x [..., 64]
+    y, losses, stats, _ = layer(x)          # x [..., 64]
     (task_loss(y) + losses.sum()).backward()
 
 The parameters are the library's own, bound in every call to where the tensors are at that moment:
