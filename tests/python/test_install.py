@@ -117,7 +117,7 @@ def test_missing_tools_are_named(tree, tmp_path):
     assert "libmoe: the C compiler no-such-compiler was not found" in text
     compiler = shutil.which("cc")
     os.symlink(compiler, tmp_path / "cc")
-    text = run(*command, ok=False, PATH=str(tmp_path))
+    text = run(*command, ok=False, CC="cc", PATH=str(tmp_path))
     assert "libmoe: make was not found" in text
 
 
