@@ -122,7 +122,7 @@ $(VENV)/installed: $(PY_SOURCES)
 
 PYTEST = $(VENV)/bin/python -m pytest -q -p no:cacheprovider
 TORCH_TESTS = $(wildcard tests/python/test_torch*.py)
-check-python: $(VENV)/installed
+check-python: $(VENV)/installed $(BUILD)/demo
 	$(PYTEST) $(TORCH_TESTS:%=--ignore=%) tests/python
 check-torch: $(VENV)/installed
 	$(PYTEST) $(TORCH_TESTS)
