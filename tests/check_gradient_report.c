@@ -204,7 +204,7 @@ START_TEST(test_report_agrees_for_each_kind_of_layer)
 }
 END_TEST
 
-/* Every tensor of every kind, spoiled in the largest of its first E elements by one part in 10^4. */
+/* Every tensor of every kind, spoiled by 1e-4 in the largest of its first E elements. */
 START_TEST(test_report_finds_a_small_error_in_each_tensor)
 {
     for (int i = 0; tensors_of[_i][i]; i++) {

@@ -101,19 +101,24 @@ static moe_status backward(host *h)
     return moe_layer_backward(h->layer, h->pass, &b);
 }
 
+static void assert_same_gradients(const moe_layer *a, const moe_layer *b)
+{
+    for (int64_t i = 0; i < moe_layer_parameter_count(a); i++) {
+        moe_parameter_record p, q;
+        ck_assert_int_eq(moe_parameter_record_init(&p, sizeof p), MOE_OK);
+        ck_assert_int_eq(moe_parameter_record_init(&q, sizeof q), MOE_OK);
+        ck_assert_int_eq(moe_layer_parameter(a, i, &p), MOE_OK);
+        ck_assert_int_eq(moe_layer_parameter(b, i, &q), MOE_OK);
+        ck_assert_int_eq(memcmp(p.grad, q.grad, (size_t)p.element_count * sizeof(float)), 0);
+    }
+}
+
 /* y, dx and every gradient of two hosts are the same bytes. */
 static void assert_same(const host *a, const host *b)
 {
     ck_assert_int_eq(memcmp(a->y, b->y, sizeof a->y), 0);
     ck_assert_int_eq(memcmp(a->dx, b->dx, sizeof a->dx), 0);
-    for (int64_t i = 0; i < moe_layer_parameter_count(a->layer); i++) {
-        moe_parameter_record p, q;
-        ck_assert_int_eq(moe_parameter_record_init(&p, sizeof p), MOE_OK);
-        ck_assert_int_eq(moe_parameter_record_init(&q, sizeof q), MOE_OK);
-        ck_assert_int_eq(moe_layer_parameter(a->layer, i, &p), MOE_OK);
-        ck_assert_int_eq(moe_layer_parameter(b->layer, i, &q), MOE_OK);
-        ck_assert_int_eq(memcmp(p.grad, q.grad, (size_t)p.element_count * sizeof(float)), 0);
-    }
+    assert_same_gradients(a->layer, b->layer);
 }
 
 static double total_loss(const moe_pass *pass)
@@ -363,14 +368,7 @@ static void assert_same_network(const network *a, const network *b)
     ck_assert_int_eq(memcmp(a->y, b->y, sizeof a->y), 0);
     ck_assert_int_eq(memcmp(a->dx, b->dx, sizeof a->dx), 0);
     ck_assert_int_eq(memcmp(a->entry_grad, b->entry_grad, sizeof a->entry_grad), 0);
-    for (int64_t i = 0; i < moe_experts_parameter_count(a->experts); i++) {
-        moe_parameter_record p, q;
-        ck_assert_int_eq(moe_parameter_record_init(&p, sizeof p), MOE_OK);
-        ck_assert_int_eq(moe_parameter_record_init(&q, sizeof q), MOE_OK);
-        ck_assert_int_eq(moe_experts_parameter(a->experts, i, &p), MOE_OK);
-        ck_assert_int_eq(moe_experts_parameter(b->experts, i, &q), MOE_OK);
-        ck_assert_int_eq(memcmp(p.grad, q.grad, (size_t)p.element_count * sizeof(float)), 0);
-    }
+    assert_same_gradients(a->layer, b->layer);
 }
 
 START_TEST(test_pass_without_gate_or_plan_visits_the_one_expert)
