@@ -15,7 +15,8 @@ static void query_defaults(void *instance)
 }
 static void cost_defaults(void *instance) { *(moe_cost *)instance = (moe_cost){0}; }
 
-const moe__struct_info moe__cost_query_info = MOE__STRUCT_INFO(moe_cost_query, query_defaults);
+const moe__struct_info moe__cost_query_info = {"moe_cost_query", sizeof(moe_cost_query),
+                                               offsetof(moe_cost_query, shared), query_defaults};
 const moe__struct_info moe__cost_info = MOE__STRUCT_INFO(moe_cost, cost_defaults);
 
 moe_status moe_cost_query_init(moe_cost_query *query, size_t size)

@@ -11,8 +11,9 @@ static void experts_defaults(void *instance)
     *c = (moe_experts_config){.d_out = MOE_SAME, .init_std = MOE_INIT_DEFAULT};
 }
 
-const moe__struct_info moe__experts_config_info = MOE__STRUCT_INFO(moe_experts_config,
-                                                                   experts_defaults);
+const moe__struct_info moe__experts_config_info = {"moe_experts_config", sizeof(moe_experts_config),
+                                                   offsetof(moe_experts_config, callbacks),
+                                                   experts_defaults};
 
 moe_status moe_experts_config_init(moe_experts_config *config, size_t size)
 {

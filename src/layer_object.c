@@ -6,7 +6,9 @@ static void layer_defaults(void *instance)
     *(moe_layer_config *)instance = (moe_layer_config){0};
 }
 
-const moe__struct_info moe__layer_config_info = MOE__STRUCT_INFO(moe_layer_config, layer_defaults);
+const moe__struct_info moe__layer_config_info = {"moe_layer_config", sizeof(moe_layer_config),
+                                                 offsetof(moe_layer_config, dropped),
+                                                 layer_defaults};
 
 moe_status moe_layer_config_init(moe_layer_config *config, size_t size)
 {
