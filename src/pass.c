@@ -140,7 +140,7 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     double weights[MOE_LOSS_SLOTS] = {0};
     if (!pass) REFUSE_ARGUMENT("pass is NULL");
     const moe_gate_config *gate = pass->gate ? &pass->gate->config : NULL;
-    const moe_experts_config *experts = pass->experts ? &pass->experts->config : NULL;
+    const moe__experts_room *experts = pass->experts ? &pass->experts->room : NULL;
     if (max_tokens < 0) REFUSE_ARGUMENT("max_tokens is %lld", (ll)max_tokens);
     if (max_groups < 0) REFUSE_ARGUMENT("max_groups is %lld", (ll)max_groups);
     if (max_top_k == MOE_FROM_CONFIG && gate)
