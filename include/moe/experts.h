@@ -81,8 +81,9 @@ typedef struct moe_expert_call {
     const void *dout;   /* backward: in: [rows,O] gradient by out, the weight applied */
     void *dx;           /* backward: out: [rows,D] dense, to be set; NULL: not wanted */
     void *workspace;    /* [rows, workspace_per_row] bytes, 64-byte aligned at the first row of the
-                         pool: what a forward leaves there its backward finds */
-    int32_t dtype;      /* MOE_DTYPE_* */
+                         pool: what a forward leaves there its backward finds; NULL for 0 */
+    int32_t dtype;      /* MOE_DTYPE_* of all of these: the pool's, or f64 in a
+                         moe_check_gradients */
     int32_t parameters; /* backward: 1 if gradients of the host's parameters are wanted: add them */
 } moe_expert_call;
 
@@ -90,8 +91,8 @@ typedef struct moe_expert_call {
 typedef int32_t (*moe_expert_fn)(void *user, const moe_expert_call *call);
 
 /* The host's own experts. They are called on the thread that called the library, expert by expert
- * in ascending order, under the default floating-point environment; they must not call the library
- * with the same pass. */
+ * in ascending order, under the default floating-point environment; experts without rows are not
+ * called. They must not call the library with the same pass. */
 typedef struct moe_expert_callbacks {
     uint64_t struct_size;
     void *user;                /* handed to both */
@@ -153,8 +154,11 @@ MOE_API moe_status moe_experts_create(moe_experts **experts, moe_context *contex
  *   parts    in: [count] pools of one context, dtype, D and O; a reference on each is held. None
  *            may itself be made of parts, or be there twice
  *   count    1 to MOE_MAX_PARTS
- * Parameters are the parts', named "0.w1", "1.w1", ...: binding one binds it in the part. The
- * config moe_experts_get_config gives has d_hidden 0 and the sum of the parts' num_experts.
+ * Parameters are the parts', named "0.w1", "1.w1", ...: binding one binds it in the part, and
+ * moe_experts_init_parameters gives each part what it would get alone, so that parts of one shape
+ * begin alike: give such parts seeds of their own. Touched experts and a running backward are the
+ * parts' too. The config that moe_experts_get_config gives has d_hidden 0 and the sum of the parts'
+ * num_experts.
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_OVERFLOW, MOE_ERROR_OUT_OF_MEMORY. Since
  * 0.1. */
 MOE_API moe_status moe_experts_create_parts(moe_experts **experts, moe_experts *const *parts,

@@ -98,7 +98,7 @@ MOE_API moe_status moe_layer_backward(moe_layer *layer, moe_pass *pass,
 typedef struct moe_cost_query {
     uint64_t struct_size;
     const moe_gate_config *gate;        /* NULL: no gate; top_k must then be given */
-    const moe_experts_config *experts;  /* NULL: no experts */
+    const moe_experts_config *experts;  /* NULL: no experts; of one pool, not one of parts */
     const moe_layer_config *layer;      /* NULL: the defaults; its handles are not looked at */
     int64_t tokens;                     /* T */
     int64_t groups;                     /* 0 = one */
@@ -117,7 +117,7 @@ typedef struct moe_cost {
     int64_t gradient_bytes;  /* their gradients */
     int64_t parameter_count; /* elements */
     int64_t pass_bytes;      /* what a pass for T tokens allocates, or needs as workspace */
-    int64_t forward_flops;   /* of all products: gate, experts, combine */
+    int64_t forward_flops;   /* of all products: gate, experts, combine; 0 for the host's experts */
     int64_t backward_flops;
     int64_t active_parameters; /* elements a token meets: gate plus K experts */
 } moe_cost;

@@ -105,7 +105,8 @@ MOE_API int64_t moe_layer_parameter_count(const moe_layer *layer);
  * of its own. Gates also have "selection_bias" [E] (a buffer), "threshold" [E] (of
  * MOE_GATE_BALANCED) and, if hierarchical with A groups of B experts, "primary_weight" [D,A],
  * "primary_noise_weight" [D,A], "weight" [A,D,B] and "noise_weight" [A,D,B].
- * Only what the config asks for is there. Since 0.1. */
+ * A pool of parts has "0.w1", "1.w1", ..., in a layer "experts.0.w1". Only what the config asks for
+ * is there. Since 0.1. */
 MOE_API int64_t moe_gate_parameter_find(const moe_gate *gate, const char *name);
 /* As above, for a pool. Since 0.1. */
 MOE_API int64_t moe_experts_parameter_find(const moe_experts *experts, const char *name);

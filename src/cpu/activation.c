@@ -69,9 +69,10 @@ static void clamped_forward(const activation_run *run, int64_t begin, int64_t en
 {
     const real *z1 = run->z1, *z3 = run->z3;
     real *h = run->h;
+    const real alpha = run->alpha, limit = run->limit, offset = run->offset;
     for (int64_t i = begin; i < end; i++) {
-        real g = clamp_high(z1[i], run->limit), u = clamp_both(z3[i], run->limit);
-        h[i] = g * r_sigmoid(run->alpha * g) * (u + run->offset);
+        real g = clamp_high(z1[i], limit), u = clamp_both(z3[i], limit);
+        h[i] = g * r_sigmoid(alpha * g) * (u + offset);
     }
 }
 
@@ -81,10 +82,10 @@ static void clamped_backward(const activation_run *run, int64_t begin, int64_t e
 {
     const real *restrict z1 = run->z1, *restrict z3 = run->z3;
     real *restrict h = run->h, *restrict dh = run->dh, *restrict dz3 = run->dz3;
-    const real alpha = run->alpha, limit = run->limit;
+    const real alpha = run->alpha, limit = run->limit, offset = run->offset;
     for (int64_t i = begin; i < end; i++) {
         real g = clamp_high(z1[i], limit), d = dh[i];
-        real up = clamp_both(z3[i], limit) + run->offset;
+        real up = clamp_both(z3[i], limit) + offset;
         real s = r_sigmoid(alpha * g), a = g * s;
         real slope = s * r_fma(alpha * g, R(1.0) - s, R(1.0));
         h[i] = a * up;
