@@ -96,13 +96,14 @@ START_TEST(test_expert_parts_of_another_output_width_agree)
 }
 END_TEST
 
-/* The same bytes for 1 and 2 threads, with rows enough to be cut. */
-START_TEST(test_expert_parts_bytes_do_not_depend_on_threads)
+/* The same bytes for 1 and 2 threads, in plain C and with the best instructions; with rows enough
+ * to be cut. */
+START_TEST(test_expert_parts_bytes_do_not_depend_on_threads_or_instructions)
 {
     enum { T = 700, D = 6, K = 3 };
     static float y[T * D], dx[T * D], dw[T * K];
     double *first = NULL;
-    for (int threads = 1; threads <= 2; threads++) {
+    for (int run = 0; run < 3; run++) {
         pool_model m;
         moe_context_config k;
         moe_context *context = NULL;
@@ -110,13 +111,14 @@ START_TEST(test_expert_parts_bytes_do_not_depend_on_threads)
         describe(&m, 8, MOE_DTYPE_F32);
         m.T = T;
         MUST(moe_context_config_init(&k, sizeof k));
-        k.threads = threads;
+        k.threads = run == 1 ? 2 : 1;
+        k.isa = run == 2 ? MOE_ISA_PLAIN : MOE_ISA_AUTO;
         MUST(moe_context_create(&context, &k));
         pool_model_make(&m, context, 5);
         MUST(pool_model_forward(&m));
         MUST(pool_model_backward(&m));
         double *g = pool_model_gradient(&m.part[2], MODEL_W3, &count);
-        if (threads == 1) {
+        if (run == 0) {
             memcpy(y, m.lib_y, sizeof y), memcpy(dx, m.lib_dx, sizeof dx);
             memcpy(dw, m.lib_dw, sizeof dw);
             first = g;
@@ -543,7 +545,7 @@ int main(void)
     tcase_set_timeout(tests, 240);
     tcase_add_loop_test(tests, test_expert_parts_agree, 0, (int)COUNT(mixtures));
     tcase_add_test(tests, test_expert_parts_of_another_output_width_agree);
-    tcase_add_test(tests, test_expert_parts_bytes_do_not_depend_on_threads);
+    tcase_add_test(tests, test_expert_parts_bytes_do_not_depend_on_threads_or_instructions);
     tcase_add_test(tests, test_expert_parts_part_alone_gives_the_same_bytes);
     tcase_add_test(tests, test_expert_parts_names_are_the_parts);
     tcase_add_test(tests, test_expert_parts_binding_is_the_parts);
