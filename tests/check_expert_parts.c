@@ -330,12 +330,21 @@ START_TEST(test_expert_parts_zero_touched_gradients)
     pool_model m = {.T = 4, .D = 6, .O = 6, .K = 1, .parts = 2};
     moe_layer_config l;
     moe_layer *layer = NULL;
+    moe_gate_config g;
+    moe_parameter_record of_gate;
     moe_binding b;
     m.part[0] = kinds[0], m.part[1] = kinds[2];
     pool_model_make(&m, NULL, 5);
     MUST(moe_layer_config_init(&l, sizeof l));
+    MUST(moe_gate_config_init(&g, sizeof g));
+    g.d_model = 6, g.num_experts = 5;
+    MUST(moe_gate_create(&l.gate, m.context, &g));
     l.experts = m.pool;
     MUST(moe_layer_create(&layer, &l));
+    moe_gate_destroy(l.gate);
+    MUST(moe_parameter_record_init(&of_gate, sizeof of_gate));
+    MUST(moe_layer_parameter(layer, 0, &of_gate));
+    ck_assert_str_eq(of_gate.name, "gate.weight");
     MUST(moe_binding_init(&b, sizeof b));
     b.data = record_of(m.pool, "0.w1").data, b.grad = w1;
     b.grad_stride[0] = W1_EXPERT, b.grad_stride[1] = W1_ROW, b.grad_stride[2] = 2;
@@ -351,10 +360,12 @@ START_TEST(test_expert_parts_zero_touched_gradients)
         expect_touched(m.part[0].pool, "01");
         expect_touched(m.part[1].pool, "001");
         fill(w1, sizeof w1), fill(each, sizeof each), fill(w2, 2 * 30 * 4), fill(b2, 3 * 6 * 4);
+        fill(of_gate.grad, 6 * 5 * 4);
         if (turn == 0)
             MUST(moe_experts_zero_touched_gradients(m.pool, NULL));
         else
             MUST(moe_layer_zero_touched_gradients(layer, NULL));
+        ck_assert(turn ? is_zero(of_gate.grad, 30, 1) : is_filled(of_gate.grad, 6 * 5 * 4));
         ck_assert(is_filled(w1, W1_EXPERT * 4) && is_filled(each[0], 2 * sizeof each[0]));
         ck_assert(is_filled(w2, 30 * 4) && is_filled(b2, 2 * 6 * 4));
         for (int i = 0; i < 6; i++) {
