@@ -138,6 +138,31 @@ START_TEST(test_expert_kinds_hosts_expert_is_as_the_librarys)
 }
 END_TEST
 
+static double dot(const void *a, const void *b, int64_t count)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += ((const double *)a)[i] * ((const double *)b)[i];
+    return sum;
+}
+
+/* y is linear in the weights, and for the identity in x: y . dy = w . dw = x . dx. */
+START_TEST(test_expert_kinds_adjoints)
+{
+    static const model_part parts[] = {{.activation = MOE_ACTIVATION_GELU_ERF, .bias = 1},
+                                       {.kind = MOE_EXPERTS_CALLBACK, .bias = 1},
+                                       {.kind = MOE_EXPERTS_IDENTITY}};
+    pool_model m = model_of(parts[_i], MOE_DTYPE_F64);
+    pool_model_make(&m, NULL, 3);
+    MUST(pool_model_forward(&m));
+    MUST(pool_model_backward(&m));
+    double want = dot(m.lib_y, m.dy, 19 * 6);
+    ck_assert_double_gt(fabs(want), 1e-3);
+    ck_assert_double_eq_tol(dot(m.w, m.lib_dw, 19 * 3), want, 1e-12);
+    if (_i == 2) ck_assert_double_eq_tol(dot(m.x, m.lib_dx, 19 * 6), want, 1e-12);
+    pool_model_free(&m);
+}
+END_TEST
+
 /* At its bound a clamp lets the gradient through, beyond it none; NaN stays NaN. */
 START_TEST(test_expert_kinds_clamp_at_its_bound)
 {
@@ -499,6 +524,7 @@ int main(void)
     tcase_add_test(tests, test_expert_kinds_identity_agrees);
     tcase_add_test(tests, test_expert_kinds_hosts_expert_agrees);
     tcase_add_test(tests, test_expert_kinds_hosts_expert_is_as_the_librarys);
+    tcase_add_loop_test(tests, test_expert_kinds_adjoints, 0, 3);
     tcase_add_test(tests, test_expert_kinds_clamp_at_its_bound);
     tcase_add_test(tests, test_expert_kinds_clamped_bytes_do_not_depend_on_layout);
     tcase_add_loop_test(tests, test_expert_kinds_gradients_do_not_need_each_other, 0, 6);
