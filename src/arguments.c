@@ -264,7 +264,7 @@ static moe_status check_experts(moe__forward *f, const moe_pass *pass, const cha
                               function));
     if (overlap(a->x, a->x_stride, c->d_model, a->y, a->y_stride, c->d_out, a->tokens, element))
         REFUSE_ARGUMENT("x and y overlap");
-    return moe__parameters_check_bound(&pass->experts->parameters, function);
+    return moe__experts_check_bound(pass->experts, function);
 }
 
 moe_status moe__forward_check(moe__forward *f, const moe_pass *pass, const moe_forward_args *args,
@@ -331,5 +331,5 @@ moe_status moe__backward_check(moe_backward_args *b, const moe_pass *pass,
         REFUSE_ARGUMENT("d_logits_out is given, but the gate did not run in the forward");
     if (pass->routed && (uses & MOE__USE_GATE) && !pass->logits_from_host)
         MOE_TRY(moe__parameters_check_bound(&pass->gate->parameters, function));
-    return c ? moe__parameters_check_bound(&pass->experts->parameters, function) : MOE_OK;
+    return c ? moe__experts_check_backward(pass->experts, function) : MOE_OK;
 }

@@ -101,7 +101,17 @@ typedef struct moe__plan_rows_job {
     const int64_t *group_capacity; /* [G] rows of an expert in each group, -1 = no limit; NULL =
                                       no limits */
     int32_t drop_policy, renormalize_after_drop;
-    int32_t keep_rows; /* 1: replay: row, slot and order arrays are given; do the weights only */
+    double renormalize_minimum; /* renormalize_after_drop divides by no less */
+    int32_t keep_rows;  /* 1: replay: row, slot and order arrays are given; do the weights only */
+    int32_t keep_slots; /* 1: slot_of_entry is given, the experts chose: no admission */
+    int32_t second_choice; /* MOE_SECOND_CHOICE_*; ALL where RANDOM does not apply */
+    double second_threshold;
+    const void *token_priority; /* [T] of MOE_DROP_BATCH_PRIORITY, else NULL */
+    uint64_t seed;              /* of the random policies */
+    uint32_t drop_stream;       /* first counter word, purpose MOE__PURPOSE_DROP */
+    int64_t step, token_first;
+    int64_t *order;   /* scratch [max(T,N)] of policies other than token order; else may be NULL */
+    void *drop_value; /* scratch [N] real of MOE_DROP_RANDOM; else may be NULL */
 } moe__plan_rows_job;
 
 /* Gather and its adjoint, combine and its adjoint. src/cpu/dispatch.c, src/cpu/combine.c */
@@ -120,34 +130,46 @@ typedef struct moe__rows_job {
     void *entry_weight_grad; /* [N] or NULL */
     int32_t add;             /* tokens_out += */
     int32_t unweighted;
+    const void *weights;       /* combine_forward: [N] instead of the plan's, or NULL */
     int32_t sigmoid;           /* combine_forward: tokens_out = sigmoid(sum), not with add */
     void *tokens_saved;        /* combine_forward: [T,width] dense copy of the result, or NULL */
     const uint8_t *token_mask; /* combine_forward: masked tokens get 0 even with sigmoid; or NULL */
 } moe__rows_job;
 
-/* The expert pool. src/cpu/experts.c, activation.c, grouped_gemm.c */
+/* The experts of a pool, or of one part of it. All arrays have an entry or row for every one of the
+ * plan; the job is about the rows of its experts, expert_begin[0] to expert_begin[num_experts], and
+ * about the entries those rows belong to. src/cpu/expert_ffn.c, expert_other.c, activation.c,
+ * grouped_gemm.c */
 typedef struct moe__experts_job {
     moe__workers workers;
-    const moe_experts_config *config; /* d_out resolved */
-    const moe__plan_arrays *plan;
-    const void *x; /* [T,D] */
+    const moe_experts_config *config; /* d_out resolved; callbacks are the pool's copy */
+    const moe__plan_arrays *plan;     /* num_experts and expert_begin are the part's */
+    const void *x;                    /* [T,D] */
     int64_t x_stride;
     moe__matrices w1, b1, w3, b3, w2, b2;       /* NULL: not there */
     moe__matrices dw1, db1, dw3, db3, dw2, db2; /* NULL: not wanted */
     int32_t overwrite;
-    void *z1, *z3;       /* [R,F] before the activation, kept for backward; z3 NULL if not gated */
-    void *h;             /* [R,F] scratch; may be z1 when nothing is kept */
-    void *out;           /* [R,O] outputs of the experts, after the output function; kept */
-    void *weight_of_row; /* [R] kept */
-    int64_t *tile_begin; /* scratch [E+1] */
+    int32_t parameters;   /* 1: the host's experts are to add gradients of their parameters */
+    void *z1, *z3;        /* [R,F] before the activation, kept for backward; z3 NULL if not gated */
+    void *h;              /* [R,F] kept for backward; may be z1 when nothing is kept */
+    void *out;            /* [R,O] outputs of the experts, after the output function; kept */
+    void *weight_of_row;  /* [R] kept */
+    int64_t *tile_begin;  /* scratch [E+1] */
+    void *x_rows;         /* [R,D] of the host's experts, kept; else NULL */
+    void *workspace;      /* [R,workspace_per_row] bytes from the job's first row on, kept; or
+                            NULL */
+    void *combine_weight; /* [N] what combine multiplies, of a pool whose parts differ in
+                             weight_position; else NULL. Not the kernels' */
     /* backward */
     const void *dy; /* [T,O] */
     int64_t dy_stride;
-    void *dz;                /* [R,O] scratch; only with config->output sigmoid, else NULL */
+    void *dz;                /* [R,O] scratch: with output sigmoid, and dout of the host's experts;
+                                else NULL */
     void *dh;                /* [R,F] scratch */
     void *dz3;               /* [R,F] scratch; NULL if not gated */
-    void *dx_rows;           /* [R,D] out; NULL = not wanted */
-    void *entry_weight_grad; /* [N] out, or NULL */
+    void *dx_rows;           /* [R,D] out; NULL = not wanted; with MOE_WEIGHT_ON_INPUT needed for
+                                entry_weight_grad too */
+    void *entry_weight_grad; /* [N] out, only of entries with a row, or NULL */
 } moe__experts_job;
 
 struct moe__backend {

@@ -52,33 +52,93 @@ static void convert(double *to, const moe__parameter *p)
     }
 }
 
-static moe_status set_parameters(moe__parameter_list *list, const moe__parameter_list *from,
-                                 const moe_gradient_check *check, uint32_t first,
-                                 const char *function)
+/* Sets p to the value of `from`, or draws it as number `which`. */
+static moe_status set_parameter(const moe__parameter *p, const moe__parameter *from,
+                                int32_t weight_layout, const moe_gradient_check *check,
+                                uint32_t which, const char *function)
 {
-    bool current = check->parameters == MOE_CHECK_CURRENT;
-    if (current) MOE_TRY(moe__parameters_check_bound(from, function));
-    for (int64_t i = 0; i < list->count; i++) {
-        moe__parameter *p = &list->p[i];
-        if (current)
-            convert(p->own_data, &from->p[i]);
-        else
-            draw(p->own_data, moe__parameter_elements(p), drawn_scale(p, list->weight_layout),
-                 check->seed, first + (uint32_t)i);
-    }
+    if (check->parameters != MOE_CHECK_CURRENT)
+        draw(p->own_data, moe__parameter_elements(p), drawn_scale(p, weight_layout), check->seed,
+             which);
+    else if (!from->data && !from->data_each)
+        REFUSE(MOE_ERROR_INVALID_STATE, "parameter %s is not bound", from->name);
+    else
+        convert(p->own_data, from);
+    return MOE_OK;
+}
+
+static moe_status set_gate(moe_gate *gate, const moe_gate *from, const moe_gradient_check *check,
+                           const char *function)
+{
+    const moe__parameter_list *list = &gate->parameters;
+    for (int64_t i = 0; i < list->count; i++)
+        MOE_TRY(set_parameter(&list->p[i], &from->parameters.p[i], list->weight_layout, check,
+                              16 + (uint32_t)i, function));
+    return MOE_OK;
+}
+
+static moe_status set_pool(moe_experts *experts, const moe_experts *from,
+                           const moe_gradient_check *check, uint32_t first, const char *function)
+{
+    const moe__listing *l = &experts->listing;
+    for (int64_t i = 0; i < l->count; i++)
+        MOE_TRY(set_parameter(moe__listed_parameter(l, i), moe__listed_parameter(&from->listing, i),
+                              l->entry[i].list->weight_layout, check, first + (uint32_t)i,
+                              function));
     return MOE_OK;
 }
 
 /* ---- making it ------------------------------------------------------------------------------- */
 
+/* The host's own experts, which are told to leave the gradients of their parameters alone: the
+ * layer is not to be changed. */
+static int32_t host_forward(void *user, const moe_expert_call *call)
+{
+    const moe_expert_callbacks *host = user;
+    return host->forward(host->user, call);
+}
+static int32_t host_backward(void *user, const moe_expert_call *call)
+{
+    const moe_expert_callbacks *host = user;
+    moe_expert_call quiet = *call;
+    quiet.parameters = 0;
+    return host->backward(host->user, &quiet);
+}
+
+static moe_status copy_one(moe__twin *t, const moe_experts *from, moe_experts **to)
+{
+    moe_experts_config c = from->config;
+    moe_expert_callbacks callbacks = from->callbacks;
+    c.dtype = MOE_DTYPE_F64;
+    c.parameters = MOE_PARAMETERS_OWNED;
+    c.storage = MOE_STORAGE_ROW_MAJOR;
+    if (c.callbacks) {
+        t->host[t->hosts] = from->callbacks;
+        callbacks.user = &t->host[t->hosts++];
+        callbacks.forward = host_forward;
+        callbacks.backward = from->callbacks.backward ? host_backward : NULL;
+        c.callbacks = &callbacks;
+    }
+    return moe_experts_create(to, t->context, &c);
+}
+
+/* A pool in f64; parts are made anew and then belong to the pool. */
+static moe_status copy_pool(moe__twin *t, const moe_experts *from, moe_experts **to)
+{
+    moe_experts *part[MOE_MAX_PARTS] = {NULL};
+    moe_status status = MOE_OK;
+    if (!from->made_of_parts) return copy_one(t, from, to);
+    for (int64_t i = 0; i < from->parts && status == MOE_OK; i++)
+        status = copy_one(t, from->part[i], &part[i]);
+    if (status == MOE_OK) status = moe_experts_create_parts(to, part, from->parts);
+    for (int64_t i = 0; i < from->parts; i++) moe_experts_destroy(part[i]);
+    return status;
+}
+
 static moe_status make_objects(moe__twin *t, const moe_layer *layer)
 {
-    moe_experts_config e = layer->experts->config;
     moe_layer_config l = layer->config;
-    e.dtype = MOE_DTYPE_F64;
-    e.parameters = MOE_PARAMETERS_OWNED;
-    e.storage = MOE_STORAGE_ROW_MAJOR;
-    MOE_TRY(moe_experts_create(&t->experts, t->context, &e));
+    MOE_TRY(copy_pool(t, layer->experts, &t->experts));
     if (layer->gate) {
         moe_gate_config g = layer->gate->config;
         g.dtype = MOE_DTYPE_F64;
@@ -260,16 +320,16 @@ static void add_tensor(moe__twin *t, const char *name, double *value, double *gr
 /* What is compared, under the names the layer has for them. */
 static void list_tensors(moe__twin *t, const moe_layer *layer)
 {
-    int64_t of_gate = t->gate ? t->gate->parameters.count : 0, T = t->tokens;
     int64_t E = t->experts->config.num_experts, width = t->gate ? t->gate->config.d_model : 0;
+    int64_t T = t->tokens;
     add_tensor(t, "x", t->x, t->dx, T * t->experts->config.d_model);
     add_tensor(t, "gate_x", t->gate_x, t->d_gate_x, T * width);
     add_tensor(t, "logits", t->logits, t->d_logits, T * E);
     add_tensor(t, "weights", t->weights, t->d_weights, 2 * T);
-    for (int64_t i = 0; i < moe_layer_parameter_count(t->layer); i++) {
-        moe__parameter *p = i < of_gate ? &t->gate->parameters.p[i]
-                                        : &t->experts->parameters.p[i - of_gate];
-        add_tensor(t, layer->names[i], p->own_data, p->own_grad, moe__parameter_elements(p));
+    for (int64_t i = 0; i < t->layer->listing.count; i++) {
+        const moe__parameter *p = moe__listed_parameter(&t->layer->listing, i);
+        add_tensor(t, layer->listing.entry[i].name, p->own_data, p->own_grad,
+                   moe__parameter_elements(p));
     }
 }
 
@@ -283,11 +343,8 @@ moe_status moe__twin_create(moe__twin *t, const moe_layer *layer, const moe_grad
     MOE_TRY(make_objects(t, layer));
     MOE_TRY(allocate(t, layer, function));
     draw_inputs(t, layer, check->seed);
-    if (t->gate)
-        MOE_TRY(
-            set_parameters(&t->gate->parameters, &layer->gate->parameters, check, 16, function));
-    MOE_TRY(
-        set_parameters(&t->experts->parameters, &layer->experts->parameters, check, 32, function));
+    if (t->gate) MOE_TRY(set_gate(t->gate, layer->gate, check, function));
+    MOE_TRY(set_pool(t->experts, layer->experts, check, 32, function));
     MOE_TRY(find_gradients(t));
     list_tensors(t, layer);
     return MOE_OK;

@@ -12,7 +12,10 @@ typedef struct moe__twin_tensor {
     int64_t count;
 } moe__twin_tensor;
 
-enum { MOE__TWIN_TENSORS = 3 + 2 * MOE__MAX_PARAMETERS };
+enum {
+    MOE__TWIN_TENSORS = 4 + (1 + MOE_MAX_PARTS) * MOE__MAX_PARAMETERS,
+    MOE__TWIN_HOSTS = MOE_MAX_PARTS
+};
 
 /* y and losses at one place. */
 typedef struct moe__twin_value {
@@ -34,6 +37,8 @@ typedef struct moe__twin {
     int32_t *ids; /* [T] of a layer without a gate */
     int64_t *group_begin;
     moe__twin_value here, up, down;
+    moe_expert_callbacks host[MOE__TWIN_HOSTS]; /* what the twin's own callbacks call */
+    int32_t hosts;
     double rounding; /* what rounding leaves of a difference of L, about */
     void *memory;
     int64_t bytes;

@@ -15,7 +15,8 @@ static void query_defaults(void *instance)
 }
 static void cost_defaults(void *instance) { *(moe_cost *)instance = (moe_cost){0}; }
 
-const moe__struct_info moe__cost_query_info = MOE__STRUCT_INFO(moe_cost_query, query_defaults);
+const moe__struct_info moe__cost_query_info = {"moe_cost_query", sizeof(moe_cost_query),
+                                               offsetof(moe_cost_query, shared), query_defaults};
 const moe__struct_info moe__cost_info = MOE__STRUCT_INFO(moe_cost, cost_defaults);
 
 moe_status moe_cost_query_init(moe_cost_query *query, size_t size)
@@ -32,6 +33,7 @@ typedef struct cost_case {
     moe_cost_query q;
     moe_gate_config gate;
     moe_experts_config experts;
+    moe__experts_room room;
     moe_layer_config layer;
     bool has_gate, has_experts;
     int64_t top_k, entries, groups, num_experts, threads;
@@ -51,7 +53,9 @@ static moe_status read_configs(cost_case *c, const moe_cost_query *query, const 
     if (c->has_experts) {
         MOE_TRY(moe__struct_read(&moe__experts_config_info, &c->experts, c->q.experts, false,
                                  function));
-        MOE_TRY(moe__experts_config_check(&c->experts, function));
+        moe_expert_callbacks callbacks;
+        MOE_TRY(moe__experts_config_check(&c->experts, &callbacks, function));
+        c->room = moe__experts_room_of(&c->experts, &callbacks);
     }
     MOE_TRY(moe__struct_read(&moe__layer_config_info, &c->layer, c->q.layer, true, function));
     c->layer.gate = NULL;
@@ -91,7 +95,7 @@ static moe_status read_query(cost_case *c, const moe_cost_query *query, const ch
     return MOE_OK;
 }
 
-/* Products of a multiply-add pool for one row: m D F + F O. */
+/* Multiply-adds of one row: m D F + F O; 0 for identity, and for what only the host knows. */
 static int64_t expert_products(const moe_experts_config *e)
 {
     int64_t in = moe__mul(e->d_model, e->d_hidden), out = moe__mul(e->d_hidden, e->d_out);
@@ -100,6 +104,7 @@ static int64_t expert_products(const moe_experts_config *e)
 
 static int64_t expert_parameters(const moe_experts_config *e)
 {
+    if (e->kind != MOE_EXPERTS_FEED_FORWARD) return 0;
     int64_t biases = moe__add(moe__mul(moe__is_gated(e->activation) ? 2 : 1, e->d_hidden),
                               e->d_out);
     return moe__add(expert_products(e), e->bias ? biases : 0);
@@ -124,7 +129,7 @@ moe_status moe_layer_memory(const moe_cost_query *query, moe_cost *cost)
     int64_t count = moe__add(gate, moe__mul(c.num_experts, expert));
     if (c.has_gate) moe__gate_loss_weights(&c.gate, weights);
     moe__pass_shape shape = moe__pass_shape_of(c.has_gate ? &c.gate : NULL,
-                                               c.has_experts ? &c.experts : NULL, c.layer.output,
+                                               c.has_experts ? &c.room : NULL, c.layer.output,
                                                weights, true, false, c.q.flags);
     shape.tokens = c.q.tokens;
     shape.entries = c.entries;

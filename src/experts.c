@@ -1,105 +1,186 @@
-/* experts.c - the expert pool: its config, its life, its operands and its calls. */
+/* experts.c - the expert pool: its life, its parts, its operands and its calls. The config is in
+ * experts_config.c, the steps are in experts_step.c. */
 #include "pass_state.h"
 
 #include <string.h>
 
-/* ---- config ---------------------------------------------------------------------------------- */
+/* ---- life ------------------------------------------------------------------------------------ */
 
-static void experts_defaults(void *instance)
+/* Touched experts: a byte each, and the list of their numbers. */
+static int64_t touched_bytes(int64_t num_experts)
 {
-    moe_experts_config *c = instance;
-    *c = (moe_experts_config){.d_out = MOE_SAME, .init_std = MOE_INIT_DEFAULT};
+    return moe__mul(num_experts, (int64_t)sizeof(int32_t));
 }
 
-const moe__struct_info moe__experts_config_info = MOE__STRUCT_INFO(moe_experts_config,
-                                                                   experts_defaults);
-
-moe_status moe_experts_config_init(moe_experts_config *config, size_t size)
+static moe_status make_touched(moe_experts *e, const char *function)
 {
-    return moe__struct_init(&moe__experts_config_info, config, size, __func__);
-}
-
-static moe_status check_supported(const moe_experts_config *c, const char *function)
-{
-    if (c->storage != MOE_STORAGE_ROW_MAJOR)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "storage %s is not available",
-               c->storage == MOE_STORAGE_PANELS ? "MOE_STORAGE_PANELS" : "MOE_STORAGE_PREPACKED");
-    if (c->weight_position != MOE_WEIGHT_ON_OUTPUT)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "weight_position %s is not available",
-               c->weight_position == MOE_WEIGHT_ON_HIDDEN ? "MOE_WEIGHT_ON_HIDDEN"
-                                                          : "MOE_WEIGHT_ON_INPUT");
-    if (c->activation_alpha != 0 || c->activation_limit != 0 || c->activation_offset != 0)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED,
-               "activation_alpha %g, activation_limit %g, activation_offset %g: not available",
-               c->activation_alpha, c->activation_limit, c->activation_offset);
-    if (c->dtype == MOE_DTYPE_BF16 || c->dtype == MOE_DTYPE_F16)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d is not available on CPU", (int)c->dtype);
-    if (c->dtype != MOE_DTYPE_F32 && c->dtype != MOE_DTYPE_F64)
-        REFUSE_ARGUMENT("dtype is %d", (int)c->dtype);
+    int64_t E = e->config.num_experts;
+    e->touched = moe__alloc_zeroed(e->context, E);
+    e->touched_list = moe__alloc_zeroed(e->context, touched_bytes(E));
+    if (!e->touched || !e->touched_list)
+        REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for %lld experts", (ll)E);
     return MOE_OK;
 }
 
-moe_status moe__experts_config_check(moe_experts_config *c, const char *function)
+/* Memory of an object, its parts left alone. */
+static void free_pool(moe_experts *e)
 {
-    if (c->d_out == MOE_SAME) c->d_out = c->d_model;
-    MOE_TRY(moe__check_range("num_experts", c->num_experts, 1, INT32_MAX, function));
-    MOE_TRY(moe__check_range("d_model", c->d_model, 1, INT64_MAX, function));
-    MOE_TRY(moe__check_range("d_hidden", c->d_hidden, 1, INT64_MAX, function));
-    MOE_TRY(moe__check_range("d_out", c->d_out, 1, INT64_MAX, function));
-    if (c->activation < MOE_ACTIVATION_SWIGLU)
-        MOE_TRY(moe__check_range("activation", c->activation, 0, MOE_ACTIVATION_SILU, function));
-    MOE_TRY(moe__check_range("activation", c->activation, 0, MOE_ACTIVATION_REGLU, function));
-    MOE_TRY(moe__check_range("bias", c->bias, 0, 1, function));
-    MOE_TRY(moe__check_range("glu_order", c->glu_order, 0, MOE_GLU_INTERLEAVED, function));
-    MOE_TRY(moe__check_range("weight_layout", c->weight_layout, 0, MOE_WEIGHT_OUT_IN, function));
-    MOE_TRY(moe__check_range("storage", c->storage, 0, MOE_STORAGE_PANELS, function));
-    MOE_TRY(moe__check_range("output", c->output, 0, MOE_OUTPUT_SIGMOID, function));
-    MOE_TRY(
-        moe__check_range("weight_position", c->weight_position, 0, MOE_WEIGHT_ON_INPUT, function));
-    MOE_TRY(moe__check_range("parameters", c->parameters, 0, MOE_PARAMETERS_BOUND, function));
-    MOE_TRY(moe__check_range("reserved", c->reserved, 0, 0, function));
-    if (c->init_std != MOE_INIT_DEFAULT && !(c->init_std >= 0 && c->init_std <= 1e300))
-        REFUSE_ARGUMENT("init_std is %g; it must be finite and not negative", c->init_std);
-    if (c->glu_order != MOE_GLU_SEPARATE && !moe__is_gated(c->activation))
-        REFUSE_ARGUMENT("glu_order %d clashes with activation %d, which is not gated",
-                        (int)c->glu_order, (int)c->activation);
-    return check_supported(c, function);
+    moe_context *context = e->context;
+    int64_t E = e->config.num_experts;
+    moe__listing_free(&e->listing, context);
+    moe__parameters_free(&e->parameters);
+    moe__free(context, e->touched, E);
+    moe__free(context, e->touched_list, touched_bytes(E));
+    moe__free(context, e, sizeof *e);
 }
 
-/* ---- life ------------------------------------------------------------------------------------ */
+static moe_experts *new_pool(moe_context *context, const moe_experts_config *c)
+{
+    moe_experts *e = moe__alloc_zeroed(context, sizeof *e);
+    if (!e) return NULL;
+    atomic_init(&e->references, 1);
+    atomic_flag_clear(&e->backward_running);
+    e->context = context;
+    e->config = *c;
+    e->parameters.context = context;
+    return e;
+}
+
+static moe_status fill_pool(moe_experts *e, const moe_expert_callbacks *callbacks,
+                            const char *function)
+{
+    e->callbacks = *callbacks;
+    e->config.callbacks = e->config.kind == MOE_EXPERTS_CALLBACK ? &e->callbacks : NULL;
+    e->room = moe__experts_room_of(&e->config, callbacks);
+    e->part[0] = e;
+    e->parts = 1;
+    MOE_TRY(make_touched(e, function));
+    moe__experts_parameters_describe(e);
+    MOE_TRY(moe__listing_create(&e->listing, e->context, e->parameters.count, function));
+    moe__listing_add(&e->listing, "", &e->parameters);
+    return moe__parameters_allocate(&e->parameters, e->config.parameters, function);
+}
 
 moe_status moe_experts_create(moe_experts **experts, moe_context *context,
                               const moe_experts_config *config)
 {
     moe_experts_config c;
+    moe_expert_callbacks callbacks;
     if (!experts || !context)
         return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "%s is NULL",
                          experts ? "context" : "experts");
     MOE_TRY(moe__struct_read(&moe__experts_config_info, &c, config, false, __func__));
-    MOE_TRY(moe__experts_config_check(&c, __func__));
-    moe_experts *e = moe__alloc_zeroed(context, sizeof *e);
-    uint8_t *touched = moe__alloc_zeroed(context, c.num_experts);
-    moe_status status = MOE_OK;
-    if (!e || !touched) {
-        status = moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for the pool");
-        goto free_objects;
+    MOE_TRY(moe__experts_config_check(&c, &callbacks, __func__));
+    moe_experts *e = new_pool(context, &c);
+    if (!e) return moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for the pool");
+    moe_status status = fill_pool(e, &callbacks, __func__);
+    if (status != MOE_OK) {
+        free_pool(e);
+        return status;
     }
-    atomic_init(&e->references, 1);
-    atomic_flag_clear(&e->backward_running);
-    e->context = context;
-    e->config = c;
-    e->touched = touched;
-    moe__experts_parameters_describe(e);
-    status = moe__parameters_allocate(&e->parameters, c.parameters, __func__);
-    if (status != MOE_OK) goto free_objects;
     moe__context_retain(context);
     *experts = e;
     return MOE_OK;
+}
 
-free_objects:
-    moe__free(context, touched, c.num_experts);
-    moe__free(context, e, sizeof *e);
-    return status;
+/* ---- parts ----------------------------------------------------------------------------------- */
+
+static moe_status check_part(moe_experts *const *parts, int64_t i, const char *function)
+{
+    const moe_experts *p = parts[i], *first = parts[0];
+    if (!p) REFUSE_ARGUMENT("parts[%lld] is NULL", (ll)i);
+    if (p->made_of_parts) REFUSE_ARGUMENT("parts[%lld] is made of parts itself", (ll)i);
+    for (int64_t j = 0; j < i; j++)
+        if (parts[j] == p) REFUSE_ARGUMENT("parts[%lld] is parts[%lld] again", (ll)i, (ll)j);
+    if (p->context != first->context)
+        REFUSE_ARGUMENT("parts[%lld] and parts[0] are of different contexts", (ll)i);
+    if (p->config.dtype != first->config.dtype)
+        REFUSE_ARGUMENT("dtype of parts[%lld] is %d, of parts[0] %d", (ll)i, (int)p->config.dtype,
+                        (int)first->config.dtype);
+    if (p->config.d_model != first->config.d_model)
+        REFUSE_ARGUMENT("d_model of parts[%lld] is %lld, of parts[0] %lld", (ll)i,
+                        (ll)p->config.d_model, (ll)first->config.d_model);
+    if (p->config.d_out != first->config.d_out)
+        REFUSE_ARGUMENT("d_out of parts[%lld] is %lld, of parts[0] %lld", (ll)i,
+                        (ll)p->config.d_out, (ll)first->config.d_out);
+    return MOE_OK;
+}
+
+/* A part's workspace begins at its first row times the most bytes a row, which must leave it
+ * aligned. */
+static moe_status add_room(moe__experts_room *all, const moe_experts *part, const char *function)
+{
+    const moe__experts_room *r = &part->room;
+    int64_t workspace = moe__add(r->workspace_per_row, 63);
+    if (workspace < 0)
+        REFUSE(MOE_ERROR_OVERFLOW, "workspace_per_row is %lld", (ll)r->workspace_per_row);
+    all->d_hidden = moe__max(all->d_hidden, r->d_hidden);
+    all->workspace_per_row = moe__max(all->workspace_per_row, workspace & ~(int64_t)63);
+    all->gated = all->gated || r->gated;
+    all->x_rows = all->x_rows || r->x_rows;
+    all->dz = all->dz || r->dz;
+    return MOE_OK;
+}
+
+static moe_status take_parts(moe_experts *e, moe_experts *const *parts, int64_t count,
+                             const char *function)
+{
+    int64_t named = 0;
+    const moe_experts_config *first = &parts[0]->config;
+    e->made_of_parts = true;
+    e->parts = count;
+    e->room = (moe__experts_room){.d_model = first->d_model,
+                                  .d_out = first->d_out,
+                                  .num_experts = e->config.num_experts,
+                                  .dtype = first->dtype};
+    for (int64_t i = 0; i < count; i++) {
+        const moe_experts_config *c = &parts[i]->config;
+        e->part[i] = parts[i];
+        named += parts[i]->listing.count;
+        e->room.combine_weight = e->room.combine_weight ||
+                                 (c->weight_position == MOE_WEIGHT_ON_OUTPUT) !=
+                                     (first->weight_position == MOE_WEIGHT_ON_OUTPUT);
+        MOE_TRY(add_room(&e->room, parts[i], function));
+    }
+    MOE_TRY(moe__listing_create(&e->listing, e->context, named, function));
+    for (int64_t i = 0; i < count; i++) {
+        const char prefix[] = {(char)('0' + i), '.', 0};
+        moe__listing_add_all(&e->listing, prefix, &parts[i]->listing);
+    }
+    return MOE_OK;
+}
+
+moe_status moe_experts_create_parts(moe_experts **experts, moe_experts *const *parts, int64_t count)
+{
+    const char *function = __func__;
+    int64_t E = 0;
+    if (!experts || !parts) REFUSE_ARGUMENT("%s is NULL", experts ? "parts" : "experts");
+    MOE_TRY(moe__check_range("count", count, 1, MOE_MAX_PARTS, function));
+    for (int64_t i = 0; i < count; i++) {
+        MOE_TRY(check_part(parts, i, function));
+        E += parts[i]->config.num_experts; /* 8 of 2^31 fit */
+    }
+    if (E > INT32_MAX)
+        REFUSE(MOE_ERROR_OVERFLOW, "the parts have %lld experts, at most 2^31 - 1 are possible",
+               (ll)E);
+    const moe_experts_config *first = &parts[0]->config;
+    const moe_experts_config c = {.struct_size = sizeof c,
+                                  .d_model = first->d_model,
+                                  .d_out = first->d_out,
+                                  .num_experts = E,
+                                  .dtype = first->dtype,
+                                  .init_std = MOE_INIT_DEFAULT};
+    moe_experts *e = new_pool(parts[0]->context, &c);
+    if (!e) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for the pool");
+    moe_status status = take_parts(e, parts, count, function);
+    if (status != MOE_OK) {
+        free_pool(e);
+        return status;
+    }
+    for (int64_t i = 0; i < count; i++) moe__experts_retain(parts[i]);
+    moe__context_retain(e->context);
+    *experts = e;
+    return MOE_OK;
 }
 
 void moe__experts_retain(moe_experts *experts) { atomic_fetch_add(&experts->references, 1); }
@@ -108,9 +189,9 @@ void moe_experts_destroy(moe_experts *experts)
 {
     if (!experts || atomic_fetch_sub(&experts->references, 1) != 1) return;
     moe_context *context = experts->context;
-    moe__parameters_free(&experts->parameters);
-    moe__free(context, experts->touched, experts->config.num_experts);
-    moe__free(context, experts, sizeof *experts);
+    for (int64_t i = 0; experts->made_of_parts && i < experts->parts; i++)
+        moe_experts_destroy(experts->part[i]);
+    free_pool(experts);
     moe_context_destroy(context);
 }
 
@@ -134,12 +215,79 @@ moe_status moe_experts_touched(const moe_experts *experts, uint8_t *touched, int
         return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "%s is NULL",
                          experts ? "touched" : "experts");
     int64_t sum = 0;
-    for (int64_t e = 0; e < experts->config.num_experts; e++) {
-        touched[e] = experts->touched[e];
-        sum += experts->touched[e];
+    for (int64_t i = 0; i < experts->parts; i++) {
+        const moe_experts *part = experts->part[i];
+        memcpy(touched, part->touched, (size_t)part->config.num_experts);
+        touched += part->config.num_experts;
+        sum += part->touched_count;
     }
     if (count) *count = sum;
     return MOE_OK;
+}
+
+/* ---- what the steps ask ---------------------------------------------------------------------- */
+
+static void note_part(moe_experts *part, const int64_t *begin, bool overwrite)
+{
+    for (int64_t i = 0; overwrite && i < part->touched_count; i++)
+        part->touched[part->touched_list[i]] = 0;
+    if (overwrite) part->touched_count = 0;
+    for (int64_t e = 0; e < part->config.num_experts; e++) {
+        if (part->touched[e] || begin[e + 1] == begin[e]) continue;
+        part->touched[e] = 1;
+        part->touched_list[part->touched_count++] = (int32_t)e;
+    }
+}
+
+void moe__experts_note_touched(moe_experts *experts, const moe__plan_arrays *plan, bool overwrite)
+{
+    const int64_t *begin = plan->expert_begin;
+    for (int64_t i = 0; i < experts->parts; i++) {
+        note_part(experts->part[i], begin, overwrite);
+        begin += experts->part[i]->config.num_experts;
+    }
+}
+
+moe_status moe__experts_check_bound(const moe_experts *experts, const char *function)
+{
+    for (int64_t i = 0; i < experts->listing.count; i++) {
+        const moe__parameter *p = moe__listed_parameter(&experts->listing, i);
+        if (!p->data && !p->data_each)
+            REFUSE(MOE_ERROR_INVALID_STATE, "parameter %s is not bound",
+                   experts->listing.entry[i].name);
+    }
+    return MOE_OK;
+}
+
+moe_status moe__experts_check_backward(const moe_experts *experts, const char *function)
+{
+    for (int64_t i = 0; i < experts->parts; i++) {
+        const moe_experts *part = experts->part[i];
+        if (part->config.kind == MOE_EXPERTS_CALLBACK && !part->callbacks.backward)
+            REFUSE(MOE_ERROR_INVALID_STATE, "backward of the callbacks is NULL");
+    }
+    return moe__experts_check_bound(experts, function);
+}
+
+bool moe__experts_begin_backward(moe_experts *experts)
+{
+    int64_t taken = 0;
+    if (atomic_flag_test_and_set(&experts->backward_running)) return false;
+    if (!experts->made_of_parts) return true;
+    while (taken < experts->parts &&
+           !atomic_flag_test_and_set(&experts->part[taken]->backward_running))
+        taken++;
+    if (taken == experts->parts) return true;
+    while (taken > 0) atomic_flag_clear(&experts->part[--taken]->backward_running);
+    atomic_flag_clear(&experts->backward_running);
+    return false;
+}
+
+void moe__experts_end_backward(moe_experts *experts)
+{
+    for (int64_t i = 0; experts->made_of_parts && i < experts->parts; i++)
+        atomic_flag_clear(&experts->part[i]->backward_running);
+    atomic_flag_clear(&experts->backward_running);
 }
 
 /* ---- operands -------------------------------------------------------------------------------- */

@@ -24,7 +24,9 @@ static void gate_defaults(void *instance)
     };
 }
 
-const moe__struct_info moe__gate_config_info = MOE__STRUCT_INFO(moe_gate_config, gate_defaults);
+const moe__struct_info moe__gate_config_info = {"moe_gate_config", sizeof(moe_gate_config),
+                                                offsetof(moe_gate_config, threshold_weight),
+                                                gate_defaults};
 
 moe_status moe_gate_config_init(moe_gate_config *config, size_t size)
 {

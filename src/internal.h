@@ -59,11 +59,11 @@ typedef struct moe__struct_info {
 
 /* One per public struct, each beside the code that owns it. */
 extern const moe__struct_info moe__context_config_info, moe__gate_config_info,
-    moe__experts_config_info, moe__layer_config_info, moe__pass_config_info, moe__binding_info,
-    moe__parameter_record_info, moe__forward_args_info, moe__backward_args_info, moe__losses_info,
-    moe__stats_info, moe__tensor_view_info, moe__plan_args_info, moe__plan_view_info,
-    moe__rows_args_info, moe__cost_query_info, moe__cost_info, moe__gradient_check_info,
-    moe__gradient_report_info;
+    moe__experts_config_info, moe__expert_callbacks_info, moe__layer_config_info,
+    moe__pass_config_info, moe__binding_info, moe__parameter_record_info, moe__forward_args_info,
+    moe__backward_args_info, moe__losses_info, moe__stats_info, moe__tensor_view_info,
+    moe__plan_args_info, moe__plan_view_info, moe__rows_args_info, moe__cost_query_info,
+    moe__cost_info, moe__gradient_check_info, moe__gradient_report_info;
 
 /* The body of every moe_*_init. */
 moe_status moe__struct_init(const moe__struct_info *info, void *instance, size_t size,
@@ -268,6 +268,38 @@ moe_status moe__parameters_check_bound(const moe__parameter_list *list, const ch
 int64_t moe__parameter_elements(const moe__parameter *p);
 const moe__parameter *moe__parameter_by_name(const moe__parameter_list *list, const char *name);
 
+/* ---- what an object lists (listing.c) -------------------------------------------------------- */
+
+enum { MOE__NAME_BYTES = 32 };
+
+/* One parameter of some list, under the name that the listing object has for it. */
+typedef struct moe__listed {
+    moe__parameter_list *list;
+    int64_t index; /* in that list */
+    char name[MOE__NAME_BYTES];
+} moe__listed;
+
+/* The parameters of an object that is made of others, in the order of its numbering. The lists are
+ * the others'. */
+typedef struct moe__listing {
+    moe__listed *entry;
+    int64_t count, room;
+} moe__listing;
+
+/* Memory for `room` parameters; none needed for 0. */
+moe_status moe__listing_create(moe__listing *listing, moe_context *context, int64_t room,
+                               const char *function);
+void moe__listing_free(moe__listing *listing, moe_context *context);
+/* Adds a list's parameters, or all of another listing, with `prefix` before their names. */
+void moe__listing_add(moe__listing *listing, const char *prefix, moe__parameter_list *list);
+void moe__listing_add_all(moe__listing *listing, const char *prefix, const moe__listing *from);
+int64_t moe__listing_find(const moe__listing *listing, const char *name); /* -1: not there */
+static inline moe__parameter *moe__listed_parameter(const moe__listing *listing, int64_t index)
+{
+    const moe__listed *entry = &listing->entry[index];
+    return &entry->list->p[entry->index];
+}
+
 /* ---- gate, experts, layer, comm -------------------------------------------------------------- */
 
 struct moe_gate {
@@ -278,13 +310,33 @@ struct moe_gate {
     moe__parameter_list parameters;
 };
 
+/* What a pass needs to know of a pool to make room for it; of a pool of parts, the most of each. */
+typedef struct moe__experts_room {
+    int64_t d_model, d_hidden, d_out, num_experts;
+    int64_t workspace_per_row; /* bytes of the host's experts */
+    int32_t dtype;
+    bool gated;
+    bool x_rows;         /* rows of x are gathered */
+    bool dz;             /* so are gradients by the rows of out */
+    bool combine_weight; /* parts differ in what the weight multiplies */
+} moe__experts_room;
+
 struct moe_experts {
     atomic_int references;
     atomic_flag backward_running;
     moe_context *context;
-    moe_experts_config config; /* d_out resolved */
-    moe__parameter_list parameters;
-    uint8_t *touched; /* [E] since the last zero_gradients */
+    moe_experts_config config;      /* d_out resolved; callbacks are the next field, or NULL */
+    moe_expert_callbacks callbacks; /* of MOE_EXPERTS_CALLBACK */
+    moe__experts_room room;
+    moe__parameter_list parameters;   /* its own: none of a pool of parts */
+    moe__listing listing;             /* its own, or the parts' */
+    moe_experts *part[MOE_MAX_PARTS]; /* referenced; part[0] is the pool itself, not referenced,
+                                         unless it is made of parts */
+    int64_t parts;                    /* >= 1 */
+    uint8_t *touched;      /* [E] since the last zero_gradients; NULL of a pool of parts */
+    int32_t *touched_list; /* [E] the numbers of those, in any order */
+    int64_t touched_count;
+    bool made_of_parts;
 };
 
 struct moe_comm {
@@ -299,8 +351,8 @@ struct moe_layer {
     moe_layer_config config;
     moe_gate *gate; /* may be NULL */
     moe_experts *experts;
-    moe_comm *comm;                          /* may be NULL */
-    char names[2 * MOE__MAX_PARAMETERS][32]; /* "gate.weight", ... */
+    moe_comm *comm;       /* may be NULL */
+    moe__listing listing; /* "gate.weight", ... */
 };
 
 void moe__gate_retain(moe_gate *gate);
@@ -311,8 +363,18 @@ void moe__layer_retain(moe_layer *layer);
 /* Lists the parameters that a config asks for; allocates nothing. parameter.c */
 void moe__gate_parameters_describe(moe_gate *gate);
 void moe__experts_parameters_describe(moe_experts *experts);
-/* Fills layer->names: "gate." or "experts." before the object's own. */
-void moe__layer_name_parameters(moe_layer *layer);
+/* Fills layer->listing: "gate." or "experts." before the object's own. */
+moe_status moe__layer_list_parameters(moe_layer *layer, const char *function);
+
+/* MOE_ERROR_INVALID_STATE naming the first parameter of the pool that has no data; before a
+ * backward also if the host's experts have none. experts.c */
+moe_status moe__experts_check_bound(const moe_experts *experts, const char *function);
+moe_status moe__experts_check_backward(const moe_experts *experts, const char *function);
+/* Takes the pool and its parts for a backward, or none of them and returns false. */
+bool moe__experts_begin_backward(moe_experts *experts);
+void moe__experts_end_backward(moe_experts *experts);
+/* Remembers the experts that have rows as touched, and if `overwrite` forgets the others. */
+void moe__experts_note_touched(moe_experts *experts, const moe__plan_arrays *plan, bool overwrite);
 
 static inline bool moe__is_gated(int32_t activation) { return activation >= MOE_ACTIVATION_SWIGLU; }
 

@@ -168,29 +168,24 @@ static moe_status losses_step(moe_pass *pass, const moe__forward *f, const moe__
 static moe_status experts_step(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
 {
     moe__experts_job *e = &pass->experts_job;
-    const moe_experts_config *c = &pass->experts->config;
+    int64_t O = pass->experts->config.d_out;
     bool sigmoid = (f->uses & MOE__USE_LAYER) && pass->layer->config.output == MOE_OUTPUT_SIGMOID;
-    e->config = c;
     e->plan = &pass->plan.a;
     e->x = pass->x;
     e->x_stride = pass->x_stride;
-    moe__experts_operands(pass->experts, e);
-    MOE_TRY(kernels->experts_forward(e));
+    MOE_TRY(moe__experts_rows_forward(pass->experts, e, kernels));
     if (!f->a.y && !pass->y_saved) return MOE_OK; /* a recompute that wants no y */
     moe__rows_job combine = {.workers = e->workers,
-                             .plan = e->plan,
-                             .width = c->d_out,
                              .tokens_out = f->a.y,
                              .tokens_out_stride = f->a.y_stride,
-                             .rows_in = e->out,
-                             .rows_in_stride = c->d_out,
                              .add = (f->a.flags & MOE_FORWARD_ADD) != 0,
                              .sigmoid = sigmoid,
                              .tokens_saved = pass->y_saved,
                              .token_mask = f->a.token_mask ? pass->mask : NULL};
+    moe__experts_combine(pass->experts, e, &combine);
     if (!combine.tokens_out) {
         combine.tokens_out = pass->y_saved;
-        combine.tokens_out_stride = c->d_out;
+        combine.tokens_out_stride = O;
         combine.tokens_saved = NULL;
     }
     return kernels->combine_forward(&combine);
@@ -259,7 +254,7 @@ static moe__pass_shape forward_shape(const moe_pass *pass, const moe__forward *f
     else if (f->route)
         moe__gate_loss_weights(&pass->gate->config, weights);
     moe__pass_shape shape = moe__pass_shape_of(
-        pass->gate ? &pass->gate->config : NULL, with_experts ? &pass->experts->config : NULL,
+        pass->gate ? &pass->gate->config : NULL, with_experts ? &pass->experts->room : NULL,
         f->uses & MOE__USE_LAYER ? pass->layer->config.output : MOE_OUTPUT_LINEAR, weights,
         f->route, f->replay, f->a.flags);
     shape.tokens = f->a.tokens;
@@ -316,14 +311,6 @@ static moe_status output_step(moe_pass *pass, const moe_backward_args *b,
     return kernels->output_backward(&job);
 }
 
-static void note_touched(moe_pass *pass, bool overwrite)
-{
-    const int64_t *begin = pass->plan.a.expert_begin;
-    uint8_t *touched = pass->experts->touched;
-    for (int64_t e = 0; e < pass->plan.a.num_experts; e++)
-        touched[e] = (uint8_t)((!overwrite && touched[e]) || begin[e + 1] > begin[e]);
-}
-
 /* dx[T,D] of the experts' rows. */
 static moe_status dispatch_step(moe_pass *pass, const moe_backward_args *b,
                                 const moe__backend *kernels)
@@ -332,7 +319,7 @@ static moe_status dispatch_step(moe_pass *pass, const moe_backward_args *b,
     moe__rows_job job = {.workers = pass->experts_job.workers,
                          .plan = &pass->plan.a,
                          .width = D,
-                         .rows_in = pass->dx_rows,
+                         .rows_in = pass->experts_job.dx_rows,
                          .rows_in_stride = D,
                          .tokens_out = b->dx,
                          .tokens_out_stride = b->dx_stride,
@@ -348,20 +335,17 @@ static moe_status experts_backward_step(moe_pass *pass, const moe_backward_args 
     bool want_dx = b->dx && !(b->flags & MOE_BACKWARD_SKIP_DX);
     e->x = b->x ? b->x : pass->x;
     e->x_stride = b->x ? b->x_stride : pass->x_stride;
-    moe__experts_operands(pass->experts, e);
-    moe__experts_gradients(pass->experts, e, parameters);
+    e->parameters = parameters;
     e->overwrite = (b->flags & MOE_BACKWARD_OVERWRITE) != 0;
     e->dy = b->dy;
     e->dy_stride = b->dy_stride;
-    e->dx_rows = want_dx ? pass->dx_rows : NULL;
     e->entry_weight_grad = pass->routed || b->entry_weight_grad ? pass->entry_grad : NULL;
     if (pass->y_saved) {
         MOE_TRY(output_step(pass, b, kernels));
         e->dy = pass->dy_inner;
         e->dy_stride = pass->experts->config.d_out;
     }
-    MOE_TRY(kernels->experts_backward(e));
-    if (parameters) note_touched(pass, e->overwrite);
+    MOE_TRY(moe__experts_rows_backward(pass->experts, e, want_dx, kernels));
     if (b->entry_weight_grad)
         memcpy(b->entry_weight_grad, pass->entry_grad,
                (size_t)(pass->plan.a.entries * moe__dtype_size(pass->plan.a.dtype)));
@@ -432,8 +416,7 @@ static moe_status begin_backward(moe_pass *pass, int32_t uses, const char *funct
     bool with_gate = pass->gate && (uses & MOE__USE_GATE);
     if (with_gate && atomic_flag_test_and_set(&pass->gate->backward_running))
         REFUSE(MOE_ERROR_INVALID_STATE, "another backward of the gate is running");
-    if (!(uses & MOE__USE_EXPERTS) || !atomic_flag_test_and_set(&pass->experts->backward_running))
-        return MOE_OK;
+    if (!(uses & MOE__USE_EXPERTS) || moe__experts_begin_backward(pass->experts)) return MOE_OK;
     if (with_gate) atomic_flag_clear(&pass->gate->backward_running);
     REFUSE(MOE_ERROR_INVALID_STATE, "another backward of the expert pool is running");
 }
@@ -441,7 +424,7 @@ static moe_status begin_backward(moe_pass *pass, int32_t uses, const char *funct
 static void end_backward(moe_pass *pass, int32_t uses)
 {
     if (pass->gate && (uses & MOE__USE_GATE)) atomic_flag_clear(&pass->gate->backward_running);
-    if (uses & MOE__USE_EXPERTS) atomic_flag_clear(&pass->experts->backward_running);
+    if (uses & MOE__USE_EXPERTS) moe__experts_end_backward(pass->experts);
 }
 
 moe_status moe__run_backward(moe_pass *pass, const moe_backward_args *args, int32_t uses,

@@ -6,7 +6,9 @@ static void layer_defaults(void *instance)
     *(moe_layer_config *)instance = (moe_layer_config){0};
 }
 
-const moe__struct_info moe__layer_config_info = MOE__STRUCT_INFO(moe_layer_config, layer_defaults);
+const moe__struct_info moe__layer_config_info = {"moe_layer_config", sizeof(moe_layer_config),
+                                                 offsetof(moe_layer_config, dropped),
+                                                 layer_defaults};
 
 moe_status moe_layer_config_init(moe_layer_config *config, size_t size)
 {
@@ -57,17 +59,21 @@ moe_status moe_layer_create(moe_layer **layer, const moe_layer_config *config)
     moe_context *context = c.experts->context;
     moe_layer *l = moe__alloc_zeroed(context, sizeof *l);
     if (!l) return moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for the layer");
-    atomic_init(&l->references, 1);
     l->context = context;
     l->config = c;
     l->gate = c.gate;
     l->experts = c.experts;
     l->comm = c.comm;
+    moe_status status = moe__layer_list_parameters(l, __func__);
+    if (status != MOE_OK) {
+        moe__free(context, l, sizeof *l);
+        return status;
+    }
+    atomic_init(&l->references, 1);
     moe__context_retain(context);
     moe__experts_retain(l->experts);
     if (l->gate) moe__gate_retain(l->gate);
     if (l->comm) moe__comm_retain(l->comm);
-    moe__layer_name_parameters(l);
     *layer = l;
     return MOE_OK;
 }
@@ -81,6 +87,7 @@ void moe_layer_destroy(moe_layer *layer)
     moe_gate_destroy(layer->gate);
     moe_experts_destroy(layer->experts);
     moe_comm_destroy(layer->comm);
+    moe__listing_free(&layer->listing, context);
     moe__free(context, layer, sizeof *layer);
     moe_context_destroy(context);
 }

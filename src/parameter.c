@@ -5,7 +5,6 @@
  * gradient each live at a base with strides, or (pools only) at one pointer per expert. */
 #include "internal.h"
 
-#include <stdio.h>
 #include <string.h>
 
 /* ---- structs --------------------------------------------------------------------------------- */
@@ -118,6 +117,7 @@ void moe__experts_parameters_describe(moe_experts *experts)
     list->num_experts = c->num_experts;
     list->weight_layout = c->weight_layout;
     list->glu_order = c->glu_order;
+    if (c->kind != MOE_EXPERTS_FEED_FORWARD) return;
     if (gated && c->glu_order != MOE_GLU_SEPARATE) {
         add_expert_weight(experts, "w13", D, moe__mul(2, F), W1, D);
         add_expert_bias(experts, "b13", moe__mul(2, F), B1);
@@ -131,15 +131,15 @@ void moe__experts_parameters_describe(moe_experts *experts)
     add_expert_bias(experts, "b2", O, B2);
 }
 
-void moe__layer_name_parameters(moe_layer *layer)
+moe_status moe__layer_list_parameters(moe_layer *layer, const char *function)
 {
+    moe__listing *l = &layer->listing;
+    const moe__listing *pool = &layer->experts->listing;
     int64_t of_gate = layer->gate ? layer->gate->parameters.count : 0;
-    for (int64_t i = 0; i < of_gate + layer->experts->parameters.count; i++) {
-        const char *name = i < of_gate ? layer->gate->parameters.p[i].name
-                                       : layer->experts->parameters.p[i - of_gate].name;
-        (void)snprintf(layer->names[i], sizeof layer->names[i], "%s.%s",
-                       i < of_gate ? "gate" : "experts", name);
-    }
+    MOE_TRY(moe__listing_create(l, layer->context, of_gate + pool->count, function));
+    if (layer->gate) moe__listing_add(l, "gate.", &layer->gate->parameters);
+    moe__listing_add_all(l, "experts.", pool);
+    return MOE_OK;
 }
 
 /* ---- memory ---------------------------------------------------------------------------------- */
@@ -211,12 +211,12 @@ int64_t moe_gate_parameter_count(const moe_gate *gate) { return gate ? gate->par
 
 int64_t moe_experts_parameter_count(const moe_experts *experts)
 {
-    return experts ? experts->parameters.count : 0;
+    return experts ? experts->listing.count : 0;
 }
 
 int64_t moe_layer_parameter_count(const moe_layer *layer)
 {
-    return layer ? moe_gate_parameter_count(layer->gate) + layer->experts->parameters.count : 0;
+    return layer ? layer->listing.count : 0;
 }
 
 static int64_t find(const moe__parameter_list *list, const char *name)
@@ -232,14 +232,12 @@ int64_t moe_gate_parameter_find(const moe_gate *gate, const char *name)
 
 int64_t moe_experts_parameter_find(const moe_experts *experts, const char *name)
 {
-    return experts && name ? find(&experts->parameters, name) : -1;
+    return experts && name ? moe__listing_find(&experts->listing, name) : -1;
 }
 
 int64_t moe_layer_parameter_find(const moe_layer *layer, const char *name)
 {
-    for (int64_t i = 0; name && i < moe_layer_parameter_count(layer); i++)
-        if (strcmp(layer->names[i], name) == 0) return i;
-    return -1;
+    return layer && name ? moe__listing_find(&layer->listing, name) : -1;
 }
 
 static moe_status check_index(int64_t index, int64_t count, const char *function)
@@ -274,6 +272,14 @@ static moe_status write_record(const moe__parameter *p, const char *name,
     return MOE_OK;
 }
 
+static moe_status record_listed(const moe__listing *listing, int64_t index,
+                                moe_parameter_record *record, const char *function)
+{
+    MOE_TRY(check_index(index, listing->count, function));
+    return write_record(moe__listed_parameter(listing, index), listing->entry[index].name, record,
+                        function);
+}
+
 moe_status moe_gate_parameter(const moe_gate *gate, int64_t index, moe_parameter_record *record)
 {
     if (!gate) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "gate is NULL");
@@ -286,19 +292,13 @@ moe_status moe_experts_parameter(const moe_experts *experts, int64_t index,
                                  moe_parameter_record *record)
 {
     if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
-    MOE_TRY(check_index(index, experts->parameters.count, __func__));
-    return write_record(&experts->parameters.p[index], experts->parameters.p[index].name, record,
-                        __func__);
+    return record_listed(&experts->listing, index, record, __func__);
 }
 
 moe_status moe_layer_parameter(const moe_layer *layer, int64_t index, moe_parameter_record *record)
 {
     if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
-    int64_t of_gate = moe_gate_parameter_count(layer->gate);
-    MOE_TRY(check_index(index, moe_layer_parameter_count(layer), __func__));
-    const moe__parameter *p = index < of_gate ? &layer->gate->parameters.p[index]
-                                              : &layer->experts->parameters.p[index - of_gate];
-    return write_record(p, layer->names[index], record, __func__);
+    return record_listed(&layer->listing, index, record, __func__);
 }
 
 /* ---- bind ------------------------------------------------------------------------------------ */
@@ -424,6 +424,13 @@ static moe_status bind(moe__parameter_list *list, int64_t index, const moe_bindi
     return MOE_OK;
 }
 
+static moe_status bind_listed(const moe__listing *listing, int64_t index,
+                              const moe_binding *binding, const char *function)
+{
+    MOE_TRY(check_index(index, listing->count, function));
+    return bind(listing->entry[index].list, listing->entry[index].index, binding, function);
+}
+
 moe_status moe_gate_bind(moe_gate *gate, int64_t index, const moe_binding *binding)
 {
     if (!gate) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "gate is NULL");
@@ -433,14 +440,11 @@ moe_status moe_gate_bind(moe_gate *gate, int64_t index, const moe_binding *bindi
 moe_status moe_experts_bind(moe_experts *experts, int64_t index, const moe_binding *binding)
 {
     if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
-    return bind(&experts->parameters, index, binding, __func__);
+    return bind_listed(&experts->listing, index, binding, __func__);
 }
 
 moe_status moe_layer_bind(moe_layer *layer, int64_t index, const moe_binding *binding)
 {
     if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
-    int64_t of_gate = moe_gate_parameter_count(layer->gate);
-    MOE_TRY(check_index(index, moe_layer_parameter_count(layer), __func__));
-    return index < of_gate ? bind(&layer->gate->parameters, index, binding, __func__)
-                           : bind(&layer->experts->parameters, index - of_gate, binding, __func__);
+    return bind_listed(&layer->listing, index, binding, __func__);
 }

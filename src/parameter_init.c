@@ -113,7 +113,9 @@ moe_status moe_gate_init_parameters(moe_gate *gate, uint64_t seed)
 moe_status moe_experts_init_parameters(moe_experts *experts, uint64_t seed)
 {
     if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
-    return init_all(&experts->parameters, seed, 0, __func__);
+    for (int64_t i = 0; i < experts->parts; i++)
+        MOE_TRY(init_all(&experts->part[i]->parameters, seed, 0, __func__));
+    return MOE_OK;
 }
 
 moe_status moe_layer_init_parameters(moe_layer *layer, uint64_t seed)
@@ -125,14 +127,21 @@ moe_status moe_layer_init_parameters(moe_layer *layer, uint64_t seed)
 
 /* ---- zero ------------------------------------------------------------------------------------ */
 
-/* Rows of a gradient: everything but the last dimension. */
+/* The rows of a gradient, everything but the last dimension: of all experts, or of those listed. */
+typedef struct zeroing {
+    const moe__parameter *p;
+    const int32_t *experts; /* NULL: all */
+} zeroing;
+
 static void zero_range(void *argument, int64_t begin, int64_t end)
 {
-    const moe__parameter *p = argument;
+    const zeroing *z = argument;
+    const moe__parameter *p = z->p;
     int64_t element = moe__dtype_size(p->dtype), width = p->shape[p->dims - 1];
     int64_t rows = p->dims == 3 ? p->shape[1] : 1, step = p->grad_stride[p->dims - 1];
     for (int64_t r = begin; r < end; r++) {
         int64_t outer = p->dims == 1 ? 0 : r / rows, inner = p->dims == 3 ? r % rows : 0;
+        if (z->experts) outer = z->experts[outer];
         char *base = p->grad_each ? p->grad_each[outer] : p->grad;
         int64_t at = (p->grad_each || p->dims == 1 ? 0 : outer * p->grad_stride[0]) +
                      (p->dims == 3 ? inner * p->grad_stride[1] : 0);
@@ -146,36 +155,77 @@ static void zero_range(void *argument, int64_t begin, int64_t end)
     }
 }
 
-static moe_status zero_gradients(moe__parameter_list *list, void *stream, const char *function)
+/* experts NULL: the whole of every gradient; else, of a pool's, the parts of those `count`. */
+static moe_status zero_gradients(moe__parameter_list *list, const int32_t *experts, int64_t count,
+                                 const char *function)
 {
-    if (stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
     for (int64_t i = 0; i < list->count; i++) {
-        moe__parameter *p = &list->p[i];
+        const moe__parameter *p = &list->p[i];
+        zeroing z = {p, experts};
         if (!p->grad && !p->grad_each) continue;
         int64_t width = p->shape[p->dims - 1], rows = moe__parameter_elements(p) / width;
-        MOE_TRY(moe__parallel_range(list->context, rows, moe__max(1, 65536 / width), zero_range, p,
+        if (experts) rows = rows / p->shape[0] * count;
+        MOE_TRY(moe__parallel_range(list->context, rows, moe__max(1, 65536 / width), zero_range, &z,
                                     function));
     }
     return MOE_OK;
 }
 
+static moe_status check_stream(const void *stream, const char *function)
+{
+    if (stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
+    return MOE_OK;
+}
+
+static moe_status zero_pool(moe_experts *experts, bool whole, const char *function)
+{
+    for (int64_t i = 0; i < experts->parts; i++) {
+        moe_experts *part = experts->part[i];
+        MOE_TRY(zero_gradients(&part->parameters, whole ? NULL : part->touched_list,
+                               part->touched_count, function));
+        for (int64_t n = 0; n < part->touched_count; n++) part->touched[part->touched_list[n]] = 0;
+        part->touched_count = 0;
+    }
+    return MOE_OK;
+}
+
+static moe_status zero_layer(moe_layer *layer, bool whole, const char *function)
+{
+    if (layer->gate) MOE_TRY(zero_gradients(&layer->gate->parameters, NULL, 0, function));
+    return zero_pool(layer->experts, whole, function);
+}
+
 moe_status moe_gate_zero_gradients(moe_gate *gate, void *stream)
 {
     if (!gate) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "gate is NULL");
-    return zero_gradients(&gate->parameters, stream, __func__);
+    MOE_TRY(check_stream(stream, __func__));
+    return zero_gradients(&gate->parameters, NULL, 0, __func__);
 }
 
 moe_status moe_experts_zero_gradients(moe_experts *experts, void *stream)
 {
     if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
-    MOE_TRY(zero_gradients(&experts->parameters, stream, __func__));
-    memset(experts->touched, 0, (size_t)experts->config.num_experts);
-    return MOE_OK;
+    MOE_TRY(check_stream(stream, __func__));
+    return zero_pool(experts, true, __func__);
 }
 
 moe_status moe_layer_zero_gradients(moe_layer *layer, void *stream)
 {
     if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
-    if (layer->gate) MOE_TRY(moe_gate_zero_gradients(layer->gate, stream));
-    return moe_experts_zero_gradients(layer->experts, stream);
+    MOE_TRY(check_stream(stream, __func__));
+    return zero_layer(layer, true, __func__);
+}
+
+moe_status moe_experts_zero_touched_gradients(moe_experts *experts, void *stream)
+{
+    if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
+    MOE_TRY(check_stream(stream, __func__));
+    return zero_pool(experts, false, __func__);
+}
+
+moe_status moe_layer_zero_touched_gradients(moe_layer *layer, void *stream)
+{
+    if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
+    MOE_TRY(check_stream(stream, __func__));
+    return zero_layer(layer, false, __func__);
 }

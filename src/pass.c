@@ -19,9 +19,10 @@ static void losses_defaults(void *instance) { *(moe_losses *)instance = (moe_los
 static void stats_defaults(void *instance) { *(moe_stats *)instance = (moe_stats){0}; }
 static void view_defaults(void *instance) { *(moe_tensor_view *)instance = (moe_tensor_view){0}; }
 
-const moe__struct_info moe__forward_args_info = MOE__STRUCT_INFO(moe_forward_args,
-                                                                 forward_defaults);
-/* x_stride and gate_x_stride came after the first release's fields. */
+/* What came after the first fields begins at noise_primary, and at x_stride. */
+const moe__struct_info moe__forward_args_info = {"moe_forward_args", sizeof(moe_forward_args),
+                                                 offsetof(moe_forward_args, noise_primary),
+                                                 forward_defaults};
 const moe__struct_info moe__backward_args_info = {"moe_backward_args", sizeof(moe_backward_args),
                                                   offsetof(moe_backward_args, x_stride),
                                                   backward_defaults};
@@ -139,7 +140,7 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     double weights[MOE_LOSS_SLOTS] = {0};
     if (!pass) REFUSE_ARGUMENT("pass is NULL");
     const moe_gate_config *gate = pass->gate ? &pass->gate->config : NULL;
-    const moe_experts_config *experts = pass->experts ? &pass->experts->config : NULL;
+    const moe__experts_room *experts = pass->experts ? &pass->experts->room : NULL;
     if (max_tokens < 0) REFUSE_ARGUMENT("max_tokens is %lld", (ll)max_tokens);
     if (max_groups < 0) REFUSE_ARGUMENT("max_groups is %lld", (ll)max_groups);
     if (max_top_k == MOE_FROM_CONFIG && gate)

@@ -60,24 +60,26 @@ static void lay_out_gate_backward(moe_pass *pass, moe__arena *arena, const moe__
     b->d_score = moe__arena_take(arena, s->num_experts, real_size);
 }
 
-static void lay_out_experts(moe_pass *pass, moe__arena *arena, const moe__pass_shape *s,
-                            int64_t real_size)
+/* Rows of a pool for `entries` entries. */
+static void lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__experts_room *c,
+                            int64_t entries, bool save, int64_t real_size)
 {
-    moe__experts_job *e = &pass->experts_job;
-    const moe_experts_config *c = s->experts;
-    int64_t hidden = moe__mul(s->entries, c->d_hidden), output = moe__mul(s->entries, c->d_out);
-    bool gated = moe__is_gated(c->activation), sigmoid = c->output == MOE_OUTPUT_SIGMOID;
+    int64_t hidden = moe__mul(entries, c->d_hidden), output = moe__mul(entries, c->d_out);
+    int64_t input = moe__mul(entries, c->d_model), bytes = c->workspace_per_row;
     e->z1 = moe__arena_take(arena, hidden, real_size);
-    e->z3 = gated ? moe__arena_take(arena, hidden, real_size) : NULL;
-    e->h = s->save ? moe__arena_take(arena, hidden, real_size) : e->z1;
+    e->z3 = c->gated ? moe__arena_take(arena, hidden, real_size) : NULL;
+    e->h = save ? moe__arena_take(arena, hidden, real_size) : e->z1;
     e->out = moe__arena_take(arena, output, real_size);
-    e->weight_of_row = moe__arena_take(arena, s->entries, real_size);
-    e->tile_begin = moe__arena_take(arena, moe__add(s->num_experts, 1), sizeof *e->tile_begin);
-    if (!s->save) return;
-    e->dz = sigmoid ? moe__arena_take(arena, output, real_size) : NULL;
+    e->weight_of_row = moe__arena_take(arena, entries, real_size);
+    e->tile_begin = moe__arena_take(arena, moe__add(c->num_experts, 1), sizeof *e->tile_begin);
+    e->x_rows = c->x_rows ? moe__arena_take(arena, input, real_size) : NULL;
+    e->workspace = bytes ? moe__arena_take(arena, entries, bytes) : NULL;
+    e->combine_weight = c->combine_weight ? moe__arena_take(arena, entries, real_size) : NULL;
+    if (!save) return;
+    e->dz = c->dz ? moe__arena_take(arena, output, real_size) : NULL;
     e->dh = moe__arena_take(arena, hidden, real_size);
-    e->dz3 = gated ? moe__arena_take(arena, hidden, real_size) : NULL;
-    pass->dx_rows = moe__arena_take(arena, moe__mul(s->entries, c->d_model), real_size);
+    e->dz3 = c->gated ? moe__arena_take(arena, hidden, real_size) : NULL;
+    e->dx_rows = moe__arena_take(arena, input, real_size);
 }
 
 /* Scratch of a worker, the same whatever instruction set a context is restricted to. */
@@ -103,7 +105,8 @@ void moe__pass_layout(moe_pass *pass, moe__arena *arena, const moe__pass_shape *
     lay_out_losses(pass, arena, s, real_size);
     if (s->gate && s->route) lay_out_route(pass, arena, s, real_size);
     if (s->gate && s->route && s->save) lay_out_gate_backward(pass, arena, s, real_size);
-    if (s->experts) lay_out_experts(pass, arena, s, real_size);
+    if (s->experts)
+        lay_out_experts(&pass->experts_job, arena, s->experts, s->entries, s->save, real_size);
     int64_t output = s->experts ? moe__mul(s->tokens, s->experts->d_out) : 0;
     bool saved = s->experts && s->output_sigmoid && s->save;
     pass->y_saved = saved ? moe__arena_take(arena, output, real_size) : NULL;
@@ -113,7 +116,7 @@ void moe__pass_layout(moe_pass *pass, moe__arena *arena, const moe__pass_shape *
     pass->route.workers = pass->experts_job.workers = workers;
 }
 
-moe__pass_shape moe__pass_shape_of(const moe_gate_config *gate, const moe_experts_config *experts,
+moe__pass_shape moe__pass_shape_of(const moe_gate_config *gate, const moe__experts_room *experts,
                                    int32_t layer_output, const double *weights, bool route,
                                    bool replay, uint64_t flags)
 {

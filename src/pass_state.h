@@ -15,8 +15,8 @@ enum {
 
 /* What a pass must have room for. */
 typedef struct moe__pass_shape {
-    const moe_gate_config *gate;       /* NULL: no gate */
-    const moe_experts_config *experts; /* NULL: no experts; d_out resolved */
+    const moe_gate_config *gate;      /* NULL: no gate */
+    const moe__experts_room *experts; /* NULL: no experts */
     int64_t tokens, entries, num_experts, groups, top_k;
     int32_t dtype, threads;
     int32_t route;          /* 1: the gate runs (no plan with weights) */
@@ -64,7 +64,6 @@ struct moe_pass {
     int64_t gate_x_stride;
     void *y_saved;           /* [T,O], with a sigmoid on the layer's output */
     void *dy_inner;          /* [T,O], likewise */
-    void *dx_rows;           /* [R,D] */
     void *entry_grad;        /* [N] */
     void *plan_weight;       /* [N] weights before dropping */
     int64_t *rows_of_expert; /* [E] */
@@ -115,21 +114,39 @@ moe_status moe__run_backward(moe_pass *pass, const moe_backward_args *args, int3
                              const char *function);
 
 /* The shape for a batch; weights are the losses'. pass_layout.c */
-moe__pass_shape moe__pass_shape_of(const moe_gate_config *gate, const moe_experts_config *experts,
+moe__pass_shape moe__pass_shape_of(const moe_gate_config *gate, const moe__experts_room *experts,
                                    int32_t layer_output, const double *weights, bool route,
                                    bool replay, uint64_t flags);
 /* A gate config's weights as an array. gate.c */
 void moe__gate_loss_weights(const moe_gate_config *config, double weights[MOE_LOSS_SLOTS]);
 
-/* Checks of configs, shared by create and the cost queries. experts: resolves d_out. */
+/* Checks of configs, shared by create and the cost queries. experts: resolves d_out and reads the
+ * callbacks. */
 moe_status moe__gate_config_check(const moe_gate_config *config, const char *function);
-moe_status moe__experts_config_check(moe_experts_config *config, const char *function);
+moe_status moe__experts_config_check(moe_experts_config *config, moe_expert_callbacks *callbacks,
+                                     const char *function);
 moe_status moe__layer_config_check(const moe_layer_config *config, const char *function);
+
+moe__experts_room moe__experts_room_of(const moe_experts_config *config,
+                                       const moe_expert_callbacks *callbacks);
 
 /* The strided operands of a gate's or pool's parameters; data, or gradients. experts.c, gate.c */
 void moe__experts_operands(const moe_experts *experts, moe__experts_job *job);
 void moe__experts_gradients(const moe_experts *experts, moe__experts_job *job, bool wanted);
 void moe__gate_operands(const moe_gate *gate, moe__route_job *job);
 void moe__gate_gradients(const moe_gate *gate, moe__gate_backward_job *job, bool wanted);
+
+/* experts_step.c: the rows of a pool, part by part. `job` was laid out for the pool's room.
+ * forward: job has plan and x; makes out. */
+moe_status moe__experts_rows_forward(const moe_experts *experts, moe__experts_job *job,
+                                     const moe__backend *kernels);
+/* Makes combine multiply and sum the rows of `job`: plan, width, rows_in and weights. */
+void moe__experts_combine(const moe_experts *experts, const moe__experts_job *job,
+                          moe__rows_job *combine);
+/* backward: job has plan, x, dy, overwrite, parameters (0: no gradient by any) and
+ * entry_weight_grad, or NULL; makes that for all entries, parameter gradients and, if `want_dx`,
+ * dx_rows. */
+moe_status moe__experts_rows_backward(moe_experts *experts, moe__experts_job *job, bool want_dx,
+                                      const moe__backend *kernels);
 
 #endif

@@ -15,7 +15,8 @@ static void args_defaults(void *instance)
 }
 static void view_defaults(void *instance) { *(moe_plan_view *)instance = (moe_plan_view){0}; }
 
-const moe__struct_info moe__plan_args_info = MOE__STRUCT_INFO(moe_plan_args, args_defaults);
+const moe__struct_info moe__plan_args_info = {"moe_plan_args", sizeof(moe_plan_args),
+                                              offsetof(moe_plan_args, seed), args_defaults};
 const moe__struct_info moe__plan_view_info = MOE__STRUCT_INFO(moe_plan_view, view_defaults);
 
 moe_status moe_plan_args_init(moe_plan_args *args, size_t size)

@@ -1,4 +1,4 @@
-/* moe/experts.h - a pool of E feed-forward experts.
+/* moe/experts.h - a pool of E experts: feed-forward, identity, or the host's own.
  *
  *     plain:  h = act(x W1 + b1),                    z = h W2 + b2
  *     gated:  h = act(x W1 + b1) * (x W3 + b3),      z = h W2 + b2     (Shazeer 2020, arXiv
@@ -54,18 +54,61 @@ enum {
 /* A function applied to an output; also used by the layer. */
 enum { MOE_OUTPUT_LINEAR = 0, MOE_OUTPUT_SIGMOID = 1 };
 
+enum { MOE_MAX_PARTS = 8 }; /* most parts of a pool */
+
 /* What the plan's weight multiplies. */
 enum {
     MOE_WEIGHT_ON_OUTPUT = 0, /* z */
-    MOE_WEIGHT_ON_HIDDEN = 1, /* h; MOE_ERROR_NOT_SUPPORTED so far */
-    MOE_WEIGHT_ON_INPUT = 2   /* x; MOE_ERROR_NOT_SUPPORTED so far */
+    MOE_WEIGHT_ON_HIDDEN = 1, /* h: z = (weight h) W2 + b2 */
+    MOE_WEIGHT_ON_INPUT = 2   /* x: z = expert(weight x); Llama 4 */
 };
+
+/* What an expert of a pool is. */
+enum {
+    MOE_EXPERTS_FEED_FORWARD = 0,
+    MOE_EXPERTS_IDENTITY = 1, /* z = x: a zero-computation expert (arXiv 2410.07348); O = D, no
+                                 parameters, d_hidden 0 */
+    MOE_EXPERTS_CALLBACK = 2  /* the host's functions; d_hidden 0, no parameters here */
+};
+
+/* A call of the host's own experts: the rows of one of them. Size-versioned like all structs. */
+typedef struct moe_expert_call {
+    uint64_t struct_size;
+    int64_t expert;     /* number in the pool that was given the callbacks, from 0 */
+    int64_t rows;       /* >= 1 */
+    const void *x;      /* in: [rows,D] dense, gathered */
+    void *out;          /* out of a forward, in to a backward: [rows,O] dense */
+    const void *dout;   /* backward: in: [rows,O] gradient by out, the weight applied */
+    void *dx;           /* backward: out: [rows,D] dense, to be set; NULL: not wanted */
+    void *workspace;    /* [rows, workspace_per_row] bytes, 64-byte aligned at the first row of the
+                         pool: what a forward leaves there its backward finds; NULL for 0 */
+    int32_t dtype;      /* MOE_DTYPE_* of all of these: the pool's, or f64 in a
+                         moe_check_gradients */
+    int32_t parameters; /* backward: 1 if gradients of the host's parameters are wanted: add them */
+} moe_expert_call;
+
+/* Returns 0, or anything else to fail the step with MOE_ERROR_CALLBACK. */
+typedef int32_t (*moe_expert_fn)(void *user, const moe_expert_call *call);
+
+/* The host's own experts. They are called on the thread that called the library, expert by expert
+ * in ascending order, under the default floating-point environment; experts without rows are not
+ * called. They must not call the library with the same pass. */
+typedef struct moe_expert_callbacks {
+    uint64_t struct_size;
+    void *user;                /* handed to both */
+    moe_expert_fn forward;     /* required */
+    moe_expert_fn backward;    /* NULL: a backward is refused with MOE_ERROR_INVALID_STATE */
+    int64_t workspace_per_row; /* bytes kept between forward and backward; default 0 */
+} moe_expert_callbacks;
+
+/* Writes every default (0) and the caller's size. Returns as moe_context_config_init. Since 0.1. */
+MOE_API moe_status moe_expert_callbacks_init(moe_expert_callbacks *callbacks, size_t size);
 
 /* How a pool is made. Fill with moe_experts_config_init, then change what you need. */
 typedef struct moe_experts_config {
     uint64_t struct_size;
     int64_t d_model;          /* D >= 1; default 0 is refused */
-    int64_t d_hidden;         /* F >= 1; default 0 is refused */
+    int64_t d_hidden;         /* F >= 1; default 0 is for kinds without a hidden layer */
     int64_t d_out;            /* O >= 1; default MOE_SAME = D */
     int64_t num_experts;      /* E, 1 to 2^31 - 1; default 0 is refused */
     int32_t activation;       /* MOE_ACTIVATION_*; default ReLU */
@@ -77,13 +120,19 @@ typedef struct moe_experts_config {
     int32_t output;           /* MOE_OUTPUT_*, of each expert's z before the weight; default
                                  linear */
     int32_t weight_position;  /* MOE_WEIGHT_ON_*; default output */
-    double activation_alpha;  /* clamped SwiGLU; default 0; more is MOE_ERROR_NOT_SUPPORTED so
-                                 far */
-    double activation_limit;  /* default 0; likewise */
-    double activation_offset; /* default 0; likewise */
+    double activation_alpha;  /* MOE_ACTIVATION_SWIGLU only: act(g) = g sigmoid(alpha g); default
+                                 0, as 1 */
+    double activation_limit;  /* likewise: g = min(x W1 + b1, limit), u = x W3 + b3 clamped to
+                                 [-limit, limit]; default 0: none */
+    double activation_offset; /* likewise: h = act(g) (u + offset); default 0. gpt-oss has 1.702, 7,
+                                 1 */
     int32_t parameters;       /* MOE_PARAMETERS_*; default MOE_PARAMETERS_OWNED */
     int32_t reserved;         /* 0 */
     double init_std;          /* default MOE_INIT_DEFAULT (-1): 1/sqrt(fan_in) */
+    const moe_expert_callbacks *callbacks; /* of MOE_EXPERTS_CALLBACK, copied; else NULL. Of
+                                              moe_experts_get_config: lives as long as the pool */
+    int32_t kind;                          /* MOE_EXPERTS_*; default feed-forward */
+    int32_t reserved2;                     /* 0 */
 } moe_experts_config;
 
 /* Writes every default and the caller's size. Returns as moe_context_config_init. Since 0.1. */
@@ -98,6 +147,22 @@ MOE_API moe_status moe_experts_config_init(moe_experts_config *config, size_t si
  * MOE_ERROR_OUT_OF_MEMORY or an error of the struct's size. Since 0.1. */
 MOE_API moe_status moe_experts_create(moe_experts **experts, moe_context *context,
                                       const moe_experts_config *config);
+
+/* Creates a pool of several pools: experts of different width, kind or activation behind one gate.
+ * The experts of part 0 come first, then those of part 1, and so on.
+ *   experts  out: the new pool; untouched on error
+ *   parts    in: [count] pools of one context, dtype, D and O; a reference on each is held. None
+ *            may itself be made of parts, or be there twice
+ *   count    1 to MOE_MAX_PARTS
+ * Parameters are the parts', named "0.w1", "1.w1", ...: binding one binds it in the part, and
+ * moe_experts_init_parameters gives each part what it would get alone, so that parts of one shape
+ * begin alike: give such parts seeds of their own. Touched experts and a running backward are the
+ * parts' too. The config that moe_experts_get_config gives has d_hidden 0 and the sum of the parts'
+ * num_experts.
+ * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_OVERFLOW, MOE_ERROR_OUT_OF_MEMORY. Since
+ * 0.1. */
+MOE_API moe_status moe_experts_create_parts(moe_experts **experts, moe_experts *const *parts,
+                                            int64_t count);
 
 /* Gives up the program's reference. NULL is legal. Since 0.1. */
 MOE_API void moe_experts_destroy(moe_experts *experts);

@@ -1,6 +1,8 @@
 /* moe/layer.h - the Mixture-of-Experts layer: what most hosts use.
  *
- *     y = sum over the experts e chosen for a token of  weight_e * expert_e(x),   then `output`
+ *     y = sum over the experts e chosen for a token of  weight_e * expert_e(x)
+ *     y = c0 y + c1 residual(x),  c = softmax(x Wc + bc), or 1 and 1
+ *     y = y + s shared(x),        s = sigmoid(x . ws), or 1;                     then `output`
  *
  * Forward makes a pass, backward consumes it. See moe/pass.h for the arguments and
  * docs/embedding.md for whole programs. */
@@ -16,6 +18,14 @@
 
 MOE_BEGIN_DECLS
 
+/* What the routed part of y is for a token that has no row: all its entries were dropped, or it has
+ * none. (A masked token gets 0.) */
+enum {
+    MOE_DROPPED_ZERO = 0,
+    MOE_DROPPED_PASS_THROUGH = 1, /* x; D = O */
+    MOE_DROPPED_UNTOUCHED = 2     /* y is not written */
+};
+
 /* How a layer is made. Fill with moe_layer_config_init, then set gate and experts. */
 typedef struct moe_layer_config {
     uint64_t struct_size;
@@ -23,15 +33,21 @@ typedef struct moe_layer_config {
                               none to a pool of one expert: a plain feed-forward network */
     moe_experts *experts;  /* holds a reference; required. Its E, dtype and context must be the
                               gate's */
-    moe_experts *shared;   /* an expert every token visits; MOE_ERROR_NOT_SUPPORTED unless NULL
-                              so far */
-    moe_experts *residual; /* DeepSpeed-MoE's residual branch; likewise */
+    moe_experts *shared;   /* experts every token visits, with weight 1; holds a reference; NULL:
+                              none. D, O, dtype and context as the pool's; another pool */
+    moe_experts *residual; /* DeepSpeed-MoE's residual branch (arXiv 2201.05596); likewise */
     moe_comm *comm;        /* holds a reference; NULL: one rank */
     int32_t output;        /* MOE_OUTPUT_*, of the layer's y; default linear. Not with
                               MOE_FORWARD_ADD */
     int32_t layer_id;      /* number of this layer in the noise counter, 0 to 65535; default 0 */
-    int32_t shared_gate;   /* default 0; more is MOE_ERROR_NOT_SUPPORTED so far */
-    int32_t residual_mix;  /* default 0; likewise */
+    int32_t shared_gate;   /* 1: the shared part is multiplied by sigmoid(x . "shared_gate"), a
+                              parameter [D] of the layer; default 0 */
+    int32_t residual_mix;  /* 1: learned two-way mix of routed and residual part, parameters
+                              "residual_mix" [D,2] and "residual_mix_bias" [2] of the layer;
+                              default 0: their sum */
+    int32_t dropped;       /* MOE_DROPPED_*; default zero. Others clash with an output function and
+                              residual_mix, MOE_DROPPED_UNTOUCHED with shared and residual too */
+    int32_t parameters;    /* MOE_PARAMETERS_* of the layer's own; default owned */
 } moe_layer_config;
 
 /* Writes every default and the caller's size. Returns as moe_context_config_init. Since 0.1. */
@@ -81,15 +97,17 @@ MOE_API moe_status moe_layer_backward(moe_layer *layer, moe_pass *pass,
 /* A question about cost, answered before anything is allocated. */
 typedef struct moe_cost_query {
     uint64_t struct_size;
-    const moe_gate_config *gate;       /* NULL: no gate; top_k must then be given */
-    const moe_experts_config *experts; /* NULL: no experts */
-    const moe_layer_config *layer;     /* NULL: the defaults; its handles are not looked at */
-    int64_t tokens;                    /* T */
-    int64_t groups;                    /* 0 = one */
-    int64_t top_k;                     /* K; default MOE_FROM_CONFIG */
-    uint64_t flags;                    /* MOE_FORWARD_* of the forward */
-    int32_t threads;                   /* of the context; 0 = as moe_context_create would choose */
-    int32_t reserved;                  /* 0 */
+    const moe_gate_config *gate;        /* NULL: no gate; top_k must then be given */
+    const moe_experts_config *experts;  /* NULL: no experts; of one pool, not one of parts */
+    const moe_layer_config *layer;      /* NULL: the defaults; its handles are not looked at */
+    int64_t tokens;                     /* T */
+    int64_t groups;                     /* 0 = one */
+    int64_t top_k;                      /* K; default MOE_FROM_CONFIG */
+    uint64_t flags;                     /* MOE_FORWARD_* of the forward */
+    int32_t threads;                    /* of the context; 0 = as moe_context_create would choose */
+    int32_t reserved;                   /* 0 */
+    const moe_experts_config *shared;   /* the layer's shared experts, or NULL */
+    const moe_experts_config *residual; /* its residual branch, or NULL */
 } moe_cost_query;
 
 /* Its answers, in bytes and in floating-point operations (a multiply-add is 2). */
@@ -99,7 +117,7 @@ typedef struct moe_cost {
     int64_t gradient_bytes;  /* their gradients */
     int64_t parameter_count; /* elements */
     int64_t pass_bytes;      /* what a pass for T tokens allocates, or needs as workspace */
-    int64_t forward_flops;   /* of all products: gate, experts, combine */
+    int64_t forward_flops;   /* of all products: gate, experts, combine; 0 for the host's experts */
     int64_t backward_flops;
     int64_t active_parameters; /* elements a token meets: gate plus K experts */
 } moe_cost;

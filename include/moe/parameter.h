@@ -100,8 +100,13 @@ MOE_API int64_t moe_layer_parameter_count(const moe_layer *layer);
  * A gate has "weight" [D,E], "bias" [E], "noise_weight" [D,E]; experts have "w1" [E,D,F], "b1"
  * [E,F], "w3" and "b3" of the same shapes for gated activations (with a fused GLU order "w13"
  * [E,D,2F] and "b13" [E,2F] in place of the four), "w2" [E,F,O], "b2" [E,O]; with MOE_WEIGHT_OUT_IN
- * the last two dimensions of weights are exchanged. A layer puts "gate." and "experts." before.
- * Only what the config asks for is there. Since 0.1. */
+ * the last two dimensions of weights are exchanged. A layer puts "gate.", "experts.", "shared." and
+ * "residual." before, and has "shared_gate" [D], "residual_mix" [D,2] and "residual_mix_bias" [2]
+ * of its own. Gates also have "selection_bias" [E] (a buffer), "threshold" [E] (of
+ * MOE_GATE_BALANCED) and, if hierarchical with A groups of B experts, "primary_weight" [D,A],
+ * "primary_noise_weight" [D,A], "weight" [A,D,B] and "noise_weight" [A,D,B].
+ * A pool of parts has "0.w1", "1.w1", ..., in a layer "experts.0.w1". Only what the config asks for
+ * is there. Since 0.1. */
 MOE_API int64_t moe_gate_parameter_find(const moe_gate *gate, const char *name);
 /* As above, for a pool. Since 0.1. */
 MOE_API int64_t moe_experts_parameter_find(const moe_experts *experts, const char *name);
@@ -147,6 +152,13 @@ MOE_API moe_status moe_gate_zero_gradients(moe_gate *gate, void *stream);
 MOE_API moe_status moe_experts_zero_gradients(moe_experts *experts, void *stream);
 /* As above, for a layer. Since 0.1. */
 MOE_API moe_status moe_layer_zero_gradients(moe_layer *layer, void *stream);
+
+/* As the two above, but of a pool's gradients only those of the experts that were touched since the
+ * last zeroing: as good if none but the library's backward writes to the others, and its time does
+ * not grow with the number of experts. Returns as they do. Since 0.1. */
+MOE_API moe_status moe_experts_zero_touched_gradients(moe_experts *experts, void *stream);
+/* As above, for a layer: its gate and its own parameters whole. Since 0.1. */
+MOE_API moe_status moe_layer_zero_touched_gradients(moe_layer *layer, void *stream);
 
 /* Gives every owned parameter its first value; bound data is never written and is left out. The
  * same seed gives the same number for a logical element whatever the storage mode, layout, GLU

@@ -23,7 +23,7 @@ enum {
     MOE_LOSS_GSHARD = 3,
     MOE_LOSS_Z = 4,
     MOE_LOSS_SEQUENCE = 5,
-    MOE_LOSS_THRESHOLD = 6, /* always 0 so far */
+    MOE_LOSS_THRESHOLD = 6, /* of MOE_GATE_BALANCED, with MOE_FORWARD_TRAIN */
     MOE_LOSS_SLOTS = 16     /* length of every array of losses, for good; unused slots are 0 */
 };
 
@@ -103,7 +103,8 @@ typedef struct moe_forward_args {
     const int64_t *group_begin; /* in: [groups+1] first token of each group, ascending from 0 to
                                    T, or NULL: one group */
     int64_t groups;             /* 0 = one group, with or without group_begin */
-    const int64_t *token_key;   /* in: [T] for hash routing; must be NULL so far */
+    const int64_t *token_key;   /* in: [T] what MOE_GATE_HASH draws the experts from: a word, a
+                                   task; required there without a plan, NULL elsewhere */
     const moe_plan *plan;       /* in: a routing to replay, copied, the pass's own included; or
                                    NULL: the gate routes. Without a gate NULL is for a pool
                                    of one expert: every token visits it with weight 1 */
@@ -118,6 +119,9 @@ typedef struct moe_forward_args {
                                    backend memory; or NULL */
     void *stats_out;            /* out: [MOE_STAT_SLOTS] the same for the statistics; or NULL */
     void *stream;               /* NULL on CPU */
+    const void *noise_primary;  /* in: [T,expert_groups] numbers of the host for the primary gate of
+                                   MOE_GATE_HIERARCHICAL, together with noise; or NULL */
+    int64_t noise_primary_stride; /* 0 = expert_groups */
 } moe_forward_args;
 
 /* Arguments of a backward. Fill with moe_backward_args_init, then set what you use. */
@@ -214,6 +218,14 @@ MOE_API int64_t moe_pass_bytes(const moe_pass *pass);
  * 0.1. */
 MOE_API moe_status moe_pass_plan(const moe_pass *pass, const moe_plan **plan);
 
+/* The primary routing of the last forward of a MOE_GATE_HIERARCHICAL: expert_groups in place of
+ * experts, top_groups entries a token, nothing dropped. Its rows, sorted by group, are the rows of
+ * the [rows, E / expert_groups] tensors of moe_pass_tensor.
+ *   plan  out: as of moe_pass_plan
+ * Returns as moe_pass_plan; MOE_ERROR_INVALID_STATE also for other kinds, after a replay and after
+ * moe_pass_trim. Since 0.1. */
+MOE_API moe_status moe_pass_primary_plan(const moe_pass *pass, const moe_plan **plan);
+
 /* The losses of the last forward. */
 typedef struct moe_losses {
     uint64_t struct_size;
@@ -250,7 +262,9 @@ enum {
     MOE_TENSOR_LOAD = 4,         /* [E] f64: smooth load ([1] eq. 10), or for kinds without one
                                     the counts */
     MOE_TENSOR_COUNTS = 5,       /* [E] i64: entries per expert, before dropping */
-    MOE_TENSOR_ROWS = 6          /* [E] i64: rows per expert, after dropping */
+    MOE_TENSOR_ROWS = 6,         /* [E] i64: rows per expert, after dropping */
+    MOE_TENSOR_PRIMARY_LOAD = 7  /* [expert_groups] f64: the primary gate's load;
+                                    MOE_GATE_HIERARCHICAL only */
 };
 
 /* A tensor of a pass, read-only. */

@@ -34,7 +34,11 @@ typedef struct moe_plan_args {
                                        (-1) = no limit */
     int32_t drop_policy;            /* MOE_DROP_*; default token order */
     int32_t renormalize_after_drop; /* as in moe_gate_config; default 0 */
-    const void *token_priority;     /* for policies to come; must be NULL so far */
+    const void *token_priority;     /* in: [T] of dtype, for MOE_DROP_BATCH_PRIORITY, which needs
+                                       it; else NULL */
+    uint64_t seed;                  /* of MOE_DROP_RANDOM; default 0 */
+    int64_t step;                   /* likewise; below 2^32, as token_first + T; default 0 */
+    int64_t token_first;            /* global number of token 0; default 0 */
 } moe_plan_args;
 
 /* The arrays of a plan, read-only, host memory on CPU. Valid until the plan changes. */

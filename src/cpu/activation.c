@@ -4,12 +4,17 @@
  *     gelu_erf(z) = z Phi(z)                     gelu_tanh(z) = z s(2u), u = sqrt(2/pi)(z +
  *     0.044715 z^3)
  *
- * The last is z/2 (1 + tanh u) written without its cancellation for negative z. A NaN stays a
- * NaN. */
+ * The last is z/2 (1 + tanh u) written without its cancellation for negative z. Clamped SwiGLU:
+ *
+ *     g = min(z1, limit),  u = clamp(z3, -limit, limit),  h = g s(alpha g) (u + offset)
+ *
+ * A NaN stays a NaN. */
 #include "cpu/activation.h"
 #include "numeric.h"
 
-enum { RELU, GELU_TANH, GELU_ERF, SILU };
+#include <math.h>
+
+enum { RELU, GELU_TANH, GELU_ERF, SILU, CLAMPED };
 
 #define SQRT_2_OVER_PI R(0.79788456080286535588)
 #define CUBIC R(0.044715)
@@ -48,9 +53,46 @@ static inline real derivative(int kind, real z)
 
 typedef struct activation_run {
     int32_t kind;
+    real alpha, limit, offset; /* of CLAMPED */
     real *h, *dh, *dz3;
     const real *z1, *z3;
 } activation_run;
+
+/* Comparisons let a NaN through. */
+static inline real clamp_high(real z, real limit) { return z > limit ? limit : z; }
+static inline real clamp_both(real z, real limit)
+{
+    return z > limit ? limit : z < -limit ? -limit : z;
+}
+
+static void clamped_forward(const activation_run *run, int64_t begin, int64_t end)
+{
+    const real *z1 = run->z1, *z3 = run->z3;
+    real *h = run->h;
+    const real alpha = run->alpha, limit = run->limit, offset = run->offset;
+    for (int64_t i = begin; i < end; i++) {
+        real g = clamp_high(z1[i], limit), u = clamp_both(z3[i], limit);
+        h[i] = g * r_sigmoid(alpha * g) * (u + offset);
+    }
+}
+
+/* a = g s(alpha g), da/dg = s (1 + alpha g (1 - s)). The gradient of a clamp is 1 up to its bound
+ * and 0 beyond it. */
+static void clamped_backward(const activation_run *run, int64_t begin, int64_t end)
+{
+    const real *restrict z1 = run->z1, *restrict z3 = run->z3;
+    real *restrict h = run->h, *restrict dh = run->dh, *restrict dz3 = run->dz3;
+    const real alpha = run->alpha, limit = run->limit, offset = run->offset;
+    for (int64_t i = begin; i < end; i++) {
+        real g = clamp_high(z1[i], limit), d = dh[i];
+        real up = clamp_both(z3[i], limit) + offset;
+        real s = r_sigmoid(alpha * g), a = g * s;
+        real slope = s * r_fma(alpha * g, R(1.0) - s, R(1.0));
+        h[i] = a * up;
+        dz3[i] = z3[i] > limit || z3[i] < -limit ? R(0.0) : d * a;
+        dh[i] = z1[i] > limit ? R(0.0) : d * up * slope;
+    }
+}
 
 #define FORWARD_LOOPS(kind)                                                          \
     case kind:                                                                       \
@@ -70,6 +112,7 @@ static void forward_range(void *argument, int64_t begin, int64_t end)
         FORWARD_LOOPS(GELU_TANH)
         FORWARD_LOOPS(GELU_ERF)
         FORWARD_LOOPS(SILU)
+    default: clamped_forward(run, begin, end);
     }
 }
 
@@ -100,6 +143,7 @@ static void backward_range(void *argument, int64_t begin, int64_t end)
         BACKWARD_LOOPS(GELU_TANH)
         BACKWARD_LOOPS(GELU_ERF)
         BACKWARD_LOOPS(SILU)
+    default: clamped_backward(run, begin, end);
     }
 }
 
@@ -116,22 +160,36 @@ static int32_t base_kind(int32_t activation)
     }
 }
 
+/* The plain loops wherever the formula is the plain one. */
+static activation_run run_of(const moe_experts_config *c)
+{
+    activation_run run = {.kind = base_kind(c->activation)};
+    double alpha = c->activation_alpha != 0 ? c->activation_alpha : 1;
+    if (alpha == 1 && c->activation_limit == 0 && c->activation_offset == 0) return run;
+    run.kind = CLAMPED;
+    run.alpha = (real)alpha;
+    run.limit = c->activation_limit != 0 ? (real)c->activation_limit : (real)INFINITY;
+    run.offset = (real)c->activation_offset;
+    return run;
+}
+
 enum { GRAIN = 16384 }; /* elements a task is worth starting for */
 
-moe_status MOE_KERNEL(activation_forward)(const moe__workers *workers, int32_t activation,
+moe_status MOE_KERNEL(activation_forward)(const moe__workers *workers, const moe_experts_config *c,
                                           int64_t count, real *h, const real *z1, const real *z3)
 {
-    activation_run run = {.kind = base_kind(activation), .h = h, .z1 = z1, .z3 = z3};
+    activation_run run = run_of(c);
+    run.h = h, run.z1 = z1, run.z3 = z3;
     return moe__parallel_range(workers->context, count, GRAIN, forward_range, &run,
                                workers->function);
 }
 
-moe_status MOE_KERNEL(activation_backward)(const moe__workers *workers, int32_t activation,
+moe_status MOE_KERNEL(activation_backward)(const moe__workers *workers, const moe_experts_config *c,
                                            int64_t count, real *dh, real *dz3, real *h,
                                            const real *z1, const real *z3)
 {
-    activation_run run =
-        {.kind = base_kind(activation), .h = h, .dh = dh, .dz3 = dz3, .z1 = z1, .z3 = z3};
+    activation_run run = run_of(c);
+    run.h = h, run.dh = dh, run.dz3 = dz3, run.z1 = z1, run.z3 = z3;
     return moe__parallel_range(workers->context, count, GRAIN, backward_range, &run,
                                workers->function);
 }

@@ -13,7 +13,7 @@
 static void accumulate(const moe__rows_job *job, int64_t t, int64_t j, int64_t width, real *acc)
 {
     const moe__plan_arrays *p = job->plan;
-    const real *weight = p->weight_of_entry;
+    const real *weight = job->weights ? job->weights : p->weight_of_entry;
     for (int64_t i = 0; i < width; i++) acc[i] = R(0.0);
     for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++) {
         if (p->row_of_entry[n] < 0) continue;

@@ -3,8 +3,12 @@
  *     z1 = x W1 + b1,  z3 = x W3 + b3,  h = act(z1) [* z3],  out = o(h W2 + b2)
  *
  * Row r of a plan is token token_of_row[r]; x is gathered while it is packed. o is the identity or
- * the logistic function. Shapes: x [T,D], z1, z3, h [R,F], out [R,O]. */
+ * the logistic function. The weight w of a row's entry multiplies out (in combine), h, or x, as the
+ * config says. Shapes: x [T,D], z1, z3, h [R,F], out [R,O]; the rows are those of the job's
+ * experts, expert_begin[0] and on. */
 #include "cpu/activation.h"
+#include "cpu/expert_other.h"
+#include "cpu/lanes.h"
 #include "cpu/tiles.h"
 #include "numeric.h"
 
@@ -40,12 +44,23 @@ static moe__matrices transposed(moe__matrices m)
     return m;
 }
 
-static void weight_of_row_range(void *argument, int64_t begin, int64_t end)
+/* x and h as the products read them: times the entry's weight where it belongs. */
+static moe__rows input_rows(const moe__experts_job *job)
 {
-    const moe__experts_job *job = argument;
-    const real *weight = job->plan->weight_of_entry;
-    real *of_row = job->weight_of_row;
-    for (int64_t r = begin; r < end; r++) of_row[r] = weight[job->plan->entry_of_row[r]];
+    bool weighted = job->config->weight_position == MOE_WEIGHT_ON_INPUT;
+    return (moe__rows){job->x, job->x_stride, job->plan->token_of_row,
+                       weighted ? job->weight_of_row : NULL};
+}
+static moe__rows hidden_rows(const moe__experts_job *job)
+{
+    bool weighted = job->config->weight_position == MOE_WEIGHT_ON_HIDDEN;
+    return (moe__rows){job->h, job->config->d_hidden, NULL, weighted ? job->weight_of_row : NULL};
+}
+
+/* Element 0 of the first row of the job's experts. */
+static real *first_row(const moe__experts_job *job, void *rows, int64_t width)
+{
+    return rows ? (real *)rows + job_first(job) * width : NULL;
 }
 
 static void sigmoid_range(void *argument, int64_t begin, int64_t end)
@@ -54,33 +69,58 @@ static void sigmoid_range(void *argument, int64_t begin, int64_t end)
     for (int64_t i = begin; i < end; i++) out[i] = r_sigmoid(out[i]);
 }
 
-moe_status MOE_KERNEL(experts_forward)(moe__experts_job *job)
+static moe_status ffn_forward(moe__experts_job *job)
 {
     const moe__workers *w = &job->workers;
     const moe_experts_config *c = job->config;
-    int64_t rows = job->plan->rows, D = c->d_model, F = c->d_hidden, O = c->d_out;
-    moe__rows x = {job->x, job->x_stride, job->plan->token_of_row, NULL};
-    moe__rows h = {job->h, F, NULL, NULL};
+    int64_t rows = job_rows(job), D = c->d_model, F = c->d_hidden, O = c->d_out;
+    moe__rows x = input_rows(job), h = hidden_rows(job);
 
-    MOE_TRY(moe__parallel_range(w->context, rows, 4096, weight_of_row_range, job, w->function));
     MOE_TRY(product(job, D, F, x, job->w1, &job->b1, job->z1, 0));
     if (job->z3) MOE_TRY(product(job, D, F, x, job->w3, &job->b3, job->z3, 0));
-    MOE_TRY(MOE_KERNEL(activation_forward)(w, c->activation, rows * F, job->h, job->z1, job->z3));
+    MOE_TRY(MOE_KERNEL(activation_forward)(w, c, rows * F, first_row(job, job->h, F),
+                                           first_row(job, job->z1, F), first_row(job, job->z3, F)));
     MOE_TRY(product(job, F, O, h, job->w2, &job->b2, job->out, 0));
     if (c->output != MOE_OUTPUT_SIGMOID) return MOE_OK;
-    return moe__parallel_range(w->context, rows * O, 16384, sigmoid_range, job->out, w->function);
+    return moe__parallel_range(w->context, rows * O, 16384, sigmoid_range,
+                               first_row(job, job->out, O), w->function);
 }
+
+static void weight_of_row_range(void *argument, int64_t begin, int64_t end)
+{
+    const moe__experts_job *job = argument;
+    const real *weight = job->plan->weight_of_entry;
+    real *of_row = job->weight_of_row;
+    int64_t first = job_first(job);
+    for (int64_t r = first + begin; r < first + end; r++)
+        of_row[r] = weight[job->plan->entry_of_row[r]];
+}
+
+moe_status MOE_KERNEL(experts_forward)(moe__experts_job *job)
+{
+    const moe__workers *w = &job->workers;
+    MOE_TRY(moe__parallel_range(w->context, job_rows(job), 4096, weight_of_row_range, job,
+                                w->function));
+    switch (job->config->kind) {
+    case MOE_EXPERTS_IDENTITY: return MOE_KERNEL(identity_forward)(job);
+    case MOE_EXPERTS_CALLBACK: return MOE_KERNEL(callback_forward)(job);
+    default: return ffn_forward(job);
+    }
+}
+
+/* ---- backward -------------------------------------------------------------------------------- */
 
 /* dz[r] = weight_r dy[t] o'(z) for o the logistic function: weight dy out (1 - out). */
 static void dz_range(void *argument, int64_t begin, int64_t end)
 {
     const moe__experts_job *job = argument;
-    int64_t O = job->config->d_out;
-    for (int64_t r = begin; r < end; r++) {
+    bool weighted = job->config->weight_position == MOE_WEIGHT_ON_OUTPUT;
+    int64_t O = job->config->d_out, first = job_first(job);
+    for (int64_t r = first + begin; r < first + end; r++) {
         const real *dy = (const real *)job->dy + job->plan->token_of_row[r] * job->dy_stride;
         const real *out = (const real *)job->out + r * O;
         real *dz = (real *)job->dz + r * O;
-        real weight = ((const real *)job->weight_of_row)[r];
+        real weight = weighted ? ((const real *)job->weight_of_row)[r] : R(1.0);
         for (int64_t j = 0; j < O; j++) dz[j] = weight * dy[j] * (out[j] * (R(1.0) - out[j]));
     }
 }
@@ -104,46 +144,98 @@ static moe_status weight_gradient(const moe__experts_job *job, int64_t k, int64_
     return run_gemm_dw(&job->workers, &gemm);
 }
 
-/* The gradient by each weight: dy[t] . out[r]. */
-static moe_status entry_weight_gradient(const moe__experts_job *job)
+/* The gradient by a weight is the dot product of what it multiplied with the gradient by the
+ * product: dy . out, dh . h, dx_row . x. Where it multiplied h or x, the gradient goes on times the
+ * weight. */
+static void output_weight_range(void *argument, int64_t begin, int64_t end)
 {
-    moe__rows_job dots = {.workers = job->workers,
-                          .plan = job->plan,
-                          .width = job->config->d_out,
-                          .tokens_in = job->dy,
-                          .tokens_in_stride = job->dy_stride,
-                          .rows_in = job->out,
-                          .rows_in_stride = job->config->d_out,
-                          .entry_weight_grad = job->entry_weight_grad};
-    return MOE_KERNEL(combine_backward)(&dots);
+    const moe__experts_job *job = argument;
+    const moe__plan_arrays *p = job->plan;
+    real *grad = job->entry_weight_grad;
+    int64_t O = job->config->d_out, first = job_first(job);
+    for (int64_t r = first + begin; r < first + end; r++)
+        grad[p->entry_of_row[r]] = lane_dot((const real *)job->dy +
+                                                p->token_of_row[r] * job->dy_stride,
+                                            (const real *)job->out + r * O, O);
+}
+
+static void weigh_row(const moe__experts_job *job, int64_t r, const real *in, real *d,
+                      int64_t width)
+{
+    real *grad = job->entry_weight_grad, weight = ((const real *)job->weight_of_row)[r];
+    if (grad) grad[job->plan->entry_of_row[r]] = lane_dot(d, in, width);
+    for (int64_t j = 0; j < width; j++) d[j] = weight * d[j];
+}
+
+static void hidden_weight_range(void *argument, int64_t begin, int64_t end)
+{
+    const moe__experts_job *job = argument;
+    int64_t F = job->config->d_hidden, first = job_first(job);
+    for (int64_t r = first + begin; r < first + end; r++)
+        weigh_row(job, r, (const real *)job->h + r * F, (real *)job->dh + r * F, F);
+}
+
+static void input_weight_range(void *argument, int64_t begin, int64_t end)
+{
+    const moe__experts_job *job = argument;
+    int64_t D = job->config->d_model, first = job_first(job);
+    for (int64_t r = first + begin; r < first + end; r++)
+        weigh_row(job, r, (const real *)job->x + job->plan->token_of_row[r] * job->x_stride,
+                  (real *)job->dx_rows + r * D, D);
+}
+
+static moe_status over_rows(moe__experts_job *job, moe__range_fn body)
+{
+    const moe__workers *w = &job->workers;
+    return moe__parallel_range(w->context, job_rows(job), 64, body, job, w->function);
+}
+
+/* dx_row = dz1 W1^T + dz3 W3^T */
+static moe_status input_gradient(moe__experts_job *job, moe__rows dz1, moe__rows dz3)
+{
+    int64_t D = job->config->d_model, F = job->config->d_hidden;
+    MOE_TRY(product(job, F, D, dz1, transposed(job->w1), NULL, job->dx_rows, 0));
+    if (job->z3) MOE_TRY(product(job, F, D, dz3, transposed(job->w3), NULL, job->dx_rows, 1));
+    if (job->config->weight_position != MOE_WEIGHT_ON_INPUT) return MOE_OK;
+    return over_rows(job, input_weight_range);
 }
 
 /* y[t] = sum weight_r out[r]:  dz = weight dy o';  dh = dz W2^T;  dz1, dz3 by the activation;
- * dx_row = dz1 W1^T + dz3 W3^T;  dW2 = h^T dz,  dW1 = x^T dz1,  dW3 = x^T dz3, biases their
- * sums. */
-moe_status MOE_KERNEL(experts_backward)(moe__experts_job *job)
+ * dx_row as above;  dW2 = h^T dz,  dW1 = x^T dz1,  dW3 = x^T dz3, biases their sums. With the
+ * weight on h: dz = dy o', dh = weight dz W2^T, dW2 = (weight h)^T dz; likewise on x. */
+static moe_status ffn_backward(moe__experts_job *job)
 {
     const moe__workers *w = &job->workers;
     const moe_experts_config *c = job->config;
-    int64_t rows = job->plan->rows, D = c->d_model, F = c->d_hidden, O = c->d_out;
-    moe__rows x = {job->x, job->x_stride, job->plan->token_of_row, NULL};
-    moe__rows h = {job->h, F, NULL, NULL};
+    int64_t rows = job_rows(job), D = c->d_model, F = c->d_hidden, O = c->d_out;
+    moe__rows x = input_rows(job), h = hidden_rows(job);
     moe__rows dz1 = {job->dh, F, NULL, NULL}, dz3 = {job->dz3, F, NULL, NULL};
-    moe__rows dz = {job->dy, job->dy_stride, job->plan->token_of_row, job->weight_of_row};
+    moe__rows dz = {job->dy, job->dy_stride, job->plan->token_of_row, NULL};
+    if (c->weight_position == MOE_WEIGHT_ON_OUTPUT) dz.scale = job->weight_of_row;
 
-    if (job->entry_weight_grad) MOE_TRY(entry_weight_gradient(job));
-    if (job->dz) {
-        MOE_TRY(moe__parallel_range(w->context, rows, 64, dz_range, job, w->function));
+    if (c->output == MOE_OUTPUT_SIGMOID) {
+        MOE_TRY(over_rows(job, dz_range));
         dz = (moe__rows){job->dz, O, NULL, NULL};
     }
     MOE_TRY(product(job, O, F, dz, transposed(job->w2), NULL, job->dh, 0));
-    MOE_TRY(MOE_KERNEL(activation_backward)(w, c->activation, rows * F, job->dh, job->dz3, job->h,
-                                            job->z1, job->z3));
+    if (c->weight_position == MOE_WEIGHT_ON_HIDDEN) MOE_TRY(over_rows(job, hidden_weight_range));
+    MOE_TRY(MOE_KERNEL(activation_backward)(
+        w, c, rows * F, first_row(job, job->dh, F), first_row(job, job->dz3, F),
+        first_row(job, job->h, F), first_row(job, job->z1, F), first_row(job, job->z3, F)));
     MOE_TRY(weight_gradient(job, F, O, h, dz, &job->dw2, &job->db2));
     MOE_TRY(weight_gradient(job, D, F, x, dz1, &job->dw1, &job->db1));
     if (job->z3) MOE_TRY(weight_gradient(job, D, F, x, dz3, &job->dw3, &job->db3));
-    if (!job->dx_rows) return MOE_OK;
-    MOE_TRY(product(job, F, D, dz1, transposed(job->w1), NULL, job->dx_rows, 0));
-    if (!job->z3) return MOE_OK;
-    return product(job, F, D, dz3, transposed(job->w3), NULL, job->dx_rows, 1);
+    return job->dx_rows ? input_gradient(job, dz1, dz3) : MOE_OK;
+}
+
+moe_status MOE_KERNEL(experts_backward)(moe__experts_job *job)
+{
+    const moe_experts_config *c = job->config;
+    if (job->entry_weight_grad && c->weight_position == MOE_WEIGHT_ON_OUTPUT)
+        MOE_TRY(over_rows(job, output_weight_range));
+    switch (c->kind) {
+    case MOE_EXPERTS_IDENTITY: return MOE_KERNEL(identity_backward)(job);
+    case MOE_EXPERTS_CALLBACK: return MOE_KERNEL(callback_backward)(job);
+    default: return ffn_backward(job);
+    }
 }

@@ -259,8 +259,8 @@ static int64_t sum_counts(const int64_t *counts, int64_t n)
     return sum;
 }
 
-/* sequence_scale_g = E / (sum(n_g) T_g groups): what n_ge sum_t s_te/sum(s_t) is multiplied by. 0
- * for an empty group. */
+/* sequence_scale_g = E / (sum(n_g) T_g groups): what n_ge sum_t s_te/sum(s_t) is multiplied by. 0 for an
+ * empty group. */
 static void sequence_scales(const moe__losses_job *job)
 {
     int64_t E = job->plan->num_experts;
