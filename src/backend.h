@@ -100,18 +100,20 @@ typedef struct moe__plan_rows_job {
     const uint8_t *token_mask;     /* or NULL: a masked token's entries get no row */
     const int64_t *group_capacity; /* [G] rows of an expert in each group, -1 = no limit; NULL =
                                       no limits */
-    int32_t drop_policy, renormalize_after_drop;
-    double renormalize_minimum; /* renormalize_after_drop divides by no less */
-    int32_t keep_rows;  /* 1: replay: row, slot and order arrays are given; do the weights only */
-    int32_t keep_slots; /* 1: slot_of_entry is given, the experts chose: no admission */
-    int32_t second_choice; /* MOE_SECOND_CHOICE_*; ALL where RANDOM does not apply */
+    int32_t drop_policy;           /* of groups with a limit */
+    int32_t renormalize_after_drop;
+    double renormalize_minimum; /* the divisor is no less; 0: whatever the sum is */
+    int32_t keep_rows;          /* 1: replay: row, slot and order arrays are given; do the weights
+                                   only */
+    int32_t keep_slots;         /* 1: slot_of_entry is given, -1 for what has no row: the experts
+                                   chose, nothing is refused or dropped */
+    int32_t second_choice;      /* MOE_SECOND_CHOICE_*, by the weight before dropping; ALL where
+                                   RANDOM does not apply */
     double second_threshold;
-    const void *token_priority; /* [T] of MOE_DROP_BATCH_PRIORITY, else NULL */
+    const void *token_priority; /* [T] of MOE_DROP_BATCH_PRIORITY with limits, else NULL */
     uint64_t seed;              /* of the random policies */
     uint32_t drop_stream;       /* first counter word, purpose MOE__PURPOSE_DROP */
     int64_t step, token_first;
-    int64_t *order;   /* scratch [max(T,N)] of policies other than token order; else may be NULL */
-    void *drop_value; /* scratch [N] real of MOE_DROP_RANDOM; else may be NULL */
 } moe__plan_rows_job;
 
 /* Gather and its adjoint, combine and its adjoint. src/cpu/dispatch.c, src/cpu/combine.c */

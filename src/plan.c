@@ -4,6 +4,8 @@
  * the pass's block. Replacing is always: check everything, make the new block, swap. */
 #include "plan_block.h"
 
+#include "philox.h"
+
 #include <string.h>
 
 /* ---- structs --------------------------------------------------------------------------------- */
@@ -211,6 +213,31 @@ moe_status moe__check_groups(const int64_t *group_begin, int64_t groups, int64_t
     return MOE_OK;
 }
 
+/* What the drop policy reads. Without a capacity there is nothing to drop, and nothing is needed. */
+static moe_status check_drop(const moe_plan_args *a, const char *function)
+{
+    const int64_t limit = (int64_t)1 << 32; /* words of the counter have 32 bits */
+    if (a->drop_policy < MOE_DROP_TOKEN_ORDER || a->drop_policy > MOE_DROP_RANDOM)
+        REFUSE_ARGUMENT("drop_policy is %d", (int)a->drop_policy);
+    if (a->token_priority && a->drop_policy != MOE_DROP_BATCH_PRIORITY)
+        REFUSE_ARGUMENT("token_priority clashes with drop_policy %d; only "
+                        "MOE_DROP_BATCH_PRIORITY reads it",
+                        (int)a->drop_policy);
+    if (a->capacity < 0) return MOE_OK;
+    if (a->drop_policy == MOE_DROP_BATCH_PRIORITY && !a->token_priority && a->tokens > 0)
+        REFUSE_ARGUMENT("token_priority is NULL for %lld tokens; drop_policy "
+                        "MOE_DROP_BATCH_PRIORITY needs it",
+                        (ll)a->tokens);
+    if (a->drop_policy != MOE_DROP_RANDOM) return MOE_OK;
+    if (a->step < 0 || a->step >= limit)
+        REFUSE_ARGUMENT("step is %lld; with MOE_DROP_RANDOM it must be in [0, 2^32)", (ll)a->step);
+    if (a->token_first < 0 || a->token_first >= limit || a->tokens > limit - a->token_first)
+        REFUSE_ARGUMENT(
+            "token_first is %lld with %lld tokens; with MOE_DROP_RANDOM both must stay below 2^32",
+            (ll)a->token_first, (ll)a->tokens);
+    return MOE_OK;
+}
+
 static moe_status check_fields(const moe_plan_args *a, const char *function)
 {
     if (a->tokens < 0) REFUSE_ARGUMENT("tokens is %lld", (ll)a->tokens);
@@ -223,14 +250,9 @@ static moe_status check_fields(const moe_plan_args *a, const char *function)
     if (a->dtype != MOE_DTYPE_F32 && a->dtype != MOE_DTYPE_F64)
         REFUSE_ARGUMENT("dtype is %d", (int)a->dtype);
     if (a->capacity < MOE_FROM_CONFIG) REFUSE_ARGUMENT("capacity is %lld", (ll)a->capacity);
-    if (a->drop_policy < MOE_DROP_TOKEN_ORDER || a->drop_policy > MOE_DROP_RANDOM)
-        REFUSE_ARGUMENT("drop_policy is %d", (int)a->drop_policy);
-    if (a->drop_policy != MOE_DROP_TOKEN_ORDER)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "drop_policy %d is not available", (int)a->drop_policy);
-    if (a->token_priority) REFUSE(MOE_ERROR_NOT_SUPPORTED, "token_priority is not available");
     if (a->renormalize_after_drop < 0 || a->renormalize_after_drop > 1)
         REFUSE_ARGUMENT("renormalize_after_drop is %d", (int)a->renormalize_after_drop);
-    return MOE_OK;
+    return check_drop(a, function);
 }
 
 /* The number of entries, after checking token_begin or top_k. */
@@ -304,7 +326,12 @@ static moe_status make_rows(moe_context *context, moe__plan_arrays *p, const moe
                               .token_mask = a->token_mask,
                               .group_capacity = a->capacity >= 0 ? group_capacity : NULL,
                               .drop_policy = a->drop_policy,
-                              .renormalize_after_drop = a->renormalize_after_drop};
+                              .renormalize_after_drop = a->renormalize_after_drop,
+                              .token_priority = a->token_priority,
+                              .seed = a->seed,
+                              .drop_stream = moe__stream(0, 0, MOE__PURPOSE_DROP),
+                              .step = a->step,
+                              .token_first = a->token_first};
     for (int64_t g = 0; a->capacity >= 0 && g < p->groups; g++) group_capacity[g] = a->capacity;
     moe__fenv_enter(&saved);
     moe_status status = moe__kernels(context, p->dtype)->plan_rows(&job);

@@ -79,22 +79,59 @@ static moe_status check_rows(const moe__plan_arrays *p, const char *function)
     return MOE_OK;
 }
 
-/* Entries are admitted in order of token, then of choice, which is the order of an expert's rows:
- * the slots of each (group, expert) count up from 0. */
-static moe_status check_slots(const moe__plan_arrays *p, const char *function)
+/* The rows of one (group, expert), which stand together. */
+typedef struct buffer_rows {
+    int64_t expert, group, first, end;
+} buffer_rows;
+
+/* From one to the next with rows, starting from all 0; false after the last. */
+static bool next_buffer(const moe__plan_arrays *p, buffer_rows *b)
 {
-    for (int64_t e = 0; e < p->num_experts; e++) {
-        int64_t g = 0, slot = 0;
-        for (int64_t r = p->expert_begin[e]; r < p->expert_begin[e + 1]; r++, slot++) {
-            int64_t n = p->entry_of_row[r];
-            if (p->token_of_row[r] >= p->group_begin[g + 1]) slot = 0;
-            while (p->token_of_row[r] >= p->group_begin[g + 1]) g++;
-            if (p->slot_of_entry[n] != slot)
-                CORRUPT("slot_of_entry[%lld] is %lld instead of %lld", (ll)n,
-                        (ll)p->slot_of_entry[n], (ll)slot);
+    if (b->end == p->rows) return false;
+    b->first = b->end++;
+    while (p->expert_begin[b->expert + 1] <= b->first) b->expert++, b->group = 0;
+    while (p->group_begin[b->group + 1] <= p->token_of_row[b->first]) b->group++;
+    while (b->end < p->expert_begin[b->expert + 1] &&
+           p->token_of_row[b->end] < p->group_begin[b->group + 1])
+        b->end++;
+    return true;
+}
+
+/* Each number below the count of a buffer's rows is the slot of one of them: bit first + slot of
+ * `seen` is set once. */
+static moe_status check_permutations(const moe__plan_arrays *p, uint8_t *seen, const char *function)
+{
+    buffer_rows b = {0, 0, 0, 0};
+    while (next_buffer(p, &b))
+        for (int64_t r = b.first; r < b.end; r++) {
+            int64_t n = p->entry_of_row[r], slot = p->slot_of_entry[n], place = b.first + slot;
+            unsigned bit = 1u << (place & 7);
+            if (slot >= b.end - b.first)
+                CORRUPT("slot_of_entry[%lld] is %lld, its expert has %lld rows in the group", (ll)n,
+                        (ll)slot, (ll)(b.end - b.first));
+            if (seen[place >> 3] & bit)
+                CORRUPT("slot_of_entry[%lld] is %lld, as of another entry", (ll)n, (ll)slot);
+            seen[place >> 3] = (uint8_t)(seen[place >> 3] | bit);
         }
-    }
     return MOE_OK;
+}
+
+/* The slots of each (group, expert) are 0, 1, ... in some order; most often in order of row, which
+ * takes no memory to see. The rows have been checked. */
+static moe_status check_slots(moe_context *context, const moe__plan_arrays *p, const char *function)
+{
+    buffer_rows b = {0, 0, 0, 0};
+    bool ascend = true;
+    while (ascend && next_buffer(p, &b))
+        for (int64_t r = b.first; r < b.end; r++)
+            ascend = ascend && p->slot_of_entry[p->entry_of_row[r]] == r - b.first;
+    if (ascend) return MOE_OK;
+    int64_t bytes = p->rows / 8 + 1;
+    uint8_t *seen = moe__alloc_zeroed(context, bytes);
+    if (!seen) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no %lld bytes to check the slots", (ll)bytes);
+    moe_status status = check_permutations(p, seen, function);
+    moe__free(context, seen, bytes);
+    return status;
 }
 
 moe_status moe_plan_check(const moe_plan *plan)
@@ -102,7 +139,7 @@ moe_status moe_plan_check(const moe_plan *plan)
     if (!plan) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "plan is NULL");
     MOE_TRY(moe__plan_check_entries(&plan->a, __func__));
     MOE_TRY(check_rows(&plan->a, __func__));
-    return check_slots(&plan->a, __func__);
+    return check_slots(plan->context, &plan->a, __func__);
 }
 
 /* ---- bytes ----------------------------------------------------------------------------------- */
@@ -260,7 +297,7 @@ moe_status moe_plan_load(moe_plan *plan, const void *buffer, int64_t size)
         rebuild_rows(&block.a);
         status = check_rows(&block.a, function);
     }
-    if (status == MOE_OK) status = check_slots(&block.a, function);
+    if (status == MOE_OK) status = check_slots(plan->context, &block.a, function);
     if (status != MOE_OK) {
         moe__plan_block_free(plan->context, &block);
         return status;

@@ -125,8 +125,8 @@ END_TEST
 enum {
     TOKENS, EXPERTS_0, EXPERTS_BIG, TOP_K, IDS_NULL, ID_LOW, ID_HIGH, ID_HIGH_64, ID_DTYPE, DTYPE,
     GROUPS, GROUPS_NULL, GROUP_FIRST, GROUP_LAST, GROUP_ORDER, CAPACITY, POLICY, RENORMALIZE,
-    BEGIN_FIRST, BEGIN_ORDER, LAST_INVALID = BEGIN_ORDER,
-    DTYPE_BF16, DTYPE_F16, POLICY_CHOICE, POLICY_RANDOM, PRIORITY, LAST_UNSUPPORTED = PRIORITY,
+    BEGIN_FIRST, BEGIN_ORDER, PRIORITY, LAST_INVALID = PRIORITY,
+    DTYPE_BF16, DTYPE_F16, LAST_UNSUPPORTED = DTYPE_F16,
     OVER_ENTRIES, OVER_TOKENS, OVER_BYTES, OVER_BEGIN, LAST_OVERFLOW = OVER_BEGIN, CHANGES
 };
 /* clang-format on */
@@ -162,8 +162,6 @@ static void change(moe_plan_args *a, int which)
     case BEGIN_ORDER: a->token_begin = begin_order; break;
     case DTYPE_BF16: a->dtype = MOE_DTYPE_BF16; break;
     case DTYPE_F16: a->dtype = MOE_DTYPE_F16; break;
-    case POLICY_CHOICE: a->drop_policy = MOE_DROP_CHOICE; break;
-    case POLICY_RANDOM: a->drop_policy = MOE_DROP_RANDOM; break;
     case PRIORITY: a->token_priority = low; break;
     case OVER_ENTRIES: a->top_k = INT64_MAX; break;
     case OVER_TOKENS: a->tokens = INT64_MAX, a->top_k = 0; break;

@@ -32,10 +32,10 @@ typedef struct moe_plan_args {
     int64_t groups;                 /* 0 = one, with or without group_begin */
     int64_t capacity;               /* rows of an expert in each group; default MOE_FROM_CONFIG
                                        (-1) = no limit */
-    int32_t drop_policy;            /* MOE_DROP_*; default token order */
+    int32_t drop_policy;            /* MOE_DROP_*, for a capacity; default token order */
     int32_t renormalize_after_drop; /* as in moe_gate_config; default 0 */
     const void *token_priority;     /* in: [T] of dtype, for MOE_DROP_BATCH_PRIORITY, which needs
-                                       it; else NULL */
+                                       it for a capacity; else NULL. NaN ranks last */
     uint64_t seed;                  /* of MOE_DROP_RANDOM; default 0 */
     int64_t step;                   /* likewise; below 2^32, as token_first + T; default 0 */
     int64_t token_first;            /* global number of token 0; default 0 */
@@ -53,8 +53,10 @@ typedef struct moe_plan_view {
     const int32_t *expert_of_entry; /* [N] -1: none */
     const void *weight_of_entry;    /* [N] dtype: what combine uses; 0 for an entry without a row */
     const int64_t *row_of_entry;    /* [N] -1: no row (dropped, masked, or id -1) */
-    const int64_t *slot_of_entry;   /* [N] place in the expert's buffer of its group, in order of
-                                       admission; -1 without a row */
+    const int64_t *slot_of_entry;   /* [N] place in the expert's buffer of its group, 0, 1, ... in
+                                       order of admission, or of entry where MOE_DROP_SCORE or
+                                       RANDOM chose and where there is no capacity; -1 without a
+                                       row */
     const int64_t *expert_begin;    /* [E+1] exclusive prefix: rows of expert e */
     const int64_t *token_of_row;    /* [R] */
     const int64_t *entry_of_row;    /* [R] */
@@ -95,8 +97,9 @@ MOE_API moe_status moe_plan_copy(moe_plan *plan, const moe_plan *from);
  * MOE_ERROR_INVALID_ARGUMENT or an error of the struct's size. Since 0.1. */
 MOE_API moe_status moe_plan_get(const moe_plan *plan, moe_plan_view *view);
 
-/* Checks every invariant written above. Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT for NULL, or
- * MOE_ERROR_CORRUPT_DATA with the first broken one. Since 0.1. */
+/* Checks every invariant written above. Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT for NULL,
+ * MOE_ERROR_CORRUPT_DATA with the first broken one, or, where slots are not in order of entry,
+ * MOE_ERROR_OUT_OF_MEMORY. Since 0.1. */
 MOE_API moe_status moe_plan_check(const moe_plan *plan);
 
 /* Saves a plan to memory: little-endian, with a version and a checksum, the same bytes for the same

@@ -360,8 +360,8 @@ int op_capacity(run *r)
     a.weights = run_input(r, "topk_w");
     a.dtype = r->o.dtype;
     a.capacity = case_integer(r->c, "capacity", MOE_FROM_CONFIG);
-    a.token_priority = run_input(r, "prio");
     TRY(choose(r, "policy", "token", POLICIES, &a.drop_policy));
+    if (a.drop_policy == MOE_DROP_BATCH_PRIORITY) a.token_priority = run_input(r, "prio");
     for (int renormalize = 0; renormalize < 2; renormalize++) {
         a.renormalize_after_drop = renormalize;
         CALL(r, moe_plan_build(r->plan, &a));
