@@ -61,7 +61,8 @@ static int64_t key_of(const moe__plan_rows_job *job, int64_t t, int64_t n)
     switch (job->drop_policy) {
     case MOE_DROP_BATCH_PRIORITY: return ordered(((const real *)job->token_priority)[t]);
     case MOE_DROP_SCORE: return ordered(((const real *)p->weight_of_entry)[n]);
-    case MOE_DROP_RANDOM: return draw_bits(job, t, 0, p->expert_of_entry[n]) >> 9;
+    case MOE_DROP_RANDOM:
+        return p->slot_of_entry[n] < 0 ? 0 : draw_bits(job, t, 0, p->expert_of_entry[n]) >> 9;
     default: return 0;
     }
 }
@@ -74,8 +75,7 @@ static void ask_range(void *argument, int64_t begin, int64_t end)
     for (int64_t t = begin; t < end; t++)
         for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++) {
             p->slot_of_entry[n] = asks_for_row(job, t, n) - 1;
-            if (job->group_capacity)
-                p->row_of_entry[n] = p->slot_of_entry[n] < 0 ? 0 : key_of(job, t, n);
+            if (job->group_capacity) p->row_of_entry[n] = key_of(job, t, n);
         }
 }
 
