@@ -291,12 +291,14 @@ static moe_context *make_broken_context(broken *b, int32_t threads)
 /* Every n-th allocation of each call fails once: the plan keeps what it held, nothing leaks. */
 START_TEST(test_plan_survives_no_memory)
 {
+    static const int64_t steps[5] = {2, 2, 1, 2, 1}; /* allocations of each call */
     broken b = {.left = INT64_MAX};
     moe_context *context = make_broken_context(&b, 1);
     moe_plan *plan, *reference;
     small *s = make_small();
+    s->args.capacity = 3, s->args.drop_policy = MOE_DROP_CHOICE; /* the slots do not ascend */
     OK(moe_plan_create(&reference, context));
-    for (int call = 0; call < 4; call++)
+    for (int call = 0; call < 5; call++)
         for (int64_t n = 0;; n++) {
             int64_t size;
             void *bytes;
@@ -310,7 +312,8 @@ START_TEST(test_plan_survives_no_memory)
             moe_status status = call == 0   ? moe_plan_create(&made, context)
                                 : call == 1 ? moe_plan_build(plan, &s->args)
                                 : call == 2 ? moe_plan_copy(plan, reference)
-                                            : moe_plan_load(plan, bytes, size);
+                                : call == 3 ? moe_plan_load(plan, bytes, size)
+                                            : moe_plan_check(reference);
             b.left = INT64_MAX;
             if (status != MOE_OK) {
                 ck_assert_int_eq(status, MOE_ERROR_OUT_OF_MEMORY);
@@ -318,6 +321,7 @@ START_TEST(test_plan_survives_no_memory)
             }
             OK(moe_plan_check(plan));
             moe_plan_destroy(made), moe_plan_destroy(plan), free(bytes);
+            ck_assert(status != MOE_OK || n == steps[call]);
             if (status == MOE_OK) break;
         }
     moe_plan_destroy(reference);
@@ -428,6 +432,7 @@ START_TEST(test_plan_load_hostile)
 {
     static const plan_case c = {12, 5, 0, 3, 3, 2, 1, 1, F32, I32, MOE_ISA_AUTO, 1};
     routing *r = make_routing(&c, 3);
+    r->args.drop_policy = _i;
     moe_plan *plan = make_plan(&c, r), *other = make_plan(&c, r);
     int64_t size, good = 0, refused = 0;
     unsigned char *bytes = (unsigned char *)saved(plan, &size);
@@ -477,7 +482,7 @@ START_TEST(test_plan_check_finds)
     static const int64_t group_begin[3] = {0, 6, 12};
     routing *r = make_routing(&c, 8);
     for (int t = 0; t < 12; t++) r->mask[t] = t != 4;
-    r->args.group_begin = group_begin;
+    r->args.group_begin = group_begin, r->args.drop_policy = _i;
     moe_plan *plan = make_plan(&c, r);
     moe_plan_view v = view_of(plan);
     ck_assert(v.rows > 6 && v.rows < v.entries);
@@ -505,6 +510,27 @@ START_TEST(test_plan_check_finds)
     OK(moe_plan_check(plan));
     moe_plan_destroy(plan);
     free_routing(r);
+}
+END_TEST
+
+/* Slots may stand in any order of their (group, expert), once each. */
+START_TEST(test_plan_check_slots_in_any_order)
+{
+    small *s = make_small();
+    OK(moe_plan_build(s->plan, &s->args));
+    int64_t *slot = s->plan->a.slot_of_entry, size;
+    for (int i = 0; i < 27; i++) {
+        const int64_t want[3] = {i % 3, i / 3 % 3, i / 9};
+        int each_once = want[0] != want[1] && want[1] != want[2] && want[2] != want[0];
+        memcpy(slot + 3, want, sizeof want); /* entries 3, 4, 5 are expert 2's */
+        void *bytes = saved(s->plan, &size);
+        moe_status expected = each_once ? MOE_OK : MOE_ERROR_CORRUPT_DATA;
+        ck_assert_int_eq(moe_plan_check(s->plan), expected);
+        ck_assert_int_eq(moe_plan_load(s->plan, bytes, size), expected);
+        slot = s->plan->a.slot_of_entry;
+        free(bytes);
+    }
+    free_small(s);
 }
 END_TEST
 
@@ -564,8 +590,9 @@ int main(void)
     tcase_add_test(tests, test_plan_build_callback_fails);
     tcase_add_loop_test(tests, test_plan_copy_save_load_case, 0, CASES);
     tcase_add_test(tests, test_plan_save_arguments);
-    tcase_add_test(tests, test_plan_load_hostile);
-    tcase_add_test(tests, test_plan_check_finds);
+    tcase_add_loop_test(tests, test_plan_load_hostile, MOE_DROP_TOKEN_ORDER, MOE_DROP_CHOICE + 1);
+    tcase_add_loop_test(tests, test_plan_check_finds, MOE_DROP_TOKEN_ORDER, MOE_DROP_CHOICE + 1);
+    tcase_add_test(tests, test_plan_check_slots_in_any_order);
     tcase_add_test(tests, test_plan_of_pass);
     suite_add_tcase(suite, tests);
     return run_suite(suite, 1);
