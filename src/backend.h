@@ -17,38 +17,91 @@ typedef struct moe__workers {
     const char *function; /* public call, for messages */
 } moe__workers;
 
-/* route: logits -> noise -> selection -> weights, and back. src/cpu/route.c */
+/* How experts come to tokens; every MOE_GATE_* is one of these with some score (gate.c). */
+enum {
+    MOE__CHOOSE_TOP = 0,       /* the K first by logits, or by selection scores */
+    MOE__CHOOSE_ALL = 1,       /* every expert */
+    MOE__CHOOSE_GIVEN = 2,     /* the ids are there already: a replay */
+    MOE__CHOOSE_KEY = 3,       /* drawn by the token's key */
+    MOE__CHOOSE_BY_EXPERT = 4, /* each expert takes its best tokens of each group */
+    MOE__CHOOSE_THRESHOLD = 5  /* the experts whose score is above their threshold */
+};
+
+/* One decision among `width` candidates for each of `rows` rows. A flat gate has one level: its rows
+ * are the tokens, its candidates the experts. A hierarchical gate has two: tokens among groups, then
+ * the rows of that routing, sorted by group, among the experts of their group. */
+typedef struct moe__gate_level {
+    int64_t rows, width, top_k;
+    int64_t parts;               /* 1, or the number of groups: each has weights of its own */
+    const int64_t *part_begin;   /* [parts+1] rows of each part */
+    const int64_t *token_of_row; /* [rows], NULL: a row is a token */
+    const int64_t *entry_begin;  /* [rows+1] */
+    moe__matrices weight_matrix, bias, noise_weight; /* [parts][D,width]; base NULL: not there */
+    const void *noise_in;        /* of token t and part i at t * stride + i * width; NULL: Philox */
+    int64_t noise_stride;
+    uint32_t noise_stream;       /* first counter word */
+    void *logits;                /* [rows,width] clean; NULL: there are none */
+    void *noisy;                 /* [rows,width] H; = logits without noise */
+    void *noise_raw;             /* [rows,width] x Wnoise; NULL without noise, as the next two */
+    void *noise_std;             /* [rows,width] sd */
+    void *noise;                 /* [rows,width] */
+    int32_t *choice;             /* [entries] candidates in order of choice, -1: none */
+    void *weight;                /* [entries] before dropping */
+    int32_t *kth;                /* [rows,2] the worst chosen and the best other candidate (-1:
+                                    none): the thresholds of the load; or NULL */
+    /* backward: scratch */
+    void *d_weight, *scores;     /* [entries] by the weights before dropping; scores again */
+    void *d_logits, *d_noisy;    /* [rows,width] by the clean logits; by H */
+    void *d_noise_raw;           /* [rows,width]; NULL without noise */
+    double *d_load;              /* [parts,width] */
+    moe__matrices d_weight_matrix, d_bias, d_noise_weight; /* NULL: not wanted; added to */
+    int64_t *segment_begin;      /* [parts*G+1] rows of each part's token groups */
+    void *dx_rows;               /* [rows,D]; NULL where a row is a token */
+} moe__gate_level;
+
+/* route: logits -> noise -> choice -> weights. src/cpu/route.c, choose.c */
 typedef struct moe__route_job {
     moe__workers workers;
-    const moe_gate_config *config; /* top_k is the K of this call */
+    const moe_gate_config *config; /* as the steps see it: top_k is the K of this call, see gate.c */
+    int32_t choose;                /* MOE__CHOOSE_* */
+    int32_t levels;                /* 1, or 2 for a hierarchical gate */
     int64_t tokens;                /* T */
     int64_t input_width;           /* D of the gate */
     const void *x;                 /* [T,D], NULL if logits_in and no noise */
     int64_t x_stride;
-    moe__matrices weight_matrix, bias, noise_weight; /* base NULL: not there */
-    const void *logits_in;                           /* [T,E] or NULL */
+    void *x_jittered; /* [T,D] dense, what the products read instead of x; NULL without jitter */
+    uint32_t jitter_stream, choice_stream;
+    const void *logits_in; /* [T,E] or NULL */
     int64_t logits_stride;
-    const void *noise_in; /* [T,E] or NULL: Philox */
-    int64_t noise_stride;
     const uint8_t *token_mask; /* or NULL */
-    uint32_t noise_stream;     /* first counter word */
+    const int64_t *token_key;  /* [T] of MOE__CHOOSE_KEY */
+    moe__matrices selection_bias, threshold; /* [E]; base NULL: not there */
     int64_t step, token_first;
-    int32_t keep_ids; /* 1: expert_of_entry is given (replay), compute weights only */
-    /* outputs */
-    void *logits;               /* [T,E] clean */
-    void *noisy;                /* [T,E] H; = logits without noise */
-    void *noise_raw;            /* [T,E] x Wnoise; NULL without noise */
-    void *noise_std;            /* [T,E] sd; NULL without noise */
-    void *noise;                /* [T,E]; NULL without noise */
-    const int64_t *token_begin; /* [T+1] */
-    int32_t *expert_of_entry;   /* [N]; -1 for masked tokens */
-    void *weight;               /* [N] before dropping */
-    int32_t *kth;               /* [T,2] the worst chosen and the best other expert (-1: none):
-                                   the thresholds of the load; or NULL */
-    int64_t *tile_begin;        /* scratch [2] */
+    int32_t train;
+    int64_t groups; /* G */
+    const int64_t *group_begin; /* [G+1] first token of each group */
+    const int64_t *valid_begin; /* [G+1] first of each group among the unmasked tokens */
+    const int64_t *valid_token; /* [valid] their numbers */
+    const int64_t *taken_of_group; /* [G] tokens an expert takes of a group; MOE__CHOOSE_BY_EXPERT */
+    moe__gate_level level[2];
+    moe__plan_arrays *primary; /* [T,A] routing of level 0 if there are two: laid out; filled here */
+    /* the plan: written unless given */
+    int64_t *token_begin;     /* [T+1]; written where the entries of a token vary */
+    int32_t *expert_of_entry; /* [N]; -1 for masked tokens */
+    int64_t *slot_of_entry;   /* [N] written by MOE__CHOOSE_BY_EXPERT */
+    void *weight;             /* [N] before dropping */
+    void *token_priority;     /* out: [T] largest score; NULL: not wanted */
+    /* scratch */
+    void *columns;            /* [most rows x width of a level] real: selection scores; or NULL */
+    void *group_score;        /* [T,expert_groups] real of group-limited selection */
+    int32_t *group_ids;       /* [T,top_groups] */
+    int32_t *taken;           /* [N] of MOE__CHOOSE_BY_EXPERT */
+    double *column_factor;    /* [3,E] of Sinkhorn */
+    double *row_factor;       /* [T] of Sinkhorn */
+    int64_t *tile_begin;      /* [parts+1] */
 } moe__route_job;
 
-/* losses and statistics, and their gradients. src/cpu/losses.c */
+/* losses and statistics, and their gradients. src/cpu/losses.c, load.c */
 typedef struct moe__losses_job {
     moe__route_job *route;        /* everything that forward made */
     const moe__plan_arrays *plan; /* after dropping */
@@ -57,38 +110,63 @@ typedef struct moe__losses_job {
     const int64_t *valid_token;   /* [valid_tokens] their numbers, NULL without a mask: all */
     const int64_t *valid_begin;   /* [G+1] first of each group among them */
     double *importance, *load;    /* out: [E] */
+    double *primary_load;         /* out: [A]; NULL but for a hierarchical gate, as the next */
+    double *part_load;            /* out: [E] load of each expert among the rows of its group */
     int64_t *counts;              /* out: [E] before dropping */
-    double *score_sum;            /* out: [E] sum_t P */
     int64_t *first_counts;        /* out: [E] */
+    int64_t scopes;               /* 1, or G: what switch and gshard take their means over */
+    double *score_sum;            /* out: [scopes,E] sum_t P; NULL if off */
+    int64_t *scope_counts;        /* out: [scopes,E]; = counts for one scope */
+    int64_t *scope_first;         /* out: [scopes,E]; = first_counts for one scope */
     double *sequence_sum;         /* out: [G,E] sum_t s/sum s; NULL if off */
     int64_t *sequence_counts;     /* out: [G,E]; NULL if off */
     double *sequence_scale;       /* out: [G]; NULL if off */
+    int64_t *above_threshold;     /* out: [E] tokens above the threshold; NULL if off */
     double *value;                /* out: [MOE_LOSS_SLOTS] weighted */
     double *stats;                /* out: [MOE_STAT_SLOTS] */
-    void *columns;                /* scratch [T,E] real for column sums; NULL if no loss needs it */
+    void *columns;                /* scratch [most rows x width] real; NULL if no loss needs it */
     double *token_value;          /* scratch [T] */
     int32_t *plain_ids;           /* scratch [T,K] for sequence counts by plain scores; NULL if
                                      the routed experts are counted */
 } moe__losses_job;
 
-/* Gradient of the gate. src/cpu/route.c, losses.c */
+/* Gradient of the gate. src/cpu/gate_backward.c, losses.c, load.c */
 typedef struct moe__gate_backward_job {
-    const moe__losses_job *losses;
+    moe__losses_job *losses;
     const double *loss_factor;     /* [MOE_LOSS_SLOTS] config weight times loss_grad */
     const void *entry_weight_grad; /* [N] by the plan's (kept) weights, or NULL = 0 */
-    void *d_weight, *scores;       /* scratch [N]: by the weights before dropping; scores again */
-    void *d_logits, *d_noisy;      /* scratch [T,E]: by the clean logits; by H */
-    void *d_noise_raw;             /* scratch [T,E]; NULL without noise */
-    double *d_importance, *d_load; /* scratch [E] */
-    void *d_score;                 /* scratch [E] real */
+    void *d_weight;                /* scratch [N]: by the weights before dropping */
+    double *d_importance;          /* scratch [E] */
+    double *d_load;                /* scratch [E] */
+    void *d_score;                 /* scratch [scopes,E] real */
     void *dx;                      /* [T,D] or NULL */
     int64_t dx_stride;
     int32_t dx_add;
+    void *d_x_jittered; /* scratch [T,D]; NULL without jitter */
     void *d_logits_out; /* [T,E] or NULL */
     int64_t d_logits_stride;
-    moe__matrices d_weight_matrix, d_bias, d_noise_weight; /* NULL: not wanted; added to */
-    int32_t logits_from_host; /* 1: no gradient by weight, bias and x through the clean logits */
+    moe__matrices d_threshold; /* NULL: not wanted; added to */
+    int32_t logits_from_host;  /* 1: no gradient by weight, bias and x through the clean logits */
 } moe__gate_backward_job;
+
+/* The layer's own small products: s = sigmoid(x w) of the shared part (width 1), or c = softmax(x W +
+ * b) of the residual mix (width 2). src/cpu/mix.c */
+typedef struct moe__mix_job {
+    moe__workers workers;
+    int64_t tokens, input_width, width;
+    const void *x; /* [T,D] */
+    int64_t x_stride;
+    moe__matrices weight_matrix, bias; /* [D,width], [width] */
+    void *coefficient;                 /* out: [T,width] */
+    /* backward */
+    void *d_coefficient; /* [T,width]: in: by the coefficients; then by the logits */
+    void *dx;            /* [T,D] added to, or NULL */
+    int64_t dx_stride;
+    moe__matrices d_weight_matrix, d_bias; /* NULL: not wanted; added to */
+    int64_t groups;
+    const int64_t *valid_begin, *valid_token; /* as of moe__losses_job */
+    int64_t *tile_begin;                      /* scratch [2] */
+} moe__mix_job;
 
 /* Rows of a plan: which entries stay, their order by expert. src/cpu/rows.c */
 typedef struct moe__plan_rows_job {
@@ -177,10 +255,14 @@ typedef struct moe__experts_job {
 struct moe__backend {
     const char *name; /* "cpu f32 avx512" */
     int64_t (*worker_bytes)(void);
+    /* *entries = what MOE__CHOOSE_THRESHOLD will choose; needs the logits' room alone */
+    moe_status (*route_count)(moe__route_job *job, int64_t *entries);
     moe_status (*route_forward)(moe__route_job *job);
     moe_status (*losses_forward)(moe__losses_job *job);
     moe_status (*gate_backward)(moe__gate_backward_job *job);
     moe_status (*plan_rows)(moe__plan_rows_job *job);
+    moe_status (*mix_forward)(moe__mix_job *job);
+    moe_status (*mix_backward)(moe__mix_job *job);
     moe_status (*dispatch_forward)(moe__rows_job *job);
     moe_status (*dispatch_backward)(moe__rows_job *job);
     moe_status (*combine_forward)(moe__rows_job *job);

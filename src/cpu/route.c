@@ -1,34 +1,64 @@
-/* route.c - from tokens to experts and weights, and the gate's gradients.
+/* route.c - from tokens to experts and weights.
  *
- *     clean = x Wg (+ bias)                            [T,E]
- *     sd = softplus(x Wnoise) + eps,  H = clean + noise * sd      in training; else H = clean
- *     ids = the K first of H in the total order of select.h
- *     weight: softmax over the chosen H | softmax or sigmoid over all, [/ (sum + eps)];  *
- *     route_scale
+ *     x' = x u,  u uniform in (1 - r, 1 + r)           the input jitter, in training
+ *     clean = x' Wg (+ bias)                           [T,E]
+ *     sd = softplus(x' Wnoise) + eps,  H = clean + noise * sd      in training; else H = clean
+ *     ids by choose.c, weights by weigh.h
  *
- * Sigmoid and softmax rise with the logit, so the K first scores are the K first logits, without
- * the ties that rounding of a score would make. */
+ * A hierarchical gate does this twice: for the tokens among groups, then for the rows of that
+ * routing among the experts of their group; the weights are the products. The backward is in
+ * gate_backward.c. */
 #include "cpu/route.h"
+#include "cpu/kernels.h"
 #include "cpu/select.h"
 #include "cpu/tiles.h"
+#include "cpu/weigh.h"
 #include "philox.h"
+
+/* ---- the input ------------------------------------------------------------------------------- */
+
+void MOE_KERNEL(jitter4)(const moe__route_job *job, int64_t token, int64_t first, real factor[4])
+{
+    uint32_t word[4];
+    real r = (real)job->config->jitter;
+    moe__counter(word, job->jitter_stream, (uint32_t)job->step, (uint32_t)(job->token_first + token),
+                 (uint32_t)(first / 4));
+    moe__philox(job->config->seed, word, word);
+    for (int j = 0; j < 4; j++)
+        factor[j] = r_fma(r, R(2.0) * (real)moe__uniform_f32(word[j]) - R(1.0), R(1.0));
+}
+
+static void jitter_range(void *argument, int64_t begin, int64_t end)
+{
+    const moe__route_job *job = argument;
+    int64_t D = job->input_width;
+    for (int64_t t = begin; t < end; t++) {
+        const real *in = (const real *)job->x + t * job->x_stride;
+        real *out = (real *)job->x_jittered + t * D, factor[4];
+        for (int64_t first = 0; first < D; first += 4) {
+            MOE_KERNEL(jitter4)(job, t, first, factor);
+            for (int64_t j = first; j < first + 4 && j < D; j++)
+                out[j] = in[j] * factor[j - first];
+        }
+    }
+}
 
 /* ---- logits ---------------------------------------------------------------------------------- */
 
-/* out[T,E] = x[T,D] w[D,E] (+ bias[E]) */
-static moe_status logits_product(const moe__route_job *job, const moe__matrices *w,
-                                 const moe__matrices *bias, void *out)
+moe_status MOE_KERNEL(level_product)(const moe__route_job *job, const moe__gate_level *level,
+                                     const moe__matrices *w, const moe__matrices *bias, void *out)
 {
-    int64_t rows[2] = {0, job->tokens};
-    moe__gemm_rows_job gemm = {.experts = 1,
-                               .expert_begin = rows,
+    int64_t all[2] = {0, level->rows};
+    moe__gemm_rows_job gemm = {.experts = level->parts,
+                               .expert_begin = level->part_begin ? level->part_begin : all,
                                .k = job->input_width,
-                               .n = job->config->num_experts,
-                               .a = {job->x, job->x_stride, NULL, NULL},
+                               .n = level->width,
+                               .a = {job->x, job->x_stride, level->token_of_row, NULL},
                                .b = *w,
                                .out = out,
-                               .out_stride = job->config->num_experts,
+                               .out_stride = level->width,
                                .tile_begin = job->tile_begin};
+    if (job->x_jittered) gemm.a.data = job->x_jittered, gemm.a.stride = job->input_width;
     if (bias) gemm.bias = *bias;
     return run_gemm_rows(&job->workers, &gemm);
 }
@@ -36,115 +66,80 @@ static moe_status logits_product(const moe__route_job *job, const moe__matrices 
 static void copy_logits_range(void *argument, int64_t begin, int64_t end)
 {
     const moe__route_job *job = argument;
-    int64_t E = job->config->num_experts;
+    int64_t E = job->level[0].width;
     for (int64_t t = begin; t < end; t++) {
         const real *in = (const real *)job->logits_in + t * job->logits_stride;
-        real *out = (real *)job->logits + t * E;
+        real *out = (real *)job->level[0].logits + t * E;
         for (int64_t i = 0; i < E; i++) out[i] = in[i];
     }
 }
 
-/* noise[t,:] = the host's numbers, or those of the counter (stream, step, token, expert / 4). */
-static void draw_noise(const moe__route_job *job, int64_t t, real *noise)
+/* noise[row,:] = the host's numbers, or those of the counter (stream, step, token, candidate / 4),
+ * the candidates of all parts numbered one after another. */
+static void draw_noise(const moe__route_job *job, const moe__gate_level *level, int64_t row,
+                       real *noise)
 {
-    int64_t E = job->config->num_experts;
-    if (job->noise_in) {
-        const real *in = (const real *)job->noise_in + t * job->noise_stride;
-        for (int64_t i = 0; i < E; i++) noise[i] = in[i];
+    int64_t t = token_of(level, row), first = part_of(level, row) * level->width;
+    if (level->noise_in) {
+        const real *in = (const real *)level->noise_in + t * level->noise_stride + first;
+        for (int64_t i = 0; i < level->width; i++) noise[i] = in[i];
         return;
     }
-    for (int64_t first = 0; first < E; first += 4) {
+    for (int64_t block = first / 4; block * 4 < first + level->width; block++) {
         uint32_t counter[4], bits[4];
         float four[4];
-        moe__counter(counter, job->noise_stream, (uint32_t)job->step,
-                     (uint32_t)(job->token_first + t), (uint32_t)(first / 4));
+        moe__counter(counter, level->noise_stream, (uint32_t)job->step,
+                     (uint32_t)(job->token_first + t), (uint32_t)block);
         moe__philox(job->config->seed, counter, bits);
         moe__normal4(bits, four);
-        for (int64_t i = first; i < first + 4 && i < E; i++) noise[i] = (real)four[i - first];
-    }
-}
-
-/* sd and H of one token. */
-static void add_noise(const moe__route_job *job, int64_t t)
-{
-    int64_t E = job->config->num_experts;
-    const real *clean = (const real *)job->logits + t * E;
-    const real *raw = (const real *)job->noise_raw + t * E;
-    real *sd = (real *)job->noise_std + t * E, *noise = (real *)job->noise + t * E;
-    real *noisy = (real *)job->noisy + t * E;
-    real epsilon = (real)job->config->noise_epsilon;
-    draw_noise(job, t, noise);
-    for (int64_t i = 0; i < E; i++) sd[i] = r_softplus(raw[i]) + epsilon;
-    for (int64_t i = 0; i < E; i++) noisy[i] = r_fma(noise[i], sd[i], clean[i]);
-}
-
-/* ---- weights --------------------------------------------------------------------------------- */
-
-/* w[j] = softmax over the chosen logits of entry j; entries without an expert get 0. */
-static void softmax_of_chosen(real *w, const int32_t *ids, int64_t n, const real *h)
-{
-    real max = R(0.0), sum = R(0.0);
-    int any = 0;
-    for (int64_t j = 0; j < n; j++)
-        if (ids[j] >= 0 && (!any || h[ids[j]] > max)) max = h[ids[j]], any = 1;
-    for (int64_t j = 0; j < n; j++) w[j] = ids[j] < 0 ? R(0.0) : r_exp(h[ids[j]] - max);
-    sum = lane_sum(w, n);
-    for (int64_t j = 0; j < n; j++) w[j] = ids[j] < 0 ? R(0.0) : w[j] / sum;
-}
-
-/* w[j] = score of entry j: sigmoid, or softmax over all E. Without scratch for the whole softmax
- * its sum is formed as exp_shifted forms it, in the same 16 lanes. */
-static void score_of_chosen(real *w, const int32_t *ids, int64_t n, const real *h, int64_t E,
-                            int32_t score)
-{
-    if (score == MOE_SCORE_SIGMOID) {
-        for (int64_t j = 0; j < n; j++) w[j] = ids[j] < 0 ? R(0.0) : r_sigmoid(h[ids[j]]);
-        return;
-    }
-    real max = h[0], chunk[16 * 16], lanes[16] = {R(0.0)};
-    for (int64_t i = 1; i < E; i++) max = h[i] > max ? h[i] : max;
-    for (int64_t first = 0; first < E; first += 256) {
-        int64_t m = moe__min(256, E - first);
-        for (int64_t i = 0; i < m; i++) chunk[i] = r_exp(h[first + i] - max);
-        for (int64_t i = m; i < 256; i++) chunk[i] = R(0.0);
-        for (int64_t i = 0; i < 256; i += 16)
-            for (int64_t l = 0; l < 16; l++) lanes[l] = lanes[l] + chunk[i + l];
-    }
-    real sum = lane_sum(lanes, 16);
-    for (int64_t j = 0; j < n; j++) w[j] = ids[j] < 0 ? R(0.0) : r_exp(h[ids[j]] - max) / sum;
-}
-
-/* Whether the weights are a softmax over the chosen logits only. */
-static int selects_then_scores(const moe_gate_config *c)
-{
-    return c->kind != MOE_GATE_TOP_K ||
-           (c->score == MOE_SCORE_SOFTMAX && c->order == MOE_ORDER_SELECT_THEN_SCORE);
-}
-
-/* The weights before dropping of the n entries of one token. */
-static void weigh(const moe_gate_config *c, real *w, const int32_t *ids, int64_t n, const real *h)
-{
-    real scale = (real)c->route_scale;
-    if (selects_then_scores(c)) {
-        softmax_of_chosen(w, ids, n, h);
-    } else {
-        score_of_chosen(w, ids, n, h, c->num_experts, c->score);
-        if (c->renormalize) {
-            real sum = lane_sum(w, n) + (real)c->renormalize_epsilon;
-            for (int64_t j = 0; j < n; j++) w[j] = w[j] / sum;
+        for (int64_t j = 0; j < 4; j++) {
+            int64_t i = block * 4 + j - first;
+            if (i >= 0 && i < level->width) noise[i] = (real)four[j];
         }
     }
-    for (int64_t j = 0; j < n; j++) w[j] = w[j] * scale;
 }
 
-/* kth[0]: the last of the chosen experts; kth[1]: the first of the others. -1: there is none. */
-static void find_thresholds(int32_t kth[2], const int32_t *ids, int64_t n, const real *h, int64_t E)
+/* sd and H of one row. */
+static void add_noise(const moe__route_job *job, const moe__gate_level *level, int64_t row)
+{
+    int64_t n = level->width, at = row * n;
+    const real *clean = (const real *)level->logits + at;
+    const real *raw = (const real *)level->noise_raw + at;
+    real *sd = (real *)level->noise_std + at, *noise = (real *)level->noise + at;
+    real *noisy = (real *)level->noisy + at;
+    real epsilon = (real)job->config->noise_epsilon;
+    draw_noise(job, level, row, noise);
+    for (int64_t i = 0; i < n; i++) sd[i] = r_softplus(raw[i]) + epsilon;
+    for (int64_t i = 0; i < n; i++) noisy[i] = r_fma(noise[i], sd[i], clean[i]);
+}
+
+/* Clean logits and raw noise of a level. */
+static moe_status level_logits(const moe__route_job *job, const moe__gate_level *level)
+{
+    const moe__workers *w = &job->workers;
+    if (!level->logits) return MOE_OK;
+    if (job->logits_in)
+        MOE_TRY(moe__parallel_range(w->context, job->tokens, 64, copy_logits_range,
+                                    (void *)(uintptr_t)job, w->function));
+    else
+        MOE_TRY(MOE_KERNEL(level_product)(job, level, &level->weight_matrix, &level->bias,
+                                          level->logits));
+    return level->noise ? MOE_KERNEL(level_product)(job, level, &level->noise_weight, NULL,
+                                                    level->noise_raw)
+                        : MOE_OK;
+}
+
+/* ---- rows ------------------------------------------------------------------------------------ */
+
+/* kth[0]: the last of the chosen candidates; kth[1]: the first of the others. -1: there is none. */
+static void find_thresholds(int32_t kth[2], const int32_t *ids, int64_t n, const real *h,
+                            int64_t width)
 {
     kth[0] = kth[1] = -1;
     for (int64_t j = 0; j < n; j++)
         if (ids[j] >= 0 && (kth[0] < 0 || comes_before(h[kth[0]], kth[0], h[ids[j]], ids[j])))
             kth[0] = ids[j];
-    for (int32_t i = 0; i < E; i++) {
+    for (int32_t i = 0; i < width; i++) {
         if (kth[1] >= 0 && !comes_before(h[i], i, h[kth[1]], kth[1])) continue;
         int chosen = 0;
         for (int64_t j = 0; j < n && !chosen; j++) chosen = ids[j] == i;
@@ -152,243 +147,140 @@ static void find_thresholds(int32_t kth[2], const int32_t *ids, int64_t n, const
     }
 }
 
+/* The largest score over all experts. */
+static real priority(const moe__route_job *job, int64_t t)
+{
+    int64_t E = job->level[0].width;
+    const real *clean = (const real *)job->level[0].logits + t * E;
+    int32_t best = 0;
+    real score;
+    for (int32_t i = 1; i < E; i++)
+        if (comes_before(clean[i], i, clean[best], best)) best = i;
+    score_of_chosen(&score, &best, 1, clean, E, job->config->score);
+    return score;
+}
+
+typedef struct level_run {
+    const moe__route_job *job;
+    const moe__gate_level *level;
+} level_run;
+
 static void route_range(void *argument, int64_t begin, int64_t end)
 {
-    const moe__route_job *job = argument;
-    const moe_gate_config *c = job->config;
-    int64_t E = c->num_experts;
-    for (int64_t t = begin; t < end; t++) {
-        int64_t first = job->token_begin[t], n = job->token_begin[t + 1] - first;
-        int32_t *ids = job->expert_of_entry + first;
-        real *w = (real *)job->weight + first;
-        const real *h = (const real *)job->noisy + t * E;
-        if (job->noise) add_noise(job, t);
-        if (is_masked(job->token_mask, t)) {
+    const level_run *run = argument;
+    const moe__route_job *job = run->job;
+    const moe__gate_level *level = run->level;
+    real scale = level_scale(job);
+    for (int64_t r = begin; r < end; r++) {
+        int64_t first = level->entry_begin[r], n = level->entry_begin[r + 1] - first;
+        int32_t *ids = level->choice + first;
+        real *w = (real *)level->weight + first;
+        const real *h = level->noisy ? (const real *)level->noisy + r * level->width : NULL;
+        if (level->noise) add_noise(job, level, r);
+        if (is_masked(job->token_mask, token_of(level, r))) {
             for (int64_t j = 0; j < n; j++) ids[j] = -1, w[j] = R(0.0);
+            if (job->token_priority) ((real *)job->token_priority)[r] = R(0.0);
             continue;
         }
-        if (!job->keep_ids && c->kind == MOE_GATE_SOFTMAX_DENSE)
-            for (int64_t j = 0; j < n; j++) ids[j] = (int32_t)j;
-        else if (!job->keep_ids)
-            select_top(ids, n, h, E);
-        weigh(c, w, ids, n, h);
-        if (job->kth) find_thresholds(job->kth + 2 * t, ids, n, h, E);
+        MOE_KERNEL(choose_row)(job, level, r, ids, n);
+        weigh(job->config, scale, w, ids, n, h, level->width);
+        if (level->kth) find_thresholds(level->kth + 2 * r, ids, n, h, level->width);
+        if (job->token_priority) ((real *)job->token_priority)[r] = priority(job, r);
     }
+}
+
+static moe_status route_rows(const moe__route_job *job, const moe__gate_level *level)
+{
+    level_run run = {job, level};
+    return moe__parallel_range(job->workers.context, level->rows, 16, route_range, &run,
+                               job->workers.function);
+}
+
+/* ---- two levels ------------------------------------------------------------------------------ */
+
+/* The groups of a replayed routing: that of the first expert of each run of top_k entries. */
+static void groups_of_given(const moe__route_job *job)
+{
+    const moe__gate_level *groups = &job->level[0], *experts = &job->level[1];
+    for (int64_t n = 0; n < job->tokens * groups->top_k; n++) {
+        groups->choice[n] = -1;
+        for (int64_t j = (n + 1) * experts->top_k - 1; j >= n * experts->top_k; j--)
+            if (job->expert_of_entry[j] >= 0)
+                groups->choice[n] = (int32_t)(job->expert_of_entry[j] / experts->width);
+    }
+}
+
+/* The rows of the second level: the entries of the first whose weight is not 0, by group. */
+static moe_status start_second_level(moe__route_job *job)
+{
+    moe__plan_arrays *p = job->primary;
+    moe__gate_level *first = &job->level[0], *second = &job->level[1];
+    const real *weight = first->weight;
+    int64_t width = second->width;
+    for (int64_t n = 0; n < p->entries; n++) {
+        int32_t group = first->choice[n];
+        p->expert_of_entry[n] = weight[n] == R(0.0) ? -1 : group;
+        ((real *)p->weight_of_entry)[n] = weight[n];
+    }
+    moe__plan_rows_job rows = {.workers = job->workers, .plan = p, .token_mask = job->token_mask};
+    MOE_TRY(MOE_KERNEL(plan_rows)(&rows));
+    second->rows = p->rows;
+    for (int64_t r = 0; r < p->rows && job->choose == MOE__CHOOSE_GIVEN; r++)
+        for (int64_t j = 0; j < second->top_k; j++) {
+            int32_t e = job->expert_of_entry[p->entry_of_row[r] * second->top_k + j];
+            second->choice[r * second->top_k + j] = e < 0 ? -1 : (int32_t)(e % width);
+        }
+    return MOE_OK;
+}
+
+/* The plan's entries: experts by their number among all, weights Gp Gs. */
+static void combine_levels(const moe__route_job *job)
+{
+    const moe__plan_arrays *p = job->primary;
+    const moe__gate_level *second = &job->level[1];
+    real scale = (real)job->config->route_scale;
+    int64_t K = second->top_k;
+    for (int64_t n = 0; n < p->entries; n++) {
+        int64_t r = p->row_of_entry[n];
+        real by_group = ((const real *)p->weight_of_entry)[n] * scale;
+        for (int64_t j = 0; j < K; j++) {
+            int32_t local = r < 0 ? -1 : second->choice[r * K + j];
+            real w = r < 0 ? R(0.0) : by_group * ((const real *)second->weight)[r * K + j];
+            ((real *)job->weight)[n * K + j] = local < 0 ? R(0.0) : w;
+            job->expert_of_entry[n * K + j] =
+                local < 0 ? -1 : (int32_t)(p->expert_of_entry[n] * second->width + local);
+        }
+    }
+}
+
+static moe_status route_two_levels(moe__route_job *job)
+{
+    if (job->choose == MOE__CHOOSE_GIVEN) groups_of_given(job);
+    MOE_TRY(route_rows(job, &job->level[0]));
+    MOE_TRY(start_second_level(job));
+    MOE_TRY(level_logits(job, &job->level[1]));
+    MOE_TRY(route_rows(job, &job->level[1]));
+    combine_levels(job);
+    return MOE_OK;
+}
+
+/* ---- the step -------------------------------------------------------------------------------- */
+
+moe_status MOE_KERNEL(first_logits)(const moe__route_job *job)
+{
+    const moe__workers *w = &job->workers;
+    if (job->x_jittered)
+        MOE_TRY(moe__parallel_range(w->context, job->tokens, 64, jitter_range,
+                                    (void *)(uintptr_t)job, w->function));
+    return level_logits(job, &job->level[0]);
 }
 
 moe_status MOE_KERNEL(route_forward)(moe__route_job *job)
 {
-    const moe__workers *w = &job->workers;
-    if (job->logits_in)
-        MOE_TRY(
-            moe__parallel_range(w->context, job->tokens, 64, copy_logits_range, job, w->function));
-    else
-        MOE_TRY(logits_product(job, &job->weight_matrix, &job->bias, job->logits));
-    if (job->noise) MOE_TRY(logits_product(job, &job->noise_weight, NULL, job->noise_raw));
-    return moe__parallel_range(w->context, job->tokens, 16, route_range, job, w->function);
-}
-
-/* ---- backward -------------------------------------------------------------------------------- */
-
-/* weight_after = weight keep / S, S = sum of kept weights:  dw_j = keep_j (g_j - sum_i g_i after_i)
- * / S. Without renormalisation dw_j = keep_j g_j. */
-static void drop_backward(const moe__gate_backward_job *job, int64_t first, int64_t n, real *dw)
-{
-    const moe__plan_arrays *plan = job->losses->plan;
-    const real *g = job->entry_weight_grad, *before = job->losses->route->weight;
-    const real *after = plan->weight_of_entry;
-    const int64_t *row = plan->row_of_entry + first;
-    real dot = R(0.0), sum = R(0.0);
-    for (int64_t j = 0; j < n; j++) dw[j] = g && row[j] >= 0 ? g[first + j] : R(0.0);
-    if (!g || !job->losses->route->config->renormalize_after_drop) return;
-    for (int64_t j = 0; j < n; j++)
-        if (row[j] >= 0) {
-            sum = sum + before[first + j];
-            dot = r_fma(dw[j], after[first + j], dot);
-        }
-    for (int64_t j = 0; j < n; j++)
-        dw[j] = row[j] >= 0 && sum != R(0.0) ? (dw[j] - dot) / sum : R(0.0);
-}
-
-/* w_j = scale s_j, s the softmax of the chosen:  dh_j = s_j (g_j - sum_i s_i g_i), g = scale dw. */
-static void chosen_backward(const moe_gate_config *c, const real *dw, real *s, const int32_t *ids,
-                            int64_t n, const real *h, real *dh)
-{
-    real scale = (real)c->route_scale;
-    softmax_of_chosen(s, ids, n, h);
-    real dot = lane_dot(s, dw, n);
-    for (int64_t j = 0; j < n; j++)
-        if (ids[j] >= 0) dh[ids[j]] = r_fma(scale * s[j], dw[j] - dot, dh[ids[j]]);
-}
-
-/* sum_j a_j (u_j / sum) in the lanes of lane_dot. Dividing first lets a gradient that must vanish,
- * such as that of a single renormalised score, cancel exactly. */
-static real normalized_dot(const real *a, const real *u, int64_t n, real sum)
-{
-    real lane[16] = {R(0.0)};
-    for (int64_t j = 0; j < n; j++) lane[j % 16] = r_fma(a[j], u[j] / sum, lane[j % 16]);
-    return lane_sum(lane, 16);
-}
-
-/* w_j = scale v_j, v_j = u_j / (U + eps), U = sum u:  du_j = scale (dw_j - sum_i dw_i v_i) / (U +
- * eps); sigmoid: dh_j = du_j u_j (1 - u_j);  softmax over all: dh_i = p_i (dp_i - sum_j p_j dp_j),
- * where only the chosen have dp = du and p = u. */
-static void scored_backward(const moe_gate_config *c, real *dw, real *u, const int32_t *ids,
-                            int64_t n, const real *h, real *dh, real *p)
-{
-    real scale = (real)c->route_scale;
-    int any = 0;
-    for (int64_t j = 0; j < n; j++) any |= ids[j] >= 0;
-    if (!any) return; /* its scores sum to 0 */
-    score_of_chosen(u, ids, n, h, c->num_experts, c->score);
-    if (c->renormalize) {
-        real sum = lane_sum(u, n) + (real)c->renormalize_epsilon;
-        real dot = normalized_dot(dw, u, n, sum);
-        for (int64_t j = 0; j < n; j++) dw[j] = (dw[j] - dot) / sum;
-    }
-    for (int64_t j = 0; j < n; j++) dw[j] = dw[j] * scale;
-    if (c->score == MOE_SCORE_SIGMOID) {
-        for (int64_t j = 0; j < n; j++)
-            if (ids[j] >= 0) dh[ids[j]] = r_fma(dw[j], u[j] * (R(1.0) - u[j]), dh[ids[j]]);
-        return;
-    }
-    real dot = lane_dot(dw, u, n);
-    softmax(p, h, c->num_experts);
-    for (int64_t i = 0; i < c->num_experts; i++) dh[i] = r_fma(-dot, p[i], dh[i]);
-    for (int64_t j = 0; j < n; j++)
-        if (ids[j] >= 0) dh[ids[j]] = r_fma(dw[j], u[j], dh[ids[j]]);
-}
-
-/* H = clean + noise sd, sd = softplus(raw) + eps:
- * d_clean += dH;  d_raw = (dH noise + d_sd) sigmoid(raw). */
-static void noise_backward(const moe__route_job *route, int64_t t, real *d_clean,
-                           const real *d_noisy, real *d_std)
-{
-    int64_t E = route->config->num_experts;
-    for (int64_t i = 0; i < E; i++) d_clean[i] = d_clean[i] + d_noisy[i];
-    if (!route->noise) return;
-    const real *noise = (const real *)route->noise + t * E;
-    const real *raw = (const real *)route->noise_raw + t * E;
-    for (int64_t i = 0; i < E; i++)
-        d_std[i] = r_fma(d_noisy[i], noise[i], d_std[i]) * r_sigmoid(raw[i]);
-}
-
-/* One token: d_logits[t,:] and d_noise_raw[t,:]. */
-static void gate_backward_row(const moe__gate_backward_job *job, int64_t t)
-{
-    const moe__route_job *route = job->losses->route;
-    const moe_gate_config *c = route->config;
-    int64_t E = c->num_experts, first = route->token_begin[t];
-    int64_t n = route->token_begin[t + 1] - first;
-    const int32_t *ids = route->expert_of_entry + first;
-    const real *h = (const real *)route->noisy + t * E;
-    real *dw = (real *)job->d_weight + first, *scores = (real *)job->scores + first;
-    real *d_clean = (real *)job->d_logits + t * E, *d_noisy = (real *)job->d_noisy + t * E;
-    real *d_std = route->noise ? (real *)job->d_noise_raw + t * E : NULL;
-    real *p = (real *)job->losses->columns + t * E;
-
-    for (int64_t i = 0; i < E; i++) d_clean[i] = R(0.0), d_noisy[i] = R(0.0);
-    for (int64_t i = 0; d_std && i < E; i++) d_std[i] = R(0.0);
-    for (int64_t j = 0; j < n; j++) dw[j] = R(0.0);
-    if (is_masked(route->token_mask, t)) return;
-    drop_backward(job, first, n, dw);
-    MOE_KERNEL(losses_backward_row)(job, t, d_clean, d_noisy, d_std, p);
-    if (selects_then_scores(c))
-        chosen_backward(c, dw, scores, ids, n, h, d_noisy);
-    else
-        scored_backward(c, dw, scores, ids, n, h, d_noisy, p);
-    noise_backward(route, t, d_clean, d_noisy, d_std);
-}
-
-static void gate_backward_range(void *argument, int64_t begin, int64_t end)
-{
-    const moe__gate_backward_job *job = argument;
-    int64_t E = job->losses->route->config->num_experts;
-    for (int64_t t = begin; t < end; t++) {
-        gate_backward_row(job, t);
-        if (!job->d_logits_out) continue;
-        const real *from = (const real *)job->d_logits + t * E;
-        real *to = (real *)job->d_logits_out + t * job->d_logits_stride;
-        for (int64_t i = 0; i < E; i++) to[i] = from[i];
-    }
-}
-
-/* dx[T,D] (=|+=) g[T,E] w^T */
-static moe_status input_gradient(const moe__gate_backward_job *job, const void *g,
-                                 const moe__matrices *w, int32_t add)
-{
-    const moe__route_job *route = job->losses->route;
-    int64_t rows[2] = {0, route->tokens}, E = route->config->num_experts;
-    moe__gemm_rows_job gemm = {.experts = 1,
-                               .expert_begin = rows,
-                               .k = E,
-                               .n = route->input_width,
-                               .a = {g, E, NULL, NULL},
-                               .b = *w,
-                               .out = job->dx,
-                               .out_stride = job->dx_stride,
-                               .out_add = add,
-                               .tile_begin = route->tile_begin};
-    gemm.b.stride_row = w->stride_col;
-    gemm.b.stride_col = w->stride_row;
-    return run_gemm_rows(&route->workers, &gemm);
-}
-
-/* dw[D,E] (=|+=) x^T g, group by group over the tokens that are not masked. */
-static moe_status parameter_gradient(const moe__gate_backward_job *job, const void *g,
-                                     const moe__matrices *dw, const moe__matrices *dbias)
-{
-    const moe__route_job *route = job->losses->route;
-    int64_t E = route->config->num_experts;
-    if (!has(dw) && !has(dbias)) return MOE_OK;
-    moe__gemm_dw_job gemm = {.experts = 1,
-                             .segment_begin = job->losses->valid_begin,
-                             .segments_per_expert = job->losses->plan->groups,
-                             .k = route->input_width,
-                             .n = E,
-                             .a = {route->x, route->x_stride, job->losses->valid_token, NULL},
-                             .g = {g, E, job->losses->valid_token, NULL},
-                             .dw = *dw,
-                             .dbias = *dbias,
-                             .tile_begin = route->tile_begin};
-    return run_gemm_dw(&route->workers, &gemm);
-}
-
-static void zero_dx_range(void *argument, int64_t begin, int64_t end)
-{
-    const moe__gate_backward_job *job = argument;
-    for (int64_t t = begin; t < end; t++) {
-        real *dx = (real *)job->dx + t * job->dx_stride;
-        for (int64_t j = 0; j < job->losses->route->input_width; j++) dx[j] = R(0.0);
-    }
-}
-
-moe_status MOE_KERNEL(gate_backward)(moe__gate_backward_job *job)
-{
-    const moe__route_job *route = job->losses->route;
-    const moe__workers *w = &route->workers;
-    const moe__matrices none = {0};
-    int32_t through_weight = !job->logits_from_host;
-    MOE_KERNEL(losses_backward_prepare)(job);
-    MOE_TRY(
-        moe__parallel_range(w->context, route->tokens, 16, gate_backward_range, job, w->function));
-    if (job->dx) {
-        int32_t add = job->dx_add;
-        if (through_weight) {
-            MOE_TRY(input_gradient(job, job->d_logits, &route->weight_matrix, add));
-            add = 1;
-        }
-        if (route->noise) {
-            MOE_TRY(input_gradient(job, job->d_noise_raw, &route->noise_weight, add));
-            add = 1;
-        }
-        if (!add)
-            MOE_TRY(moe__parallel_range(w->context, route->tokens, 64, zero_dx_range, job,
-                                        w->function));
-    }
-    if (through_weight)
-        MOE_TRY(parameter_gradient(job, job->d_logits, &job->d_weight_matrix, &job->d_bias));
-    if (route->noise)
-        MOE_TRY(parameter_gradient(job, job->d_noise_raw, &job->d_noise_weight, &none));
-    return MOE_OK;
+    MOE_TRY(MOE_KERNEL(first_logits)(job));
+    if (job->levels == 2) return route_two_levels(job);
+    if (job->choose == MOE__CHOOSE_BY_EXPERT) MOE_TRY(MOE_KERNEL(choose_by_expert)(job));
+    if (job->choose == MOE__CHOOSE_THRESHOLD) MOE_TRY(MOE_KERNEL(choose_above)(job));
+    if (job->column_factor) MOE_TRY(MOE_KERNEL(sinkhorn)(job));
+    return route_rows(job, &job->level[0]);
 }

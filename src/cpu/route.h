@@ -1,4 +1,5 @@
-/* route.h - what src/cpu/route.c and src/cpu/losses.c share. */
+/* route.h - what the files of the gate share: route.c, choose.c, losses.c, load.c,
+ * gate_backward.c. */
 #ifndef MOE_CPU_ROUTE_H
 #define MOE_CPU_ROUTE_H
 
@@ -26,13 +27,62 @@ static inline void softmax(real *v, const real *in, int64_t n)
 
 static inline int is_masked(const uint8_t *mask, int64_t token) { return mask && !mask[token]; }
 
-/* Finds what every row's gradient needs: d_importance, d_load, d_score. */
-void MOE_KERNEL(losses_backward_prepare)(const moe__gate_backward_job *job);
+static inline int64_t token_of(const moe__gate_level *level, int64_t row)
+{
+    return level->token_of_row ? level->token_of_row[row] : row;
+}
 
-/* Adds to each token's rows d_logits (by the clean logits) and d_std (by sd; NULL without noise)
- * what the losses give, and to d_weight (by the weights before dropping) what importance gives;
- * d_noisy is by H, for the thresholds. Called by gate_backward for tokens [begin,end). */
+/* The last i in [0, count) with begin[i] <= at: the run that holds `at`. */
+static inline int64_t run_of(const int64_t *begin, int64_t count, int64_t at)
+{
+    int64_t low = 0, high = count - 1;
+    while (low < high) {
+        int64_t middle = low + (high - low + 1) / 2;
+        if (begin[middle] <= at)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+static inline int64_t part_of(const moe__gate_level *level, int64_t row)
+{
+    return level->part_begin ? run_of(level->part_begin, level->parts, row) : 0;
+}
+
+/* choose.c: the choice of one row, and those that need all tokens: chosen before the rows' loop. */
+void MOE_KERNEL(choose_row)(const moe__route_job *job, const moe__gate_level *level, int64_t row,
+                            int32_t *ids, int64_t n);
+moe_status MOE_KERNEL(choose_by_expert)(const moe__route_job *job);
+moe_status MOE_KERNEL(choose_above)(const moe__route_job *job);
+moe_status MOE_KERNEL(sinkhorn)(const moe__route_job *job);
+
+/* route.c: jitter and logits of the first level. */
+moe_status MOE_KERNEL(first_logits)(const moe__route_job *job);
+/* out[rows,width] = x w (+ bias), each row with its part's. */
+moe_status MOE_KERNEL(level_product)(const moe__route_job *job, const moe__gate_level *level,
+                                     const moe__matrices *w, const moe__matrices *bias, void *out);
+/* factor[j] of the input jitter for columns [first, first + 4) of a token. */
+void MOE_KERNEL(jitter4)(const moe__route_job *job, int64_t token, int64_t first, real factor[4]);
+
+/* load.c: the smooth load of a level's candidates, [parts,width]; and its gradient: adds to one
+ * row's d_clean, d_noisy and d_std; `a` is scratch of a row. */
+moe_status MOE_KERNEL(level_load)(const moe__losses_job *job, const moe__gate_level *level,
+                                  double *load);
+void MOE_KERNEL(load_backward_row)(const moe__losses_job *job, const moe__gate_level *level,
+                                   int64_t row, real *d_clean, real *d_noisy, real *d_std, real *a);
+
+/* losses.c. Sums the columns of job->columns [rows,width] over each part's rows, token by token
+ * within a group, then group by group: total [parts,width], by_group [G,width] (one part); either
+ * may be NULL. */
+moe_status MOE_KERNEL(sum_columns)(const moe__losses_job *job, const moe__gate_level *level,
+                                   double *total, double *by_group);
+/* Finds what every row's gradient needs: d_importance, d_load of the levels, d_score. */
+void MOE_KERNEL(losses_backward_prepare)(const moe__gate_backward_job *job);
+/* Adds to a token's d_clean (by the clean logits) what the losses of the logits give; p is scratch
+ * of a row. */
 void MOE_KERNEL(losses_backward_row)(const moe__gate_backward_job *job, int64_t token,
-                                     real *d_clean, real *d_noisy, real *d_std, real *p);
+                                     real *d_clean, real *p);
 
 #endif
