@@ -63,7 +63,6 @@ static moe_status check_flags(const moe_forward_args *a, const moe_pass *pass, i
     if (a->tokens < 0) REFUSE_ARGUMENT("tokens is %lld", (ll)a->tokens);
     if (a->reserved != 0) REFUSE_ARGUMENT("reserved is %d", (int)a->reserved);
     if (a->stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
-    if (a->token_key) REFUSE(MOE_ERROR_NOT_SUPPORTED, "token_key: hash routing is not available");
     return MOE_OK;
 }
 
@@ -169,32 +168,93 @@ static moe_status check_routing(moe__forward *f, const moe_pass *pass, const cha
     return f->everyone ? check_everyone(f, function) : MOE_OK;
 }
 
-static moe_status check_top_k(moe__forward *f, const moe_gate_config *c, const char *function)
+/* Entries of a gate that routes: known beforehand, unless a threshold decides. */
+static moe_status find_entries(moe__forward *f, const moe_gate_config *c, const char *function)
 {
-    int64_t asked = f->a.top_k, E = c->num_experts;
-    f->top_k = c->kind == MOE_GATE_SOFTMAX_DENSE ? E : asked == MOE_FROM_CONFIG ? c->top_k : asked;
-    if (asked != MOE_FROM_CONFIG && (asked < 1 || asked > E || f->top_k != asked))
-        REFUSE_ARGUMENT("top_k is %lld with %lld experts", (ll)asked, (ll)E);
-    if (!f->replay) f->entries = moe__mul(f->a.tokens, f->top_k);
+    const moe_forward_args *a = &f->a;
+    bool train = (a->flags & MOE_FORWARD_TRAIN) != 0;
+    fenv_t saved;
+    if (!moe__gate_takes_tokens(c)) {
+        f->entries = moe__mul(a->tokens, moe__gate_entries_per_token(c, f->top_k));
+    } else if (c->kind == MOE_GATE_BALANCED && !train) {
+        f->entries = -1;
+        return MOE_OK;
+    } else {
+        if (a->tokens > INT32_MAX)
+            REFUSE(MOE_ERROR_OVERFLOW, "tokens is %lld; experts take from at most 2^31 - 1",
+                   (ll)a->tokens);
+        moe__fenv_enter(&saved);
+        f->entries = moe__gate_entries_taken(c, a, f->top_k);
+        moe__fenv_leave(&saved);
+    }
     if (f->entries < 0)
         REFUSE(MOE_ERROR_OVERFLOW, "%lld tokens of %lld experts do not fit in 63 bits",
-               (ll)f->a.tokens, (ll)f->top_k);
-    if (f->a.capacity < MOE_FROM_CONFIG) REFUSE_ARGUMENT("capacity is %lld", (ll)f->a.capacity);
-    if (f->a.capacity != MOE_FROM_CONFIG && c->drop_policy != MOE_DROP_TOKEN_ORDER)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "drop_policy %d is not available", (int)c->drop_policy);
+               (ll)a->tokens, (ll)f->top_k);
     return MOE_OK;
 }
 
-static moe_status check_noise(const moe_forward_args *a, const moe_gate_config *c,
-                              const char *function)
+static moe_status check_top_k(moe__forward *f, const moe_gate_config *c, const char *function)
+{
+    int64_t asked = f->a.top_k, most = moe__gate_most_k(c);
+    f->top_k = c->kind == MOE_GATE_SOFTMAX_DENSE ? c->num_experts
+               : asked == MOE_FROM_CONFIG        ? c->top_k
+                                                 : asked;
+    if (asked != MOE_FROM_CONFIG && (asked < 1 || asked > most || f->top_k != asked))
+        REFUSE_ARGUMENT("top_k is %lld with %lld experts%s", (ll)asked, (ll)most,
+                        most != c->num_experts ? " to choose from" : "");
+    if (f->a.capacity < MOE_FROM_CONFIG) REFUSE_ARGUMENT("capacity is %lld", (ll)f->a.capacity);
+    return f->replay ? MOE_OK : find_entries(f, c, function);
+}
+
+/* A replay must be what a hierarchical gate makes: for each chosen group top_k of its experts. */
+static moe_status check_two_levels(const moe__forward *f, const moe_gate_config *c,
+                                   const moe__plan_arrays *plan, const char *function)
+{
+    int64_t per_token = moe__gate_entries_per_token(c, f->top_k);
+    int64_t width = c->num_experts / c->expert_groups;
+    for (int64_t t = 0; t < plan->tokens; t++) {
+        int64_t first = plan->token_begin[t], count = plan->token_begin[t + 1] - first;
+        if (count != per_token)
+            REFUSE_ARGUMENT("the plan has %lld entries of token %lld, the gate has %lld", (ll)count,
+                            (ll)t, (ll)per_token);
+        for (int64_t j = 0; j < count; j++) {
+            int32_t e = plan->expert_of_entry[first + j];
+            int32_t other = plan->expert_of_entry[first + j - j % f->top_k];
+            if (e >= 0 && (other < 0 || e / width != other / width))
+                REFUSE_ARGUMENT("the plan's entry %lld is expert %d, not of the group of %d",
+                                (ll)(first + j), (int)e, (int)other);
+        }
+    }
+    return MOE_OK;
+}
+
+/* Whether this call draws numbers at (step, token). */
+static bool draws_numbers(const moe__forward *f, const moe_gate_config *c)
+{
+    const moe_forward_args *a = &f->a;
+    bool train = (a->flags & MOE_FORWARD_TRAIN) != 0;
+    bool limited = a->capacity != MOE_FROM_CONFIG || c->capacity_kind != MOE_CAPACITY_NONE;
+    if (train && ((moe__gate_is_noisy(c) && !a->noise) || c->jitter > 0)) return true;
+    if (f->replay) return false;
+    if (train && (c->choice_noise || c->second_choice == MOE_SECOND_CHOICE_RANDOM)) return true;
+    return limited && c->drop_policy == MOE_DROP_RANDOM;
+}
+
+static moe_status check_noise(const moe__forward *f, const moe_gate_config *c, const char *function)
 {
     const int64_t limit = (int64_t)1 << 32; /* words of the counter have 32 bits */
-    if (c->kind != MOE_GATE_NOISY_TOP_K) {
-        if (a->noise)
-            REFUSE_ARGUMENT("noise is given, but the gate's kind %d has none", (int)c->kind);
-        return MOE_OK;
-    }
-    if (!(a->flags & MOE_FORWARD_TRAIN) || a->noise) return MOE_OK;
+    const moe_forward_args *a = &f->a;
+    bool two = c->kind == MOE_GATE_HIERARCHICAL;
+    if (a->noise && !moe__gate_is_noisy(c))
+        REFUSE_ARGUMENT("noise is given, but the gate's kind %s has none",
+                        moe__gate_kind_name(c->kind));
+    if (a->noise_primary && !two)
+        REFUSE_ARGUMENT("noise_primary is given, but the gate's kind %s has no primary gate",
+                        moe__gate_kind_name(c->kind));
+    if (two && !a->noise != !a->noise_primary)
+        REFUSE_ARGUMENT("%s is given without %s", a->noise ? "noise" : "noise_primary",
+                        a->noise ? "noise_primary" : "noise");
+    if (!draws_numbers(f, c)) return MOE_OK;
     if (a->step < 0 || a->step >= limit)
         REFUSE_ARGUMENT("step is %lld; with noise it must be in [0, 2^32)", (ll)a->step);
     if (a->token_first < 0 || a->token_first >= limit || a->tokens > limit - a->token_first)
@@ -207,16 +267,53 @@ static moe_status check_noise(const moe_forward_args *a, const moe_gate_config *
 static moe_status check_loss_weights(const moe__forward *f, const moe_gate_config *c,
                                      const char *function)
 {
-    for (int i = 0; f->weights && i < MOE_LOSS_SLOTS; i++)
-        if (f->weights[i] - f->weights[i] != 0)
-            REFUSE_ARGUMENT("loss_weights[%d] is %g; it must be finite", i, f->weights[i]);
-    for (int i = MOE_LOSS_THRESHOLD; f->weights && i < MOE_LOSS_SLOTS; i++)
-        if (f->weights[i] != 0)
-            REFUSE_ARGUMENT("loss_weights[%d] is %g, there is no such loss", i, f->weights[i]);
-    if (f->weights && f->weights[MOE_LOSS_LOAD] != 0 && c->kind != MOE_GATE_NOISY_TOP_K)
-        REFUSE_ARGUMENT(
-            "loss_weights[MOE_LOSS_LOAD] is %g, but the gate is not MOE_GATE_NOISY_TOP_K",
-            f->weights[MOE_LOSS_LOAD]);
+    const double *w = f->weights;
+    const char *kind = moe__gate_kind_name(c->kind);
+    if (!w) return MOE_OK;
+    for (int i = 0; i < MOE_LOSS_SLOTS; i++)
+        if (w[i] - w[i] != 0) REFUSE_ARGUMENT("loss_weights[%d] is %g; it must be finite", i, w[i]);
+    for (int i = MOE_LOSS_THRESHOLD + 1; i < MOE_LOSS_SLOTS; i++)
+        if (w[i] != 0) REFUSE_ARGUMENT("loss_weights[%d] is %g, there is no such loss", i, w[i]);
+    if (w[MOE_LOSS_LOAD] != 0 && !moe__gate_is_noisy(c))
+        REFUSE_ARGUMENT("loss_weights[MOE_LOSS_LOAD] is %g, but the gate is %s", w[MOE_LOSS_LOAD],
+                        kind);
+    if (w[MOE_LOSS_THRESHOLD] != 0 && c->kind != MOE_GATE_BALANCED)
+        REFUSE_ARGUMENT("loss_weights[MOE_LOSS_THRESHOLD] is %g, but the gate is %s",
+                        w[MOE_LOSS_THRESHOLD], kind);
+    for (int i = MOE_LOSS_SWITCH; i <= MOE_LOSS_SEQUENCE; i++)
+        if (w[i] != 0 && c->kind == MOE_GATE_HIERARCHICAL)
+            REFUSE_ARGUMENT("loss_weights[%d] is %g, but the gate is %s: it has no logits of all "
+                            "experts",
+                            i, w[i], kind);
+    return MOE_OK;
+}
+
+/* Keys of a hash gate, and what needs logits although the gate may do without. */
+static moe_status check_key(const moe__forward *f, const moe_gate_config *c, const char *function)
+{
+    const moe_forward_args *a = &f->a;
+    bool hash = c->kind == MOE_GATE_HASH;
+    bool limited = a->capacity != MOE_FROM_CONFIG || c->capacity_kind != MOE_CAPACITY_NONE;
+    if (a->token_key && !hash)
+        REFUSE_ARGUMENT("token_key is given, but the gate's kind is %s",
+                        moe__gate_kind_name(c->kind));
+    if (hash && !a->token_key && !f->replay && a->tokens > 0)
+        REFUSE_ARGUMENT("token_key is NULL for %lld tokens of MOE_GATE_HASH", (ll)a->tokens);
+    if (hash && c->d_model == 0 && !a->logits_in && limited && !f->replay &&
+        c->drop_policy == MOE_DROP_BATCH_PRIORITY)
+        REFUSE_ARGUMENT("drop_policy MOE_DROP_BATCH_PRIORITY without logits");
+    return MOE_OK;
+}
+
+/* Parameters that are read: with the host's logits only those beside them. */
+static moe_status check_gate_bound(const moe_gate *gate, bool logits_only, const char *function)
+{
+    if (!logits_only) return moe__parameters_check_bound(&gate->parameters, function);
+    for (int64_t i = 0; i < gate->parameters.count; i++) {
+        const moe__parameter *p = &gate->parameters.p[i];
+        if (p->kind != MOE_KIND_WEIGHT && !p->data)
+            REFUSE(MOE_ERROR_INVALID_STATE, "parameter %s is not bound", p->name);
+    }
     return MOE_OK;
 }
 
@@ -227,12 +324,18 @@ static moe_status check_gate(moe__forward *f, const moe_pass *pass, const char *
     const moe_gate_config *c = &pass->gate->config;
     int64_t element = moe__dtype_size(c->dtype);
     MOE_TRY(check_top_k(f, c, function));
-    MOE_TRY(check_noise(a, c, function));
+    if (f->replay && c->kind == MOE_GATE_HIERARCHICAL)
+        MOE_TRY(check_two_levels(f, c, f->own_plan ? &pass->plan.a : &a->plan->a, function));
+    MOE_TRY(check_noise(f, c, function));
+    MOE_TRY(check_key(f, c, function));
     f->weights = a->loss_weights;
     MOE_TRY(check_loss_weights(f, c, function));
-    bool draws = c->kind == MOE_GATE_NOISY_TOP_K && (a->flags & MOE_FORWARD_TRAIN);
-    bool reads = draws || !a->logits_in;
-    if (c->d_model == 0 && !a->logits_in && a->tokens > 0)
+    if (a->logits_in && c->kind == MOE_GATE_HIERARCHICAL)
+        REFUSE_ARGUMENT("logits_in is given, but the gate's kind %s has two levels of them",
+                        moe__gate_kind_name(c->kind));
+    bool draws = moe__gate_is_noisy(c) && (a->flags & MOE_FORWARD_TRAIN);
+    bool reads = draws || (!a->logits_in && c->d_model > 0);
+    if (c->d_model == 0 && !a->logits_in && a->tokens > 0 && c->kind != MOE_GATE_HASH)
         REFUSE_ARGUMENT("logits_in is NULL and the gate has no weights (its d_model is 0)");
     if (a->gate_x)
         MOE_TRY(moe__check_matrix("gate_x", a->gate_x, &a->gate_x_stride, a->tokens, c->d_model,
@@ -249,8 +352,17 @@ static moe_status check_gate(moe__forward *f, const moe_pass *pass, const char *
                               element, false, function));
     MOE_TRY(moe__check_matrix("noise", a->noise, &a->noise_stride, a->tokens, c->num_experts,
                               element, false, function));
-    if (a->logits_in && !draws) return MOE_OK;
-    return moe__parameters_check_bound(&pass->gate->parameters, function);
+    MOE_TRY(moe__check_matrix("noise_primary", a->noise_primary, &a->noise_primary_stride,
+                              a->tokens, c->expert_groups, element, false, function));
+    return check_gate_bound(pass->gate, a->logits_in && !draws, function);
+}
+
+/* The layer's own parameters, and the pools beside the routed one. */
+static moe_status check_layer(const moe_layer *layer, const char *function)
+{
+    MOE_TRY(moe__parameters_check_bound(&layer->parameters, function));
+    if (layer->shared) MOE_TRY(moe__experts_check_bound(layer->shared, function));
+    return layer->residual ? moe__experts_check_bound(layer->residual, function) : MOE_OK;
 }
 
 static moe_status check_experts(moe__forward *f, const moe_pass *pass, const char *function)
@@ -264,6 +376,7 @@ static moe_status check_experts(moe__forward *f, const moe_pass *pass, const cha
                               function));
     if (overlap(a->x, a->x_stride, c->d_model, a->y, a->y_stride, c->d_out, a->tokens, element))
         REFUSE_ARGUMENT("x and y overlap");
+    if (f->uses & MOE__USE_LAYER) MOE_TRY(check_layer(pass->layer, function));
     return moe__experts_check_bound(pass->experts, function);
 }
 
@@ -296,6 +409,13 @@ static moe_status check_backward_flags(const moe_backward_args *b, const moe_pas
     return MOE_OK;
 }
 
+static moe_status check_layer_backward(const moe_layer *layer, const char *function)
+{
+    MOE_TRY(moe__parameters_check_bound(&layer->parameters, function));
+    if (layer->shared) MOE_TRY(moe__experts_check_backward(layer->shared, function));
+    return layer->residual ? moe__experts_check_backward(layer->residual, function) : MOE_OK;
+}
+
 moe_status moe__backward_check(moe_backward_args *b, const moe_pass *pass,
                                const moe_backward_args *args, int32_t uses, const char *function)
 {
@@ -325,11 +445,17 @@ moe_status moe__backward_check(moe_backward_args *b, const moe_pass *pass,
                               false, function));
     if (c && overlap(b->dx, b->dx_stride, width, b->dy, b->dy_stride, c->d_out, T, element))
         REFUSE_ARGUMENT("dx and dy overlap");
+    if (b->d_logits_out && pass->routed && pass->route.levels == 2)
+        REFUSE_ARGUMENT("d_logits_out is given, but the gate has two levels of logits");
+    if (b->d_logits_out && pass->routed && !pass->route.level[0].logits)
+        REFUSE_ARGUMENT("d_logits_out is given, but the gate had no logits");
     if (!pass->routed && b->d_gate_x)
         REFUSE_ARGUMENT("d_gate_x is given, but the gate did not run in the forward");
     if (!pass->routed && b->d_logits_out)
         REFUSE_ARGUMENT("d_logits_out is given, but the gate did not run in the forward");
-    if (pass->routed && (uses & MOE__USE_GATE) && !pass->logits_from_host)
-        MOE_TRY(moe__parameters_check_bound(&pass->gate->parameters, function));
+    if (pass->routed && (uses & MOE__USE_GATE))
+        MOE_TRY(check_gate_bound(pass->gate, pass->logits_from_host && !pass->route.level[0].noise,
+                                 function));
+    if (uses & MOE__USE_LAYER) MOE_TRY(check_layer_backward(pass->layer, function));
     return c ? moe__experts_check_backward(pass->experts, function) : MOE_OK;
 }

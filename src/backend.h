@@ -37,26 +37,26 @@ typedef struct moe__gate_level {
     const int64_t *token_of_row; /* [rows], NULL: a row is a token */
     const int64_t *entry_begin;  /* [rows+1] */
     moe__matrices weight_matrix, bias, noise_weight; /* [parts][D,width]; base NULL: not there */
-    const void *noise_in;        /* of token t and part i at t * stride + i * width; NULL: Philox */
+    const void *noise_in; /* of token t and part i at t * stride + i * width; NULL: Philox */
     int64_t noise_stride;
-    uint32_t noise_stream;       /* first counter word */
-    void *logits;                /* [rows,width] clean; NULL: there are none */
-    void *noisy;                 /* [rows,width] H; = logits without noise */
-    void *noise_raw;             /* [rows,width] x Wnoise; NULL without noise, as the next two */
-    void *noise_std;             /* [rows,width] sd */
-    void *noise;                 /* [rows,width] */
-    int32_t *choice;             /* [entries] candidates in order of choice, -1: none */
-    void *weight;                /* [entries] before dropping */
-    int32_t *kth;                /* [rows,2] the worst chosen and the best other candidate (-1:
+    uint32_t noise_stream; /* first counter word */
+    void *logits;          /* [rows,width] clean; NULL: there are none */
+    void *noisy;           /* [rows,width] H; = logits without noise */
+    void *noise_raw;       /* [rows,width] x Wnoise; NULL without noise, as the next two */
+    void *noise_std;       /* [rows,width] sd */
+    void *noise;           /* [rows,width] */
+    int32_t *choice;       /* [entries] candidates in order of choice, -1: none */
+    void *weight;          /* [entries] before dropping */
+    int32_t *kth;          /* [rows,2] the worst chosen and the best other candidate (-1:
                                     none): the thresholds of the load; or NULL */
     /* backward: scratch */
-    void *d_weight, *scores;     /* [entries] by the weights before dropping; scores again */
-    void *d_logits, *d_noisy;    /* [rows,width] by the clean logits; by H */
-    void *d_noise_raw;           /* [rows,width]; NULL without noise */
-    double *d_load;              /* [parts,width] */
+    void *d_weight, *scores;  /* [entries] by the weights before dropping; scores again */
+    void *d_logits, *d_noisy; /* [rows,width] by the clean logits; by H */
+    void *d_noise_raw;        /* [rows,width]; NULL without noise */
+    double *d_load;           /* [parts,width] */
     moe__matrices d_weight_matrix, d_bias, d_noise_weight; /* NULL: not wanted; added to */
-    int64_t *segment_begin;      /* [parts*G+1] rows of each part's token groups */
-    void *dx_rows;               /* [rows,D]; NULL where a row is a token */
+    int64_t *segment_begin; /* [parts*G+1] rows of each part's token groups */
+    void *dx_rows;          /* [rows,D]; NULL where a row is a token */
 } moe__gate_level;
 
 /* route: logits -> noise -> choice -> weights. src/cpu/route.c, choose.c */
@@ -73,15 +73,15 @@ typedef struct moe__route_job {
     uint32_t jitter_stream, choice_stream;
     const void *logits_in; /* [T,E] or NULL */
     int64_t logits_stride;
-    const uint8_t *token_mask; /* or NULL */
-    const int64_t *token_key;  /* [T] of MOE__CHOOSE_KEY */
+    const uint8_t *token_mask;               /* or NULL */
+    const int64_t *token_key;                /* [T] of MOE__CHOOSE_KEY */
     moe__matrices selection_bias, threshold; /* [E]; base NULL: not there */
     int64_t step, token_first;
     int32_t train;
-    int64_t groups; /* G */
-    const int64_t *group_begin; /* [G+1] first token of each group */
-    const int64_t *valid_begin; /* [G+1] first of each group among the unmasked tokens */
-    const int64_t *valid_token; /* [valid] their numbers */
+    int64_t groups;                /* G */
+    const int64_t *group_begin;    /* [G+1] first token of each group */
+    const int64_t *valid_begin;    /* [G+1] first of each group among the unmasked tokens */
+    const int64_t *valid_token;    /* [valid] their numbers */
     const int64_t *taken_of_group; /* [G] tokens an expert takes of a group; MOE__CHOOSE_BY_EXPERT */
     moe__gate_level level[2];
     moe__plan_arrays *primary; /* [T,A] routing of level 0 if there are two: laid out; filled here */
@@ -92,13 +92,13 @@ typedef struct moe__route_job {
     void *weight;             /* [N] before dropping */
     void *token_priority;     /* out: [T] largest score; NULL: not wanted */
     /* scratch */
-    void *columns;            /* [most rows x width of a level] real: selection scores; or NULL */
-    void *group_score;        /* [T,expert_groups] real of group-limited selection */
-    int32_t *group_ids;       /* [T,top_groups] */
-    int32_t *taken;           /* [N] of MOE__CHOOSE_BY_EXPERT */
-    double *column_factor;    /* [3,E] of Sinkhorn */
-    double *row_factor;       /* [T] of Sinkhorn */
-    int64_t *tile_begin;      /* [parts+1] */
+    void *columns;         /* [most rows x width of a level] real: selection scores; or NULL */
+    void *group_score;     /* [T,expert_groups] real of group-limited selection */
+    int32_t *group_ids;    /* [T,top_groups] */
+    int32_t *taken;        /* [N] of MOE__CHOOSE_BY_EXPERT */
+    double *column_factor; /* [3,E] of Sinkhorn */
+    double *row_factor;    /* [T] of Sinkhorn */
+    int64_t *tile_begin;   /* [parts+1] */
 } moe__route_job;
 
 /* losses and statistics, and their gradients. src/cpu/losses.c, load.c */
@@ -149,17 +149,23 @@ typedef struct moe__gate_backward_job {
     int32_t logits_from_host;  /* 1: no gradient by weight, bias and x through the clean logits */
 } moe__gate_backward_job;
 
-/* The layer's own small products: s = sigmoid(x w) of the shared part (width 1), or c = softmax(x W +
- * b) of the residual mix (width 2). src/cpu/mix.c */
+/* The layer's own coefficients of a token: s = sigmoid(x w) of the shared part (width 1), or c =
+ * softmax(x W + b) of routed and residual part (width 2), and what they multiply: the weights of a
+ * plan for each. src/cpu/mix.c */
 typedef struct moe__mix_job {
     moe__workers workers;
     int64_t tokens, input_width, width;
     const void *x; /* [T,D] */
     int64_t x_stride;
     moe__matrices weight_matrix, bias; /* [D,width], [width] */
+    const uint8_t *token_mask;         /* or NULL: coefficients of masked tokens are 0 */
     void *coefficient;                 /* out: [T,width] */
+    const moe__plan_arrays *plan[2];   /* of column i */
+    const void *weight_in[2];          /* [N] of that plan; NULL: 1 */
+    void *weight_out[2];               /* out: [N] coefficient times weight_in */
     /* backward */
-    void *d_coefficient; /* [T,width]: in: by the coefficients; then by the logits */
+    void *entry_grad[2]; /* [N] in: by weight_out; out: by weight_in */
+    void *d_coefficient; /* scratch [T,width] */
     void *dx;            /* [T,D] added to, or NULL */
     int64_t dx_stride;
     moe__matrices d_weight_matrix, d_bias; /* NULL: not wanted; added to */
@@ -211,9 +217,12 @@ typedef struct moe__rows_job {
     int32_t add;             /* tokens_out += */
     int32_t unweighted;
     const void *weights;       /* combine_forward: [N] instead of the plan's, or NULL */
-    int32_t sigmoid;           /* combine_forward: tokens_out = sigmoid(sum), not with add */
+    int32_t sigmoid;           /* combine_forward: of the sum, added or not */
+    int32_t dropped;           /* MOE_DROPPED_*: combine_forward takes tokens_in for a token without
+                                  rows, or lets tokens_out be; dispatch_backward likewise */
     void *tokens_saved;        /* combine_forward: [T,width] dense copy of the result, or NULL */
-    const uint8_t *token_mask; /* combine_forward: masked tokens get 0 even with sigmoid; or NULL */
+    const uint8_t *token_mask; /* combine_forward, dispatch_backward: masked tokens get 0, whatever
+                                  the functions above; or NULL */
 } moe__rows_job;
 
 /* The experts of a pool, or of one part of it. All arrays have an entry or row for every one of the

@@ -67,13 +67,13 @@ static moe_status set_parameter(const moe__parameter *p, const moe__parameter *f
     return MOE_OK;
 }
 
-static moe_status set_gate(moe_gate *gate, const moe_gate *from, const moe_gradient_check *check,
-                           const char *function)
+/* The parameters of a gate, or a layer's own. */
+static moe_status set_list(const moe__parameter_list *list, const moe__parameter_list *from,
+                           const moe_gradient_check *check, uint32_t first, const char *function)
 {
-    const moe__parameter_list *list = &gate->parameters;
     for (int64_t i = 0; i < list->count; i++)
-        MOE_TRY(set_parameter(&list->p[i], &from->parameters.p[i], list->weight_layout, check,
-                              16 + (uint32_t)i, function));
+        MOE_TRY(set_parameter(&list->p[i], &from->p[i], list->weight_layout, check,
+                              first + (uint32_t)i, function));
     return MOE_OK;
 }
 
@@ -145,8 +145,13 @@ static moe_status make_objects(moe__twin *t, const moe_layer *layer)
         g.parameters = MOE_PARAMETERS_OWNED;
         MOE_TRY(moe_gate_create(&t->gate, t->context, &g));
     }
+    if (layer->shared) MOE_TRY(copy_pool(t, layer->shared, &t->shared));
+    if (layer->residual) MOE_TRY(copy_pool(t, layer->residual, &t->residual));
     l.gate = t->gate;
     l.experts = t->experts;
+    l.shared = t->shared;
+    l.residual = t->residual;
+    l.parameters = MOE_PARAMETERS_OWNED;
     l.comm = NULL;
     MOE_TRY(moe_layer_create(&t->layer, &l));
     MOE_TRY(moe_pass_create(&t->saved, t->layer, NULL));
@@ -167,6 +172,7 @@ static void lay_out(moe__twin *t, const moe_layer *layer, moe__arena *arena)
     t->up.y = moe__arena_take(arena, t->outputs, size);
     t->down.y = moe__arena_take(arena, t->outputs, size);
     t->group_begin = moe__arena_take(arena, t->groups + 1, (int64_t)sizeof(int64_t));
+    if (g && g->kind == MOE_GATE_HASH) t->key = moe__arena_take(arena, T, (int64_t)sizeof *t->key);
     if (g && g->d_model == 0) {
         int64_t n = moe__mul(T, g->num_experts);
         t->logits = moe__arena_take(arena, n, size), t->d_logits = moe__arena_take(arena, n, size);
@@ -206,6 +212,7 @@ static void draw_inputs(moe__twin *t, const moe_layer *layer, uint64_t seed)
     if (t->gate_x) draw(t->gate_x, T * g->d_model, 1, seed, 2);
     if (t->logits) draw(t->logits, T * E, 1, seed, 3);
     if (t->weights) draw(t->weights, T * 2, 1, seed, 4);
+    for (int64_t i = 0; t->key && i < T; i++) t->key[i] = i;
     for (int64_t n = 0; t->ids && n < 2 * T; n++) t->ids[n] = (int32_t)((n + n / E) % E);
     for (int64_t i = 0; i <= t->groups; i++)
         t->group_begin[i] = i == t->groups ? T : T / t->groups * i + moe__min(i, T % t->groups);
@@ -241,6 +248,7 @@ static moe_status run_forward(moe__twin *t, moe_pass *pass, const moe_plan *plan
     f.logits_in = t->logits;
     f.groups = t->groups;
     f.group_begin = t->group_begin;
+    f.token_key = plan ? NULL : t->key;
     f.plan = plan;
     f.plan_use = t->gate && plan ? MOE_PLAN_IDS : MOE_PLAN_IDS_AND_WEIGHTS;
     f.losses_out = value->losses;
@@ -328,8 +336,9 @@ static void list_tensors(moe__twin *t, const moe_layer *layer)
     add_tensor(t, "weights", t->weights, t->d_weights, 2 * T);
     for (int64_t i = 0; i < t->layer->listing.count; i++) {
         const moe__parameter *p = moe__listed_parameter(&t->layer->listing, i);
-        add_tensor(t, layer->listing.entry[i].name, p->own_data, p->own_grad,
-                   moe__parameter_elements(p));
+        if (p->kind != MOE_KIND_BUFFER)
+            add_tensor(t, layer->listing.entry[i].name, p->own_data, p->own_grad,
+                       moe__parameter_elements(p));
     }
 }
 
@@ -343,8 +352,12 @@ moe_status moe__twin_create(moe__twin *t, const moe_layer *layer, const moe_grad
     MOE_TRY(make_objects(t, layer));
     MOE_TRY(allocate(t, layer, function));
     draw_inputs(t, layer, check->seed);
-    if (t->gate) MOE_TRY(set_gate(t->gate, layer->gate, check, function));
+    if (t->gate)
+        MOE_TRY(set_list(&t->gate->parameters, &layer->gate->parameters, check, 16, function));
+    MOE_TRY(set_list(&t->layer->parameters, &layer->parameters, check, 24, function));
     MOE_TRY(set_pool(t->experts, layer->experts, check, 32, function));
+    if (t->shared) MOE_TRY(set_pool(t->shared, layer->shared, check, 96, function));
+    if (t->residual) MOE_TRY(set_pool(t->residual, layer->residual, check, 160, function));
     MOE_TRY(find_gradients(t));
     list_tensors(t, layer);
     return MOE_OK;
@@ -357,6 +370,8 @@ void moe__twin_free(moe__twin *t)
     moe_pass_destroy(t->saved);
     moe_layer_destroy(t->layer);
     moe_experts_destroy(t->experts);
+    moe_experts_destroy(t->shared);
+    moe_experts_destroy(t->residual);
     moe_gate_destroy(t->gate);
     moe__free(t->context, t->memory, t->bytes);
 }

@@ -13,8 +13,8 @@ typedef struct moe__twin_tensor {
 } moe__twin_tensor;
 
 enum {
-    MOE__TWIN_TENSORS = 4 + (1 + MOE_MAX_PARTS) * MOE__MAX_PARAMETERS,
-    MOE__TWIN_HOSTS = MOE_MAX_PARTS
+    MOE__TWIN_TENSORS = 4 + (2 + 3 * MOE_MAX_PARTS) * MOE__MAX_PARAMETERS,
+    MOE__TWIN_HOSTS = 3 * MOE_MAX_PARTS
 };
 
 /* y and losses at one place. */
@@ -25,8 +25,8 @@ typedef struct moe__twin_value {
 
 typedef struct moe__twin {
     moe_context *context;
-    moe_gate *gate; /* may be NULL */
-    moe_experts *experts;
+    moe_gate *gate;                           /* may be NULL */
+    moe_experts *experts, *shared, *residual; /* the last two may be NULL */
     moe_layer *layer;
     moe_pass *saved, *moved;         /* of the one backward, and of the moved forwards */
     moe_plan *plan;                  /* the selection, held still */
@@ -34,6 +34,7 @@ typedef struct moe__twin {
     int32_t train;
     double *x, *gate_x, *logits, *weights; /* the last three may be NULL */
     double *dx, *d_gate_x, *d_logits, *d_weights, *dy;
+    int64_t *key; /* [T] of a hash gate */
     int32_t *ids; /* [T] of a layer without a gate */
     int64_t *group_begin;
     moe__twin_value here, up, down;

@@ -32,34 +32,69 @@ moe_status moe_cost_init(moe_cost *cost, size_t size)
 typedef struct cost_case {
     moe_cost_query q;
     moe_gate_config gate;
-    moe_experts_config experts;
-    moe__experts_room room;
+    moe_experts_config experts, shared, residual;
+    moe__experts_room room, shared_room, residual_room;
     moe_layer_config layer;
-    bool has_gate, has_experts;
+    bool has_gate, has_experts, has_shared, has_residual;
     int64_t top_k, entries, groups, num_experts, threads;
 } cost_case;
+
+static moe_status read_pool(moe_experts_config *config, moe__experts_room *room,
+                            const moe_experts_config *from, const char *function)
+{
+    moe_expert_callbacks callbacks;
+    MOE_TRY(moe__struct_read(&moe__experts_config_info, config, from, false, function));
+    MOE_TRY(moe__experts_config_check(config, &callbacks, function));
+    *room = moe__experts_room_of(config, &callbacks);
+    return MOE_OK;
+}
+
+/* Shared experts and residual branch stand beside routed ones of the same outside. */
+static moe_status check_branches(const cost_case *c, const char *function)
+{
+    const struct {
+        const char *name;
+        const moe_experts_config *config;
+        bool has;
+    } branch[2] = {{"shared", &c->shared, c->has_shared},
+                   {"residual", &c->residual, c->has_residual}};
+    for (int i = 0; i < 2; i++) {
+        const moe_experts_config *b = branch[i].config, *e = &c->experts;
+        if (!branch[i].has) continue;
+        if (!c->has_experts) REFUSE_ARGUMENT("%s is given, experts is NULL", branch[i].name);
+        if (b->d_model != e->d_model || b->d_out != e->d_out || b->dtype != e->dtype)
+            REFUSE_ARGUMENT(
+                "%s has d_model %lld, d_out %lld, dtype %d, experts have %lld, %lld, %d",
+                branch[i].name, (ll)b->d_model, (ll)b->d_out, (int)b->dtype, (ll)e->d_model,
+                (ll)e->d_out, (int)e->dtype);
+    }
+    if (c->layer.shared_gate && !c->has_shared) REFUSE_ARGUMENT("shared_gate is 1, shared is NULL");
+    if (c->layer.residual_mix && !c->has_residual)
+        REFUSE_ARGUMENT("residual_mix is 1, residual is NULL");
+    return MOE_OK;
+}
 
 static moe_status read_configs(cost_case *c, const moe_cost_query *query, const char *function)
 {
     MOE_TRY(moe__struct_read(&moe__cost_query_info, &c->q, query, false, function));
     c->has_gate = c->q.gate != NULL;
     c->has_experts = c->q.experts != NULL;
+    c->has_shared = c->q.shared != NULL;
+    c->has_residual = c->q.residual != NULL;
     if (!c->has_gate && !c->has_experts)
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "gate and experts are both NULL");
     if (c->has_gate) {
         MOE_TRY(moe__struct_read(&moe__gate_config_info, &c->gate, c->q.gate, false, function));
         MOE_TRY(moe__gate_config_check(&c->gate, function));
     }
-    if (c->has_experts) {
-        MOE_TRY(moe__struct_read(&moe__experts_config_info, &c->experts, c->q.experts, false,
-                                 function));
-        moe_expert_callbacks callbacks;
-        MOE_TRY(moe__experts_config_check(&c->experts, &callbacks, function));
-        c->room = moe__experts_room_of(&c->experts, &callbacks);
-    }
+    if (c->has_experts) MOE_TRY(read_pool(&c->experts, &c->room, c->q.experts, function));
+    if (c->has_shared) MOE_TRY(read_pool(&c->shared, &c->shared_room, c->q.shared, function));
+    if (c->has_residual)
+        MOE_TRY(read_pool(&c->residual, &c->residual_room, c->q.residual, function));
     MOE_TRY(moe__struct_read(&moe__layer_config_info, &c->layer, c->q.layer, true, function));
     c->layer.gate = NULL;
-    return moe__layer_config_check(&c->layer, function);
+    MOE_TRY(moe__layer_config_check(&c->layer, function));
+    return check_branches(c, function);
 }
 
 static moe_status read_query(cost_case *c, const moe_cost_query *query, const char *function)
@@ -81,7 +116,7 @@ static moe_status read_query(cost_case *c, const moe_cost_query *query, const ch
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "reserved is %d", (int)c->q.reserved);
     if (c->has_gate && top_k == MOE_FROM_CONFIG) top_k = c->gate.top_k;
     if (c->has_gate && c->gate.kind == MOE_GATE_SOFTMAX_DENSE) top_k = c->num_experts;
-    if (top_k < 0 || (c->has_gate && (top_k < 1 || top_k > c->num_experts)))
+    if (top_k < 0 || (c->has_gate && (top_k < 1 || top_k > moe__gate_most_k(&c->gate))))
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "top_k is %lld with %lld experts", (ll)top_k,
                (ll)c->num_experts);
     if (c->q.tokens < 0) REFUSE(MOE_ERROR_INVALID_ARGUMENT, "tokens is %lld", (ll)c->q.tokens);
@@ -91,7 +126,11 @@ static moe_status read_query(cost_case *c, const moe_cost_query *query, const ch
     c->top_k = top_k;
     c->groups = moe__max(c->q.groups, 1);
     c->threads = c->q.threads ? c->q.threads : moe__available_threads();
-    c->entries = moe__mul(c->q.tokens, top_k);
+    fenv_t saved;
+    moe__fenv_enter(&saved);
+    c->entries = c->has_gate ? moe__gate_most_entries(&c->gate, c->q.tokens, c->groups, top_k)
+                             : moe__mul(c->q.tokens, top_k);
+    moe__fenv_leave(&saved);
     return MOE_OK;
 }
 
@@ -110,11 +149,30 @@ static int64_t expert_parameters(const moe_experts_config *e)
     return moe__add(expert_products(e), e->bias ? biases : 0);
 }
 
+/* Elements of a router's matrices: D E, or for two levels D A + A D B; twice with noise. */
+static int64_t router_matrices(const moe_gate_config *g, bool noise)
+{
+    int64_t primary = g->kind == MOE_GATE_HIERARCHICAL ? g->expert_groups : 0;
+    return moe__mul(noise ? 2 : 1, moe__mul(g->d_model, moe__add(g->num_experts, primary)));
+}
+
 static int64_t gate_parameters(const moe_gate_config *g)
 {
-    int64_t matrix = moe__mul(g->d_model, g->num_experts);
-    int64_t matrices = moe__mul(g->kind == MOE_GATE_NOISY_TOP_K ? 2 : 1, matrix);
-    return moe__add(matrices, g->bias ? g->num_experts : 0);
+    int64_t vectors = g->bias + g->selection_bias + (g->kind == MOE_GATE_BALANCED);
+    return moe__add(router_matrices(g, moe__gate_is_noisy(g)), moe__mul(vectors, g->num_experts));
+}
+
+/* Parameters of everything that each token meets but the routed experts. */
+static int64_t fixed_parameters(const cost_case *c)
+{
+    int64_t sum = c->has_gate ? gate_parameters(&c->gate) : 0;
+    if (c->has_shared)
+        sum = moe__add(sum, moe__mul(c->shared.num_experts, expert_parameters(&c->shared)));
+    if (c->has_residual)
+        sum = moe__add(sum, moe__mul(c->residual.num_experts, expert_parameters(&c->residual)));
+    if (c->layer.shared_gate) sum = moe__add(sum, c->experts.d_model);
+    if (c->layer.residual_mix) sum = moe__add(sum, moe__add(moe__mul(2, c->experts.d_model), 2));
+    return sum;
 }
 
 moe_status moe_layer_memory(const moe_cost_query *query, moe_cost *cost)
@@ -124,13 +182,16 @@ moe_status moe_layer_memory(const moe_cost_query *query, moe_cost *cost)
     MOE_TRY(moe__struct_check_out(&moe__cost_info, cost, __func__));
     MOE_TRY(read_query(&c, query, __func__));
     int64_t element = moe__dtype_size(c.has_gate ? c.gate.dtype : c.experts.dtype);
-    int64_t gate = c.has_gate ? gate_parameters(&c.gate) : 0;
+    int64_t fixed = fixed_parameters(&c);
     int64_t expert = c.has_experts ? expert_parameters(&c.experts) : 0;
-    int64_t count = moe__add(gate, moe__mul(c.num_experts, expert));
+    int64_t per_token = c.has_gate ? moe__gate_entries_per_token(&c.gate, c.top_k) : c.top_k;
+    int64_t count = moe__add(fixed, moe__mul(c.num_experts, expert));
     if (c.has_gate) moe__gate_loss_weights(&c.gate, weights);
     moe__pass_shape shape = moe__pass_shape_of(c.has_gate ? &c.gate : NULL,
-                                               c.has_experts ? &c.room : NULL, c.layer.output,
-                                               weights, true, false, c.q.flags);
+                                               c.has_experts ? &c.room : NULL, &c.layer, weights,
+                                               true, false, c.q.flags);
+    shape.shared = c.has_shared ? &c.shared_room : NULL;
+    shape.residual = c.has_residual ? &c.residual_room : NULL;
     shape.tokens = c.q.tokens;
     shape.entries = c.entries;
     shape.groups = c.groups;
@@ -140,11 +201,31 @@ moe_status moe_layer_memory(const moe_cost_query *query, moe_cost *cost)
                       .gradient_bytes = moe__mul(count, element),
                       .parameter_count = count,
                       .pass_bytes = moe__pass_shape_bytes(&shape),
-                      .active_parameters = moe__add(gate, moe__mul(c.top_k, expert))};
+                      .active_parameters = moe__add(fixed, moe__mul(per_token, expert))};
     if (known.parameter_bytes < 0 || known.pass_bytes < 0 || known.active_parameters < 0)
         return moe__fail(MOE_ERROR_OVERFLOW, __func__, "the answer does not fit in 63 bits");
     moe__struct_write(&moe__cost_info, cost, &known);
     return MOE_OK;
+}
+
+/* Multiply-adds of a batch in the router: of two levels, D A and top_groups times D B a token. */
+static int64_t router_products(const cost_case *c)
+{
+    const moe_gate_config *g = &c->gate;
+    bool noise = moe__gate_is_noisy(g) && (c->q.flags & MOE_FORWARD_TRAIN);
+    int64_t candidates = g->num_experts;
+    if (g->kind == MOE_GATE_HIERARCHICAL)
+        candidates = moe__add(g->expert_groups,
+                              moe__mul(g->top_groups, g->num_experts / g->expert_groups));
+    return moe__mul(moe__mul(noise ? 2 : 1, moe__mul(g->d_model, candidates)), c->q.tokens);
+}
+
+static void add_branch(const moe_experts_config *branch, int64_t tokens, int64_t *rows,
+                       int64_t *combine)
+{
+    int64_t entries = moe__mul(tokens, branch->num_experts);
+    *rows = moe__add(*rows, moe__mul(entries, expert_products(branch)));
+    *combine = moe__add(*combine, moe__mul(entries, branch->d_out));
 }
 
 moe_status moe_layer_flops(const moe_cost_query *query, moe_cost *cost)
@@ -153,15 +234,16 @@ moe_status moe_layer_flops(const moe_cost_query *query, moe_cost *cost)
     MOE_TRY(moe__struct_check_out(&moe__cost_info, cost, __func__));
     MOE_TRY(read_query(&c, query, __func__));
     int64_t router = 0, rows = 0, combine = 0;
-    if (c.has_gate) {
-        bool noise = c.gate.kind == MOE_GATE_NOISY_TOP_K && (c.q.flags & MOE_FORWARD_TRAIN);
-        router = moe__mul(moe__mul(noise ? 2 : 1, moe__mul(c.gate.d_model, c.num_experts)),
-                          c.q.tokens);
-    }
+    if (c.has_gate) router = router_products(&c);
     if (c.has_experts) {
         rows = moe__mul(c.entries, expert_products(&c.experts));
         combine = moe__mul(c.entries, c.experts.d_out);
     }
+    if (c.has_shared) add_branch(&c.shared, c.q.tokens, &rows, &combine);
+    if (c.has_residual) add_branch(&c.residual, c.q.tokens, &rows, &combine);
+    if (c.layer.shared_gate) router = moe__add(router, moe__mul(c.q.tokens, c.experts.d_model));
+    if (c.layer.residual_mix)
+        router = moe__add(router, moe__mul(c.q.tokens, moe__mul(2, c.experts.d_model)));
     int64_t products = moe__add(router, rows);
     moe_cost known = {0};
     MOE_TRY(moe__struct_read(&moe__cost_info, &known, cost, false, __func__));

@@ -240,7 +240,9 @@ typedef struct moe__parameter {
     void **data_each, **grad_each; /* [E] or NULL; point into `lists` */
     void **lists;                  /* [2E] or NULL; kept once allocated */
     int64_t data_stride[MOE_MAX_DIMS], grad_stride[MOE_MAX_DIMS];
-    int32_t owned; /* data is own_data */
+    int32_t owned;    /* data is own_data */
+    int32_t kind;     /* MOE_KIND_* */
+    int32_t sharding; /* MOE_SHARD_* */
 } moe__parameter;
 
 enum { MOE__MAX_PARAMETERS = 6 };
@@ -254,19 +256,22 @@ typedef struct moe__parameter_list {
     int32_t weight_layout, glu_order;
 } moe__parameter_list;
 
-/* Adds one parameter to the list (not allocated yet). */
-void moe__parameter_add(moe__parameter_list *list, const char *name, int32_t per_expert,
-                        int32_t dims, const int64_t *shape, int32_t dtype, int32_t init_tensor,
-                        double init_std);
+/* Adds one parameter to the list (not allocated yet): a weight, sharded by expert if per_expert. */
+moe__parameter *moe__parameter_add(moe__parameter_list *list, const char *name, int32_t per_expert,
+                                   int32_t dims, const int64_t *shape, int32_t dtype,
+                                   int32_t init_tensor, double init_std);
 /* Allocates what `parameters` (MOE_PARAMETERS_*) asks for; on error everything is freed again. */
 moe_status moe__parameters_allocate(moe__parameter_list *list, int32_t parameters,
                                     const char *function);
 void moe__parameters_free(moe__parameter_list *list);
+moe_status moe__parameters_zero_gradients(moe__parameter_list *list, const char *function);
 /* MOE_ERROR_INVALID_STATE naming the first parameter that has no data. */
 moe_status moe__parameters_check_bound(const moe__parameter_list *list, const char *function);
 /* Product of the shape, or -1 if it does not fit. */
 int64_t moe__parameter_elements(const moe__parameter *p);
 const moe__parameter *moe__parameter_by_name(const moe__parameter_list *list, const char *name);
+/* [each,rows,cols], [rows,cols] or [cols] of its data or gradient. */
+moe__matrices moe__parameter_operand(const moe__parameter *p, bool gradient);
 
 /* ---- what an object lists (listing.c) -------------------------------------------------------- */
 
@@ -351,8 +356,10 @@ struct moe_layer {
     moe_layer_config config;
     moe_gate *gate; /* may be NULL */
     moe_experts *experts;
-    moe_comm *comm;       /* may be NULL */
-    moe__listing listing; /* "gate.weight", ... */
+    moe_experts *shared, *residual; /* may be NULL */
+    moe_comm *comm;                 /* may be NULL */
+    moe__parameter_list parameters; /* its own: shared_gate, residual_mix, residual_mix_bias */
+    moe__listing listing;           /* "gate.weight", ... */
 };
 
 void moe__gate_retain(moe_gate *gate);
@@ -363,7 +370,9 @@ void moe__layer_retain(moe_layer *layer);
 /* Lists the parameters that a config asks for; allocates nothing. parameter.c */
 void moe__gate_parameters_describe(moe_gate *gate);
 void moe__experts_parameters_describe(moe_experts *experts);
-/* Fills layer->listing: "gate." or "experts." before the object's own. */
+void moe__layer_parameters_describe(moe_layer *layer);
+/* Fills layer->listing: "gate.", "experts.", "shared." or "residual." before the object's own, then
+ * the layer's. */
 moe_status moe__layer_list_parameters(moe_layer *layer, const char *function);
 
 /* MOE_ERROR_INVALID_STATE naming the first parameter of the pool that has no data; before a

@@ -1,13 +1,12 @@
 /* layer.c - the layer, step by step: the page to read first.
  *
- *     forward:   route -> plan -> losses -> experts -> combine
- *     backward:  output -> experts -> dispatch (its adjoint) -> gate
+ *     forward:   route -> plan -> losses -> experts -> combine -> branches
+ *     backward:  output -> experts -> dispatch (its adjoint) -> branches -> gate
  *
  * A gate alone runs the first three steps, a pool alone the last two; all go through
  * moe__run_forward and moe__run_backward. Arguments were checked before (arguments.c), memory is
- * cut by pass_layout.c, and the arithmetic is the backend's (backend.h). */
+ * cut by pass_layout.c, shared experts and residual branch are in branch.c, and the arithmetic is the backend's (backend.h). */
 #include "pass_state.h"
-#include "philox.h"
 
 #include <string.h>
 
@@ -36,74 +35,16 @@ static void note_mask(moe_pass *pass, const moe__forward *f)
     pass->valid_begin[plan->groups] = count;
 }
 
-/* capacity_factor * K * T / E, rounded; never beyond what the group could send. */
-static int64_t factor_capacity(const moe_gate_config *c, int64_t tokens)
-{
-    double exact = c->capacity_factor * (double)c->top_k * (double)tokens / (double)c->num_experts;
-    int64_t most = tokens * c->top_k;
-    int64_t below = exact >= (double)most ? most : (int64_t)exact;
-    double rest = exact - (double)below;
-    bool up = (c->capacity_rounding == MOE_ROUND_UP && rest > 0) ||
-              (c->capacity_rounding == MOE_ROUND_NEAREST && rest >= 0.5);
-    return moe__min(most, moe__max(c->capacity_minimum, below + up));
-}
-
-/* Rows an expert takes from each group, or NULL without a limit. */
-static const int64_t *find_capacities(moe_pass *pass, const moe__forward *f)
-{
-    const moe_gate_config *c = &pass->gate_config;
-    if (f->a.capacity == MOE_FROM_CONFIG && c->capacity_kind == MOE_CAPACITY_NONE) return NULL;
-    for (int64_t g = 0; g < pass->plan.a.groups; g++) {
-        int64_t tokens = pass->valid_begin[g + 1] - pass->valid_begin[g];
-        pass->group_capacity[g] = f->a.capacity != MOE_FROM_CONFIG ? f->a.capacity
-                                  : c->capacity_kind == MOE_CAPACITY_NUMBER
-                                      ? c->capacity
-                                      : factor_capacity(c, tokens);
-    }
-    return pass->group_capacity;
-}
-
-static void fill_route_job(moe_pass *pass, const moe__forward *f)
-{
-    moe__route_job *r = &pass->route;
-    const moe_forward_args *a = &f->a;
-    int64_t layer_id = pass->layer ? pass->layer->config.layer_id : 0;
-    r->config = &pass->gate_config;
-    r->tokens = a->tokens;
-    r->input_width = pass->gate_config.d_model;
-    r->x = pass->gate_x;
-    r->x_stride = pass->gate_x_stride;
-    moe__gate_operands(pass->gate, r);
-    r->logits_in = a->logits_in;
-    r->logits_stride = a->logits_stride;
-    r->noise_in = a->noise;
-    r->noise_stride = a->noise_stride;
-    r->token_mask = a->token_mask ? pass->mask : NULL;
-    r->noise_stream = moe__stream((uint32_t)layer_id, (uint32_t)pass->gate_config.stream_id,
-                                  MOE__PURPOSE_NOISE);
-    r->step = a->step;
-    r->token_first = a->token_first;
-    r->keep_ids = f->replay;
-    r->token_begin = pass->plan.a.token_begin;
-    r->expert_of_entry = pass->plan.a.expert_of_entry;
-    r->weight = pass->plan_weight;
-}
-
-/* Logits, noise, selection, weights, capacity: the plan. */
+/* Logits, noise, choice, weights, capacity: the plan. */
 static moe_status route_step(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
 {
     moe__plan_arrays *plan = &pass->plan.a;
-    fill_route_job(pass, f);
+    moe__plan_rows_job rows;
+    moe__gate_fill_route(pass, f);
     MOE_TRY(kernels->route_forward(&pass->route));
     memcpy(plan->weight_of_entry, pass->plan_weight,
            (size_t)(plan->entries * moe__dtype_size(plan->dtype)));
-    moe__plan_rows_job rows = {.workers = pass->route.workers,
-                               .plan = plan,
-                               .token_mask = pass->route.token_mask,
-                               .drop_policy = pass->gate_config.drop_policy,
-                               .renormalize_after_drop = pass->gate_config.renormalize_after_drop,
-                               .keep_rows = f->replay};
-    if (!f->replay) rows.group_capacity = find_capacities(pass, f);
+    moe__gate_fill_rows(pass, f, &rows);
     return kernels->plan_rows(&rows);
 }
 
@@ -128,13 +69,7 @@ static void replay_step(moe_pass *pass, const moe__forward *f)
 static moe_status everyone_step(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
 {
     moe__plan_arrays *plan = &pass->plan.a;
-    for (int64_t n = 0; n < plan->entries; n++) {
-        plan->expert_of_entry[n] = 0;
-        if (plan->dtype == MOE_DTYPE_F64)
-            ((double *)plan->weight_of_entry)[n] = 1;
-        else
-            ((float *)plan->weight_of_entry)[n] = 1;
-    }
+    moe__everyone_entries(plan);
     replay_step(pass, f);
     moe__plan_rows_job rows = {.workers = pass->route.workers,
                                .plan = plan,
@@ -146,12 +81,7 @@ static moe_status losses_step(moe_pass *pass, const moe__forward *f, const moe__
 {
     moe__losses_job *l = &pass->losses;
     double value[MOE_LOSS_SLOTS], stats[MOE_STAT_SLOTS];
-    l->route = &pass->route;
-    l->plan = &pass->plan.a;
-    l->weights = pass->weights;
-    l->valid_begin = pass->valid_begin;
-    l->valid_tokens = pass->valid_begin[pass->plan.a.groups];
-    l->valid_token = f->a.token_mask ? pass->valid_token : NULL;
+    moe__gate_fill_losses(pass, f);
     l->value = value;
     l->stats = stats;
     MOE_TRY(kernels->losses_forward(l));
@@ -165,30 +95,40 @@ static moe_status losses_step(moe_pass *pass, const moe__forward *f, const moe__
     return MOE_OK;
 }
 
+/* Where the routed experts' rows go: y, or for a recompute that wants none the saved copy. Returns
+ * where to keep a copy, or NULL. */
+static void *place_output(const moe_pass *pass, const moe__forward *f, moe__rows_job *combine)
+{
+    bool in_saved = !f->a.y;
+    combine->tokens_out = in_saved ? pass->y_saved : f->a.y;
+    combine->tokens_out_stride = in_saved ? pass->experts->config.d_out : f->a.y_stride;
+    return in_saved ? NULL : pass->y_saved;
+}
+
 static moe_status experts_step(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
 {
     moe__experts_job *e = &pass->experts_job;
-    int64_t O = pass->experts->config.d_out;
-    bool sigmoid = (f->uses & MOE__USE_LAYER) && pass->layer->config.output == MOE_OUTPUT_SIGMOID;
-    e->plan = &pass->plan.a;
+    const moe_layer_config *layer = f->uses & MOE__USE_LAYER ? &pass->layer->config : NULL;
+    bool sigmoid = layer && layer->output == MOE_OUTPUT_SIGMOID;
+    bool branches = moe__pass_has_branches(pass, f->uses);
     e->x = pass->x;
     e->x_stride = pass->x_stride;
+    MOE_TRY(moe__branches_begin(pass, f, kernels, &e->plan));
     MOE_TRY(moe__experts_rows_forward(pass->experts, e, kernels));
-    if (!f->a.y && !pass->y_saved) return MOE_OK; /* a recompute that wants no y */
     moe__rows_job combine = {.workers = e->workers,
-                             .tokens_out = f->a.y,
-                             .tokens_out_stride = f->a.y_stride,
+                             .tokens_in = pass->x,
+                             .tokens_in_stride = pass->x_stride,
                              .add = (f->a.flags & MOE_FORWARD_ADD) != 0,
-                             .sigmoid = sigmoid,
-                             .tokens_saved = pass->y_saved,
+                             .dropped = layer ? layer->dropped : MOE_DROPPED_ZERO,
+                             .sigmoid = sigmoid && !branches,
                              .token_mask = f->a.token_mask ? pass->mask : NULL};
-    moe__experts_combine(pass->experts, e, &combine);
-    if (!combine.tokens_out) {
-        combine.tokens_out = pass->y_saved;
-        combine.tokens_out_stride = O;
-        combine.tokens_saved = NULL;
+    void *saved = place_output(pass, f, &combine);
+    if (!branches) combine.tokens_saved = saved;
+    if (combine.tokens_out) {
+        moe__experts_combine(pass->experts, e, &combine);
+        MOE_TRY(kernels->combine_forward(&combine));
     }
-    return kernels->combine_forward(&combine);
+    return branches ? moe__branches_forward(pass, &combine, sigmoid, saved, kernels) : MOE_OK;
 }
 
 static moe_status forward_steps(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
@@ -209,21 +149,26 @@ static moe_status forward_steps(moe_pass *pass, const moe__forward *f, const moe
     return MOE_OK;
 }
 
+/* For the messages of the steps. */
+static void name_function(moe_pass *pass, const char *function)
+{
+    pass->route.workers.function = pass->experts_job.workers.function = function;
+}
+
 /* Remembers where the inputs are, and which config this call has. */
 static void note_arguments(moe_pass *pass, const moe__forward *f)
 {
     const moe_forward_args *a = &f->a;
     memset(&pass->gate_config, 0, sizeof pass->gate_config);
-    if (pass->gate) pass->gate_config = pass->gate->config;
+    if (pass->gate)
+        pass->gate_config = moe__gate_config_of_call(&pass->gate->config, f->route ? f->top_k : 1);
     pass->gate_config.num_experts = pass->plan.a.num_experts;
-    if (f->route && f->top_k > 0) pass->gate_config.top_k = f->top_k;
     pass->x = a->x;
     pass->x_stride = a->x_stride;
     pass->gate_saw_x = !a->gate_x;
     pass->gate_x = a->gate_x ? a->gate_x : a->x;
     pass->gate_x_stride = a->gate_x ? a->gate_x_stride : a->x_stride;
     pass->logits_from_host = a->logits_in != NULL;
-    pass->route.workers.function = pass->experts_job.workers.function = "";
 }
 
 /* Losses and statistics on the host's side, in the layer's dtype. */
@@ -255,14 +200,32 @@ static moe__pass_shape forward_shape(const moe_pass *pass, const moe__forward *f
         moe__gate_loss_weights(&pass->gate->config, weights);
     moe__pass_shape shape = moe__pass_shape_of(
         pass->gate ? &pass->gate->config : NULL, with_experts ? &pass->experts->room : NULL,
-        f->uses & MOE__USE_LAYER ? pass->layer->config.output : MOE_OUTPUT_LINEAR, weights,
-        f->route, f->replay, f->a.flags);
+        f->uses & MOE__USE_LAYER ? &pass->layer->config : NULL, weights, f->route, f->replay,
+        f->a.flags);
+    if (f->uses & MOE__USE_LAYER) moe__pass_shape_branches(&shape, pass);
+    shape.logits_in = f->a.logits_in != NULL;
     shape.tokens = f->a.tokens;
-    shape.entries = f->entries;
+    shape.entries = moe__max(f->entries, 0);
     shape.groups = f->a.groups;
     shape.top_k = f->top_k;
     shape.threads = pass->context->threads;
     return shape;
+}
+
+/* Which tokens go to which experts is known before the gate has run, unless a threshold decides:
+ * then it counts first, in a pass that has room for no entries. */
+static moe_status count_entries(moe_pass *pass, moe__forward *f, moe__pass_shape *shape,
+                                const moe__backend *kernels, const char *function)
+{
+    if (f->entries >= 0) return MOE_OK;
+    start_plan(&pass->plan.a, f);
+    note_mask(pass, f);
+    moe__gate_fill_route(pass, f);
+    MOE_TRY(kernels->route_count(&pass->route, &f->entries));
+    shape->entries = f->entries;
+    MOE_TRY(moe__pass_make_room(pass, shape, false, function));
+    name_function(pass, function);
+    return MOE_OK;
 }
 
 moe_status moe__run_forward(moe_pass *pass, const moe_forward_args *args, int32_t uses,
@@ -277,15 +240,17 @@ moe_status moe__run_forward(moe_pass *pass, const moe_forward_args *args, int32_
 
     memcpy(pass->weights, weights, sizeof weights);
     note_arguments(pass, &f);
-    pass->route.workers.function = pass->experts_job.workers.function = function;
+    name_function(pass, function);
     fenv_t saved;
     moe__fenv_enter(&saved);
-    moe_status status = forward_steps(pass, &f, kernels);
+    moe_status status = count_entries(pass, &f, &shape, kernels, function);
+    if (status == MOE_OK) status = forward_steps(pass, &f, kernels);
     if (status == MOE_OK && !f.recompute) write_results(pass, &f.a);
     moe__fenv_leave(&saved);
 
     pass->uses = uses;
     pass->routed = f.route;
+    pass->primary_shown = f.route && !f.replay && pass->route.levels == 2;
     pass->state = status != MOE_OK                      ? MOE__PASS_FAILED
                   : shape.save                          ? MOE__PASS_SAVED
                   : (f.a.flags & MOE_FORWARD_PLAN_ONLY) ? MOE__PASS_PLAN
@@ -321,8 +286,14 @@ static moe_status dispatch_step(moe_pass *pass, const moe_backward_args *b,
                          .width = D,
                          .rows_in = pass->experts_job.dx_rows,
                          .rows_in_stride = D,
+                         .tokens_in = pass->experts_job.dy,
+                         .tokens_in_stride = pass->experts_job.dy_stride,
                          .tokens_out = b->dx,
                          .tokens_out_stride = b->dx_stride,
+                         .dropped = pass->layer && (pass->uses & MOE__USE_LAYER)
+                                        ? pass->layer->config.dropped
+                                        : MOE_DROPPED_ZERO,
+                         .token_mask = pass->route.token_mask,
                          .add = (b->flags & MOE_BACKWARD_ADD_DX) != 0};
     return kernels->dispatch_backward(&job);
 }
@@ -339,17 +310,21 @@ static moe_status experts_backward_step(moe_pass *pass, const moe_backward_args 
     e->overwrite = (b->flags & MOE_BACKWARD_OVERWRITE) != 0;
     e->dy = b->dy;
     e->dy_stride = b->dy_stride;
-    e->entry_weight_grad = pass->routed || b->entry_weight_grad ? pass->entry_grad : NULL;
+    bool mixed = e->plan == &pass->mixed;
+    bool weights = pass->routed || b->entry_weight_grad || mixed;
+    e->entry_weight_grad = weights ? pass->entry_grad : NULL;
     if (pass->y_saved) {
         MOE_TRY(output_step(pass, b, kernels));
         e->dy = pass->dy_inner;
         e->dy_stride = pass->experts->config.d_out;
     }
     MOE_TRY(moe__experts_rows_backward(pass->experts, e, want_dx, kernels));
+    if (want_dx) MOE_TRY(dispatch_step(pass, b, kernels));
+    if (moe__pass_has_branches(pass, pass->uses)) MOE_TRY(moe__branches_backward(pass, b, kernels));
     if (b->entry_weight_grad)
         memcpy(b->entry_weight_grad, pass->entry_grad,
                (size_t)(pass->plan.a.entries * moe__dtype_size(pass->plan.a.dtype)));
-    return want_dx ? dispatch_step(pass, b, kernels) : MOE_OK;
+    return MOE_OK;
 }
 
 /* Weight of each loss times the host's factor. */
@@ -377,7 +352,7 @@ static moe_status gate_backward_step(moe_pass *pass, const moe_backward_args *b,
                            : b->gate_x ? b->gate_x_stride
                                        : b->x_stride;
     moe__gate_operands(pass->gate, &pass->route);
-    moe__gate_gradients(pass->gate, g, !(b->flags & MOE_BACKWARD_SKIP_PARAMETERS));
+    moe__gate_gradients(pass->gate, &pass->route, g, !(b->flags & MOE_BACKWARD_SKIP_PARAMETERS));
     g->losses = &pass->losses;
     g->loss_factor = pass->factor;
     g->entry_weight_grad = with_experts ? pass->entry_grad : b->entry_weight_grad;
@@ -403,6 +378,8 @@ static moe_status backward_steps(moe_pass *pass, const moe_backward_args *b, int
     bool with_experts = (uses & MOE__USE_EXPERTS) != 0;
     bool overwrite = (b->flags & MOE_BACKWARD_OVERWRITE) != 0 &&
                      !(b->flags & MOE_BACKWARD_SKIP_PARAMETERS);
+    if (overwrite && (uses & MOE__USE_LAYER)) /* its own are added to */
+        MOE_TRY(moe__parameters_zero_gradients(&pass->layer->parameters, ""));
     if (with_experts) MOE_TRY(experts_backward_step(pass, b, kernels));
     if (!pass->gate || !(uses & MOE__USE_GATE)) return MOE_OK;
     /* Parameters that this forward did not use have gradient 0: set all to it, then add. */
@@ -410,21 +387,32 @@ static moe_status backward_steps(moe_pass *pass, const moe_backward_args *b, int
     return pass->routed ? gate_backward_step(pass, b, with_experts, kernels) : MOE_OK;
 }
 
-/* One backward at a time per gate and per pool. */
+/* One backward at a time per gate and per pool: takes the gate and the pools, or none of them. */
 static moe_status begin_backward(moe_pass *pass, int32_t uses, const char *function)
 {
-    bool with_gate = pass->gate && (uses & MOE__USE_GATE);
+    bool with_gate = pass->gate && (uses & MOE__USE_GATE), layer = (uses & MOE__USE_LAYER) != 0;
+    moe_experts *pool[3] = {uses & MOE__USE_EXPERTS ? pass->experts : NULL,
+                            layer ? pass->shared.experts : NULL,
+                            layer ? pass->residual.experts : NULL};
     if (with_gate && atomic_flag_test_and_set(&pass->gate->backward_running))
         REFUSE(MOE_ERROR_INVALID_STATE, "another backward of the gate is running");
-    if (!(uses & MOE__USE_EXPERTS) || moe__experts_begin_backward(pass->experts)) return MOE_OK;
-    if (with_gate) atomic_flag_clear(&pass->gate->backward_running);
-    REFUSE(MOE_ERROR_INVALID_STATE, "another backward of the expert pool is running");
+    for (int i = 0; i < 3; i++) {
+        if (!pool[i] || moe__experts_begin_backward(pool[i])) continue;
+        while (i-- > 0)
+            if (pool[i]) moe__experts_end_backward(pool[i]);
+        if (with_gate) atomic_flag_clear(&pass->gate->backward_running);
+        REFUSE(MOE_ERROR_INVALID_STATE, "another backward of the expert pool is running");
+    }
+    return MOE_OK;
 }
 
 static void end_backward(moe_pass *pass, int32_t uses)
 {
     if (pass->gate && (uses & MOE__USE_GATE)) atomic_flag_clear(&pass->gate->backward_running);
     if (uses & MOE__USE_EXPERTS) moe__experts_end_backward(pass->experts);
+    if (!(uses & MOE__USE_LAYER)) return;
+    if (pass->shared.experts) moe__experts_end_backward(pass->shared.experts);
+    if (pass->residual.experts) moe__experts_end_backward(pass->residual.experts);
 }
 
 moe_status moe__run_backward(moe_pass *pass, const moe_backward_args *args, int32_t uses,
@@ -434,7 +422,7 @@ moe_status moe__run_backward(moe_pass *pass, const moe_backward_args *args, int3
     MOE_TRY(moe__backward_check(&b, pass, args, uses, function));
     MOE_TRY(begin_backward(pass, uses, function));
     const moe__backend *kernels = moe__kernels(pass->context, pass->plan.a.dtype);
-    pass->route.workers.function = pass->experts_job.workers.function = function;
+    name_function(pass, function);
     fenv_t saved;
     moe__fenv_enter(&saved);
     moe_status status = backward_steps(pass, &b, uses, kernels);

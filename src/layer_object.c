@@ -33,19 +33,81 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
     return MOE_OK;
 }
 
+/* Whether two pools are one, or have a part in common. */
+static bool share_experts(const moe_experts *a, const moe_experts *b)
+{
+    for (int64_t i = 0; i < a->parts; i++)
+        for (int64_t j = 0; j < b->parts; j++)
+            if (a->part[i] == b->part[j]) return true;
+    return false;
+}
+
+/* A pool beside the routed one: alike outside, and another. */
+static moe_status check_branch(const char *name, const moe_experts *branch,
+                               const moe_experts *other, const char *function)
+{
+    const moe_experts_config *b = &branch->config, *o = &other->config;
+    if (branch->context != other->context)
+        REFUSE_ARGUMENT("%s and experts are of different contexts", name);
+    if (b->d_model != o->d_model || b->d_out != o->d_out)
+        REFUSE_ARGUMENT("%s has d_model %lld and d_out %lld, experts have %lld and %lld", name,
+                        (ll)b->d_model, (ll)b->d_out, (ll)o->d_model, (ll)o->d_out);
+    if (b->dtype != o->dtype)
+        REFUSE_ARGUMENT("%s has dtype %d, experts have %d", name, (int)b->dtype, (int)o->dtype);
+    if (share_experts(branch, other))
+        REFUSE_ARGUMENT("%s has experts of another pool of the layer", name);
+    return MOE_OK;
+}
+
+/* A coefficient multiplies what the pool adds to y, so that is where its weight must act. */
+static moe_status check_weight_position(const char *option, const char *name,
+                                        const moe_experts *pool, const char *function)
+{
+    for (int64_t i = 0; i < pool->parts; i++)
+        if (pool->part[i]->config.weight_position != MOE_WEIGHT_ON_OUTPUT)
+            REFUSE_ARGUMENT("%s 1 clashes with weight_position %d of %s", option,
+                            (int)pool->part[i]->config.weight_position, name);
+    return MOE_OK;
+}
+
+static moe_status check_branches(const moe_layer_config *c, const char *function)
+{
+    const moe_experts *e = c->experts;
+    if (c->shared) MOE_TRY(check_branch("shared", c->shared, e, function));
+    if (c->residual) MOE_TRY(check_branch("residual", c->residual, e, function));
+    if (c->residual && c->shared && share_experts(c->residual, c->shared))
+        REFUSE_ARGUMENT("shared and residual have experts in common");
+    if (c->shared_gate && !c->shared) REFUSE_ARGUMENT("shared_gate is 1, shared is NULL");
+    if (c->residual_mix && !c->residual) REFUSE_ARGUMENT("residual_mix is 1, residual is NULL");
+    if (c->shared_gate)
+        MOE_TRY(check_weight_position("shared_gate", "shared", c->shared, function));
+    if (c->residual_mix) {
+        MOE_TRY(check_weight_position("residual_mix", "experts", e, function));
+        MOE_TRY(check_weight_position("residual_mix", "residual", c->residual, function));
+    }
+    if (c->dropped == MOE_DROPPED_PASS_THROUGH && e->config.d_out != e->config.d_model)
+        REFUSE_ARGUMENT("dropped MOE_DROPPED_PASS_THROUGH clashes with d_out %lld: x is %lld wide",
+                        (ll)e->config.d_out, (ll)e->config.d_model);
+    if (c->dropped == MOE_DROPPED_UNTOUCHED && (c->shared || c->residual))
+        REFUSE_ARGUMENT("dropped MOE_DROPPED_UNTOUCHED clashes with %s: it writes y",
+                        c->shared ? "shared" : "residual");
+    return MOE_OK;
+}
+
 moe_status moe__layer_config_check(const moe_layer_config *c, const char *function)
 {
     if (c->output < 0 || c->output > MOE_OUTPUT_SIGMOID)
         REFUSE_ARGUMENT("output is %d", (int)c->output);
     if (c->layer_id < 0 || c->layer_id > 65535)
         REFUSE_ARGUMENT("layer_id is %d; it must be in [0, 65535]", (int)c->layer_id);
-    if (c->shared) REFUSE(MOE_ERROR_NOT_SUPPORTED, "shared: a shared expert is not available");
-    if (c->residual)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "residual: a residual branch is not available");
-    if (c->shared_gate)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "shared_gate is %d: not available", (int)c->shared_gate);
-    if (c->residual_mix)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "residual_mix is %d: not available", (int)c->residual_mix);
+    MOE_TRY(moe__check_range("shared_gate", c->shared_gate, 0, 1, function));
+    MOE_TRY(moe__check_range("residual_mix", c->residual_mix, 0, 1, function));
+    MOE_TRY(moe__check_range("dropped", c->dropped, 0, MOE_DROPPED_UNTOUCHED, function));
+    MOE_TRY(moe__check_range("parameters", c->parameters, 0, MOE_PARAMETERS_BOUND, function));
+    if (c->dropped && c->output != MOE_OUTPUT_LINEAR)
+        REFUSE_ARGUMENT("dropped %d clashes with output %d", (int)c->dropped, (int)c->output);
+    if (c->dropped && c->residual_mix)
+        REFUSE_ARGUMENT("dropped %d clashes with residual_mix 1", (int)c->dropped);
     return MOE_OK;
 }
 
@@ -56,6 +118,7 @@ moe_status moe_layer_create(moe_layer **layer, const moe_layer_config *config)
     MOE_TRY(moe__struct_read(&moe__layer_config_info, &c, config, false, __func__));
     MOE_TRY(moe__layer_config_check(&c, __func__));
     MOE_TRY(check_objects(&c, __func__));
+    MOE_TRY(check_branches(&c, __func__));
     moe_context *context = c.experts->context;
     moe_layer *l = moe__alloc_zeroed(context, sizeof *l);
     if (!l) return moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for the layer");
@@ -63,19 +126,29 @@ moe_status moe_layer_create(moe_layer **layer, const moe_layer_config *config)
     l->config = c;
     l->gate = c.gate;
     l->experts = c.experts;
+    l->shared = c.shared;
+    l->residual = c.residual;
     l->comm = c.comm;
-    moe_status status = moe__layer_list_parameters(l, __func__);
-    if (status != MOE_OK) {
-        moe__free(context, l, sizeof *l);
-        return status;
-    }
+    moe__layer_parameters_describe(l);
+    moe_status status = moe__parameters_allocate(&l->parameters, c.parameters, __func__);
+    if (status != MOE_OK) goto free_layer;
+    status = moe__layer_list_parameters(l, __func__);
+    if (status != MOE_OK) goto free_parameters;
     atomic_init(&l->references, 1);
     moe__context_retain(context);
     moe__experts_retain(l->experts);
+    if (l->shared) moe__experts_retain(l->shared);
+    if (l->residual) moe__experts_retain(l->residual);
     if (l->gate) moe__gate_retain(l->gate);
     if (l->comm) moe__comm_retain(l->comm);
     *layer = l;
     return MOE_OK;
+
+free_parameters:
+    moe__parameters_free(&l->parameters);
+free_layer:
+    moe__free(context, l, sizeof *l);
+    return status;
 }
 
 void moe__layer_retain(moe_layer *layer) { atomic_fetch_add(&layer->references, 1); }
@@ -86,8 +159,11 @@ void moe_layer_destroy(moe_layer *layer)
     moe_context *context = layer->context;
     moe_gate_destroy(layer->gate);
     moe_experts_destroy(layer->experts);
+    moe_experts_destroy(layer->shared);
+    moe_experts_destroy(layer->residual);
     moe_comm_destroy(layer->comm);
     moe__listing_free(&layer->listing, context);
+    moe__parameters_free(&layer->parameters);
     moe__free(context, layer, sizeof *layer);
     moe_context_destroy(context);
 }

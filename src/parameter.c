@@ -46,9 +46,9 @@ int64_t moe__parameter_elements(const moe__parameter *p)
     return count;
 }
 
-void moe__parameter_add(moe__parameter_list *list, const char *name, int32_t per_expert,
-                        int32_t dims, const int64_t *shape, int32_t dtype, int32_t init_tensor,
-                        double init_std)
+moe__parameter *moe__parameter_add(moe__parameter_list *list, const char *name, int32_t per_expert,
+                                   int32_t dims, const int64_t *shape, int32_t dtype,
+                                   int32_t init_tensor, double init_std)
 {
     moe__parameter *p = &list->p[list->count++];
     *p = (moe__parameter){.name = name,
@@ -56,28 +56,98 @@ void moe__parameter_add(moe__parameter_list *list, const char *name, int32_t per
                           .per_expert = per_expert,
                           .dtype = dtype,
                           .init_tensor = init_tensor,
-                          .init_std = init_std};
+                          .init_std = init_std,
+                          .kind = MOE_KIND_WEIGHT,
+                          .sharding = per_expert ? MOE_SHARD_EXPERT : MOE_SHARD_REPLICATED};
     for (int32_t d = 0; d < MOE_MAX_DIMS; d++) p->shape[d] = d < dims ? shape[d] : 1;
     contiguous(p->data_stride, p->shape, dims);
     contiguous(p->grad_stride, p->shape, dims);
+    return p;
+}
+
+moe__matrices moe__parameter_operand(const moe__parameter *p, bool gradient)
+{
+    const int64_t *stride = gradient ? p->grad_stride : p->data_stride;
+    int32_t first = p->per_expert; /* dimensions before the matrix or vector */
+    bool matrix = p->dims - first == 2;
+    return (moe__matrices){.base = gradient ? p->grad : p->data,
+                           .each = gradient ? p->grad_each : p->data_each,
+                           .stride_expert = first ? stride[0] : 0,
+                           .stride_row = matrix ? stride[first] : 0,
+                           .stride_col = stride[p->dims - 1]};
 }
 
 /* Numbers of tensors in the counter of init_parameters, frozen; see parameter_init.c. */
-enum { GATE_WEIGHT = 1, GATE_BIAS, GATE_NOISE, W1 = 16, B1, W3, B3, W2, B2 };
+enum {
+    GATE_WEIGHT = 1,
+    GATE_BIAS,
+    GATE_NOISE,
+    PRIMARY_WEIGHT,
+    PRIMARY_NOISE,
+    RESIDUAL_MIX,
+    NOT_DRAWN,
+    W1 = 16,
+    B1,
+    W3,
+    B3,
+    W2,
+    B2
+};
+
+/* [D,A], and [A,D,B] with a matrix for each group. */
+static void describe_two_levels(const moe_gate_config *c, moe__parameter_list *list, double std)
+{
+    const int64_t first[2] = {c->d_model, c->expert_groups};
+    const int64_t second[3] = {c->expert_groups, c->d_model, c->num_experts / c->expert_groups};
+    list->num_experts = c->expert_groups;
+    moe__parameter_add(list, "primary_weight", 0, 2, first, c->dtype, PRIMARY_WEIGHT, std);
+    moe__parameter_add(list, "primary_noise_weight", 0, 2, first, c->dtype, PRIMARY_NOISE, std);
+    moe__parameter_add(list, "weight", 1, 3, second, c->dtype, GATE_WEIGHT, std);
+    moe__parameter_add(list, "noise_weight", 1, 3, second, c->dtype, GATE_NOISE, std);
+    for (int64_t i = 0; i < list->count; i++) list->p[i].sharding = MOE_SHARD_REPLICATED;
+}
 
 void moe__gate_parameters_describe(moe_gate *gate)
 {
     const moe_gate_config *c = &gate->config;
     moe__parameter_list *list = &gate->parameters;
-    const int64_t matrix[2] = {c->d_model, c->num_experts};
-    bool noisy = c->kind == MOE_GATE_NOISY_TOP_K;
-    double std = c->init_std != MOE_INIT_DEFAULT ? c->init_std : noisy ? 0 : 0.02;
+    const int64_t matrix[2] = {c->d_model, c->num_experts}, *E = &matrix[1];
+    bool noisy = c->kind == MOE_GATE_NOISY_TOP_K, two = c->kind == MOE_GATE_HIERARCHICAL;
+    double std = c->init_std != MOE_INIT_DEFAULT ? c->init_std : noisy || two ? 0 : 0.02;
     list->context = gate->context;
     list->num_experts = c->num_experts;
-    if (c->d_model == 0) return;
-    moe__parameter_add(list, "weight", 0, 2, matrix, c->dtype, GATE_WEIGHT, std);
-    if (c->bias) moe__parameter_add(list, "bias", 0, 1, &matrix[1], c->dtype, GATE_BIAS, 0);
-    if (noisy) moe__parameter_add(list, "noise_weight", 0, 2, matrix, c->dtype, GATE_NOISE, std);
+    if (two) {
+        describe_two_levels(c, list, std);
+        return;
+    }
+    if (c->d_model > 0) {
+        moe__parameter_add(list, "weight", 0, 2, matrix, c->dtype, GATE_WEIGHT, std);
+        if (c->bias) moe__parameter_add(list, "bias", 0, 1, E, c->dtype, GATE_BIAS, 0);
+        if (noisy)
+            moe__parameter_add(list, "noise_weight", 0, 2, matrix, c->dtype, GATE_NOISE, std);
+    }
+    if (c->selection_bias)
+        moe__parameter_add(list, "selection_bias", 0, 1, E, c->dtype, NOT_DRAWN, 0)->kind =
+            MOE_KIND_BUFFER;
+    if (c->kind == MOE_GATE_BALANCED)
+        moe__parameter_add(list, "threshold", 0, 1, E, c->dtype, NOT_DRAWN, 0)->kind =
+            MOE_KIND_THRESHOLD;
+}
+
+void moe__layer_parameters_describe(moe_layer *layer)
+{
+    const moe_layer_config *c = &layer->config;
+    const moe_experts_config *e = &layer->experts->config;
+    moe__parameter_list *list = &layer->parameters;
+    const int64_t mix[2] = {e->d_model, 2};
+    list->context = layer->context;
+    list->num_experts = e->num_experts;
+    if (c->shared && c->shared_gate)
+        moe__parameter_add(list, "shared_gate", 0, 1, mix, e->dtype, NOT_DRAWN, 0);
+    if (c->residual && c->residual_mix) {
+        moe__parameter_add(list, "residual_mix", 0, 2, mix, e->dtype, RESIDUAL_MIX, 0.02);
+        moe__parameter_add(list, "residual_mix_bias", 0, 1, &mix[1], e->dtype, NOT_DRAWN, 0);
+    }
 }
 
 /* The same bits whatever the caller's rounding. */
@@ -134,11 +204,16 @@ void moe__experts_parameters_describe(moe_experts *experts)
 moe_status moe__layer_list_parameters(moe_layer *layer, const char *function)
 {
     moe__listing *l = &layer->listing;
-    const moe__listing *pool = &layer->experts->listing;
-    int64_t of_gate = layer->gate ? layer->gate->parameters.count : 0;
-    MOE_TRY(moe__listing_create(l, layer->context, of_gate + pool->count, function));
+    int64_t room = layer->experts->listing.count + layer->parameters.count;
+    if (layer->gate) room += layer->gate->parameters.count;
+    if (layer->shared) room += layer->shared->listing.count;
+    if (layer->residual) room += layer->residual->listing.count;
+    MOE_TRY(moe__listing_create(l, layer->context, room, function));
     if (layer->gate) moe__listing_add(l, "gate.", &layer->gate->parameters);
-    moe__listing_add_all(l, "experts.", pool);
+    moe__listing_add_all(l, "experts.", &layer->experts->listing);
+    if (layer->shared) moe__listing_add_all(l, "shared.", &layer->shared->listing);
+    if (layer->residual) moe__listing_add_all(l, "residual.", &layer->residual->listing);
+    moe__listing_add(l, "", &layer->parameters);
     return MOE_OK;
 }
 
@@ -177,10 +252,10 @@ moe_status moe__parameters_allocate(moe__parameter_list *list, int32_t parameter
             break;
         }
         if (parameters == MOE_PARAMETERS_BOUND) continue;
+        bool grad = parameters == MOE_PARAMETERS_OWNED && p->kind != MOE_KIND_BUFFER;
         p->own_data = moe__alloc_zeroed(list->context, p->own_bytes);
-        if (p->own_data && parameters == MOE_PARAMETERS_OWNED)
-            p->own_grad = moe__alloc_zeroed(list->context, p->own_bytes);
-        if (!p->own_data || (parameters == MOE_PARAMETERS_OWNED && !p->own_grad))
+        if (p->own_data && grad) p->own_grad = moe__alloc_zeroed(list->context, p->own_bytes);
+        if (!p->own_data || (grad && !p->own_grad))
             status = moe__fail(MOE_ERROR_OUT_OF_MEMORY, function, "no %lld bytes for %s",
                                (ll)p->own_bytes, p->name);
         else
@@ -257,13 +332,13 @@ static moe_status write_record(const moe__parameter *p, const char *name,
                                   .grad_per_expert = p->grad_each,
                                   .element_count = moe__parameter_elements(p),
                                   .dims = p->dims,
-                                  .kind = MOE_KIND_WEIGHT,
+                                  .kind = p->kind,
                                   .data_dtype = p->dtype,
                                   .grad_dtype = p->dtype,
-                                  .trainable = 1,
+                                  .sharding = p->sharding,
+                                  .trainable = p->kind != MOE_KIND_BUFFER,
                                   .owned = p->owned};
     MOE_TRY(moe__struct_check_out(&moe__parameter_record_info, record, function));
-    known.sharding = p->per_expert ? MOE_SHARD_EXPERT : MOE_SHARD_REPLICATED;
     memcpy(known.shape, p->shape, sizeof known.shape);
     memcpy(known.global_shape, p->shape, sizeof known.global_shape);
     memcpy(known.data_stride, p->data_stride, sizeof known.data_stride);
@@ -350,6 +425,8 @@ static moe_status check_pointers(const moe__parameter *p, const moe_binding *b, 
 {
     if ((b->data_per_expert || b->grad_per_expert) && !p->per_expert)
         REFUSE_ARGUMENT("%s has no experts: a pointer per expert clashes with it", p->name);
+    if ((b->grad || b->grad_per_expert) && p->kind == MOE_KIND_BUFFER)
+        REFUSE_ARGUMENT("%s is a buffer: it has no gradient", p->name);
     if (b->data && b->data_per_expert)
         REFUSE_ARGUMENT("%s: data and data_per_expert are both given", p->name);
     if (b->grad && b->grad_per_expert)

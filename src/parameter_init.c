@@ -3,8 +3,9 @@
  * Element (expert, row, column) of the logical matrix W1, W3, W2 [in,out], or of the router's
  * [D,E], is std times the normal number column % 4 of the counter
  *
- *     {purpose 2 << 24 | gate's stream_id << 16 | tensor, expert, row, column / 4}
+ *     {purpose 2 << 24 | stream << 16 | tensor, expert, row, column / 4}
  *
+ * stream: a gate's stream_id; of a layer's pools 0 for the routed, 1 the shared, 2 the residual one;
  * whatever layout, GLU order or dtype it is stored in: see docs/numerics.md, "Initial
  * parameters". */
 #include "internal.h"
@@ -110,19 +111,29 @@ moe_status moe_gate_init_parameters(moe_gate *gate, uint64_t seed)
     return init_all(&gate->parameters, seed, gate->config.stream_id, __func__);
 }
 
+/* stream_id: 0 for a pool by itself and for the routed one, so that a layer's pools differ. */
+static moe_status init_pool(moe_experts *experts, uint64_t seed, int32_t stream_id,
+                            const char *function)
+{
+    for (int64_t i = 0; i < experts->parts; i++)
+        MOE_TRY(init_all(&experts->part[i]->parameters, seed, stream_id, function));
+    return MOE_OK;
+}
+
 moe_status moe_experts_init_parameters(moe_experts *experts, uint64_t seed)
 {
     if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
-    for (int64_t i = 0; i < experts->parts; i++)
-        MOE_TRY(init_all(&experts->part[i]->parameters, seed, 0, __func__));
-    return MOE_OK;
+    return init_pool(experts, seed, 0, __func__);
 }
 
 moe_status moe_layer_init_parameters(moe_layer *layer, uint64_t seed)
 {
     if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
     if (layer->gate) MOE_TRY(moe_gate_init_parameters(layer->gate, seed));
-    return moe_experts_init_parameters(layer->experts, seed);
+    MOE_TRY(init_pool(layer->experts, seed, 0, __func__));
+    if (layer->shared) MOE_TRY(init_pool(layer->shared, seed, 1, __func__));
+    if (layer->residual) MOE_TRY(init_pool(layer->residual, seed, 2, __func__));
+    return init_all(&layer->parameters, seed, 0, __func__);
 }
 
 /* ---- zero ------------------------------------------------------------------------------------ */
@@ -171,6 +182,11 @@ static moe_status zero_gradients(moe__parameter_list *list, const int32_t *exper
     return MOE_OK;
 }
 
+moe_status moe__parameters_zero_gradients(moe__parameter_list *list, const char *function)
+{
+    return zero_gradients(list, NULL, 0, function);
+}
+
 static moe_status check_stream(const void *stream, const char *function)
 {
     if (stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
@@ -192,6 +208,9 @@ static moe_status zero_pool(moe_experts *experts, bool whole, const char *functi
 static moe_status zero_layer(moe_layer *layer, bool whole, const char *function)
 {
     if (layer->gate) MOE_TRY(zero_gradients(&layer->gate->parameters, NULL, 0, function));
+    MOE_TRY(zero_gradients(&layer->parameters, NULL, 0, function));
+    if (layer->shared) MOE_TRY(zero_pool(layer->shared, whole, function));
+    if (layer->residual) MOE_TRY(zero_pool(layer->residual, whole, function));
     return zero_pool(layer->experts, whole, function);
 }
 

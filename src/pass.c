@@ -84,8 +84,12 @@ static moe_status pass_create(moe_pass **pass, moe_context *context, moe_layer *
     p->memory = c.workspace;
     p->capacity = c.workspace ? c.workspace_bytes : 0;
     p->host_memory = c.workspace != NULL;
-    p->plan.context = context;
-    p->plan.of_pass = true;
+    p->plan.context = p->primary.context = context;
+    p->plan.of_pass = p->primary.of_pass = true;
+    if (layer) {
+        p->shared.experts = layer->shared;
+        p->residual.experts = layer->residual;
+    }
     moe__context_retain(context);
     if (layer) moe__layer_retain(layer);
     if (gate) moe__gate_retain(gate);
@@ -133,6 +137,21 @@ void moe_pass_destroy(moe_pass *pass)
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
+/* Entries that a gate may make of so many tokens; with `own_k` by its config alone. */
+static int64_t reserved_entries(const moe_gate_config *gate, int64_t tokens, int64_t groups,
+                                int64_t top_k, bool own_k)
+{
+    fenv_t saved;
+    if (!gate) return moe__mul(tokens, top_k);
+    if (gate->kind == MOE_GATE_BALANCED) /* thresholds may choose them all */
+        return moe__mul(tokens, own_k ? gate->num_experts : top_k);
+    if (gate->kind == MOE_GATE_EXPERT_CHOICE && !own_k) return moe__mul(tokens, top_k);
+    moe__fenv_enter(&saved);
+    int64_t entries = moe__gate_most_entries(gate, tokens, groups, top_k);
+    moe__fenv_leave(&saved);
+    return entries;
+}
+
 moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_groups,
                             int64_t max_top_k)
 {
@@ -143,21 +162,22 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     const moe__experts_room *experts = pass->experts ? &pass->experts->room : NULL;
     if (max_tokens < 0) REFUSE_ARGUMENT("max_tokens is %lld", (ll)max_tokens);
     if (max_groups < 0) REFUSE_ARGUMENT("max_groups is %lld", (ll)max_groups);
-    if (max_top_k == MOE_FROM_CONFIG && gate)
-        max_top_k = gate->kind == MOE_GATE_SOFTMAX_DENSE ? gate->num_experts : gate->top_k;
-    if (max_top_k < 0) REFUSE_ARGUMENT("max_top_k is %lld", (ll)max_top_k);
+    bool own_k = max_top_k == MOE_FROM_CONFIG && gate;
+    int64_t top_k = own_k ? gate->top_k : max_top_k;
+    if (top_k < 0) REFUSE_ARGUMENT("max_top_k is %lld", (ll)max_top_k);
     for (int i = 0; i < MOE_LOSS_SLOTS; i++) weights[i] = 1; /* a call may bring its own */
     moe__pass_shape shape = moe__pass_shape_of(gate, experts,
-                                               pass->layer ? pass->layer->config.output : 0,
-                                               weights, true, true, MOE_FORWARD_TRAIN);
+                                               pass->layer ? &pass->layer->config : NULL, weights,
+                                               true, true, MOE_FORWARD_TRAIN);
+    moe__pass_shape_branches(&shape, pass);
     shape.tokens = max_tokens;
     shape.groups = moe__max(max_groups, 1);
-    shape.top_k = max_top_k;
-    shape.entries = moe__mul(max_tokens, max_top_k);
+    shape.top_k = top_k;
+    shape.entries = reserved_entries(gate, max_tokens, shape.groups, top_k, own_k);
     shape.threads = pass->context->threads;
     if (shape.entries < 0)
         REFUSE(MOE_ERROR_OVERFLOW, "%lld tokens of %lld experts do not fit in 63 bits",
-               (ll)max_tokens, (ll)max_top_k);
+               (ll)max_tokens, (ll)top_k);
     MOE_TRY(moe__pass_make_room(pass, &shape, false, function));
     pass->state = MOE__PASS_EMPTY;
     pass->uses = 0;
@@ -195,6 +215,16 @@ moe_status moe_pass_plan(const moe_pass *pass, const moe_plan **plan)
     return MOE_OK;
 }
 
+moe_status moe_pass_primary_plan(const moe_pass *pass, const moe_plan **plan)
+{
+    const char *function = __func__;
+    MOE_TRY(check_has_forward(pass, plan, "plan", function));
+    if (!pass->primary_shown)
+        REFUSE(MOE_ERROR_INVALID_STATE, "the last forward has no primary routing");
+    *plan = &pass->primary;
+    return MOE_OK;
+}
+
 moe_status moe_pass_losses(const moe_pass *pass, moe_losses *losses)
 {
     moe_losses known = {0};
@@ -216,23 +246,33 @@ moe_status moe_pass_stats(const moe_pass *pass, moe_stats *stats)
     return MOE_OK;
 }
 
-/* Data and dtype of a tensor; NULL data if the last forward did not make it. */
+/* Data, dtype and shape of a tensor; NULL data if the last forward did not make it. */
 static moe_status find_tensor(const moe_pass *pass, int32_t what, moe_tensor_view *v,
                               const char *function)
 {
-    int32_t dtype = pass->plan.a.dtype;
     bool kept = pass->routed && pass->state == MOE__PASS_SAVED;
+    const moe__gate_level *level = &pass->route.level[pass->routed && pass->route.levels == 2];
+    const moe__losses_job *l = &pass->losses;
+    for (int i = 0; i < MOE_MAX_DIMS; i++) v->shape[i] = 1;
+    v->dims = what <= MOE_TENSOR_NOISE_STD ? 2 : 1;
+    v->shape[0] = v->dims == 2                      ? level->rows
+                  : what == MOE_TENSOR_PRIMARY_LOAD ? pass->primary.a.num_experts
+                                                    : pass->plan.a.num_experts;
+    if (v->dims == 2) v->shape[1] = level->width;
+    v->dtype = what <= MOE_TENSOR_NOISE_STD                           ? pass->plan.a.dtype
+               : what == MOE_TENSOR_COUNTS || what == MOE_TENSOR_ROWS ? MOE_DTYPE_I64
+                                                                      : MOE_DTYPE_F64;
     switch (what) {
-    case MOE_TENSOR_LOGITS: v->data = kept ? pass->route.logits : NULL; break;
-    case MOE_TENSOR_NOISY_LOGITS: v->data = kept ? pass->route.noisy : NULL; break;
-    case MOE_TENSOR_NOISE_STD: v->data = kept ? pass->route.noise_std : NULL; break;
-    case MOE_TENSOR_IMPORTANCE: v->data = pass->losses.importance, dtype = MOE_DTYPE_F64; break;
-    case MOE_TENSOR_LOAD: v->data = pass->losses.load, dtype = MOE_DTYPE_F64; break;
-    case MOE_TENSOR_COUNTS: v->data = pass->losses.counts, dtype = MOE_DTYPE_I64; break;
-    case MOE_TENSOR_ROWS: v->data = pass->rows_of_expert, dtype = MOE_DTYPE_I64; break;
+    case MOE_TENSOR_LOGITS: v->data = kept ? level->logits : NULL; break;
+    case MOE_TENSOR_NOISY_LOGITS: v->data = kept ? level->noisy : NULL; break;
+    case MOE_TENSOR_NOISE_STD: v->data = kept ? level->noise_std : NULL; break;
+    case MOE_TENSOR_IMPORTANCE: v->data = l->importance; break;
+    case MOE_TENSOR_LOAD: v->data = l->load; break;
+    case MOE_TENSOR_COUNTS: v->data = l->counts; break;
+    case MOE_TENSOR_ROWS: v->data = pass->rows_of_expert; break;
+    case MOE_TENSOR_PRIMARY_LOAD: v->data = pass->routed ? l->primary_load : NULL; break;
     default: REFUSE_ARGUMENT("what is %d; it must be a MOE_TENSOR_*", (int)what);
     }
-    v->dtype = dtype;
     if (!v->data)
         REFUSE(MOE_ERROR_INVALID_STATE, "the last forward did not keep tensor %d", (int)what);
     return MOE_OK;
@@ -244,10 +284,6 @@ moe_status moe_pass_tensor(const moe_pass *pass, int32_t what, moe_tensor_view *
     MOE_TRY(check_has_forward(pass, view, "view", __func__));
     MOE_TRY(moe__struct_check_out(&moe__tensor_view_info, view, __func__));
     MOE_TRY(find_tensor(pass, what, &known, __func__));
-    known.dims = what <= MOE_TENSOR_NOISE_STD ? 2 : 1;
-    for (int i = 0; i < MOE_MAX_DIMS; i++) known.shape[i] = 1;
-    known.shape[0] = known.dims == 2 ? pass->plan.a.tokens : pass->plan.a.num_experts;
-    if (known.dims == 2) known.shape[1] = pass->plan.a.num_experts;
     moe__struct_write(&moe__tensor_view_info, view, &known);
     return MOE_OK;
 }

@@ -6,34 +6,118 @@
 
 #include <string.h>
 
+/* Whether only experts of the best groups may be chosen. */
+static bool group_limited(const moe_gate_config *c)
+{
+    return c->kind == MOE_GATE_TOP_K && c->top_groups < c->expert_groups;
+}
+
+/* Whether the choice needs a matrix of its own. */
+static bool needs_scores(const moe_gate_config *c)
+{
+    return c->selection_bias || group_limited(c) || c->choice_noise ||
+           c->kind == MOE_GATE_SINKHORN || moe__gate_takes_tokens(c);
+}
+
+/* Rows, candidates and entries of a level. */
+typedef struct level_size {
+    int64_t rows, width, entries, parts;
+} level_size;
+
+static void find_levels(const moe__pass_shape *s, level_size size[2])
+{
+    const moe_gate_config *c = s->gate;
+    int64_t groups = moe__mul(s->tokens, c->top_groups);
+    size[0] = (level_size){s->tokens, s->num_experts, s->entries, 1};
+    size[1] = (level_size){0, 0, 0, 0};
+    if (c->kind != MOE_GATE_HIERARCHICAL) return;
+    size[0] = (level_size){s->tokens, c->expert_groups, groups, 1};
+    size[1] = (level_size){groups, c->num_experts / c->expert_groups, s->entries, c->expert_groups};
+}
+
+static void lay_out_level(moe__gate_level *l, moe__arena *arena, const moe__pass_shape *s,
+                          const level_size *size, int64_t real_size)
+{
+    int64_t matrix = moe__mul(size->rows, size->width);
+    bool logits = s->gate->kind != MOE_GATE_HASH || s->gate->d_model > 0 || s->logits_in;
+    bool two = s->gate->kind == MOE_GATE_HIERARCHICAL;
+    l->logits = logits ? moe__arena_take(arena, matrix, real_size) : NULL;
+    l->noisy = s->noise ? moe__arena_take(arena, matrix, real_size) : l->logits;
+    l->noise_raw = s->noise ? moe__arena_take(arena, matrix, real_size) : NULL;
+    l->noise_std = s->noise ? moe__arena_take(arena, matrix, real_size) : NULL;
+    l->noise = s->noise ? moe__arena_take(arena, matrix, real_size) : NULL;
+    l->kth = moe__gate_is_noisy(s->gate)
+                 ? moe__arena_take(arena, moe__mul(size->rows, 2), sizeof *l->kth)
+                 : NULL;
+    if (!two) return; /* else they are the plan's */
+    l->choice = moe__arena_take(arena, size->entries, sizeof *l->choice);
+    l->weight = moe__arena_take(arena, size->entries, real_size);
+}
+
 static void lay_out_route(moe_pass *pass, moe__arena *arena, const moe__pass_shape *s,
                           int64_t real_size)
 {
+    const moe_gate_config *c = s->gate;
     moe__route_job *r = &pass->route;
-    int64_t matrix = moe__mul(s->tokens, s->num_experts);
-    r->logits = moe__arena_take(arena, matrix, real_size);
-    r->noisy = s->noise ? moe__arena_take(arena, matrix, real_size) : r->logits;
-    r->noise_raw = s->noise ? moe__arena_take(arena, matrix, real_size) : NULL;
-    r->noise_std = s->noise ? moe__arena_take(arena, matrix, real_size) : NULL;
-    r->noise = s->noise ? moe__arena_take(arena, matrix, real_size) : NULL;
-    r->kth = s->gate->kind == MOE_GATE_NOISY_TOP_K
-                 ? moe__arena_take(arena, moe__mul(s->tokens, 2), sizeof *r->kth)
-                 : NULL;
-    r->tile_begin = moe__arena_take(arena, 2, sizeof *r->tile_begin);
+    bool two = c->kind == MOE_GATE_HIERARCHICAL, sinkhorn = c->kind == MOE_GATE_SINKHORN;
+    bool limited = group_limited(c);
+    level_size size[2];
+    find_levels(s, size);
+    r->levels = two ? 2 : 1;
+    for (int32_t i = 0; i < r->levels; i++)
+        lay_out_level(&r->level[i], arena, s, &size[i], real_size);
+    r->x_jittered = s->jitter ? moe__arena_take(arena, moe__mul(s->tokens, c->d_model), real_size)
+                              : NULL;
+    pass->token_priority = s->priority ? moe__arena_take(arena, s->tokens, real_size) : NULL;
+    r->group_score = limited
+                         ? moe__arena_take(arena, moe__mul(s->tokens, c->expert_groups), real_size)
+                         : NULL;
+    r->group_ids = limited ? moe__arena_take(arena, moe__mul(s->tokens, c->top_groups),
+                                             sizeof *r->group_ids)
+                           : NULL;
+    r->taken = moe__gate_takes_tokens(c) ? moe__arena_take(arena, s->entries, sizeof *r->taken)
+                                         : NULL;
+    r->column_factor = sinkhorn ? moe__arena_take(arena, moe__mul(3, s->num_experts),
+                                                  sizeof *r->column_factor)
+                                : NULL;
+    r->row_factor = sinkhorn ? moe__arena_take(arena, s->tokens, sizeof *r->row_factor) : NULL;
+    r->tile_begin = moe__arena_take(arena, moe__add(two ? c->expert_groups : 1, 1),
+                                    sizeof *r->tile_begin);
+    r->columns = needs_scores(c) ? pass->losses.columns : NULL;
+    pass->second_begin = two ? moe__arena_take(arena, moe__add(size[1].rows, 1),
+                                               sizeof *pass->second_begin)
+                             : NULL;
+}
+
+/* Of the routing, before everything that depends on how it is used, so that it stays where it is. */
+static void lay_out_primary(moe_pass *pass, moe__arena *arena, const moe__pass_shape *s)
+{
+    const moe_gate_config *c = s->gate;
+    moe__plan_layout(&pass->primary.a, arena, s->tokens, moe__mul(s->tokens, c->top_groups),
+                     c->expert_groups, s->groups, s->dtype);
 }
 
 static void lay_out_losses(moe_pass *pass, moe__arena *arena, const moe__pass_shape *s,
                            int64_t real_size)
 {
     moe__losses_job *l = &pass->losses;
-    int64_t E = s->num_experts, by_group = moe__mul(s->groups, E);
+    int64_t E = s->num_experts, by_group = moe__mul(s->groups, E), columns = 0;
+    bool two = s->gate && s->route && s->gate->kind == MOE_GATE_HIERARCHICAL;
+    bool scoped = s->softmax_losses && s->gate->loss_scope == MOE_LOSS_SCOPE_GROUP;
     l->importance = moe__arena_take(arena, E, sizeof *l->importance);
     l->load = moe__arena_take(arena, E, sizeof *l->load);
     l->counts = moe__arena_take(arena, E, sizeof *l->counts);
     l->first_counts = moe__arena_take(arena, E, sizeof *l->first_counts);
     l->token_value = moe__arena_take(arena, s->tokens, sizeof *l->token_value);
-    l->score_sum = s->columns ? moe__arena_take(arena, E, sizeof *l->score_sum) : NULL;
-    l->columns = s->columns ? moe__arena_take(arena, moe__mul(s->tokens, E), real_size) : NULL;
+    l->primary_load = two ? moe__arena_take(arena, s->gate->expert_groups, sizeof *l->primary_load)
+                          : NULL;
+    l->part_load = two ? moe__arena_take(arena, E, sizeof *l->part_load) : NULL;
+    l->scopes = scoped ? s->groups : 1;
+    l->scope_counts = scoped ? moe__arena_take(arena, by_group, sizeof *l->scope_counts) : NULL;
+    l->scope_first = scoped ? moe__arena_take(arena, by_group, sizeof *l->scope_first) : NULL;
+    l->score_sum = s->softmax_losses
+                       ? moe__arena_take(arena, scoped ? by_group : E, sizeof *l->score_sum)
+                       : NULL;
     l->sequence_sum = s->sequence ? moe__arena_take(arena, by_group, sizeof *l->sequence_sum)
                                   : NULL;
     l->sequence_counts = s->sequence ? moe__arena_take(arena, by_group, sizeof *l->sequence_counts)
@@ -43,21 +127,55 @@ static void lay_out_losses(moe_pass *pass, moe__arena *arena, const moe__pass_sh
     l->plain_ids = s->plain_counts
                        ? moe__arena_take(arena, moe__mul(s->tokens, s->top_k), sizeof *l->plain_ids)
                        : NULL;
+    l->above_threshold = s->threshold ? moe__arena_take(arena, E, sizeof *l->above_threshold)
+                                      : NULL;
+    if (s->columns) {
+        level_size size[2];
+        find_levels(s, size);
+        int64_t first = moe__mul(size[0].rows, size[0].width);
+        int64_t second = moe__mul(size[1].rows, size[1].width);
+        columns = first < 0 || second < 0 ? -1 : moe__max(first, second);
+    }
+    l->columns = s->columns ? moe__arena_take(arena, columns, real_size) : NULL;
+}
+
+static void lay_out_level_backward(moe__gate_level *l, moe__arena *arena, const moe__pass_shape *s,
+                                   const level_size *size, int64_t real_size)
+{
+    int64_t matrix = moe__mul(size->rows, size->width);
+    l->scores = moe__arena_take(arena, size->entries, real_size);
+    l->d_logits = moe__arena_take(arena, matrix, real_size);
+    l->d_noisy = moe__arena_take(arena, matrix, real_size);
+    l->d_noise_raw = s->noise ? moe__arena_take(arena, matrix, real_size) : NULL;
+    l->d_load = moe__arena_take(arena, moe__mul(size->parts, size->width), sizeof *l->d_load);
 }
 
 static void lay_out_gate_backward(moe_pass *pass, moe__arena *arena, const moe__pass_shape *s,
                                   int64_t real_size)
 {
+    const moe_gate_config *c = s->gate;
     moe__gate_backward_job *b = &pass->gate_job;
-    int64_t matrix = moe__mul(s->tokens, s->num_experts);
+    moe__route_job *r = &pass->route;
+    bool scoped = c->loss_scope == MOE_LOSS_SCOPE_GROUP;
+    level_size size[2];
+    find_levels(s, size);
     b->d_weight = moe__arena_take(arena, s->entries, real_size);
-    b->scores = moe__arena_take(arena, s->entries, real_size);
-    b->d_logits = moe__arena_take(arena, matrix, real_size);
-    b->d_noisy = moe__arena_take(arena, matrix, real_size);
-    b->d_noise_raw = s->noise ? moe__arena_take(arena, matrix, real_size) : NULL;
+    for (int32_t i = 0; i < r->levels; i++) {
+        lay_out_level_backward(&r->level[i], arena, s, &size[i], real_size);
+        r->level[i].d_weight = r->levels == 1 ? b->d_weight
+                                              : moe__arena_take(arena, size[i].entries, real_size);
+    }
+    if (r->levels == 2) {
+        int64_t segments = moe__mul(size[1].parts, s->groups);
+        r->level[1].segment_begin = moe__arena_take(arena, moe__add(segments, 1), sizeof(int64_t));
+        r->level[1].dx_rows = moe__arena_take(arena, moe__mul(size[1].rows, c->d_model), real_size);
+    }
     b->d_importance = moe__arena_take(arena, s->num_experts, sizeof *b->d_importance);
     b->d_load = moe__arena_take(arena, s->num_experts, sizeof *b->d_load);
-    b->d_score = moe__arena_take(arena, s->num_experts, real_size);
+    b->d_score = moe__arena_take(
+        arena, scoped ? moe__mul(s->groups, s->num_experts) : s->num_experts, real_size);
+    b->d_x_jittered = s->jitter ? moe__arena_take(arena, moe__mul(s->tokens, c->d_model), real_size)
+                                : NULL;
 }
 
 /* Rows of a pool for `entries` entries. */
@@ -89,12 +207,49 @@ static int64_t most_worker_bytes(int32_t dtype)
     return moe__max(plain, moe__cpu_backend(moe__cpu_best_isa(), dtype)->worker_bytes());
 }
 
+/* A pool that every token visits, with all its experts. */
+static void lay_out_branch(moe__branch *b, moe__arena *arena, const moe__experts_room *room,
+                           const moe__pass_shape *s, bool weighted, int64_t real_size)
+{
+    int64_t entries = moe__mul(s->tokens, room->num_experts);
+    moe__plan_layout(&b->plan, arena, s->tokens, entries, room->num_experts, s->groups, s->dtype);
+    b->entry_grad = weighted && s->save ? moe__arena_take(arena, entries, real_size) : NULL;
+    lay_out_experts(&b->job, arena, room, entries, s->save, real_size);
+}
+
+/* Coefficients [T,width] of the layer. */
+static void lay_out_mix(moe__mix_job *mix, moe__arena *arena, const moe__pass_shape *s,
+                        int64_t width, int64_t real_size)
+{
+    int64_t count = moe__mul(s->tokens, width);
+    mix->width = width;
+    mix->coefficient = moe__arena_take(arena, count, real_size);
+    mix->d_coefficient = s->save ? moe__arena_take(arena, count, real_size) : NULL;
+    mix->tile_begin = moe__arena_take(arena, 2, sizeof *mix->tile_begin);
+}
+
+static void lay_out_branches(moe_pass *pass, moe__arena *arena, const moe__pass_shape *s,
+                             int64_t real_size)
+{
+    if (s->shared) {
+        lay_out_branch(&pass->shared, arena, s->shared, s, s->shared_gate, real_size);
+        if (s->shared_gate) lay_out_mix(&pass->shared_mix, arena, s, 1, real_size);
+    }
+    if (!s->residual) return;
+    lay_out_branch(&pass->residual, arena, s->residual, s, s->residual_mix, real_size);
+    if (!s->residual_mix) return;
+    lay_out_mix(&pass->residual_mix, arena, s, 2, real_size);
+    pass->mixed.weight_of_entry = moe__arena_take(arena, s->entries, real_size);
+}
+
 void moe__pass_layout(moe_pass *pass, moe__arena *arena, const moe__pass_shape *s)
 {
     int64_t real_size = moe__dtype_size(s->dtype);
     int64_t worker_bytes = most_worker_bytes(s->dtype);
+    bool two = s->gate && s->route && s->gate->kind == MOE_GATE_HIERARCHICAL;
     moe__plan_layout(&pass->plan.a, arena, s->tokens, s->entries, s->num_experts, s->groups,
                      s->dtype);
+    if (two) lay_out_primary(pass, arena, s);
     pass->plan_weight = moe__arena_take(arena, s->entries, real_size);
     pass->rows_of_expert = moe__arena_take(arena, s->num_experts, sizeof *pass->rows_of_expert);
     pass->entry_grad = s->save ? moe__arena_take(arena, s->entries, real_size) : NULL;
@@ -107,6 +262,7 @@ void moe__pass_layout(moe_pass *pass, moe__arena *arena, const moe__pass_shape *
     if (s->gate && s->route && s->save) lay_out_gate_backward(pass, arena, s, real_size);
     if (s->experts)
         lay_out_experts(&pass->experts_job, arena, s->experts, s->entries, s->save, real_size);
+    lay_out_branches(pass, arena, s, real_size);
     int64_t output = s->experts ? moe__mul(s->tokens, s->experts->d_out) : 0;
     bool saved = s->experts && s->output_sigmoid && s->save;
     pass->y_saved = saved ? moe__arena_take(arena, output, real_size) : NULL;
@@ -117,27 +273,43 @@ void moe__pass_layout(moe_pass *pass, moe__arena *arena, const moe__pass_shape *
 }
 
 moe__pass_shape moe__pass_shape_of(const moe_gate_config *gate, const moe__experts_room *experts,
-                                   int32_t layer_output, const double *weights, bool route,
+                                   const moe_layer_config *layer, const double *weights, bool route,
                                    bool replay, uint64_t flags)
 {
     moe__pass_shape s;
     memset(&s, 0, sizeof s);
-    bool noisy = gate && gate->kind == MOE_GATE_NOISY_TOP_K;
-    bool losses = false;
-    for (int i = MOE_LOSS_LOAD; i < MOE_LOSS_SLOTS; i++) losses = losses || weights[i] != 0;
+    bool noisy = gate && moe__gate_is_noisy(gate), train = (flags & MOE_FORWARD_TRAIN) != 0;
+    bool plain = gate && gate->kind == MOE_GATE_TOP_K && !gate->choice_noise &&
+                 !gate->selection_bias && gate->expert_groups == 1;
     s.gate = gate;
     s.experts = experts;
     s.dtype = gate ? gate->dtype : experts->dtype;
     s.num_experts = gate ? gate->num_experts : experts->num_experts;
-    s.route = gate && route;
-    s.noise = s.route && noisy && (flags & MOE_FORWARD_TRAIN) != 0;
     s.save = (flags & (MOE_FORWARD_NO_SAVE | MOE_FORWARD_PLAN_ONLY)) == 0;
-    s.output_sigmoid = layer_output == MOE_OUTPUT_SIGMOID;
-    s.sequence = s.route && weights[MOE_LOSS_SEQUENCE] != 0;
+    s.output_sigmoid = layer && layer->output == MOE_OUTPUT_SIGMOID;
+    s.shared_gate = layer && layer->shared_gate;
+    s.residual_mix = layer && layer->residual_mix;
+    s.route = gate && route;
+    if (!s.route) return s;
+    s.noise = noisy && train;
+    s.jitter = gate->jitter > 0 && train;
+    s.logits_in = 1;
+    s.softmax_losses = weights[MOE_LOSS_SWITCH] != 0 || weights[MOE_LOSS_GSHARD] != 0 ||
+                       weights[MOE_LOSS_Z] != 0;
+    s.sequence = weights[MOE_LOSS_SEQUENCE] != 0;
+    s.threshold = weights[MOE_LOSS_THRESHOLD] != 0 && train && gate->kind == MOE_GATE_BALANCED;
     s.plain_counts = s.sequence && gate->sequence_counts == MOE_SEQUENCE_COUNTS_SCORES &&
-                     (replay || noisy);
-    s.columns = s.route && (s.save || noisy || losses);
+                     (replay || !plain);
+    s.columns = s.save || noisy || s.softmax_losses || s.sequence || s.threshold ||
+                needs_scores(gate);
+    s.priority = gate->drop_policy == MOE_DROP_BATCH_PRIORITY;
     return s;
+}
+
+void moe__pass_shape_branches(moe__pass_shape *shape, const moe_pass *pass)
+{
+    shape->shared = pass->shared.experts ? &pass->shared.experts->room : NULL;
+    shape->residual = pass->residual.experts ? &pass->residual.experts->room : NULL;
 }
 
 int64_t moe__pass_shape_bytes(const moe__pass_shape *shape)
@@ -203,6 +375,8 @@ moe_status moe__pass_trim(moe_pass *pass, const char *function)
     /* What moe_pass_tensor would show lay in the part that is gone. */
     pass->losses.importance = pass->losses.load = NULL;
     pass->losses.counts = pass->rows_of_expert = NULL;
+    pass->losses.primary_load = NULL;
+    pass->primary_shown = 0;
     return MOE_OK;
 }
 

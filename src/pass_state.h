@@ -15,17 +15,24 @@ enum {
 
 /* What a pass must have room for. */
 typedef struct moe__pass_shape {
-    const moe_gate_config *gate;      /* NULL: no gate */
-    const moe__experts_room *experts; /* NULL: no experts */
+    const moe_gate_config *gate;                /* NULL: no gate */
+    const moe__experts_room *experts;           /* NULL: no experts */
+    const moe__experts_room *shared, *residual; /* NULL: not there */
     int64_t tokens, entries, num_experts, groups, top_k;
     int32_t dtype, threads;
-    int32_t route;          /* 1: the gate runs (no plan with weights) */
-    int32_t noise;          /* 1: it draws noise */
-    int32_t save;           /* 1: a backward will come */
-    int32_t output_sigmoid; /* of the layer */
-    int32_t plain_counts;   /* 1: plain_ids are needed */
-    int32_t columns;        /* 1: a loss or the load needs columns */
-    int32_t sequence;       /* 1: the sequence loss is on */
+    int32_t route;                     /* 1: the gate runs (no plan with weights) */
+    int32_t noise;                     /* 1: it draws noise */
+    int32_t logits_in;                 /* 1: the host may bring the logits */
+    int32_t jitter;                    /* 1: its input is jittered */
+    int32_t save;                      /* 1: a backward will come */
+    int32_t output_sigmoid;            /* of the layer */
+    int32_t shared_gate, residual_mix; /* likewise */
+    int32_t plain_counts;              /* 1: plain_ids are needed */
+    int32_t columns;                   /* 1: a loss, the load or the choice needs columns */
+    int32_t priority;                  /* 1: token_priority is needed */
+    int32_t softmax_losses;            /* 1: switch, gshard or z is on */
+    int32_t sequence;                  /* 1: the sequence loss is on */
+    int32_t threshold;                 /* 1: the threshold loss is on */
 } moe__pass_shape;
 
 enum {
@@ -36,6 +43,14 @@ enum {
 };
 
 enum { MOE__USE_GATE = 1, MOE__USE_EXPERTS = 2, MOE__USE_LAYER = 4 };
+
+/* The shared experts or the residual branch of a layer: a pool that every token visits. */
+typedef struct moe__branch {
+    moe_experts *experts;  /* NULL: not there */
+    moe__plan_arrays plan; /* every token to every expert */
+    moe__experts_job job;
+    void *entry_grad; /* [N] by the plan's weights; NULL: they are 1 */
+} moe__branch;
 
 struct moe_pass {
     moe_context *context;
@@ -53,11 +68,16 @@ struct moe_pass {
     int32_t logits_from_host;
 
     moe_plan plan;
-    moe_gate_config gate_config; /* with this call's top_k */
+    moe_plan primary;            /* of a hierarchical gate */
+    int32_t primary_shown;       /* 1: moe_pass_primary_plan may show it */
+    moe_gate_config gate_config; /* what it comes to in this call: see gate_call.c */
     moe__route_job route;
     moe__losses_job losses;
     moe__experts_job experts_job;
     moe__gate_backward_job gate_job;
+    moe__branch shared, residual;
+    moe__mix_job shared_mix, residual_mix;
+    moe__plan_arrays mixed; /* the plan with weights times the routed part's coefficient */
     const void *x;
     int64_t x_stride;
     const void *gate_x;
@@ -66,6 +86,8 @@ struct moe_pass {
     void *dy_inner;          /* [T,O], likewise */
     void *entry_grad;        /* [N] */
     void *plan_weight;       /* [N] weights before dropping */
+    void *token_priority;    /* [T] or NULL */
+    int64_t *second_begin;   /* [T top_groups + 1] entries of the second level's rows */
     int64_t *rows_of_expert; /* [E] */
     uint8_t *mask;           /* [T] copy */
     int64_t *valid_token, *valid_begin;
@@ -92,12 +114,13 @@ moe_status moe__pass_trim(moe_pass *pass, const char *function);
 typedef struct moe__forward {
     moe_forward_args a;
     const double *weights; /* of the losses */
-    int64_t top_k, entries;
-    int32_t uses;  /* MOE__USE_* */
-    bool route;    /* the gate runs */
-    bool replay;   /* the plan is there already: handed in, or kept for a recompute */
-    bool own_plan; /* it is the pass's own */
-    bool everyone; /* no gate and no plan: every token to the one expert */
+    int64_t top_k;
+    int64_t entries; /* -1: known when the gate has run, see moe__run_forward */
+    int32_t uses;    /* MOE__USE_* */
+    bool route;      /* the gate runs */
+    bool replay;     /* the plan is there already: handed in, or kept for a recompute */
+    bool own_plan;   /* it is the pass's own */
+    bool everyone;   /* no gate and no plan: every token to the one expert */
     bool recompute;
 } moe__forward;
 
@@ -113,12 +136,10 @@ moe_status moe__run_forward(moe_pass *pass, const moe_forward_args *args, int32_
 moe_status moe__run_backward(moe_pass *pass, const moe_backward_args *args, int32_t uses,
                              const char *function);
 
-/* The shape for a batch; weights are the losses'. pass_layout.c */
+/* The shape for a batch; weights are the losses'. layer NULL: the defaults. pass_layout.c */
 moe__pass_shape moe__pass_shape_of(const moe_gate_config *gate, const moe__experts_room *experts,
-                                   int32_t layer_output, const double *weights, bool route,
+                                   const moe_layer_config *layer, const double *weights, bool route,
                                    bool replay, uint64_t flags);
-/* A gate config's weights as an array. gate.c */
-void moe__gate_loss_weights(const moe_gate_config *config, double weights[MOE_LOSS_SLOTS]);
 
 /* Checks of configs, shared by create and the cost queries. experts: resolves d_out and reads the
  * callbacks. */
@@ -130,11 +151,62 @@ moe_status moe__layer_config_check(const moe_layer_config *config, const char *f
 moe__experts_room moe__experts_room_of(const moe_experts_config *config,
                                        const moe_expert_callbacks *callbacks);
 
-/* The strided operands of a gate's or pool's parameters; data, or gradients. experts.c, gate.c */
+/* The strided operands of a pool's parameters; data, or gradients. experts.c */
 void moe__experts_operands(const moe_experts *experts, moe__experts_job *job);
 void moe__experts_gradients(const moe_experts *experts, moe__experts_job *job, bool wanted);
+
+/* The rooms of a layer's branches. pass_layout.c */
+void moe__pass_shape_branches(moe__pass_shape *shape, const moe_pass *pass);
+
+/* gate_config.c */
+/* A gate config's weights as an array. */
+void moe__gate_loss_weights(const moe_gate_config *config, double weights[MOE_LOSS_SLOTS]);
+const char *moe__gate_kind_name(int32_t kind);
+
+/* gate_call.c: a gate in one call. */
+/* Whether its experts take tokens, so that the entries of a token vary. */
+bool moe__gate_takes_tokens(const moe_gate_config *config);
+bool moe__gate_is_noisy(const moe_gate_config *config);
+/* The largest top_k, and the entries of a token with this one: of kinds where they vary their mean. */
+int64_t moe__gate_most_k(const moe_gate_config *config);
+int64_t moe__gate_entries_per_token(const moe_gate_config *config, int64_t top_k);
+/* What the kernels see. */
+moe_gate_config moe__gate_config_of_call(const moe_gate_config *config, int64_t top_k);
+/* Entries of a gate whose experts take tokens, or -1; and the most that any gate makes of a batch
+ * with MOE_FORWARD_TRAIN, or -1. Under the default floating-point environment. */
+int64_t moe__gate_entries_taken(const moe_gate_config *config, const moe_forward_args *args,
+                                int64_t top_k);
+int64_t moe__gate_most_entries(const moe_gate_config *config, int64_t tokens, int64_t groups,
+                               int64_t top_k);
+/* Rows an expert takes from each group, or NULL without a limit. */
+const int64_t *moe__gate_capacities(moe_pass *pass, const moe__forward *f);
+/* The jobs of the steps. Plan, mask and primary plan are laid out. */
+void moe__gate_fill_route(moe_pass *pass, const moe__forward *f);
+void moe__gate_fill_rows(moe_pass *pass, const moe__forward *f, moe__plan_rows_job *rows);
+void moe__gate_fill_losses(moe_pass *pass, const moe__forward *f);
+/* The strided operands of its parameters; data, or gradients. */
 void moe__gate_operands(const moe_gate *gate, moe__route_job *job);
-void moe__gate_gradients(const moe_gate *gate, moe__gate_backward_job *job, bool wanted);
+void moe__gate_gradients(const moe_gate *gate, moe__route_job *job, moe__gate_backward_job *back,
+                         bool wanted);
+
+/* branch.c: shared experts, residual branch and their coefficients. */
+/* The entries of every token to every expert, with weight 1. */
+void moe__everyone_entries(moe__plan_arrays *plan);
+/* Finds the coefficients and the branches' plans; *routed is then the plan of the routed experts. */
+moe_status moe__branches_begin(moe_pass *pass, const moe__forward *f, const moe__backend *kernels,
+                               const moe__plan_arrays **routed);
+/* Adds the branches to y, where `routed` has put the routed part; then a sigmoid if asked, and a copy
+ * of the result in `saved`, or NULL. */
+moe_status moe__branches_forward(moe_pass *pass, const moe__rows_job *routed, bool sigmoid,
+                                 void *saved, const moe__backend *kernels);
+/* After the routed experts: adds to dx and to the parameter gradients, and makes entry_grad that by
+ * the plan's weights. */
+moe_status moe__branches_backward(moe_pass *pass, const moe_backward_args *b,
+                                  const moe__backend *kernels);
+static inline bool moe__pass_has_branches(const moe_pass *pass, int32_t uses)
+{
+    return (uses & MOE__USE_LAYER) && (pass->shared.experts || pass->residual.experts);
+}
 
 /* experts_step.c: the rows of a pool, part by part. `job` was laid out for the pool's room.
  * forward: job has plan and x; makes out. */

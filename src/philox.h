@@ -15,7 +15,10 @@ enum moe__purpose {
     MOE__PURPOSE_INIT = 2,
     MOE__PURPOSE_JITTER = 3,
     MOE__PURPOSE_DROP = 4,
-    MOE__PURPOSE_CHECK = 255 /* what moe_check_gradients draws */
+    MOE__PURPOSE_HASH = 5,
+    MOE__PURPOSE_CHOICE = 6,
+    MOE__PURPOSE_PRIMARY = 7, /* noise of the primary gate of two levels */
+    MOE__PURPOSE_CHECK = 255  /* what moe_check_gradients draws */
 };
 
 MOE_FN uint32_t moe__stream(uint32_t layer, uint32_t gate, uint32_t purpose)

@@ -183,8 +183,7 @@ static void take_range(void *argument, int64_t begin, int64_t end)
     for (int64_t g = 0; g < job->groups; g++) {
         int64_t first = job->valid_begin[g], C = job->taken_of_group[g];
         for (int64_t e = begin; e < end && C > 0; e++)
-            select_top(job->taken + base + e * C, C,
-                       (const real *)job->columns + e * valid + first,
+            select_top(job->taken + base + e * C, C, (const real *)job->columns + e * valid + first,
                        job->valid_begin[g + 1] - first);
         base += E * C;
     }
@@ -220,8 +219,8 @@ moe_status MOE_KERNEL(choose_by_expert)(const moe__route_job *job)
     void *argument = (void *)(uintptr_t)job;
     MOE_TRY(moe__parallel_range(w->context, job->valid_begin[job->groups], 16,
                                 transposed_scores_range, argument, w->function));
-    MOE_TRY(moe__parallel_range(w->context, job->level[0].width, 1, take_range, argument,
-                                w->function));
+    MOE_TRY(
+        moe__parallel_range(w->context, job->level[0].width, 1, take_range, argument, w->function));
     list_by_token(job);
     return MOE_OK;
 }
@@ -239,8 +238,7 @@ static void above_range(void *argument, int64_t begin, int64_t end)
         job->token_begin[t] = 0;
         if (is_masked(job->token_mask, t)) continue;
         score_all(p, h, E, job->config->score);
-        for (int64_t e = 0; e < E; e++)
-            job->token_begin[t] += p[e] > vector_at(&job->threshold, e);
+        for (int64_t e = 0; e < E; e++) job->token_begin[t] += p[e] > vector_at(&job->threshold, e);
     }
 }
 
@@ -298,8 +296,8 @@ static void exponentials_range(void *argument, int64_t begin, int64_t end)
     const moe__route_job *job = argument;
     int64_t E = job->level[0].width;
     for (int64_t t = begin; t < end; t++)
-        (void)exp_shifted((real *)job->columns + t * E, (const real *)job->level[0].noisy + t * E, E,
-                          NULL);
+        (void)exp_shifted((real *)job->columns + t * E, (const real *)job->level[0].noisy + t * E,
+                          E, NULL);
 }
 
 /* d0_t = 1 / (T_g (sum_e d1_e c_te + 1e-8)); 0 for masked tokens */
@@ -311,7 +309,8 @@ static void row_factors_range(void *argument, int64_t begin, int64_t end)
     for (int64_t t = run->first + begin; t < run->first + end; t++) {
         const real *c = (const real *)job->columns + t * E;
         double sum = 0;
-        for (int64_t e = 0; e < E; e++) sum = __builtin_fma(job->column_factor[e], (double)c[e], sum);
+        for (int64_t e = 0; e < E; e++)
+            sum = __builtin_fma(job->column_factor[e], (double)c[e], sum);
         job->row_factor[t] = is_masked(job->token_mask, t)
                                  ? 0
                                  : 1 / ((double)run->tokens * (sum + 1e-8));

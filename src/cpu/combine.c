@@ -1,7 +1,7 @@
 /* combine.c - weighted rows back to tokens, and the adjoint.
  *
  *     forward:   acc = fma(weight, rows_in[row], acc) in order of entry from +0;  tokens_out =
- *                o(acc)
+ *                o(acc), or o(tokens_out + acc)
  *     backward:  rows_out[r] = weight tokens_in[t],  entry_weight_grad[n] = tokens_in[t] .
  *                rows_in[row]
  *
@@ -23,20 +23,30 @@ static void accumulate(const moe__rows_job *job, int64_t t, int64_t j, int64_t w
     }
 }
 
+static int has_rows(const moe__plan_arrays *p, int64_t t)
+{
+    for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++)
+        if (p->row_of_entry[n] >= 0) return 1;
+    return 0;
+}
+
 static void forward_token(const moe__rows_job *job, int64_t t)
 {
     enum { STRETCH = 64 };
     real *out = (real *)job->tokens_out + t * job->tokens_out_stride;
     int masked = job->token_mask && !job->token_mask[t];
+    int dropped = job->dropped != MOE_DROPPED_ZERO && !masked && !has_rows(job->plan, t);
+    if (dropped && job->dropped == MOE_DROPPED_UNTOUCHED) return;
     for (int64_t j = 0; j < job->width; j += STRETCH) {
         int64_t width = moe__min(STRETCH, job->width - j);
         real acc[STRETCH];
         accumulate(job, t, j, width, acc);
-        if (masked)
-            for (int64_t i = 0; i < width; i++) acc[i] = R(0.0);
-        else if (job->sigmoid)
-            for (int64_t i = 0; i < width; i++) acc[i] = r_sigmoid(acc[i]);
-        for (int64_t i = 0; i < width; i++) out[j + i] = job->add ? out[j + i] + acc[i] : acc[i];
+        for (int64_t i = 0; i < width && dropped; i++)
+            acc[i] = ((const real *)job->tokens_in)[t * job->tokens_in_stride + j + i];
+        for (int64_t i = 0; i < width && masked; i++) acc[i] = R(0.0);
+        for (int64_t i = 0; i < width && job->add; i++) acc[i] = out[j + i] + acc[i];
+        for (int64_t i = 0; i < width && job->sigmoid && !masked; i++) acc[i] = r_sigmoid(acc[i]);
+        for (int64_t i = 0; i < width; i++) out[j + i] = acc[i];
         if (!job->tokens_saved) continue;
         real *saved = (real *)job->tokens_saved + t * job->width + j;
         for (int64_t i = 0; i < width; i++) saved[i] = acc[i];

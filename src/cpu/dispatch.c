@@ -1,7 +1,8 @@
 /* dispatch.c - tokens to rows, and the adjoint.
  *
  *     forward:   rows_out[r] = tokens_in[token_of_row[r]]
- *     backward:  tokens_out[t] (=|+=) sum over the rows of t, in order of entry, of rows_in[row] */
+ *     backward:  tokens_out[t] (=|+=) sum over the rows of t, in order of entry, of rows_in[row];
+ *                of tokens_in[t] for a token without rows that passed through */
 #include "cpu/kernels.h"
 
 #include <string.h>
@@ -29,6 +30,10 @@ static void backward_token(const moe__rows_job *job, int64_t t)
     enum { STRETCH = 64 };
     const moe__plan_arrays *p = job->plan;
     real *out = (real *)job->tokens_out + t * job->tokens_out_stride;
+    int masked = job->token_mask && !job->token_mask[t];
+    const real *passed = job->dropped == MOE_DROPPED_PASS_THROUGH && !masked
+                             ? (const real *)job->tokens_in + t * job->tokens_in_stride
+                             : NULL;
     for (int64_t j = 0; j < job->width; j += STRETCH) {
         int64_t width = moe__min(STRETCH, job->width - j);
         real sum[STRETCH];
@@ -41,7 +46,7 @@ static void backward_token(const moe__rows_job *job, int64_t t)
             any = 1;
         }
         for (int64_t i = 0; i < width; i++) {
-            real total = any ? sum[i] : R(0.0);
+            real total = any ? sum[i] : passed ? passed[j + i] : R(0.0);
             out[j + i] = job->add ? out[j + i] + total : total;
         }
     }

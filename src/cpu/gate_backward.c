@@ -23,8 +23,7 @@ static void drop_backward(const moe__gate_backward_job *job, int64_t t, real *dw
     int64_t first = plan->token_begin[t], last = plan->token_begin[t + 1];
     real dot = R(0.0), sum = R(0.0);
     int fixed = 0;
-    for (int64_t n = first; n < last; n++)
-        dw[n] = g && plan->row_of_entry[n] >= 0 ? g[n] : R(0.0);
+    for (int64_t n = first; n < last; n++) dw[n] = g && plan->row_of_entry[n] >= 0 ? g[n] : R(0.0);
     if (!g || !c->renormalize_after_drop) return;
     for (int64_t n = first; n < last; n++)
         if (plan->row_of_entry[n] >= 0) {
@@ -73,8 +72,8 @@ static void split_levels_range(void *argument, int64_t begin, int64_t end)
         real by_group = scale * ((const real *)p->weight_of_entry)[n];
         real *ds = (real *)second->d_weight + r * K;
         for (int64_t j = 0; j < K; j++) ds[j] = by_group * dw[j];
-        ((real *)first->d_weight)[n] =
-            scale * lane_dot((const real *)second->weight + r * K, dw, K);
+        ((real *)first->d_weight)[n] = scale *
+                                       lane_dot((const real *)second->weight + r * K, dw, K);
     }
 }
 
@@ -374,13 +373,12 @@ moe_status MOE_KERNEL(gate_backward)(moe__gate_backward_job *job)
     MOE_TRY(moe__parallel_range(w->context, route->tokens, 64, weights_backward_range, job,
                                 w->function));
     if (route->levels == 2)
-        MOE_TRY(moe__parallel_range(w->context, route->primary->entries, 64, split_levels_range, job,
-                                    w->function));
+        MOE_TRY(moe__parallel_range(w->context, route->primary->entries, 64, split_levels_range,
+                                    job, w->function));
     for (int32_t i = 0; i < route->levels && route->level[i].logits; i++)
         MOE_TRY(level_backward(job, &route->level[i]));
     if (job->dx) MOE_TRY(input_gradient(job));
-    for (int32_t i = 0; i < route->levels; i++)
-        MOE_TRY(level_parameters(job, &route->level[i]));
+    for (int32_t i = 0; i < route->levels; i++) MOE_TRY(level_parameters(job, &route->level[i]));
     threshold_gradient(job);
     return MOE_OK;
 }

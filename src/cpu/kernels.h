@@ -14,10 +14,13 @@ void MOE_KERNEL(gemm_rows_tile)(const moe__gemm_rows_job *job, int64_t tile, voi
 void MOE_KERNEL(gemm_dw_tile)(const moe__gemm_dw_job *job, int64_t tile, void *scratch);
 
 int64_t MOE_KERNEL(worker_bytes)(void);
+moe_status MOE_KERNEL(route_count)(moe__route_job *job, int64_t *entries);
 moe_status MOE_KERNEL(route_forward)(moe__route_job *job);
 moe_status MOE_KERNEL(losses_forward)(moe__losses_job *job);
 moe_status MOE_KERNEL(gate_backward)(moe__gate_backward_job *job);
 moe_status MOE_KERNEL(plan_rows)(moe__plan_rows_job *job);
+moe_status MOE_KERNEL(mix_forward)(moe__mix_job *job);
+moe_status MOE_KERNEL(mix_backward)(moe__mix_job *job);
 moe_status MOE_KERNEL(dispatch_forward)(moe__rows_job *job);
 moe_status MOE_KERNEL(dispatch_backward)(moe__rows_job *job);
 moe_status MOE_KERNEL(combine_forward)(moe__rows_job *job);

@@ -3,20 +3,33 @@
  *     width 1:  s = sigmoid(x w)               of the shared part
  *     width 2:  c = softmax(x W + b)           of routed and residual part
  *
- * x [T,D], W [D,width]. */
+ * x [T,D], W [D,width]. The weights of a plan's entries are multiplied by them. */
 #include "cpu/kernels.h"
 #include "cpu/route.h"
 #include "cpu/tiles.h"
+
+/* weight_out = coefficient weight_in */
+static void weigh_entries(const moe__mix_job *job, int64_t i, int64_t t, real coefficient)
+{
+    const moe__plan_arrays *p = job->plan[i];
+    const real *in = job->weight_in[i];
+    real *out = job->weight_out[i];
+    for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++)
+        out[n] = in ? coefficient * in[n] : coefficient;
+}
 
 static void coefficients_range(void *argument, int64_t begin, int64_t end)
 {
     const moe__mix_job *job = argument;
     for (int64_t t = begin; t < end; t++) {
         real *c = (real *)job->coefficient + t * job->width;
-        if (job->width == 1)
+        if (is_masked(job->token_mask, t))
+            for (int64_t i = 0; i < job->width; i++) c[i] = R(0.0);
+        else if (job->width == 1)
             c[0] = r_sigmoid(c[0]);
         else
             softmax(c, c, job->width);
+        for (int64_t i = 0; i < job->width; i++) weigh_entries(job, i, t, c[i]);
     }
 }
 
@@ -38,6 +51,20 @@ moe_status MOE_KERNEL(mix_forward)(moe__mix_job *job)
                                job->workers.function);
 }
 
+/* out_n = c in_n:  dc = sum_n in_n dout_n,  din_n = c dout_n. */
+static real entries_backward(const moe__mix_job *job, int64_t i, int64_t t, real coefficient)
+{
+    const moe__plan_arrays *p = job->plan[i];
+    const real *in = job->weight_in[i];
+    real *grad = job->entry_grad[i], sum = R(0.0);
+    for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++) {
+        if (p->row_of_entry[n] < 0) continue; /* its gradient is 0 */
+        sum = in ? r_fma(in[n], grad[n], sum) : sum + grad[n];
+        grad[n] = coefficient * grad[n];
+    }
+    return sum;
+}
+
 /* sigmoid: dz = ds s (1 - s);  softmax: dz_i = c_i (dc_i - sum_j c_j dc_j). */
 static void coefficients_backward_range(void *argument, int64_t begin, int64_t end)
 {
@@ -45,6 +72,7 @@ static void coefficients_backward_range(void *argument, int64_t begin, int64_t e
     for (int64_t t = begin; t < end; t++) {
         const real *c = (const real *)job->coefficient + t * job->width;
         real *d = (real *)job->d_coefficient + t * job->width;
+        for (int64_t i = 0; i < job->width; i++) d[i] = entries_backward(job, i, t, c[i]);
         if (job->width == 1) {
             d[0] = d[0] * (c[0] * (R(1.0) - c[0]));
             continue;

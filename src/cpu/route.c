@@ -21,8 +21,8 @@ void MOE_KERNEL(jitter4)(const moe__route_job *job, int64_t token, int64_t first
 {
     uint32_t word[4];
     real r = (real)job->config->jitter;
-    moe__counter(word, job->jitter_stream, (uint32_t)job->step, (uint32_t)(job->token_first + token),
-                 (uint32_t)(first / 4));
+    moe__counter(word, job->jitter_stream, (uint32_t)job->step,
+                 (uint32_t)(job->token_first + token), (uint32_t)(first / 4));
     moe__philox(job->config->seed, word, word);
     for (int j = 0; j < 4; j++)
         factor[j] = r_fma(r, R(2.0) * (real)moe__uniform_f32(word[j]) - R(1.0), R(1.0));
@@ -37,8 +37,7 @@ static void jitter_range(void *argument, int64_t begin, int64_t end)
         real *out = (real *)job->x_jittered + t * D, factor[4];
         for (int64_t first = 0; first < D; first += 4) {
             MOE_KERNEL(jitter4)(job, t, first, factor);
-            for (int64_t j = first; j < first + 4 && j < D; j++)
-                out[j] = in[j] * factor[j - first];
+            for (int64_t j = first; j < first + 4 && j < D; j++) out[j] = in[j] * factor[j - first];
         }
     }
 }
@@ -124,9 +123,9 @@ static moe_status level_logits(const moe__route_job *job, const moe__gate_level 
     else
         MOE_TRY(MOE_KERNEL(level_product)(job, level, &level->weight_matrix, &level->bias,
                                           level->logits));
-    return level->noise ? MOE_KERNEL(level_product)(job, level, &level->noise_weight, NULL,
-                                                    level->noise_raw)
-                        : MOE_OK;
+    return level->noise
+               ? MOE_KERNEL(level_product)(job, level, &level->noise_weight, NULL, level->noise_raw)
+               : MOE_OK;
 }
 
 /* ---- rows ------------------------------------------------------------------------------------ */

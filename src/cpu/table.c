@@ -7,10 +7,13 @@
 const moe__backend MOE_KERNEL(table) = {
     .name = "cpu " TEXT(MOE_VARIANT),
     .worker_bytes = MOE_KERNEL(worker_bytes),
+    .route_count = MOE_KERNEL(route_count),
     .route_forward = MOE_KERNEL(route_forward),
     .losses_forward = MOE_KERNEL(losses_forward),
     .gate_backward = MOE_KERNEL(gate_backward),
     .plan_rows = MOE_KERNEL(plan_rows),
+    .mix_forward = MOE_KERNEL(mix_forward),
+    .mix_backward = MOE_KERNEL(mix_backward),
     .dispatch_forward = MOE_KERNEL(dispatch_forward),
     .dispatch_backward = MOE_KERNEL(dispatch_backward),
     .combine_forward = MOE_KERNEL(combine_forward),

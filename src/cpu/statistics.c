@@ -1,0 +1,49 @@
+/* statistics.c - what MOE_STAT_* shows of a routing. */
+#include "cpu/statistics.h"
+#include "cv.h"
+
+/* token_value = entropy of a token's weights, normalised to sum 1 */
+static void fill_entropy(void *argument, int64_t begin, int64_t end)
+{
+    const moe__losses_job *job = argument;
+    const real *w = job->route->weight;
+    for (int64_t t = begin; t < end; t++) {
+        int64_t first = job->plan->token_begin[t], last = job->plan->token_begin[t + 1];
+        double sum = 0, entropy = 0;
+        for (int64_t n = first; n < last; n++) sum += (double)w[n];
+        for (int64_t n = first; n < last; n++) {
+            double q = sum > 0 ? (double)w[n] / sum : 0;
+            if (q > 0) entropy -= q * moe__log_f64(q);
+        }
+        job->token_value[t] = entropy;
+    }
+}
+
+moe_status MOE_KERNEL(statistics)(const moe__losses_job *job)
+{
+    const moe__plan_arrays *plan = job->plan;
+    const moe__workers *w = &job->route->workers;
+    int32_t ddof = job->route->config->cv_ddof;
+    int64_t E = plan->num_experts, most = 0;
+    double *stats = job->stats, entries = (double)sum_counts(job->counts, E), entropy = 0;
+    for (int64_t i = 0; i < MOE_STAT_SLOTS; i++) stats[i] = 0;
+    for (int64_t e = 0; e < E; e++) {
+        double share = entries > 0 ? (double)job->counts[e] / entries : 0;
+        if (share > 0) entropy -= share * moe__log_f64(share);
+        most = moe__max(most, job->counts[e]);
+        stats[MOE_STAT_TOUCHED] += plan->expert_begin[e + 1] > plan->expert_begin[e];
+    }
+    stats[MOE_STAT_TOKENS] = (double)job->valid_tokens;
+    stats[MOE_STAT_ENTRIES] = entries;
+    stats[MOE_STAT_ROWS] = (double)plan->rows;
+    stats[MOE_STAT_DROPPED] = entries - (double)plan->rows;
+    stats[MOE_STAT_CV_IMPORTANCE] = __builtin_sqrt(moe__cv2(job->importance, E, ddof, 0, NULL));
+    stats[MOE_STAT_CV_LOAD] = __builtin_sqrt(moe__cv2(job->load, E, ddof, 0, NULL));
+    stats[MOE_STAT_MAX_OVER_MEAN] = entries > 0 ? (double)most * (double)E / entries : 0;
+    stats[MOE_STAT_LOAD_ENTROPY] = entropy;
+    MOE_TRY(moe__parallel_range(w->context, plan->tokens, 256, fill_entropy, (void *)(uintptr_t)job,
+                                w->function));
+    if (job->valid_tokens > 0)
+        stats[MOE_STAT_GATE_ENTROPY] = MOE_KERNEL(sum_tokens)(job) / (double)job->valid_tokens;
+    return MOE_OK;
+}

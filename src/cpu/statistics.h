@@ -1,0 +1,21 @@
+/* statistics.h - the statistics of a routing, and what they share with the losses. */
+#ifndef MOE_CPU_STATISTICS_H
+#define MOE_CPU_STATISTICS_H
+
+#include "backend.h"
+#include "cpu/real.h"
+#include "numeric.h"
+
+/* statistics.c: job->stats; importance, load and counts are there. Uses token_value. */
+moe_status MOE_KERNEL(statistics)(const moe__losses_job *job);
+/* losses.c: sum of token_value in canonical order. */
+double MOE_KERNEL(sum_tokens)(const moe__losses_job *job);
+
+static inline int64_t sum_counts(const int64_t *counts, int64_t n)
+{
+    int64_t sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += counts[i];
+    return sum;
+}
+
+#endif
