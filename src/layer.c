@@ -12,10 +12,12 @@
 
 /* ---- forward --------------------------------------------------------------------------------- */
 
-/* The empty plan of a gate: K entries for every token, to be filled by the route step. */
-static void start_plan(moe__plan_arrays *plan, const moe__forward *f)
+/* The empty plan of a gate: the entries of every token, to be filled by the route step, which also
+ * finds how many there are where they vary. */
+static void start_plan(moe__plan_arrays *plan, const moe__forward *f, const moe_gate *gate)
 {
-    for (int64_t t = 0; t <= f->a.tokens; t++) plan->token_begin[t] = t * f->top_k;
+    int64_t K = f->route ? moe__gate_entries_per_token(&gate->config, f->top_k) : f->top_k;
+    for (int64_t t = 0; t <= f->a.tokens; t++) plan->token_begin[t] = t * K;
     for (int64_t g = 0; g <= f->a.groups; g++)
         plan->group_begin[g] = f->a.group_begin ? f->a.group_begin[g] : g * f->a.tokens;
 }
@@ -136,7 +138,7 @@ static moe_status forward_steps(moe_pass *pass, const moe__forward *f, const moe
     if (f->replay && !f->own_plan)
         moe__plan_copy_arrays(&pass->plan.a, &f->a.plan->a);
     else if (!f->replay)
-        start_plan(&pass->plan.a, f);
+        start_plan(&pass->plan.a, f, pass->gate);
     note_mask(pass, f);
     if (f->route)
         MOE_TRY(route_step(pass, f, kernels));
@@ -218,7 +220,7 @@ static moe_status count_entries(moe_pass *pass, moe__forward *f, moe__pass_shape
                                 const moe__backend *kernels, const char *function)
 {
     if (f->entries >= 0) return MOE_OK;
-    start_plan(&pass->plan.a, f);
+    start_plan(&pass->plan.a, f, pass->gate);
     note_mask(pass, f);
     moe__gate_fill_route(pass, f);
     MOE_TRY(kernels->route_count(&pass->route, &f->entries));

@@ -39,11 +39,8 @@ static const bad_field bad_configs[] = {
     I(top_k, -1),
     I(kind, -1),
     I(kind, 8),
-    N(kind, MOE_GATE_BALANCED),
-    N(kind, MOE_GATE_HIERARCHICAL),
-    N(kind, MOE_GATE_EXPERT_CHOICE),
-    N(kind, MOE_GATE_HASH),
-    N(kind, MOE_GATE_SINKHORN),
+    I(kind, MOE_GATE_BALANCED) /* clashes with capacity_kind none, as the next */,
+    I(kind, MOE_GATE_EXPERT_CHOICE),
     I(score, 2),
     I(score, -1),
     I(order, 2),
@@ -56,9 +53,8 @@ static const bad_field bad_configs[] = {
     R(route_scale, INFINITY),
     I(bias, 2),
     I(bias, -1),
-    N(selection_bias, 1),
     I(selection_bias, 2),
-    N(expert_groups, 2),
+    I(expert_groups, 3) /* does not divide E */,
     I(expert_groups, 0),
     I(expert_groups, 5),
     I(top_groups, 2),
@@ -74,8 +70,9 @@ static const bad_field bad_configs[] = {
     R(noise_epsilon, NAN),
     R(cdf_guard, INFINITY),
     R(cdf_guard, -1e-3),
-    BAD_DOUBLE(moe_gate_config, jitter, 0.01, NOT_SUPPORTED),
+    R(jitter, 1),
     R(jitter, -0.5),
+    R(jitter, NAN),
     I(stream_id, 256),
     I(stream_id, -1),
     I(cv_ddof, 2),
@@ -93,7 +90,7 @@ static const bad_field bad_configs[] = {
     I(sequence_counts, -1),
     I(capacity_kind, 3),
     I(capacity_kind, -1),
-    I(capacity_rounding, 3),
+    I(capacity_rounding, 5),
     I(capacity_rounding, -1),
     I(capacity, -1),
     R(capacity_factor, -0.5),
@@ -106,12 +103,36 @@ static const bad_field bad_configs[] = {
     I(parameters, -1),
     I(reserved, 1),
     R(init_std, -2),
-    R(init_std, NAN)};
-static const bad_field bad_policies[] = {
-    N(drop_policy, MOE_DROP_CHOICE), N(drop_policy, MOE_DROP_BATCH_PRIORITY),
-    N(drop_policy, MOE_DROP_SCORE), N(drop_policy, MOE_DROP_RANDOM)};
-static const bad_field bad_noisy[] = {I(score, MOE_SCORE_SIGMOID), I(order, 1), I(renormalize, 1),
-                                      I(d_model, 0)};
+    R(init_std, NAN),
+    R(threshold_weight, 0.1) /* only a balanced gate has thresholds */,
+    R(threshold_weight, NAN),
+    R(renormalize_minimum, -1),
+    R(capacity_factor_eval, INFINITY),
+    I(capacity_multiple, -1),
+    R(second_threshold, NAN),
+    R(sinkhorn_tolerance, -1e-9),
+    I(sinkhorn_iterations, -1),
+    I(choice_noise, 3),
+    I(choice_noise, -1),
+    I(second_choice, 4),
+    I(second_choice, -1),
+    I(loss_scope, 2),
+    I(loss_scope, -1)};
+/* Of a noisy gate, which has no score to choose, needs weights, and chooses by noise already. */
+static const bad_field bad_noisy[] = {
+    I(score, MOE_SCORE_SIGMOID), I(order, 1),        I(renormalize, 1),  I(d_model, 0),
+    I(selection_bias, 1),        I(choice_noise, 1), I(expert_groups, 2)};
+/* Of a hierarchical gate, which has no logits of all experts. */
+static const bad_field bad_two_levels[] = {
+    I(bias, 1),          I(selection_bias, 1),
+    I(group_score, 1),   I(drop_policy, MOE_DROP_BATCH_PRIORITY),
+    I(d_model, 0),       I(top_k, 3) /* a group has two */,
+    R(switch_weight, 1), R(gshard_weight, 1),
+    R(z_weight, 1),      R(sequence_weight, 1)};
+/* Of gates whose experts take tokens: nothing is dropped, and a token has no choices. */
+static const bad_field bad_by_expert[] = {
+    I(drop_policy, MOE_DROP_CHOICE), I(second_choice, MOE_SECOND_CHOICE_NONE),
+    I(renormalize_after_drop, 1), I(capacity_kind, MOE_CAPACITY_NONE), R(load_weight, 0.1)};
 #undef I
 #undef N
 #undef R
@@ -137,10 +158,15 @@ START_TEST(test_gate_create_refuses_bad_fields)
     MUST(moe_gate_config_init(&good, sizeof good));
     good.d_model = 8, good.num_experts = 4, good.top_k = 2;
     refuse_configs(bad_configs, COUNT(bad_configs), &good);
-    good.capacity_kind = MOE_CAPACITY_NUMBER;
-    refuse_configs(bad_policies, COUNT(bad_policies), &good);
     good.kind = MOE_GATE_NOISY_TOP_K;
     refuse_configs(bad_noisy, COUNT(bad_noisy), &good);
+    good.kind = MOE_GATE_HIERARCHICAL, good.expert_groups = 2;
+    refuse_configs(bad_two_levels, COUNT(bad_two_levels), &good);
+    good.kind = MOE_GATE_BALANCED, good.expert_groups = 1;
+    good.capacity_kind = MOE_CAPACITY_NUMBER;
+    refuse_configs(bad_by_expert, COUNT(bad_by_expert), &good);
+    good.kind = MOE_GATE_EXPERT_CHOICE;
+    refuse_configs(bad_by_expert, COUNT(bad_by_expert), &good);
 }
 END_TEST
 
@@ -244,7 +270,8 @@ static const bad_field bad_forwards[] = {
     I(plan_use, 2),
     I(plan_use, -1),
     P(stream, some_key, INVALID_ARGUMENT),
-    P(token_key, some_key, NOT_SUPPORTED)};
+    P(token_key, some_key, INVALID_ARGUMENT),
+    P(noise_primary, some_key, INVALID_ARGUMENT)};
 static const bad_field bad_grouped[] = {
     P(group_begin, groups_down, INVALID_ARGUMENT), P(group_begin, groups_short, INVALID_ARGUMENT),
     P(group_begin, groups_late, INVALID_ARGUMENT), P(group_begin, NULL, INVALID_ARGUMENT)};
@@ -616,30 +643,6 @@ START_TEST(test_gate_without_weights_takes_logits)
 }
 END_TEST
 
-/* A drop policy that is not there yet is refused wherever a capacity comes from. */
-START_TEST(test_gate_refuses_drop_policies_with_a_calls_capacity)
-{
-    moe_context *context = new_context();
-    moe_gate *gate = NULL;
-    moe_pass *pass = NULL;
-    moe_gate_config g;
-    moe_forward_args f;
-    const float logits[4] = {1, 2, 3, 3};
-    MUST(moe_gate_config_init(&g, sizeof g));
-    g.num_experts = 4, g.top_k = 2, g.drop_policy = MOE_DROP_CHOICE;
-    moe_status status = moe_gate_create(&gate, context, &g);
-    if (status == MOE_OK) {
-        MUST(moe_pass_create_for_gate(&pass, gate, NULL));
-        MUST(moe_forward_args_init(&f, sizeof f));
-        f.tokens = 1, f.logits_in = logits, f.capacity = 1;
-        status = moe_gate_forward(gate, pass, &f);
-    }
-    ck_assert_msg(status == MOE_ERROR_NOT_SUPPORTED, "MOE_DROP_CHOICE with a capacity gave %s",
-                  moe_status_name(status));
-    moe_pass_destroy(pass), moe_gate_destroy(gate), moe_context_destroy(context);
-}
-END_TEST
-
 /* x that moved for one backward is not read by the next, which names none: it is where it was. */
 START_TEST(test_gate_backward_forgets_where_x_moved)
 {
@@ -685,7 +688,8 @@ START_TEST(test_pass_tensor_shows_what_was_made)
                                   : what <= MOE_TENSOR_LOAD    ? MOE_DTYPE_F64
                                                                : MOE_DTYPE_I64);
     }
-    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_pass_tensor(r.pass, 7, &v));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_pass_tensor(r.pass, MOE_TENSOR_PRIMARY_LOAD, &v));
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_pass_tensor(r.pass, 8, &v));
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_pass_tensor(r.pass, -1, &v));
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_pass_tensor(r.pass, 0, NULL));
     r.f.flags = 0;
@@ -752,7 +756,6 @@ int main(void)
     tcase_add_test(tests, test_gate_dense_replay_counts_plain_scores);
     tcase_add_test(tests, test_gate_replays_plans_of_varying_k);
     tcase_add_test(tests, test_gate_without_weights_takes_logits);
-    tcase_add_test(tests, test_gate_refuses_drop_policies_with_a_calls_capacity);
     tcase_add_test(tests, test_gate_backward_forgets_where_x_moved);
     tcase_add_test(tests, test_pass_tensor_shows_what_was_made);
     tcase_add_test(tests, test_gate_noise_is_the_documented_philox);
