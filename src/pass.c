@@ -163,7 +163,9 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     if (max_tokens < 0) REFUSE_ARGUMENT("max_tokens is %lld", (ll)max_tokens);
     if (max_groups < 0) REFUSE_ARGUMENT("max_groups is %lld", (ll)max_groups);
     bool own_k = max_top_k == MOE_FROM_CONFIG && gate;
-    int64_t top_k = own_k ? gate->top_k : max_top_k;
+    int64_t top_k = !own_k                                 ? max_top_k
+                    : gate->kind == MOE_GATE_SOFTMAX_DENSE ? gate->num_experts
+                                                           : gate->top_k;
     if (top_k < 0) REFUSE_ARGUMENT("max_top_k is %lld", (ll)max_top_k);
     for (int i = 0; i < MOE_LOSS_SLOTS; i++) weights[i] = 1; /* a call may bring its own */
     moe__pass_shape shape = moe__pass_shape_of(gate, experts,
