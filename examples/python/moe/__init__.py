@@ -17,6 +17,7 @@ Keyword arguments are the fields of the library's structs, which its headers des
 hold a constant also take its name: kind="noisy_top_k".
 """
 
+from ._callbacks import ExpertCall
 from ._constants import (
     FROM_CONFIG,
     SAME,
@@ -25,8 +26,11 @@ from ._constants import (
     Backward,
     Capacity,
     Check,
+    ChoiceNoise,
     Drop,
+    Dropped,
     DType,
+    ExpertsKind,
     Forward,
     GateKind,
     Glu,
@@ -34,6 +38,7 @@ from ._constants import (
     Kind,
     Log,
     Loss,
+    LossScope,
     Order,
     Output,
     Parameters,
@@ -41,6 +46,7 @@ from ._constants import (
     Round,
     Rows,
     Score,
+    SecondChoice,
     SequenceCounts,
     Shard,
     Stat,
@@ -66,6 +72,7 @@ from ._library import (
     load,
     version,
 )
+from ._preset import Preset, describe, preset, presets
 from .context import Comm, Context
 from .functions import (
     Flops,
@@ -77,8 +84,10 @@ from .functions import (
     experts_config,
     flops,
     gate_config,
+    layer_config,
     memory,
     noise4,
+    selection_bias_step,
 )
 from .objects import Experts, Gate, Layer
 from .parameter import Parameter
@@ -86,13 +95,15 @@ from .passes import Losses, Pass, Stats
 from .plan import Plan, PlanArrays
 
 __all__ = [
-    "FROM_CONFIG", "SAME", "Activation", "Backend", "Backward", "BufferTooSmall", "CallbackFailed",
-    "Capacity", "Check", "Comm", "Context", "CorruptData", "DType", "Drop", "Error", "Experts",
-    "Flops", "Forward", "Gate", "GateKind", "Glu", "GradientReport", "GradientsDisagree",
-    "InvalidArgument", "InvalidState", "Isa", "Kind", "Layer", "Log", "Loss", "Losses", "Memory",
-    "NotSupported", "Order", "OutOfMemory", "Output", "Parameter", "Parameters", "Pass", "Plan",
-    "PlanArrays", "PlanUse", "Round", "Rows", "Score", "SequenceCounts", "Shard", "SizeOverflow",
-    "Stat", "Stats", "Status", "Storage", "SystemRefused", "Tensor", "WeightLayout", "WeightOn",
-    "check_gradients", "constant", "cv_squared", "experts_config", "flops", "gate_config",
-    "library_path", "load", "memory", "noise4", "version",
+    "Activation", "Backend", "Backward", "BufferTooSmall", "CallbackFailed", "Capacity",
+    "Check", "ChoiceNoise", "Comm", "Context", "CorruptData", "DType", "Drop", "Dropped",
+    "Error", "ExpertCall", "Experts", "ExpertsKind", "FROM_CONFIG", "Flops", "Forward", "Gate",
+    "GateKind", "Glu", "GradientReport", "GradientsDisagree", "InvalidArgument", "InvalidState",
+    "Isa", "Kind", "Layer", "Log", "Loss", "LossScope", "Losses", "Memory", "NotSupported",
+    "Order", "OutOfMemory", "Output", "Parameter", "Parameters", "Pass", "Plan", "PlanArrays",
+    "PlanUse", "Preset", "Round", "Rows", "SAME", "Score", "SecondChoice", "SequenceCounts",
+    "Shard", "SizeOverflow", "Stat", "Stats", "Status", "Storage", "SystemRefused", "Tensor",
+    "WeightLayout", "WeightOn", "check_gradients", "constant", "cv_squared", "describe",
+    "experts_config", "flops", "gate_config", "layer_config", "library_path", "load", "memory",
+    "noise4", "preset", "presets", "selection_bias_step", "version",
 ]  # fmt: skip

@@ -34,6 +34,7 @@ FreeFn = CFUNCTYPE(None, c_void_p, c_void_p, c_uint64)
 TaskFn = CFUNCTYPE(None, c_void_p, c_int64)
 ParallelFn = CFUNCTYPE(c_int32, c_void_p, c_int64, TaskFn, c_void_p)
 LogFn = CFUNCTYPE(None, c_void_p, c_int32, c_char_p)
+ExpertFn = CFUNCTYPE(c_int32, c_void_p, c_void_p)  # the second is a moe_expert_call
 
 # ---- structs ------------------------------------------------------------------------------------
 
@@ -99,6 +100,41 @@ class GateConfig(Structure):
         ("parameters", c_int32),
         ("reserved", c_int32),
         ("init_std", c_double),
+        ("threshold_weight", c_double),
+        ("renormalize_minimum", c_double),
+        ("capacity_factor_eval", c_double),
+        ("capacity_multiple", c_int64),
+        ("second_threshold", c_double),
+        ("sinkhorn_tolerance", c_double),
+        ("sinkhorn_iterations", c_int32),
+        ("choice_noise", c_int32),
+        ("second_choice", c_int32),
+        ("loss_scope", c_int32),
+    ]
+
+
+class ExpertCall(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("expert", c_int64),
+        ("rows", c_int64),
+        ("x", c_void_p),
+        ("out", c_void_p),
+        ("dout", c_void_p),
+        ("dx", c_void_p),
+        ("workspace", c_void_p),
+        ("dtype", c_int32),
+        ("parameters", c_int32),
+    ]
+
+
+class ExpertCallbacks(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("user", c_void_p),
+        ("forward", ExpertFn),
+        ("backward", ExpertFn),
+        ("workspace_per_row", c_int64),
     ]
 
 
@@ -123,6 +159,9 @@ class ExpertsConfig(Structure):
         ("parameters", c_int32),
         ("reserved", c_int32),
         ("init_std", c_double),
+        ("callbacks", POINTER(ExpertCallbacks)),
+        ("kind", c_int32),
+        ("reserved2", c_int32),
     ]
 
 
@@ -138,6 +177,8 @@ class LayerConfig(Structure):
         ("layer_id", c_int32),
         ("shared_gate", c_int32),
         ("residual_mix", c_int32),
+        ("dropped", c_int32),
+        ("parameters", c_int32),
     ]
 
 
@@ -153,6 +194,8 @@ class CostQuery(Structure):
         ("flags", c_uint64),
         ("threads", c_int32),
         ("reserved", c_int32),
+        ("shared", POINTER(ExpertsConfig)),
+        ("residual", POINTER(ExpertsConfig)),
     ]
 
 
@@ -238,6 +281,8 @@ class ForwardArgs(Structure):
         ("losses_out", c_void_p),
         ("stats_out", c_void_p),
         ("stream", c_void_p),
+        ("noise_primary", c_void_p),
+        ("noise_primary_stride", c_int64),
     ]
 
 
@@ -303,6 +348,9 @@ class PlanArgs(Structure):
         ("drop_policy", c_int32),
         ("renormalize_after_drop", c_int32),
         ("token_priority", c_void_p),
+        ("seed", c_uint64),
+        ("step", c_int64),
+        ("token_first", c_int64),
     ]
 
 
@@ -380,11 +428,12 @@ class GradientReport(Structure):
 
 
 STRUCTS: List[Type[Structure]] = [
-    ContextConfig, GateConfig, ExpertsConfig, LayerConfig, CostQuery, Cost, ParameterRecord,
-    Binding,
+    ContextConfig, GateConfig, ExpertCall, ExpertCallbacks, ExpertsConfig, LayerConfig, CostQuery,
+    Cost, ParameterRecord, Binding,
     ForwardArgs, BackwardArgs, PassConfig, Losses, Stats, TensorView, PlanArgs, PlanView, RowsArgs,
     GradientCheck, GradientReport,
 ]  # fmt: skip
+FILLED_BY_LIBRARY: List[Type[Structure]] = [ExpertCall]  # the only ones without an init function
 
 
 def c_name(struct: Type[Structure]) -> str:
@@ -413,15 +462,22 @@ PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "moe_context_backend": (c_int32, [_handle]),
     "moe_gate_create": (_status, [_new, _handle, POINTER(GateConfig)]),
     "moe_gate_get_config": (_status, [_handle, POINTER(GateConfig)]),
+    "moe_gate_update_selection_bias": (_status, [_handle, POINTER(c_int64), c_double]),
+    "moe_selection_bias_step": (
+        _status, [c_void_p, c_void_p, POINTER(c_int64), c_int64, c_double, c_int32]
+    ),
     "moe_init_default": (c_double, []),
     "moe_cv_squared": (_status, [POINTER(c_double), c_void_p, c_void_p, c_int64, c_int32, c_int32]),
     "moe_noise4": (_status, [POINTER(c_float), c_uint64, c_int32, c_int32] + 3 * [c_int64]),
     "moe_experts_create": (_status, [_new, _handle, POINTER(ExpertsConfig)]),
+    "moe_experts_create_parts": (_status, [_new, _new, c_int64]),
     "moe_experts_get_config": (_status, [_handle, POINTER(ExpertsConfig)]),
     "moe_experts_weights_changed": (_status, [_handle]),
     "moe_experts_touched": (_status, [_handle, POINTER(c_uint8), POINTER(c_int64)]),
+    "moe_experts_zero_touched_gradients": (_status, [_handle, c_void_p]),
     "moe_layer_create": (_status, [_new, POINTER(LayerConfig)]),
     "moe_layer_get_config": (_status, [_handle, POINTER(LayerConfig)]),
+    "moe_layer_zero_touched_gradients": (_status, [_handle, c_void_p]),
     "moe_layer_memory": (_status, [POINTER(CostQuery), POINTER(Cost)]),
     "moe_layer_flops": (_status, [POINTER(CostQuery), POINTER(Cost)]),
     "moe_comm_create_self": (_status, [_new, _handle]),
@@ -435,6 +491,7 @@ PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "moe_pass_reserve": (_status, [_handle, c_int64, c_int64, c_int64]),
     "moe_pass_bytes": (c_int64, [_handle]),
     "moe_pass_plan": (_status, [_handle, _new]),
+    "moe_pass_primary_plan": (_status, [_handle, _new]),
     "moe_pass_losses": (_status, [_handle, POINTER(Losses)]),
     "moe_pass_stats": (_status, [_handle, POINTER(Stats)]),
     "moe_pass_tensor": (_status, [_handle, c_int32, POINTER(TensorView)]),
@@ -447,11 +504,18 @@ PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "moe_plan_check": (_status, [_handle]),
     "moe_plan_save": (_status, [_handle, c_void_p, c_int64, POINTER(c_int64)]),
     "moe_plan_load": (_status, [_handle, c_void_p, c_int64]),
+    "moe_preset_count": (c_int64, []),
+    "moe_preset_name": (c_char_p, [c_int64]),
+    "moe_preset_source": (c_char_p, [c_int64]),
     "moe_check_gradients": (_status, [_handle, POINTER(GradientCheck), POINTER(GradientReport)]),
 }
 
+_configs = [POINTER(GateConfig), POINTER(ExpertsConfig), POINTER(LayerConfig)]
+PROTOTYPES["moe_preset"] = (_status, [c_char_p, *_configs])
+PROTOTYPES["moe_describe"] = (_status, [c_char_p, c_int64, POINTER(c_int64), *_configs])
 for _struct in STRUCTS:
-    PROTOTYPES[c_name(_struct) + "_init"] = (_status, [POINTER(_struct), c_size_t])
+    if _struct not in FILLED_BY_LIBRARY:
+        PROTOTYPES[c_name(_struct) + "_init"] = (_status, [POINTER(_struct), c_size_t])
 for _object in ("gate", "experts", "layer"):
     _prefix = "moe_" + _object
     PROTOTYPES[_prefix + "_destroy"] = (None, [_handle])

@@ -21,6 +21,7 @@ class Dims(NamedTuple):
     d_out: int  # of y
     d_gate: int  # of gate_x
     num_experts: int
+    groups: int = 0  # groups of a primary gate
 
 
 _FORWARD_FIELDS = ("flags", "tokens", "token_first", "step", "plan_use", "top_k", "capacity")
@@ -54,7 +55,13 @@ class ForwardCall:
             self.remembered[name] = memory
 
     def options(
-        self, token_mask: Any, group_begin: Any, loss_weights: Any, losses_out: Any, stats_out: Any
+        self,
+        token_mask: Any,
+        group_begin: Any,
+        token_key: Any,
+        loss_weights: Any,
+        losses_out: Any,
+        stats_out: Any,
     ) -> None:
         """The arrays that are no matrices; `tokens` is known by now."""
         args, keep = self.args, self.keep
@@ -67,6 +74,9 @@ class ForwardCall:
             keep.append(_memory.vector("group_begin", group_begin, ["int64"], None))
             args.group_begin = keep[-1].address
             args.groups = keep[-1].size - 1
+        if token_key is not None:
+            keep.append(_memory.vector("token_key", token_key, ["int64"], tokens))
+            args.token_key = keep[-1].address
         if loss_weights is not None:
             keep.append(loss_vector("loss_weights", loss_weights, "float64", 0.0))
             args.loss_weights = keep[-1].address

@@ -1,4 +1,4 @@
-"""Python callables as the library's callbacks: parallel-for, allocator, log.
+"""Python callables as the library's callbacks: parallel-for, allocator, log, experts.
 
 An exception in a callback is kept for the call it happened in: parallel reports a failure and alloc
 gives NULL, so that the call fails, and check() raises the call's error with the exception as its
@@ -7,12 +7,13 @@ cause. The callbacks live in the context's Handle, which everything made from th
 
 from __future__ import annotations
 
-import sys
+import ctypes
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from . import _abi
+from . import _abi, _memory, _views
+from ._constants import DType
 from ._handle import inside_callback
-from ._library import note_exception
+from ._library import new, note_exception
 
 # Returned to the library when the callable raised.
 RAISED = 1
@@ -104,6 +105,71 @@ def log_callback(log: Log) -> Any:
             note_exception(error)
 
     return _abi.LogFn(callback)
+
+
+# ---- the host's own experts ---------------------------------------------------------------------
+
+
+class ExpertCall:
+    """One expert's rows. The arrays are the library's memory: not to be used after the call.
+
+    expert      its number in the pool
+    rows        how many, at least 1
+    x           [rows,D] in
+    out         [rows,O] out of a forward, in to a backward
+    dout        [rows,O] in to a backward, None in a forward
+    dx          [rows,D] out of a backward, to be set; None: not wanted
+    workspace   [rows,workspace_per_row] uint8: what a forward leaves there its backward finds
+    parameters  in a backward: whether gradients of your parameters are wanted: add them
+    """
+
+    def __init__(self, call: _abi.ExpertCall, d_model: int, d_out: int, kept: int) -> None:
+        rows = self.rows = int(call.rows)
+        self.expert = int(call.expert)
+        self.parameters = bool(call.parameters)
+        dtype = _memory.NAMES[DType(call.dtype)]
+        backward = bool(call.dout)
+        self.x = _views.borrowed(call.x, (rows, d_model), dtype, False)
+        self.out = _views.borrowed(call.out, (rows, d_out), dtype, not backward)
+        self.dout = _views.borrowed(call.dout, (rows, d_out), dtype, False)
+        self.dx = _views.borrowed(call.dx, (rows, d_model), dtype, True)
+        self.workspace = _views.borrowed(call.workspace if kept else None, (rows, kept), "uint8",
+                                         not backward)  # fmt: skip
+
+
+Expert = Callable[[ExpertCall], Optional[int]]
+
+
+def _expert_callback(function: Expert, d_model: int, d_out: int, kept: int) -> Any:
+    # Unlike in the callbacks of a context the library may be called here: it holds no lock.
+    def callback(_user: Any, address: int) -> int:
+        try:
+            call = _abi.ExpertCall.from_address(address)
+            result = function(ExpertCall(call, d_model, d_out, kept))
+            return 0 if result is None else int(result)
+        except BaseException as error:  # noqa: B902
+            note_exception(error)
+            return RAISED
+
+    return _abi.ExpertFn(callback)
+
+
+def expert_callbacks(
+    config: _abi.ExpertsConfig, functions: Any, workspace_per_row: int
+) -> _abi.ExpertCallbacks:
+    """Put the host's experts into a pool's config; the result must live as long as the pool."""
+    pair = functions if isinstance(functions, (tuple, list)) else (functions, None)
+    if len(pair) != 2 or not callable(pair[0]) or not (pair[1] is None or callable(pair[1])):
+        raise TypeError("callbacks must be a callable, or a pair of them (forward, backward)")
+    d_out = config.d_out if config.d_out > 0 else config.d_model
+    callbacks = new(_abi.ExpertCallbacks)
+    callbacks.workspace_per_row = workspace_per_row
+    sizes = (int(config.d_model), int(d_out), workspace_per_row)
+    callbacks.forward = _expert_callback(pair[0], *sizes)
+    if pair[1] is not None:
+        callbacks.backward = _expert_callback(pair[1], *sizes)
+    config.callbacks = ctypes.pointer(callbacks)
+    return callbacks
 
 
 def install(

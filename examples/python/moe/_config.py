@@ -12,15 +12,15 @@ import difflib
 import enum
 import operator
 from ctypes import Structure
-from typing import Any, Dict, Iterable, List, Mapping, Type, TypeVar
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Type, TypeVar
 
 from . import _constants as c
-from ._abi import GradientCheck, c_name
+from ._abi import ExpertsConfig, GradientCheck, c_name
 from ._library import new
 
 _S = TypeVar("_S", bound=Structure)
 
-# Which enumeration a field holds; the same name means the same in every struct.
+# Which enumeration a field holds; but for _OWN_ENUMS the same name means the same in every struct.
 ENUMS: Dict[str, Type[enum.IntEnum]] = {
     "backend": c.Backend,
     "isa": c.Isa,
@@ -30,6 +30,9 @@ ENUMS: Dict[str, Type[enum.IntEnum]] = {
     "order": c.Order,
     "dtype": c.DType,
     "id_dtype": c.DType,
+    "choice_noise": c.ChoiceNoise,
+    "second_choice": c.SecondChoice,
+    "loss_scope": c.LossScope,
     "sequence_score": c.Score,
     "sequence_counts": c.SequenceCounts,
     "capacity_kind": c.Capacity,
@@ -42,10 +45,14 @@ ENUMS: Dict[str, Type[enum.IntEnum]] = {
     "storage": c.Storage,
     "output": c.Output,
     "weight_position": c.WeightOn,
+    "dropped": c.Dropped,
     "plan_use": c.PlanUse,
 }
-# moe_gradient_check has another `parameters`.
-_CHECK_ENUMS: Dict[str, Type[enum.IntEnum]] = {**ENUMS, "parameters": c.Check}
+# Where a field of that name holds another one.
+_OWN_ENUMS: Dict[Type[Structure], Dict[str, Type[enum.IntEnum]]] = {
+    GradientCheck: {**ENUMS, "parameters": c.Check},
+    ExpertsConfig: {**ENUMS, "kind": c.ExpertsKind},
+}
 _DTYPE_NAMES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F16",
                 "int32": "I32", "int64": "I64"}  # fmt: skip
 _INTEGERS = {
@@ -81,7 +88,7 @@ def number(field: str, value: Any, kind: Any) -> Any:
 
 
 def _enums(struct: Type[Structure]) -> Mapping[str, Type[enum.IntEnum]]:
-    return _CHECK_ENUMS if struct is GradientCheck else ENUMS
+    return _OWN_ENUMS.get(struct, ENUMS)
 
 
 def _fields(struct: Type[Structure]) -> Dict[str, Any]:
@@ -89,7 +96,7 @@ def _fields(struct: Type[Structure]) -> Dict[str, Any]:
     return {
         name: kind
         for name, kind in kinds
-        if name not in ("struct_size", "reserved")
+        if name not in ("struct_size", "reserved", "reserved2")
         and (kind in _INTEGERS or kind is ctypes.c_double)
     }
 
@@ -115,9 +122,24 @@ def set_fields(config: Structure, values: Mapping[str, Any], others: Iterable[st
         setattr(config, name, number(name, value, fields[name]))
 
 
-def make(struct: Type[_S], values: Mapping[str, Any], others: Iterable[str] = ()) -> _S:
-    """A struct with its defaults and the given fields."""
-    config = new(struct)
+def names(struct: Type[Structure]) -> List[str]:
+    """The fields that a keyword can set."""
+    return list(_fields(struct))
+
+
+def make(
+    struct: Type[_S],
+    values: Mapping[str, Any],
+    others: Iterable[str] = (),
+    base: Optional[_S] = None,
+) -> _S:
+    """A struct with its defaults, or the contents of `base`, and the given fields."""
+    if base is None:
+        config = new(struct)
+    elif isinstance(base, struct):
+        config = struct.from_buffer_copy(base)
+    else:
+        raise TypeError(f"a config must be a {c_name(struct)}, not {base!r}")
     set_fields(config, values, others)
     return config
 

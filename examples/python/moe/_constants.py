@@ -96,6 +96,30 @@ class Order(enum.IntEnum):
     SCORE_THEN_SELECT = 1
 
 
+class ChoiceNoise(enum.IntEnum):
+    """Noise on the choice alone."""
+
+    NONE = 0
+    GUMBEL = 1
+    GUMBEL_REST = 2
+
+
+class SecondChoice(enum.IntEnum):
+    """Whether the choices after the first get a row."""
+
+    ALL = 0
+    NONE = 1
+    THRESHOLD = 2
+    RANDOM = 3
+
+
+class LossScope(enum.IntEnum):
+    """Over what the switch and gshard losses take their means."""
+
+    BATCH = 0
+    GROUP = 1
+
+
 class SequenceCounts(enum.IntEnum):
     """Which tokens a sequence loss counts for an expert."""
 
@@ -117,6 +141,8 @@ class Round(enum.IntEnum):
     UP = 0
     DOWN = 1
     NEAREST = 2
+    PER_CHOICE = 3
+    TOKENS_UP = 4
 
 
 class Drop(enum.IntEnum):
@@ -181,6 +207,22 @@ class WeightOn(enum.IntEnum):
     INPUT = 2
 
 
+class ExpertsKind(enum.IntEnum):
+    """What an expert of a pool is. C: MOE_EXPERTS_*."""
+
+    FEED_FORWARD = 0
+    IDENTITY = 1
+    CALLBACK = 2
+
+
+class Dropped(enum.IntEnum):
+    """What the routed part of y is for a token without a row."""
+
+    ZERO = 0
+    PASS_THROUGH = 1
+    UNTOUCHED = 2
+
+
 class Parameters(enum.IntEnum):
     """Where the parameters of an object live at its creation."""
 
@@ -242,6 +284,7 @@ class Tensor(enum.IntEnum):
     LOAD = 4
     COUNTS = 5
     ROWS = 6
+    PRIMARY_LOAD = 7
 
 
 class PlanUse(enum.IntEnum):
@@ -287,6 +330,7 @@ class Rows(enum.IntFlag):
 FROM_CONFIG = -1
 SAME = -1
 MAX_DIMS = 4
+MAX_PARTS = 8
 LOSS_SLOTS = 16
 STAT_SLOTS = 16
 
@@ -295,6 +339,7 @@ SINGLES: Dict[str, int] = {
     "MOE_FROM_CONFIG": FROM_CONFIG,
     "MOE_SAME": SAME,
     "MOE_MAX_DIMS": MAX_DIMS,
+    "MOE_MAX_PARTS": MAX_PARTS,
     "MOE_LOSS_SLOTS": LOSS_SLOTS,
     "MOE_STAT_SLOTS": STAT_SLOTS,
     "MOE_STATUS_LAST": -17,
@@ -310,6 +355,9 @@ PREFIXES: Dict[Type[enum.IntEnum] | Type[enum.IntFlag], str] = {
     GateKind: "MOE_GATE_",
     Score: "MOE_SCORE_",
     Order: "MOE_ORDER_",
+    ChoiceNoise: "MOE_CHOICE_NOISE_",
+    SecondChoice: "MOE_SECOND_CHOICE_",
+    LossScope: "MOE_LOSS_SCOPE_",
     SequenceCounts: "MOE_SEQUENCE_COUNTS_",
     Capacity: "MOE_CAPACITY_",
     Round: "MOE_ROUND_",
@@ -320,6 +368,8 @@ PREFIXES: Dict[Type[enum.IntEnum] | Type[enum.IntFlag], str] = {
     Storage: "MOE_STORAGE_",
     Output: "MOE_OUTPUT_",
     WeightOn: "MOE_WEIGHT_ON_",
+    ExpertsKind: "MOE_EXPERTS_",
+    Dropped: "MOE_DROPPED_",
     Parameters: "MOE_PARAMETERS_",
     Kind: "MOE_KIND_",
     Shard: "MOE_SHARD_",

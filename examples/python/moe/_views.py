@@ -75,6 +75,21 @@ def view(
     return cast if writable else cast.toreadonly()
 
 
+def borrowed(address: Optional[int], shape: Tuple[int, ...], dtype: str, writable: bool) -> Any:
+    """Memory that somebody else keeps alive as an array; None if there is none."""
+    if not address:
+        return None
+    if _count(shape) == 0:
+        return zeros(shape, dtype)
+    raw = (_CTYPES[dtype] * _count(shape)).from_address(address)
+    if numpy is not None:
+        array = numpy.ndarray(shape, dtype, buffer=raw)
+        array.flags.writeable = writable
+        return array
+    cast = memoryview(raw).cast("B").cast(_FORMATS[dtype], shape)
+    return cast if writable else cast.toreadonly()
+
+
 def copy(address: Optional[int], shape: Tuple[int, ...], dtype: str) -> Any:
     """The same elements in an array of their own."""
     array = zeros(shape, dtype)

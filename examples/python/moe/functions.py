@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
 
-from . import _abi, _callbacks, _config, _memory
+from . import _abi, _callbacks, _config, _memory, _views
 from ._constants import DType, Status
 from ._handle import refuse_inside_callback
 from ._library import Error, check, library, new
@@ -13,6 +13,7 @@ from .objects import Experts, Gate, Layer
 
 GateLike = Union[Gate, _abi.GateConfig, None]
 ExpertsLike = Union[Experts, _abi.ExpertsConfig, None]
+LayerLike = Union[Layer, _abi.LayerConfig, None]
 
 
 class Memory(NamedTuple):
@@ -62,32 +63,54 @@ def experts_config(**fields: Any) -> _abi.ExpertsConfig:
     return _config.make(_abi.ExpertsConfig, fields)
 
 
-def _ask(function: str, gate: GateLike, experts: ExpertsLike, fields: Any) -> _abi.Cost:
-    query = _config.make(_abi.CostQuery, fields, ("gate", "experts"))
-    gate_struct = gate.config if isinstance(gate, Gate) else gate
-    experts_struct = experts.config if isinstance(experts, Experts) else experts
-    if gate_struct is not None:
-        query.gate = ctypes.pointer(gate_struct)
-    if experts_struct is not None:
-        query.experts = ctypes.pointer(experts_struct)
+def layer_config(**fields: Any) -> _abi.LayerConfig:
+    """A layer's config without a layer."""
+    return _config.make(_abi.LayerConfig, fields)
+
+
+_PARTS = ("gate", "experts", "layer", "shared", "residual")
+
+
+def _ask(function: str, fields: Any, *parts: Any) -> _abi.Cost:
+    query = _config.make(_abi.CostQuery, fields, _PARTS)
+    for name, part in zip(_PARTS, parts):
+        config = part.config if isinstance(part, (Gate, Experts, Layer)) else part
+        if config is not None:
+            setattr(query, name, ctypes.pointer(config))
     cost = new(_abi.Cost)
     refuse_inside_callback()
     check(getattr(library(), function)(ctypes.byref(query), ctypes.byref(cost)))
     return cost
 
 
-def memory(gate: GateLike = None, experts: ExpertsLike = None, **fields: Any) -> Memory:
-    """The memory a layer of this gate and pool (objects or configs) takes, before it is taken.
+def memory(
+    gate: GateLike = None,
+    experts: ExpertsLike = None,
+    layer: LayerLike = None,
+    *,
+    shared: ExpertsLike = None,
+    residual: ExpertsLike = None,
+    **fields: Any,
+) -> Memory:
+    """The memory a layer of these parts (objects or configs) takes, before it is taken.
 
     Keywords are the fields of moe_cost_query: tokens, groups, top_k, flags (Forward), threads.
     """
-    cost = _ask("moe_layer_memory", gate, experts, fields)
+    cost = _ask("moe_layer_memory", fields, gate, experts, layer, shared, residual)
     return Memory(*(getattr(cost, name) for name in Memory._fields))
 
 
-def flops(gate: GateLike = None, experts: ExpertsLike = None, **fields: Any) -> Flops:
-    """The arithmetic of forward and backward; keywords as memory()."""
-    cost = _ask("moe_layer_flops", gate, experts, fields)
+def flops(
+    gate: GateLike = None,
+    experts: ExpertsLike = None,
+    layer: LayerLike = None,
+    *,
+    shared: ExpertsLike = None,
+    residual: ExpertsLike = None,
+    **fields: Any,
+) -> Flops:
+    """The arithmetic of forward and backward; arguments as of memory()."""
+    cost = _ask("moe_layer_flops", fields, gate, experts, layer, shared, residual)
     return Flops(cost.forward_flops, cost.backward_flops)
 
 
@@ -107,6 +130,28 @@ def cv_squared(v: Any, *, ddof: int = 0, dv: Any = None) -> float:
         )
     )
     return value.value
+
+
+def selection_bias_step(bias: Any, counts: Any, rate: float = 0.001, *, out: Any = None) -> Any:
+    """Balancing without a loss: bias_e + rate sign(mean(counts) - counts_e).
+
+    bias    [E] float32 or float64
+    counts  [E] int64, entries of each expert
+    out     where the result goes, may be bias; None: a new array
+    """
+    source = _memory.vector("bias", bias, ["float32", "float64"], None)
+    numbers = _memory.vector("counts", counts, ["int64"], source.size)
+    out = _views.zeros((source.size,), source.dtype) if out is None else out
+    target = _memory.vector("out", out, [source.dtype], source.size, True)
+    dtype = DType.F32 if source.dtype == "float32" else DType.F64
+    place = ctypes.cast(numbers.address, ctypes.POINTER(ctypes.c_int64))
+    check(
+        library().moe_selection_bias_step(
+            target.address, source.address, place, source.size,
+            _config.number("rate", rate, ctypes.c_double), int(dtype),
+        )
+    )  # fmt: skip
+    return out
 
 
 def noise4(

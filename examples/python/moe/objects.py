@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from . import _abi, _config, _memory, _views
+from . import _abi, _callbacks, _config, _memory, _views
 from ._arguments import BackwardCall, Dims, ForwardCall
-from ._constants import DType, Forward, Status
+from ._constants import DType, ExpertsKind, Forward, GateKind, Status
 from ._handle import Handle, Object, destroy_deferred, refuse_inside_callback
 from ._library import InvalidState, check, library, new
 from .context import Comm, Context
@@ -16,8 +16,8 @@ from .parameter import Parameter, ParameterOwner
 from .passes import Pass
 from .plan import Plan
 
-_ARRAYS = ("y", "gate_x", "logits_in", "noise", "token_mask", "group_begin", "plan",
-           "loss_weights", "losses_out", "stats_out")  # fmt: skip
+_ARRAYS = ("y", "gate_x", "logits_in", "noise", "noise_primary", "token_mask", "group_begin",
+           "token_key", "plan", "loss_weights", "losses_out", "stats_out")  # fmt: skip
 
 
 class Computing(Object):
@@ -53,8 +53,10 @@ class Computing(Object):
         gate_x: Any = None,
         logits_in: Any = None,
         noise: Any = None,
+        noise_primary: Any = None,
         token_mask: Any = None,
         group_begin: Any = None,
+        token_key: Any = None,
         plan: Optional[Plan] = None,
         loss_weights: Any = None,
         losses_out: Any = None,
@@ -64,10 +66,11 @@ class Computing(Object):
         """Run forward and return y: the array given, or a new one. A gate returns None.
 
         Arrays have the meaning of moe_forward_args and are never copied: x [T,D] (leading
-        dimensions are folded into T), y [T,O], gate_x, logits_in and noise [T,E], token_mask [T]
-        uint8 or bool, group_begin [G+1] int64, losses_out and stats_out [16]. loss_weights is
-        [16] float64 or a mapping from a loss's name to its weight, 0 for the rest. fields are
-        flags (Forward), tokens, token_first, step, plan_use, top_k, capacity.
+        dimensions are folded into T), y [T,O], gate_x, logits_in and noise [T,E], noise_primary
+        [T,groups], token_mask [T] uint8 or bool, group_begin [G+1] int64, token_key [T] int64,
+        losses_out and stats_out [16]. loss_weights is [16] float64 or a mapping from a loss's
+        name to its weight, 0 for the rest. fields are flags (Forward), tokens, token_first, step,
+        plan_use, top_k, capacity.
 
         The pass keeps x and gate_x alive until its next forward: they must stay unchanged until
         the backward.
@@ -78,9 +81,10 @@ class Computing(Object):
         made.matrix("gate_x", gate_x, dims.d_gate)
         made.matrix("logits_in", logits_in, dims.num_experts, "logits")
         made.matrix("noise", noise, dims.num_experts)
+        made.matrix("noise_primary", noise_primary, dims.groups)
         if made.tokens is None and plan is not None:
             made.tokens = plan.tokens
-        made.options(token_mask, group_begin, loss_weights, losses_out, stats_out)
+        made.options(token_mask, group_begin, token_key, loss_weights, losses_out, stats_out)
         if plan is not None:
             made.args.plan = plan.handle.value
         if dims.d_out:
@@ -163,12 +167,17 @@ class Computing(Object):
 
 class Gate(Computing, ParameterOwner):
     """The gating network. Keywords are the fields of moe_gate_config: num_experts (required),
-    d_model, top_k, kind, score, order, the loss weights, capacity..., dtype, parameters."""
+    d_model, top_k, kind, score, order, the loss weights, capacity..., dtype, parameters.
+
+    config  where the other fields come from, as of preset() or gate_config(); None: the defaults
+    """
 
     kind = "gate"
 
-    def __init__(self, context: Context, **fields: Any) -> None:
-        config = _config.make(_abi.GateConfig, fields)
+    def __init__(
+        self, context: Context, config: Optional[_abi.GateConfig] = None, **fields: Any
+    ) -> None:
+        config = _config.make(_abi.GateConfig, fields, base=config)
         handle = Handle("gate")
         handle.kept["context"] = context.handle
         self._handle = handle.create(
@@ -176,7 +185,8 @@ class Gate(Computing, ParameterOwner):
         )
         config = self.config
         dtype = _memory.NAMES[DType(config.dtype)]
-        self.dims = Dims(dtype, 0, 0, config.d_model, config.num_experts)
+        groups = config.expert_groups if config.kind == GateKind.HIERARCHICAL else 0
+        self.dims = Dims(dtype, 0, 0, config.d_model, config.num_experts, groups)
 
     @property
     def config(self) -> _abi.GateConfig:
@@ -185,27 +195,91 @@ class Gate(Computing, ParameterOwner):
         self.call("moe_gate_get_config", ctypes.byref(config))
         return config
 
+    def update_selection_bias(self, counts: Any, rate: float = 0.001) -> None:
+        """Balancing without a loss: selection_bias_e += rate sign(mean(counts) - counts_e).
+
+        counts  [E] int64, entries of each expert: pass.tensor("counts"), summed over micro-batches
+        """
+        memory = _memory.vector("counts", counts, ["int64"], self.dims.num_experts)
+        place = ctypes.cast(memory.address, ctypes.POINTER(ctypes.c_int64))
+        rate = _config.number("rate", rate, ctypes.c_double)
+        with self.handle.busy.alone("the gate"):
+            self.call("moe_gate_update_selection_bias", place, rate)
+
     def __repr__(self) -> str:
         return f"<moe.Gate {'closed' if self.closed else _config.describe(self.config)}>"
 
 
 class Experts(Computing, ParameterOwner):
-    """A pool of feed-forward experts. Keywords are the fields of moe_experts_config: d_model,
-    d_hidden and num_experts (required), d_out, activation, bias, weight_layout, dtype..."""
+    """A pool of experts. Keywords are the fields of moe_experts_config: d_model, d_hidden and
+    num_experts (required), d_out, kind, activation, bias, weight_layout, dtype...
+
+    config             where the other fields come from, as of preset(); None: the defaults
+    callbacks          your own experts: forward(call), or a pair (forward, backward) of functions
+                       of an ExpertCall, called expert by expert; None or 0 is success
+    workspace_per_row  bytes a row that they keep from forward to backward
+    """
 
     kind = "experts"
 
-    def __init__(self, context: Context, **fields: Any) -> None:
-        config = _config.make(_abi.ExpertsConfig, fields)
+    def __init__(
+        self,
+        context: Context,
+        config: Optional[_abi.ExpertsConfig] = None,
+        *,
+        callbacks: Any = None,
+        workspace_per_row: int = 0,
+        **fields: Any,
+    ) -> None:
+        if callbacks is not None:
+            fields.setdefault("kind", ExpertsKind.CALLBACK)
+        config = _config.make(_abi.ExpertsConfig, fields, ("callbacks",), config)
         handle = Handle("experts")
         handle.kept["context"] = context.handle
+        if callbacks is not None:
+            kept = _config.number("workspace_per_row", workspace_per_row, ctypes.c_int64)
+            handle.kept["callbacks"] = _callbacks.expert_callbacks(config, callbacks, kept)
+        elif workspace_per_row:
+            raise TypeError("workspace_per_row is given without callbacks")
         self._handle = handle.create(
             "moe_experts_create", context.handle.value, ctypes.byref(config)
         )
+        self._measure()
+
+    @classmethod
+    def of_parts(cls, parts: Sequence["Experts"]) -> "Experts":
+        """One pool of several: the experts of the first part come first. Its parameters are the
+        parts', "0.w1", "1.w1"..."""
+        handles = [part.handle for part in parts]
+        handle = Handle("experts")
+        handle.kept["parts"] = handles
+        if handles:
+            handle.kept["context"] = handles[0].kept["context"]
+        values = (ctypes.c_void_p * len(handles))(*(part.value for part in handles))
+        made = cls.__new__(cls)
+        made._handle = handle.create("moe_experts_create_parts", values, len(handles))
+        made._measure()
+        return made
+
+    def _measure(self) -> None:
         config = self.config
         d_out = config.d_out if config.d_out > 0 else config.d_model
         dtype = _memory.NAMES[DType(config.dtype)]
         self.dims = Dims(dtype, config.d_model, d_out, 0, config.num_experts)
+
+    def _used(self) -> List[Handle]:
+        return [self.handle, *self.handle.kept.get("parts", ())]
+
+    def _parameters(self, prefix: str = "") -> Dict[str, Parameter]:
+        # Memory bound to a part is the part's, whichever pool it is bound through.
+        if "parts" not in self.handle.kept:
+            return super()._parameters(prefix)
+        found: Dict[str, Parameter] = {}
+        for number, handle in enumerate(self.handle.kept["parts"]):
+            part = Experts.__new__(Experts)
+            part._handle = handle
+            found.update(part._parameters(f"{prefix}{number}."))
+        return found
 
     @property
     def config(self) -> _abi.ExpertsConfig:
@@ -218,6 +292,14 @@ class Experts(Computing, ParameterOwner):
         """Tell the pool that weight data changed, so that packed copies are renewed."""
         with self.handle.busy.shared("the experts"):
             self.call("moe_experts_weights_changed")
+
+    def zero_touched_gradients(self) -> None:
+        """As zero_gradients, but of those experts alone that were touched since the last time: as
+        good if nobody else writes to the gradients of the others."""
+        with contextlib.ExitStack() as stack:
+            for used in self._used():
+                stack.enter_context(used.busy.shared("the experts"))
+            self.call("moe_experts_zero_touched_gradients", None)
 
     def touched(self) -> Any:
         """[E] uint8: 1 for each expert that has received gradients since they were zeroed."""
@@ -233,12 +315,16 @@ class Experts(Computing, ParameterOwner):
         return f"<moe.Experts {'closed' if self.closed else _config.describe(self.config)}>"
 
 
-class Layer(Computing):
-    """Gate and experts as one layer. Keywords are the fields of moe_layer_config: output, layer_id.
+class Layer(Computing, ParameterOwner):
+    """Gate, experts and what surrounds them. Keywords are the fields of moe_layer_config: output,
+    layer_id, shared_gate, residual_mix, dropped, parameters.
 
-    gate     None: every forward brings a plan with weights
-    experts  the pool; may serve several layers
-    comm     None: one rank
+    gate      None: every forward brings a plan with weights
+    experts   the pool; may serve several layers
+    config    where the other fields come from, as of preset(); None: the defaults
+    shared    a pool of experts that every token visits
+    residual  the pool of a residual branch
+    comm      None: one rank
     """
 
     kind = "layer"
@@ -247,28 +333,39 @@ class Layer(Computing):
         self,
         gate: Optional[Gate] = None,
         experts: Optional[Experts] = None,
+        config: Optional[_abi.LayerConfig] = None,
         *,
+        shared: Optional[Experts] = None,
+        residual: Optional[Experts] = None,
         comm: Optional[Comm] = None,
         **fields: Any,
     ) -> None:
         if experts is None:
             raise TypeError("a layer needs experts")
-        config = _config.make(_abi.LayerConfig, fields, ("gate", "experts", "comm"))
+        given = {"gate": gate, "experts": experts, "shared": shared, "residual": residual,
+                 "comm": comm}  # fmt: skip
+        config = _config.make(_abi.LayerConfig, fields, given, config)
         handle = Handle("layer")
-        parts: List[Tuple[str, Any]] = [("gate", gate), ("experts", experts), ("comm", comm)]
-        for name, part in parts:
+        for name, part in given.items():
+            setattr(config, name, part.handle.value if part is not None else None)
             if part is not None:
-                setattr(config, name, part.handle.value)
                 handle.kept[name] = part.handle
         self._handle = handle.create("moe_layer_create", ctypes.byref(config))
         self.gate = gate
         self.experts = experts
-        d_gate = gate.dims.d_gate if gate is not None else 0
-        self.dims = experts.dims._replace(d_gate=d_gate)
+        self.shared = shared
+        self.residual = residual
+        self.dims = experts.dims
+        if gate is not None:
+            self.dims = self.dims._replace(d_gate=gate.dims.d_gate, groups=gate.dims.groups)
 
     def _used(self) -> List[Handle]:
         kept = self.handle.kept
-        return [self.handle] + [kept[name] for name in ("gate", "experts") if name in kept]
+        used = [self.handle]
+        for name in ("gate", "experts", "shared", "residual"):
+            if name in kept:
+                used += [kept[name], *kept[name].kept.get("parts", ())]
+        return used
 
     @property
     def config(self) -> _abi.LayerConfig:
@@ -281,7 +378,8 @@ class Layer(Computing):
         # Through objects of the layer's own, so that a gate or pool the program has closed still
         # shows its parameters here.
         kept = self.handle.kept
-        kinds: Dict[str, Any] = {"gate": Gate, "experts": Experts}
+        kinds: Dict[str, Any] = {"gate": Gate, "experts": Experts, "shared": Experts,
+                                 "residual": Experts}  # fmt: skip
         for name, kind in kinds.items():
             if name in kept:
                 part = kind.__new__(kind)
@@ -290,18 +388,31 @@ class Layer(Computing):
 
     @property
     def parameters(self) -> Dict[str, Parameter]:
-        """The parameters of gate and experts by name: "gate.weight", "experts.w1"..."""
+        """The parameters of gate, experts and layer by name: "gate.weight", "experts.w1",
+        "shared_gate"..."""
         found: Dict[str, Parameter] = {}
         for name, part in self._parts():
             found.update(part._parameters(name + "."))
+        own = Layer.__new__(Layer)
+        own._handle = self.handle
+        for name, parameter in own._parameters().items():
+            if "." not in name:
+                found[name] = parameter
         return found
 
-    def zero_gradients(self) -> None:
-        """Set every gradient to zero and forget which experts were touched."""
+    def _zero(self, which: str) -> None:
         with contextlib.ExitStack() as stack:
             for used in self._used():
                 stack.enter_context(used.busy.shared(f"the {used.kind}"))
-            self.call("moe_layer_zero_gradients", None)
+            self.call(f"moe_layer_zero_{which}", None)
+
+    def zero_gradients(self) -> None:
+        """Set every gradient to zero and forget which experts were touched."""
+        self._zero("gradients")
+
+    def zero_touched_gradients(self) -> None:
+        """The same, but of pools those experts alone that were touched since the last time."""
+        self._zero("touched_gradients")
 
     def init_parameters(self, seed: int) -> None:
         """Give every owned parameter its first value; bound data is never written."""

@@ -114,10 +114,18 @@ class Pass(Object):
     @property
     def plan(self) -> Plan:
         """The routing of the last forward, until the next one."""
+        return self._shown("moe_pass_plan")
+
+    @property
+    def primary_plan(self) -> Plan:
+        """The primary routing of a hierarchical gate: groups in place of experts."""
+        return self._shown("moe_pass_primary_plan")
+
+    def _shown(self, function: str) -> Plan:
         handle = self.handle
         with handle.busy.shared("the pass"):
             value = ctypes.c_void_p()
-            self.call("moe_pass_plan", ctypes.byref(value))
+            self.call(function, ctypes.byref(value))
             assert value.value is not None
             return PassPlan(handle, context_of(handle), value.value)
 

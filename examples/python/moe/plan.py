@@ -45,6 +45,7 @@ class Plan(Object):
         token_begin: Any = None,
         token_mask: Any = None,
         group_begin: Any = None,
+        token_priority: Any = None,
         **fields: Any,
     ) -> "Plan":
         """Make this the plan of a routing of the host's own; everything is copied.
@@ -54,11 +55,13 @@ class Plan(Object):
         token_begin  [T+1] int64, entries of each token; not needed if every token has top_k
         token_mask   [T] uint8 or bool, 0: the token gets no rows
         group_begin  [G+1] int64
+        token_priority  [T] of the weights' dtype, for drop_policy="batch_priority"
         fields       num_experts (required), top_k, tokens, dtype (without weights), capacity,
-                     drop_policy, renormalize_after_drop
+                     drop_policy, renormalize_after_drop, and for drop_policy="random" seed, step
+                     and token_first
         """
         allowed = ("num_experts", "top_k", "tokens", "dtype", "capacity", "drop_policy",
-                   "renormalize_after_drop")  # fmt: skip
+                   "renormalize_after_drop", "seed", "step", "token_first")  # fmt: skip
         for name in fields:
             if name not in allowed:
                 raise _config.unknown("moe_plan_args", name, allowed)
@@ -86,6 +89,10 @@ class Plan(Object):
         if group_begin is not None:
             args.group_begin = _flat(keep, "group_begin", group_begin, ["int64"], None).address
             args.groups = keep[-1].size - 1
+        if token_priority is not None:
+            wanted = [_memory.NAMES[DType(args.dtype)]]
+            name = "token_priority"
+            args.token_priority = _flat(keep, name, token_priority, wanted, args.tokens).address
         self._replace("moe_plan_build", ctypes.byref(args))
         return self
 
