@@ -1,8 +1,8 @@
-"""The C interface in ctypes: every public struct, callback type and function prototype.
+"""The structs and callback types of the C interface in ctypes; _prototypes.py has the functions.
 
 Structs have the names of the C types in camel case (moe_gate_config is GateConfig) and exactly
-their fields; handles and pointers to elements are c_void_p. PROTOTYPES maps each function of the
-library to its result and arguments. The tests compare all of it with the headers and the symbol map.
+their fields; handles and pointers to elements are c_void_p. The tests compare all of it with the
+headers.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ from ctypes import (
     Structure,
     c_char_p,
     c_double,
-    c_float,
     c_int32,
     c_int64,
-    c_size_t,
-    c_uint8,
     c_uint64,
     c_void_p,
 )
-from typing import Any, Dict, List, Tuple, Type
+from typing import List, Type
 
 from ._constants import *  # noqa: F401,F403 - one place to import from
 from ._constants import LOSS_SLOTS, MAX_DIMS, STAT_SLOTS
@@ -439,94 +436,3 @@ FILLED_BY_LIBRARY: List[Type[Structure]] = [ExpertCall]  # the only ones without
 def c_name(struct: Type[Structure]) -> str:
     """The C name of a struct: GateConfig is moe_gate_config."""
     return "moe" + re.sub("[A-Z]", lambda letter: "_" + letter.group().lower(), struct.__name__)
-
-
-# ---- prototypes ---------------------------------------------------------------------------------
-
-_status = c_int32
-_handle = c_void_p
-_new = POINTER(c_void_p)  # where a create call puts its handle
-
-PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
-    "moe_status_name": (c_char_p, [_status]),
-    "moe_status_text": (c_char_p, [_status]),
-    "moe_last_error": (c_char_p, []),
-    "moe_clear_last_error": (None, []),
-    "moe_version_number": (c_int32, []),
-    "moe_version_string": (c_char_p, []),
-    "moe_constant": (_status, [POINTER(c_int64), c_char_p]),
-    "moe_context_create": (_status, [_new, POINTER(ContextConfig)]),
-    "moe_context_destroy": (None, [_handle]),
-    "moe_context_threads": (c_int32, [_handle]),
-    "moe_context_isa": (c_int32, [_handle]),
-    "moe_context_backend": (c_int32, [_handle]),
-    "moe_gate_create": (_status, [_new, _handle, POINTER(GateConfig)]),
-    "moe_gate_get_config": (_status, [_handle, POINTER(GateConfig)]),
-    "moe_gate_update_selection_bias": (_status, [_handle, POINTER(c_int64), c_double]),
-    "moe_selection_bias_step": (
-        _status, [c_void_p, c_void_p, POINTER(c_int64), c_int64, c_double, c_int32]
-    ),
-    "moe_init_default": (c_double, []),
-    "moe_cv_squared": (_status, [POINTER(c_double), c_void_p, c_void_p, c_int64, c_int32, c_int32]),
-    "moe_noise4": (_status, [POINTER(c_float), c_uint64, c_int32, c_int32] + 3 * [c_int64]),
-    "moe_experts_create": (_status, [_new, _handle, POINTER(ExpertsConfig)]),
-    "moe_experts_create_parts": (_status, [_new, _new, c_int64]),
-    "moe_experts_get_config": (_status, [_handle, POINTER(ExpertsConfig)]),
-    "moe_experts_weights_changed": (_status, [_handle]),
-    "moe_experts_touched": (_status, [_handle, POINTER(c_uint8), POINTER(c_int64)]),
-    "moe_experts_zero_touched_gradients": (_status, [_handle, c_void_p]),
-    "moe_layer_create": (_status, [_new, POINTER(LayerConfig)]),
-    "moe_layer_get_config": (_status, [_handle, POINTER(LayerConfig)]),
-    "moe_layer_zero_touched_gradients": (_status, [_handle, c_void_p]),
-    "moe_layer_memory": (_status, [POINTER(CostQuery), POINTER(Cost)]),
-    "moe_layer_flops": (_status, [POINTER(CostQuery), POINTER(Cost)]),
-    "moe_comm_create_self": (_status, [_new, _handle]),
-    "moe_comm_destroy": (None, [_handle]),
-    "moe_comm_rank": (c_int32, [_handle]),
-    "moe_comm_size": (c_int32, [_handle]),
-    "moe_pass_create": (_status, [_new, _handle, POINTER(PassConfig)]),
-    "moe_pass_create_for_gate": (_status, [_new, _handle, POINTER(PassConfig)]),
-    "moe_pass_create_for_experts": (_status, [_new, _handle, POINTER(PassConfig)]),
-    "moe_pass_destroy": (None, [_handle]),
-    "moe_pass_reserve": (_status, [_handle, c_int64, c_int64, c_int64]),
-    "moe_pass_bytes": (c_int64, [_handle]),
-    "moe_pass_plan": (_status, [_handle, _new]),
-    "moe_pass_primary_plan": (_status, [_handle, _new]),
-    "moe_pass_losses": (_status, [_handle, POINTER(Losses)]),
-    "moe_pass_stats": (_status, [_handle, POINTER(Stats)]),
-    "moe_pass_tensor": (_status, [_handle, c_int32, POINTER(TensorView)]),
-    "moe_pass_trim": (_status, [_handle]),
-    "moe_plan_create": (_status, [_new, _handle]),
-    "moe_plan_destroy": (None, [_handle]),
-    "moe_plan_build": (_status, [_handle, POINTER(PlanArgs)]),
-    "moe_plan_copy": (_status, [_handle, _handle]),
-    "moe_plan_get": (_status, [_handle, POINTER(PlanView)]),
-    "moe_plan_check": (_status, [_handle]),
-    "moe_plan_save": (_status, [_handle, c_void_p, c_int64, POINTER(c_int64)]),
-    "moe_plan_load": (_status, [_handle, c_void_p, c_int64]),
-    "moe_preset_count": (c_int64, []),
-    "moe_preset_name": (c_char_p, [c_int64]),
-    "moe_preset_source": (c_char_p, [c_int64]),
-    "moe_check_gradients": (_status, [_handle, POINTER(GradientCheck), POINTER(GradientReport)]),
-}
-
-_configs = [POINTER(GateConfig), POINTER(ExpertsConfig), POINTER(LayerConfig)]
-PROTOTYPES["moe_preset"] = (_status, [c_char_p, *_configs])
-PROTOTYPES["moe_describe"] = (_status, [c_char_p, c_int64, POINTER(c_int64), *_configs])
-for _struct in STRUCTS:
-    if _struct not in FILLED_BY_LIBRARY:
-        PROTOTYPES[c_name(_struct) + "_init"] = (_status, [POINTER(_struct), c_size_t])
-for _object in ("gate", "experts", "layer"):
-    _prefix = "moe_" + _object
-    PROTOTYPES[_prefix + "_destroy"] = (None, [_handle])
-    PROTOTYPES[_prefix + "_forward"] = (_status, [_handle, _handle, POINTER(ForwardArgs)])
-    PROTOTYPES[_prefix + "_backward"] = (_status, [_handle, _handle, POINTER(BackwardArgs)])
-    PROTOTYPES[_prefix + "_parameter_count"] = (c_int64, [_handle])
-    PROTOTYPES[_prefix + "_parameter_find"] = (c_int64, [_handle, c_char_p])
-    PROTOTYPES[_prefix + "_parameter"] = (_status, [_handle, c_int64, POINTER(ParameterRecord)])
-    PROTOTYPES[_prefix + "_bind"] = (_status, [_handle, c_int64, POINTER(Binding)])
-    PROTOTYPES[_prefix + "_zero_gradients"] = (_status, [_handle, c_void_p])
-    PROTOTYPES[_prefix + "_init_parameters"] = (_status, [_handle, c_uint64])
-for _step in ("dispatch", "combine"):
-    for _direction in ("forward", "backward"):
-        PROTOTYPES[f"moe_{_step}_{_direction}"] = (_status, [_handle, POINTER(RowsArgs)])

@@ -15,6 +15,7 @@ from typing import Any, Dict, List, NoReturn, Optional, Type, TypeVar, Union
 
 from . import _abi
 from ._constants import Status
+from ._prototypes import PROTOTYPES
 
 NEEDED_VERSION = (0, 1, 0)
 SYSTEM_NAME = "libmoe.so.0"
@@ -121,7 +122,7 @@ def _open(path: str) -> ctypes.CDLL:
     except OSError as error:
         raise ImportError(f"cannot load the library {path}: {error}") from error
     _check_version(cdll, path)
-    for name, (result, arguments) in _abi.PROTOTYPES.items():
+    for name, (result, arguments) in PROTOTYPES.items():
         try:
             function = getattr(cdll, name)
         except AttributeError:
