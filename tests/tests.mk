@@ -23,7 +23,8 @@ endif
 RPATH = -Wl,-rpath,$(abspath $(LIB))
 TEST_FLAGS = $(COMMON) -O1 $(CFLAGS) -MMD -MP -MF $@.d -MT $@ -Itests -DMOE_SOURCE_DIR='"$(CURDIR)"'
 
-.PHONY: check-examples check-tutorial tutorial check-libtorch check-python check-torch compare-torch check-torch-current
+.PHONY: check-examples check-tutorial tutorial check-libtorch check-python check-torch compare-torch check-torch-current \
+    check-transformers
 .PHONY: check check-have-check check-suites check-hosts check-vectors check-headers check-abi \
     check-install check-demo check-format format abi-baseline check-asan check-tsan check-valgrind check-long \
     test-programs
@@ -137,6 +138,15 @@ check-torch-current:
 	test -x $(BUILD)/venv-current/bin/python || $(PYTHON) -m venv $(BUILD)/venv-current
 	$(BUILD)/venv-current/bin/pip install -q torch numpy pytest
 	$(MAKE) VENV=$(BUILD)/venv-current check-python check-torch compare-torch
+
+# Against the MoE blocks of transformers, of the versions in the file: some gigabytes.
+TRANSFORMERS := $(BUILD)/venv-transformers
+check-transformers:
+	@mkdir -p $(BUILD)
+	test -x $(TRANSFORMERS)/bin/python || $(PYTHON) -m venv $(TRANSFORMERS)
+	$(TRANSFORMERS)/bin/pip install -q -r tests/python/requirements-transformers.txt
+	$(TRANSFORMERS)/bin/pip install -q --no-deps --force-reinstall ./examples/python
+	$(TRANSFORMERS)/bin/python tests/python/compare_transformers.py
 
 # ---- sanitizers and valgrind ------------------------------------------------------------------------
 
