@@ -6,9 +6,9 @@ sets of chosen experts, their weights, y, dx and the gradient of every parameter
 float64 and in several shapes. A number is max |libmoe - transformers| / max |transformers|, the
 largest over the shapes. Exit status 1 if a set differs or a number is above LIMIT.
 
-The routers of transformers cast logits or scores to float32 whatever the model's dtype. In a float64
-run that alone would be an error of 1e-7, so wide() makes these casts casts to float64: the rows
-marked * are the blocks' own code with `.float()` and `torch.float32` meaning double.
+Most routers of transformers cast logits or scores to float32 whatever the model's dtype. In a
+float64 run that alone would be an error of 1e-7, so wide() makes these casts casts to float64: the
+rows marked * are the blocks' own code with `.float()` and `torch.float32` meaning double.
 
 load_balancing_loss_func of transformers is E sum_e f_e P_e with f_e the entries of expert e over
 the number of tokens, so that sum f = K. libmoe's switch loss divides by the number of entries, as

@@ -108,14 +108,15 @@ def test_an_expert_may_be_a_layer(context, make):
 
 def test_callbacks_are_kept_and_given_up(context):
     own = Scaled()
-    layer = layer_of(context, moe.Experts(context, d_model=D, num_experts=E, dtype="float64",
-                                          workspace_per_row=8 * D, callbacks=own.forward))  # fmt: skip
+    pool = moe.Experts(context, d_model=D, num_experts=E, dtype="float64",
+                       workspace_per_row=8 * D, callbacks=own.forward)  # fmt: skip
+    layer = layer_of(context, pool)
     seen = weakref.ref(own)
     del own
     gc.collect()
     layer.forward(moe.Pass(layer), X)
     assert seen() is not None
-    del layer
+    del layer, pool
     gc.collect()
     assert seen() is None
 

@@ -19,14 +19,18 @@ from ._constants import (
     LOSS_SLOTS,
     STAT_SLOTS,
     Backward,
+    ChoiceNoise,
+    Drop,
     DType,
     Forward,
     GateKind,
     Parameters,
     PlanUse,
+    SecondChoice,
 )
 from ._handle import destroy_deferred, refuse_inside_callback
 from ._library import InvalidState, check, library, new
+from ._preset import preset
 from .context import Context
 from .objects import Experts, Gate, Layer
 from .passes import Pass
@@ -58,23 +62,44 @@ def row_stride(tensor: torch.Tensor) -> int:
 
 
 class Config:
-    """How a layer is made: keyword arguments of Gate, Experts and Layer. gate None: no gate."""
+    """How a layer is made: a preset, and keyword arguments of Gate, Experts and Layer. gate None,
+    preset None or a pool None: there is none."""
 
     def __init__(
         self,
+        preset: Optional[str],
         gate: Optional[Mapping[str, Any]],
         experts: Mapping[str, Any],
         layer: Mapping[str, Any],
+        pools: Mapping[str, Optional[Mapping[str, Any]]],
     ) -> None:
+        self.preset = preset
         self.gate = None if gate is None else dict(gate)
         self.experts = dict(experts)
         self.layer = dict(layer)
+        self.pools = {name: dict(pool) for name, pool in pools.items() if pool is not None}
 
     def make(self, context: Context, dtype: DType, parameters: Parameters) -> Layer:
         """The layer, with parameters where `parameters` says."""
         own = {"dtype": dtype, "parameters": parameters}
-        gate = None if self.gate is None else Gate(context, **self.gate, **own)
-        return Layer(gate, Experts(context, **self.experts, **own), **self.layer)
+        base = None if self.preset is None else preset(self.preset)
+        of_gate, of_experts, of_layer = base if base is not None else (None, None, None)
+        gate = None if self.gate is None else Gate(context, of_gate, **self.gate, **own)
+        experts = Experts(context, of_experts, **self.experts, **own)
+        pools: Dict[str, Any] = {name: Experts(context, of_experts, **pool, **own)
+                                 for name, pool in self.pools.items()}  # fmt: skip
+        return Layer(gate, experts, of_layer, parameters=parameters, **pools, **self.layer)
+
+
+def _draws(gate: _abi.GateConfig) -> bool:
+    """Whether a forward in training depends on the number of its step."""
+    return bool(
+        gate.kind in (GateKind.NOISY_TOP_K, GateKind.HIERARCHICAL)
+        or gate.choice_noise != ChoiceNoise.NONE
+        or gate.second_choice == SecondChoice.RANDOM
+        or gate.drop_policy == Drop.RANDOM
+        or gate.jitter
+    )
 
 
 class Lease:
@@ -118,6 +143,8 @@ class Call:
         self.mask: Optional[torch.Tensor] = None
         self.group_begin: Optional[torch.Tensor] = None
         self.noise: Optional[torch.Tensor] = None
+        self.noise_primary: Optional[torch.Tensor] = None
+        self.token_key: Optional[torch.Tensor] = None
         self.plan: Optional[Plan] = None
         self.plan_use = PlanUse.IDS_AND_WEIGHTS
         self.top_k: Optional[int] = None
@@ -145,9 +172,10 @@ class Engine:
         assert experts is not None
         self.d_model, self.d_out = experts.dims.d_model, experts.dims.d_out
         self.num_experts = experts.dims.num_experts
-        self.d_gate = self.layer.dims.d_gate
+        self.d_gate, self.groups = self.layer.dims.d_gate, self.layer.dims.groups
         gate = self.layer.gate
-        self.draws_noise = gate is not None and gate.config.kind == GateKind.NOISY_TOP_K
+        self.draws_noise = gate is not None and _draws(gate.config)
+        self.buffers = {name for name, p in self.layer.parameters.items() if not p.trainable}
 
     # ---- passes ---------------------------------------------------------------------------------
 
@@ -295,6 +323,10 @@ def _forward_arguments(
         args.logits_in, args.logits_stride = address(logits), row_stride(logits)
     if call.noise is not None:
         args.noise, args.noise_stride = address(call.noise), row_stride(call.noise)
+    if call.noise_primary is not None:
+        args.noise_primary = address(call.noise_primary)
+        args.noise_primary_stride = row_stride(call.noise_primary)
+    args.token_key = address(call.token_key)
     args.token_mask = address(call.mask)
     if call.group_begin is not None:
         args.group_begin, args.groups = address(call.group_begin), len(call.group_begin) - 1

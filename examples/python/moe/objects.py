@@ -388,17 +388,14 @@ class Layer(Computing, ParameterOwner):
 
     @property
     def parameters(self) -> Dict[str, Parameter]:
-        """The parameters of gate, experts and layer by name: "gate.weight", "experts.w1",
-        "shared_gate"..."""
+        """The parameters of gate, experts and layer by name, in the library's order:
+        "gate.weight", "experts.w1", "shared_gate"..."""
         found: Dict[str, Parameter] = {}
         for name, part in self._parts():
             found.update(part._parameters(name + "."))
         own = Layer.__new__(Layer)
         own._handle = self.handle
-        for name, parameter in own._parameters().items():
-            if "." not in name:
-                found[name] = parameter
-        return found
+        return {name: found.get(name, p) for name, p in own._parameters().items()}
 
     def _zero(self, which: str) -> None:
         with contextlib.ExitStack() as stack:

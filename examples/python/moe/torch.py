@@ -21,9 +21,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as _torch_checkpoint
 
-from ._constants import LOSS_SLOTS, Forward, Loss, PlanUse
+from ._constants import LOSS_SLOTS, Forward, Loss
+from ._library import InvalidState
 from ._torch_engine import DTYPES, Call, Config, Engine, Lease, default_context, initial_values
+from ._torch_inputs import check_tensor, matrix, rows, set_plan, vector
 from .context import Context
+from .functions import selection_bias_step
 from .plan import Plan
 
 __all__ = ["MoELayer", "MoEOutput", "checkpoint"]
@@ -142,7 +145,7 @@ class _Run(torch.autograd.Function):
         }
         grads = [_empty(p, wanted) for p, wanted in zip(parameters, need[4:])]
         engine.backward(
-            lease, x, gate_x, parameters, _rows(dy), d_losses.contiguous(), outputs, grads
+            lease, x, gate_x, parameters, rows(dy), d_losses.contiguous(), outputs, grads
         )
         return (None, None, None, None, *outputs.values(), *grads)
 
@@ -151,13 +154,6 @@ def _empty(like: Optional[torch.Tensor], wanted: bool) -> Optional[torch.Tensor]
     if like is None or not wanted:
         return None
     return torch.empty(like.shape, dtype=like.dtype)
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """A matrix whose rows the library can read where they are; only others are copied."""
-    rows, width = tensor.shape
-    fits = width <= 1 or tensor.stride(1) == 1
-    return tensor if fits and (rows <= 1 or tensor.stride(0) >= width) else tensor.contiguous()
 
 
 # ---- the module ---------------------------------------------------------------------------------
@@ -169,22 +165,29 @@ class MoELayer(nn.Module):
     d_model, d_hidden, num_experts, top_k
                  as in moe_experts_config and moe_gate_config
     activation   a name of moe.Activation
+    preset       a name of moe.presets(): where all fields that are not given come from
     gate         further fields of moe_gate_config (kind, losses' weights, capacity...);
                  d_model=0 for a gate without weights, whose logits every call brings;
                  None for no gate: every call brings ids and weights
     experts      further fields of moe_experts_config (bias, d_out, glu_order, weight_layout...)
+    shared, residual
+                 fields of the pool of shared experts, and of the residual branch, where they
+                 differ from the experts'; they have one expert. None: no such pool
     output, layer_id
                  as in moe_layer_config
+    layer        further fields of moe_layer_config (shared_gate, residual_mix, dropped)
     checkpoint   True: keep the routing of a forward and compute activations anew in the backward
     seed         of the first values, which are the library's: the same numbers everywhere
     context      a moe.Context; None: one that all layers share
     dtype        torch.float32 or torch.float64; None: torch's default
 
-    Parameters are registered as gate.weight, experts.w1 and so on, the library's own names.
+    Parameters are registered as gate.weight, experts.w1 and so on, the library's own names; what
+    is not trained, as gate.selection_bias, is a buffer.
 
-    In training mode a noisy gate draws noise that depends on a step number and the token's place.
-    The number comes from PyTorch's generator, as dropout's randomness does: torch.manual_seed
-    repeats it, and torch.utils.checkpoint, which restores the generator, draws it again.
+    In training mode a gate with noise of any kind draws it by the number of a step and the token's
+    place. The number comes from PyTorch's generator, as dropout's randomness does:
+    torch.manual_seed repeats it, and torch.utils.checkpoint, which restores the generator, draws it
+    again.
 
     PyTorch and the library each have threads of their own for the same cores. Where PyTorch's spin
     while they wait, both get slower: OMP_WAIT_POLICY=passive in the environment, or
@@ -196,28 +199,37 @@ class MoELayer(nn.Module):
         d_model: int,
         d_hidden: int,
         num_experts: int,
-        top_k: int = 1,
+        top_k: Optional[int] = None,
         *,
-        activation: str = "relu",
+        activation: Optional[str] = None,
+        preset: Optional[str] = None,
         gate: Optional[Mapping[str, Any]] = {},
         experts: Mapping[str, Any] = {},
-        output: str = "linear",
+        shared: Optional[Mapping[str, Any]] = None,
+        residual: Optional[Mapping[str, Any]] = None,
+        output: Optional[str] = None,
         layer_id: int = 0,
+        layer: Mapping[str, Any] = {},
         checkpoint: bool = False,
         seed: int = 0,
         context: Optional[Context] = None,
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
-        for fields in (gate or {}, experts):
+        for fields in (gate or {}, experts, shared or {}, residual or {}, layer):
             for name in ("dtype", "parameters"):
                 if name in fields:
                     raise TypeError(f"{name} is not a field to give: the module's tensors say it")
-        of_gate = None if gate is None else {
-            "d_model": d_model, "num_experts": num_experts, "top_k": top_k, **gate}  # fmt: skip
+        of_gate = None
+        if gate is not None:
+            of_gate = {"d_model": d_model, "num_experts": num_experts, **_given(top_k=top_k),
+                       **gate}  # fmt: skip
         of_experts = {"d_model": d_model, "d_hidden": d_hidden, "num_experts": num_experts,
-                      "activation": activation, **experts}  # fmt: skip
-        self._config = Config(of_gate, of_experts, {"output": output, "layer_id": layer_id})
+                      **_given(activation=activation), **experts}  # fmt: skip
+        pools = {name: None if pool is None else {**of_experts, "num_experts": 1, **pool}
+                 for name, pool in (("shared", shared), ("residual", residual))}  # fmt: skip
+        of_layer = {**_given(output=output), "layer_id": layer_id, **layer}
+        self._config = Config(preset, of_gate, of_experts, of_layer, pools)
         self._context = context
         self._engines: Dict[torch.dtype, Engine] = {}
         self._making = threading.Lock()
@@ -225,11 +237,16 @@ class MoELayer(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         engine = self._engine(dtype)
         self.gate, self.experts = nn.Module(), nn.Module()
+        for name in self._config.pools:
+            self.add_module(name, nn.Module())
         self._names = list(engine.shapes)
         for name, shape in engine.shapes.items():
-            part, own = name.split(".")
-            parameter = nn.Parameter(torch.empty(shape, dtype=dtype))
-            getattr(self, part).register_parameter(own, parameter)
+            owner, own = self._place(name)
+            value = torch.empty(shape, dtype=dtype)
+            if name in engine.buffers:
+                owner.register_buffer(own, value)
+            else:
+                owner.register_parameter(own, nn.Parameter(value))
         self.reset_parameters(seed)
 
     # ---- parameters -----------------------------------------------------------------------------
@@ -249,10 +266,28 @@ class MoELayer(nn.Module):
         """Where the work runs."""
         return self._context if self._context is not None else default_context()
 
-    def tensors(self) -> List[nn.Parameter]:
-        """The parameters in the library's order."""
-        split = (name.split(".") for name in self._names)
-        return [getattr(getattr(self, part), own) for part, own in split]
+    def _place(self, name: str) -> Tuple[nn.Module, str]:
+        """The module that has a parameter of the library, and the name it has there."""
+        part, dot, own = name.rpartition(".")
+        return (getattr(self, part), own) if dot else (self, own)
+
+    def tensors(self) -> List[torch.Tensor]:
+        """The parameters and buffers in the library's order."""
+        return [getattr(*self._place(name)) for name in self._names]
+
+    def update_selection_bias(self, routed: Any, rate: float = 0.001) -> None:
+        """Balancing without a loss: selection_bias_e += rate sign(mean(counts) - counts_e).
+
+        routed  [E] int64 entries of each expert, summed over micro-batches and ranks; or the plan
+                of one forward, as of keep_plan=True
+        """
+        bias = getattr(self.gate, "selection_bias", None)
+        if bias is None:
+            raise InvalidState("the gate has no selection_bias: gate={'selection_bias': 1}")
+        if isinstance(routed, Plan):
+            ids = torch.as_tensor(routed.arrays().expert_of_entry).long()
+            routed = torch.bincount(ids[ids >= 0], minlength=bias.numel())
+        selection_bias_step(bias, routed, rate, out=bias)
 
     def reset_parameters(self, seed: int = 0) -> None:
         """Write the library's first values for `seed` into the parameters."""
@@ -293,6 +328,8 @@ class MoELayer(nn.Module):
         mask: Optional[torch.Tensor] = None,
         group_begin: Optional[torch.Tensor] = None,
         noise: Optional[torch.Tensor] = None,
+        noise_primary: Optional[torch.Tensor] = None,
+        token_key: Optional[torch.Tensor] = None,
         step: Optional[int] = None,
         token_first: int = 0,
         top_k: Optional[int] = None,
@@ -308,6 +345,9 @@ class MoELayer(nn.Module):
         mask         [...] bool, False for padding: no expert, in no loss, y = 0
         group_begin  [G+1] int64, first token of each group, for capacity and losses by group
         noise        [..., E] standard normal numbers instead of the library's
+        noise_primary
+                     [..., groups] the same for the primary gate of a hierarchical one
+        token_key    [...] int64, what a hash gate draws the experts from
         step, token_first
                      numbers of the step and of the first token, for the noise. With the same step
                      and token_first set, micro-batches draw what the whole batch would
@@ -324,7 +364,7 @@ class MoELayer(nn.Module):
         dtype = parameters[0].dtype
         engine = self._engine(dtype)
         for name, tensor in zip(self._names, parameters):
-            _check(name, tensor, dtype, False)
+            check_tensor(name, tensor, dtype, False)
             if tensor.shape != engine.shapes[name]:  # the library sees an address only
                 want = engine.shapes[name]
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted {want}")
@@ -332,9 +372,9 @@ class MoELayer(nn.Module):
         call = Call()
         recorder = _active.recorder
         replay = recorder is not None and recorder.next is not None
-        x = _matrix("x", x, engine.d_model, shape, dtype)
-        gate_x = _matrix("gate_x", gate_x, engine.d_gate, shape, dtype)
-        logits = _matrix("logits", logits, engine.num_experts, shape, dtype)
+        x = matrix("x", x, engine.d_model, shape, dtype)
+        gate_x = matrix("gate_x", gate_x, engine.d_gate, shape, dtype)
+        logits = matrix("logits", logits, engine.num_experts, shape, dtype)
         if replay:
             assert recorder is not None
             lease, call = recorder.replay(self, x)
@@ -347,10 +387,12 @@ class MoELayer(nn.Module):
                 call.step = int(torch.randint(2**32, ()))
             call.top_k, call.capacity = top_k, capacity
             call.flags = int(Forward.TRAIN) if self.training else 0
-            call.noise = _matrix("noise", noise, engine.num_experts, shape, dtype)
-            call.mask = _vector("mask", mask, torch.bool, x.shape[0])
-            call.group_begin = _vector("group_begin", group_begin, torch.int64, None)
-            _set_plan(call, engine, x.shape[0], ids, weights, plan)
+            call.noise = matrix("noise", noise, engine.num_experts, shape, dtype)
+            call.noise_primary = matrix("noise_primary", noise_primary, engine.groups, shape, dtype)
+            call.token_key = vector("token_key", token_key, torch.int64, x.shape[0])
+            call.mask = vector("mask", mask, torch.bool, x.shape[0])
+            call.group_begin = vector("group_begin", group_begin, torch.int64, None)
+            set_plan(call, engine, x.shape[0], ids, weights, plan)
         weights = None if weights is None else weights.reshape(-1)
         y, losses, stats = self._run(
             engine, call, lease, recorder, replay, x, gate_x, logits, weights, parameters
@@ -362,7 +404,7 @@ class MoELayer(nn.Module):
 
     def _run(self, engine: Engine, call: Call, lease: Lease, recorder: Optional[_Recorder],
              replay: bool, x: Any, gate_x: Any, logits: Any, weights: Any,
-             parameters: List[nn.Parameter]) -> Any:  # fmt: skip
+             parameters: List[torch.Tensor]) -> Any:  # fmt: skip
         inputs = (x, gate_x, logits, weights, *parameters)
         wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         flags = 0
@@ -387,80 +429,8 @@ class MoELayer(nn.Module):
         return ", ".join(f"{name}={value}" for part in parts for name, value in part)
 
 
-# ---- checking what comes in ---------------------------------------------------------------------
-
-
-def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, convert: bool) -> torch.Tensor:
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} is on {tensor.device}; the library's layer runs on the CPU")
-    if tensor.dtype != dtype:
-        if convert and _autocast():
-            return tensor.to(dtype)
-        raise TypeError(f"{name} is {tensor.dtype}; the layer's parameters are {dtype}")
-    return tensor
-
-
-def _autocast() -> bool:
-    try:
-        return torch.is_autocast_enabled("cpu")
-    except TypeError:  # before it took a device
-        return torch.is_autocast_cpu_enabled()
-
-
-def _matrix(
-    name: str, tensor: Optional[torch.Tensor], width: int, shape: Any, dtype: torch.dtype
-) -> Any:
-    if tensor is None:
-        return None
-    tensor = _check(name, tensor, dtype, True)
-    if tensor.dim() < 1 or tensor.shape[-1] != width or tensor.shape[:-1] != shape:
-        want = tuple(shape) + (width,)
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted {want}")
-    return _rows(tensor.reshape(shape.numel(), width))
-
-
-def _vector(
-    name: str, tensor: Optional[torch.Tensor], dtype: torch.dtype, count: Optional[int]
-) -> Any:
-    if tensor is None:
-        return None
-    if tensor.dtype != dtype or tensor.device.type != "cpu":
-        raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}; wanted {dtype} on cpu")
-    if count is not None and tensor.numel() != count:
-        raise ValueError(f"{name} has {tensor.numel()} elements; there are {count} tokens")
-    return tensor.reshape(-1).contiguous()
-
-
-def _set_plan(call: Call, engine: Engine, tokens: int, ids: Optional[torch.Tensor],
-              weights: Optional[torch.Tensor], plan: Optional[Plan]) -> None:  # fmt: skip
-    """The routing that the program brings: a plan for its selection, or ids and weights."""
-    if (ids is None) != (weights is None):
-        raise TypeError("ids and weights go together")
-    if plan is not None and ids is not None:
-        raise TypeError("plan clashes with ids and weights")
-    if plan is not None:
-        call.plan, call.plan_use = plan, PlanUse.IDS
-    if ids is None or weights is None:
-        return
-    _check("weights", weights, engine.dtype, False)
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"ids are {ids.dtype}; wanted torch.int32 or torch.int64")
-    if ids.shape != weights.shape or (ids.numel() % tokens if tokens else ids.numel()):
-        raise ValueError(
-            f"ids have shape {tuple(ids.shape)}, weights {tuple(weights.shape)}, "
-            f"for {tokens} tokens"
-        )
-    count = ids.numel() // tokens if tokens else 1
-    ids = ids.detach().reshape(tokens, count)
-    if call.mask is not None:  # padding goes nowhere
-        ids = ids.masked_fill(~call.mask[:, None], -1)
-    made = Plan(engine.context)
-    made.build(
-        ids.contiguous(),
-        weights.detach().reshape(tokens, count).contiguous(),
-        num_experts=engine.num_experts,
-    )
-    call.plan, call.plan_use = made, PlanUse.IDS_AND_WEIGHTS
+def _given(**fields: Any) -> Dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def loss(losses: torch.Tensor, name: str) -> torch.Tensor:
