@@ -183,6 +183,7 @@ help:
 #: make check-examples examples, with what they print; check-tutorial; tutorial refreshes docs/tutorial.md
 #: make check-python  the Python package, installed and tested; check-torch, compare-torch, check-libtorch
 #: make check-torch-current  the same with PyPI's PyTorch (gigabytes)
+#: make check-transformers  against the MoE blocks of transformers (gigabytes)
 #: make check-asan     suites, hosts and vectors under AddressSanitizer and UBSan
 #: make check-tsan     threaded suites and hosts under ThreadSanitizer
 #: make check-valgrind hosts under valgrind

@@ -29,7 +29,9 @@ def test_shared_experts_are_a_module_with_its_own_width():
                      "shared_gate"}  # fmt: skip
     assert layer.shared.w1.shape == (1, D, 7) and layer.shared_gate.any()
     bare = surrounded()
-    bare.load_state_dict({name: t for name, t in layer.state_dict().items() if "shared" not in name})
+    bare.load_state_dict(
+        {name: t for name, t in layer.state_dict().items() if "shared" not in name}
+    )
     x = numbers(T, D, grad=True)
     want = bare(x).y + torch.sigmoid(x @ layer.shared_gate)[:, None] * relu_network(layer.shared, x)
     got = layer(x).y
