@@ -132,6 +132,15 @@ def test_a_workspace_is_for_callbacks(context):
         moe.Experts(context, d_model=D, d_hidden=4, num_experts=E, workspace_per_row=8)
 
 
+def test_the_config_of_such_a_pool_needs_its_callbacks_again(context):
+    pool = moe.Experts(context, d_model=D, num_experts=E, callbacks=lambda call: call.out.fill(2))
+    with pytest.raises(TypeError, match="give them again"):
+        moe.Experts(context, pool.config)
+    again = moe.Experts(context, pool.config, callbacks=lambda call: call.out.fill(3))
+    layer = moe.Layer(moe.Gate(context, **{**GATE, "dtype": "float32"}), again)
+    assert (layer.forward(moe.Pass(layer), X.astype("float32")) == 3).all()
+
+
 def test_an_identity_expert_gives_x(context):
     pool = moe.Experts(context, kind="identity", d_model=D, num_experts=E, dtype="float64")
     layer = layer_of(context, pool, top_k=1)

@@ -241,6 +241,8 @@ class Experts(Computing, ParameterOwner):
             handle.kept["callbacks"] = _callbacks.expert_callbacks(config, callbacks, kept)
         elif workspace_per_row:
             raise TypeError("workspace_per_row is given without callbacks")
+        elif config.callbacks:  # another pool's, which keeps their Python functions
+            raise TypeError("the config is of a pool with callbacks: give them again")
         self._handle = handle.create(
             "moe_experts_create", context.handle.value, ctypes.byref(config)
         )
