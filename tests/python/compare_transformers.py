@@ -18,6 +18,7 @@ the paper's f does for K = 1: the former is K times the latter, and switch_weigh
 """
 
 import contextlib
+import itertools
 import sys
 from typing import Any, Callable, Dict, NamedTuple
 
@@ -171,8 +172,7 @@ def deepseek_v3(s):
     )  # fmt: skip
     block = deepseek_.DeepseekV3MoE(config)
     bound = fused(block.gate, block.experts) | shared_mlp(block.shared_experts)
-    bias = block.gate.e_score_correction_bias  # a buffer, without a gradient
-    bound["gate.selection_bias"] = Bound("", bias)
+    bound["gate.selection_bias"] = Bound("", block.gate.e_score_correction_bias)  # a buffer
     fields = usual(s, expert_groups=s.groups, top_groups=s.top_groups)
     route = top_k_route(block.gate, s.e)
     return Block(block, "deepseek_v3", fields, bound, route, shared=2 * s.f)
@@ -227,10 +227,9 @@ def dbrx(s):
     return Block(block, "dbrx", sizes(s, weight_layout="out_in"), bound, route)
 
 
-MODELS = {
-    "Mixtral": mixtral, "Qwen3-MoE": qwen3_moe, "OLMoE": olmoe, "Qwen2-MoE": qwen2_moe,
-    "DeepSeek-V3": deepseek_v3, "gpt-oss": gpt_oss, "Llama 4": llama4, "DBRX": dbrx,
-}  # fmt: skip
+MODELS = {"Mixtral": mixtral, "Qwen3-MoE": qwen3_moe, "OLMoE": olmoe, "Qwen2-MoE": qwen2_moe,
+          "DeepSeek-V3": deepseek_v3, "gpt-oss": gpt_oss, "Llama 4": llama4,
+          "DBRX": dbrx}  # fmt: skip
 FLOAT32_CASTS = ("Mixtral", "Qwen3-MoE", "OLMoE", "Qwen2-MoE", "DeepSeek-V3", "Llama 4")
 LOSSES = {name: module.load_balancing_loss_func
           for name, module in (("Mixtral", mixtral_), ("OLMoE", olmoe_))}  # fmt: skip
@@ -270,13 +269,13 @@ def drawn(name, s, dtype):
 
 def libmoe_layer(context, block, dtype, **loss):
     """libmoe on the block's memory: the layer, and its gradients by parameter."""
-    name = str(dtype).replace("torch.", "")
-    preset = moe.preset(block.preset, dtype=name, parameters="bound", **block.fields, **loss)
+    own = {"dtype": str(dtype).replace("torch.", ""), "parameters": "bound"}
+    preset = moe.preset(block.preset, **own, **block.fields, **loss)
     shared = None
     if block.shared:
         shared = moe.Experts(context, d_model=preset.experts.d_model, d_hidden=block.shared,
                              num_experts=1, activation="swiglu", weight_layout="out_in",
-                             dtype=name, parameters="bound")  # fmt: skip
+                             **own)  # fmt: skip
     layer = preset.make(context, shared=shared)
     parameters, grads = layer.parameters, {}
     if set(parameters) != set(block.bound):
@@ -291,9 +290,10 @@ def libmoe_layer(context, block, dtype, **loss):
 
 
 def error(got, want):
-    """max |got - want| / max |want|."""
+    """max |got - want| / max |want|, infinite for a NaN."""
     scale, distance = want.abs().max().item(), (got - want).abs().max().item()
-    return distance / scale if scale else distance
+    ratio = distance / scale if scale else distance
+    return ratio if ratio == ratio else float("inf")
 
 
 def plan_weights(step, s):
@@ -324,26 +324,27 @@ def compare(context, name, s, dtype):
     errors = {"weights": error(got_weights, weights), "y": error(got_y, y.detach()),
               "dx": error(dx, x.grad)}  # fmt: skip
     for name, grad in grads.items():
-        column = block.bound[name].column
-        one = error(grad, block.bound[name].tensor.grad)
-        errors[column] = max(errors.get(column, 0.0), one)
+        bound = block.bound[name]
+        one = error(grad, bound.tensor.grad)
+        errors[bound.column] = max(errors.get(bound.column, 0.0), one)
     return sets, errors
 
 
-def compare_loss(context, name, s, dtype):
+def compare_loss(context, name, s, dtype, masked):
     """The load balancing loss alone: its value (in the column of y), dx, the router's gradient."""
     torch.manual_seed(s.e)
     block = drawn(name, s, dtype)
     x = torch.randn(s.batch * s.sequence, s.d, dtype=dtype, requires_grad=True)
     router = block.bound["gate.weight"].tensor
+    mask = torch.rand(s.batch, s.sequence) < 0.7 if masked and s.sequence > 1 else None
     with wide(dtype):
-        loss = LOSSES[name]((block.module.gate(x)[0],), s.e, s.k)
+        loss = LOSSES[name]((block.module.gate(x)[0],), s.e, s.k, mask)
         loss.backward()
     layer, grads = libmoe_layer(context, block, dtype, switch_weight=s.k)
     step = moe.Pass(layer)
-    layer.forward(step, x.detach())
+    layer.forward(step, x.detach(), token_mask=None if mask is None else mask.view(-1))
     dx = torch.as_tensor(layer.backward(step, torch.zeros_like(x.detach())))
-    value = torch.tensor(step.losses.switch)
+    value = torch.tensor(step.losses.switch, dtype=torch.float64)
     return {"y": error(value, loss.detach()), "dx": error(dx, x.grad),
             "router": error(grads["gate.weight"], router.grad)}  # fmt: skip
 
@@ -357,7 +358,7 @@ def line(name, dtype, sets, errors):
     cells = [name, str(dtype).replace("torch.", ""), "" if sets is None else f"{sets:g}"]
     for column in COLUMNS:
         value = errors.get(column)
-        good = good and (value is None or value <= LIMIT[dtype])  # a NaN is not good
+        good = good and (value is None or value <= LIMIT[dtype])
         cells.append("" if value is None else f"{value:.1e}")
     print("| " + " | ".join(cells) + " |" + ("" if good else "  <-- FAILED"), flush=True)
     return good
@@ -365,19 +366,19 @@ def line(name, dtype, sets, errors):
 
 def worst(results):
     """The smallest fraction and the largest errors of several shapes."""
-    results = list(results)
-    errors: Dict[str, float] = {}
-    for _, one in results:
+    fractions, errors = [], {}
+    for sets, one in results:
+        fractions.append(sets)
         for column, value in one.items():
-            errors[column] = value if value != value else max(errors.get(column, 0.0), value)
-    return min(sets for sets, _ in results), errors
+            errors[column] = max(errors.get(column, 0.0), value)
+    return min(fractions), errors
 
 
 def main(chosen):
     transformers.logging.set_verbosity_error()  # of a block outside its model
     context = moe.Context(threads=2)
-    print(f"libmoe {moe.version()}, transformers {transformers.__version__}, "
-          f"torch {torch.__version__}\n")  # fmt: skip
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    print(f"libmoe {moe.version()}, {versions}\n")
     print("| block | dtype | equal sets | " + " | ".join(COLUMNS) + " |")
     print("|---" * (3 + len(COLUMNS)) + "|")
     good = True
@@ -386,10 +387,10 @@ def main(chosen):
             mark = "*" if dtype is torch.float64 and name in FLOAT32_CASTS else ""
             results = worst(compare(context, name, s, dtype) for s in SHAPES)
             good &= line(name + mark, dtype, *results)
-    for name in LOSSES if not chosen else ():
+    for name, masked in itertools.product(() if chosen else LOSSES, (False, True)):
         for dtype in LIMIT:
-            mark = "*" if dtype is torch.float64 else ""
-            _, errors = worst((1.0, compare_loss(context, name, s, dtype)) for s in SHAPES)
+            mark = ", masked" * masked + "*" * (dtype is torch.float64)
+            _, errors = worst((1.0, compare_loss(context, name, s, dtype, masked)) for s in SHAPES)
             good &= line(f"{name} loss{mark}", dtype, None, errors)
     print("\n* the router's casts to float32 made casts to float64, see the file's head")
     return 0 if good else 1
