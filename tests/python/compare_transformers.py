@@ -14,7 +14,7 @@ load_balancing_loss_func of transformers is E sum_e f_e P_e with f_e the entries
 the number of tokens, so that sum f = K. libmoe's switch loss divides by the number of entries, as
 the paper's f does for K = 1: the former is K times the latter, and switch_weight is K here.
 
-    make check-transformers            # or this file with the names of some blocks
+`make check-transformers`, or this file with the names of some blocks.
 """
 
 import contextlib
@@ -230,7 +230,7 @@ def dbrx(s):
 MODELS = {"Mixtral": mixtral, "Qwen3-MoE": qwen3_moe, "OLMoE": olmoe, "Qwen2-MoE": qwen2_moe,
           "DeepSeek-V3": deepseek_v3, "gpt-oss": gpt_oss, "Llama 4": llama4,
           "DBRX": dbrx}  # fmt: skip
-FLOAT32_CASTS = ("Mixtral", "Qwen3-MoE", "OLMoE", "Qwen2-MoE", "DeepSeek-V3", "Llama 4")
+FLOAT32_CASTS = set(MODELS) - {"gpt-oss", "DBRX"}
 LOSSES = {name: module.load_balancing_loss_func
           for name, module in (("Mixtral", mixtral_), ("OLMoE", olmoe_))}  # fmt: skip
 
@@ -262,16 +262,15 @@ def drawn(name, s, dtype):
     module = block.module.eval()
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         spread = block.spread if "experts" in name else 1.0
-        with torch.no_grad():
-            tensor.normal_(0.0, 0.3 if "bias" in name else spread * tensor.shape[-1] ** -0.5)
+        std = 0.3 if "bias" in name else spread * tensor.shape[-1] ** -0.5
+        tensor.data.normal_(0.0, std)
     return block
 
 
 def libmoe_layer(context, block, dtype, **loss):
     """libmoe on the block's memory: the layer, and its gradients by parameter."""
     own = {"dtype": str(dtype).replace("torch.", ""), "parameters": "bound"}
-    preset = moe.preset(block.preset, **own, **block.fields, **loss)
-    shared = None
+    preset, shared = moe.preset(block.preset, **own, **block.fields, **loss), None
     if block.shared:
         shared = moe.Experts(context, d_model=preset.experts.d_model, d_hidden=block.shared,
                              num_experts=1, activation="swiglu", weight_layout="out_in",
@@ -366,12 +365,12 @@ def line(name, dtype, sets, errors):
 
 def worst(results):
     """The smallest fraction and the largest errors of several shapes."""
-    fractions, errors = [], {}
+    fraction, errors = 1.0, {}
     for sets, one in results:
-        fractions.append(sets)
+        fraction = min(fraction, sets)
         for column, value in one.items():
             errors[column] = max(errors.get(column, 0.0), value)
-    return min(fractions), errors
+    return fraction, errors
 
 
 def main(chosen):
@@ -392,7 +391,7 @@ def main(chosen):
             mark = ", masked" * masked + "*" * (dtype is torch.float64)
             _, errors = worst((1.0, compare_loss(context, name, s, dtype, masked)) for s in SHAPES)
             good &= line(f"{name} loss{mark}", dtype, None, errors)
-    print("\n* the router's casts to float32 made casts to float64, see the file's head")
+    print("\n* casts to float32 made casts to float64, see the file's head")
     return 0 if good else 1
 
 
