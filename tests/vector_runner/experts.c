@@ -1,24 +1,11 @@
-/* experts.c - the operations with experts: a pool on given rows, and the whole layer.
+/* experts.c - pools of experts, and the operation of one on given rows.
  *
  * Weights are handed over in every layout and GLU order the library has; the gradients come back
  * the same way and are compared in the case's own order. */
-#include "run.h"
+#include "pool.h"
 
 #include <stdio.h>
 #include <string.h>
-
-/* One parameter of a pool in the library's layout, with its gradient. */
-typedef struct stored {
-    void *data, *grad;
-} stored;
-
-typedef struct pool {
-    const char *prefix; /* of the tensors' names: "", "s" or "r" */
-    int64_t E, D, F, O;
-    int gated;
-    void *W[4], *b[4];             /* [1..3]: the case's tensors, or NULL */
-    stored w1, w3, w2, b1, b3, b2; /* fused orders use w1 and b1 */
-} pool;
 
 static const struct {
     const char *name;
@@ -84,7 +71,7 @@ static int fused(const run *r, const pool *p)
     return p->gated && r->o.storage.glu_order != MOE_GLU_SEPARATE;
 }
 
-static void reset(run *r, stored *s, int64_t count)
+void stored_reset(run *r, stored *s, int64_t count)
 {
     s->data = run_reals(r, count);
     s->grad = run_reals(r, count);
@@ -98,16 +85,16 @@ static void store_pool(run *r, pool *p)
     int64_t F = p->F, W = fused(r, p) ? 2 * F : F;
     int has_bias = p->b[1] || p->b[2] || p->b[3];
     stored *w3 = fused(r, p) ? &p->w1 : &p->w3, *b3 = fused(r, p) ? &p->b1 : &p->b3;
-    reset(r, &p->w1, p->E * p->D * W);
-    reset(r, &p->w2, p->E * F * p->O);
-    if (p->gated && !fused(r, p)) reset(r, &p->w3, p->E * p->D * F);
+    stored_reset(r, &p->w1, p->E * p->D * W);
+    stored_reset(r, &p->w2, p->E * F * p->O);
+    if (p->gated && !fused(r, p)) stored_reset(r, &p->w3, p->E * p->D * F);
     convert(r, p, &p->w1, p->W[1], NULL, p->D, F, 0, W, 0);
     if (p->gated) convert(r, p, w3, p->W[3], NULL, p->D, F, 1, W, 0);
     convert(r, p, &p->w2, p->W[2], NULL, F, p->O, 0, p->O, 0);
     if (!has_bias) return;
-    reset(r, &p->b1, p->E * W);
-    reset(r, &p->b2, p->E * p->O);
-    if (p->gated && !fused(r, p)) reset(r, &p->b3, p->E * F);
+    stored_reset(r, &p->b1, p->E * W);
+    stored_reset(r, &p->b2, p->E * p->O);
+    if (p->gated && !fused(r, p)) stored_reset(r, &p->b3, p->E * F);
     convert(r, p, &p->b1, p->b[1], NULL, 1, F, 0, W, 1);
     if (p->gated) convert(r, p, b3, p->b[3], NULL, 1, F, 1, W, 1);
     convert(r, p, &p->b2, p->b[2], NULL, 1, p->O, 0, p->O, 1);
@@ -122,7 +109,7 @@ static void show_one(run *r, pool *p, const char *name, const char *suffix, stor
             is_bias);
 }
 
-static void show_gradients(run *r, pool *p, const char *suffix)
+void show_gradients(run *r, pool *p, const char *suffix)
 {
     int64_t F = p->F, W = fused(r, p) ? 2 * F : F;
     int has_bias = p->b[1] || p->b[2] || p->b[3];
@@ -150,7 +137,7 @@ static int bind_one(run *r, moe_experts *experts, const char *name, stored *s)
     return 0;
 }
 
-static int bind_pool(run *r, moe_experts *experts, pool *p)
+int bind_pool(run *r, moe_experts *experts, pool *p)
 {
     store_pool(r, p);
     TRY(bind_one(r, experts, fused(r, p) ? "w13" : "w1", &p->w1));
@@ -161,8 +148,7 @@ static int bind_pool(run *r, moe_experts *experts, pool *p)
     return bind_one(r, experts, "b2", &p->b2);
 }
 
-/* Reads the tensors of a pool (prefix "", "s", "r") and makes it. */
-static int make_pool(run *r, pool *p, const char *prefix, moe_experts **experts)
+int make_pool(run *r, pool *p, const char *prefix, moe_experts **experts)
 {
     char name[16];
     moe_experts_config e;
@@ -205,12 +191,9 @@ static int make_pool(run *r, pool *p, const char *prefix, moe_experts **experts)
 
 /* ---- matrices with gaps ---------------------------------------------------------------------- */
 
-static int64_t stride_of(const run *r, int64_t width)
-{
-    return r->o.storage.strided ? width + 3 : width;
-}
+int64_t stride_of(const run *r, int64_t width) { return r->o.storage.strided ? width + 3 : width; }
 
-static void *spread(run *r, const void *dense, int64_t rows, int64_t width)
+void *spread(run *r, const void *dense, int64_t rows, int64_t width)
 {
     int64_t stride = stride_of(r, width);
     void *to = run_reals(r, rows * stride);
@@ -220,7 +203,7 @@ static void *spread(run *r, const void *dense, int64_t rows, int64_t width)
     return to;
 }
 
-static int gather(run *r, const char *name, const void *from, int64_t rows, int64_t width)
+int gather(run *r, const char *name, const void *from, int64_t rows, int64_t width)
 {
     int64_t stride = stride_of(r, width);
     double *to = result_reals(r, name, rows * width);
@@ -292,112 +275,4 @@ int op_ffn_grouped(run *r)
     TRY(gather(r, "dx", b.dx, T, p.D));
     show_gradients(r, &p, "");
     return 0;
-}
-
-/* ---- moe_layer ------------------------------------------------------------------------------- */
-
-/* Binds everything with fresh gradients, goes back with this dy, and shows the gradients. */
-static int layer_gradients(run *r, pool *p, const char *suffix, const void *dy, int64_t T)
-{
-    int64_t D = p->D, E = p->E;
-    moe_backward_args b;
-    char name[48];
-    stored wg = {0}, wn = {0};
-    int noisy = moe_gate_parameter_find(r->gate, "noise_weight") >= 0;
-    reset(r, &wg, D * E);
-    reset(r, &wn, D * E);
-    TRY(bind_gate(r, "weight", run_input(r, "Wg"), wg.grad));
-    if (noisy) TRY(bind_gate(r, "noise_weight", run_input(r, "Wnoise"), wn.grad));
-    TRY(bind_pool(r, r->experts, p));
-    CALL(r, moe_backward_args_init(&b, sizeof b));
-    b.flags = r->o.storage.strided ? MOE_BACKWARD_OVERWRITE : 0;
-    b.dy = spread(r, dy ? dy : run_reals(r, T * p->O), T, p->O);
-    b.dy_stride = stride_of(r, p->O);
-    b.dx = spread(r, NULL, T, D);
-    b.dx_stride = stride_of(r, D);
-    CALL(r, moe_layer_backward(r->layer, r->pass, &b));
-    (void)snprintf(name, sizeof name, "dx%s", suffix);
-    TRY(gather(r, name, b.dx, T, D));
-    (void)snprintf(name, sizeof name, "dWg%s", suffix);
-    result_copy(r, name, wg.grad, D * E);
-    (void)snprintf(name, sizeof name, "dWnoise%s", suffix);
-    if (noisy) result_copy(r, name, wn.grad, D * E);
-    show_gradients(r, p, suffix);
-    return 0;
-}
-
-static int make_layer(run *r, pool *p, const char *gating)
-{
-    moe_gate_config g;
-    moe_layer_config l;
-    pool shared, residual;
-    TRY(gate_config(r, &g, gating));
-    g.d_model = case_integer(r->c, "D", 0);
-    CALL(r, moe_gate_create(&r->gate, r->context, &g));
-    TRY(make_pool(r, p, "", &r->experts));
-    CALL(r, moe_layer_config_init(&l, sizeof l));
-    l.gate = r->gate;
-    l.experts = r->experts;
-    l.output = case_integer(r->c, "out_sigmoid", 0) ? MOE_OUTPUT_SIGMOID : MOE_OUTPUT_LINEAR;
-    if (case_tensor(r->c, "in", "sW1")) {
-        TRY(make_pool(r, &shared, "s", &r->shared));
-        l.shared = r->shared;
-        l.shared_gate = case_tensor(r->c, "in", "wsg") != NULL;
-    }
-    if (case_tensor(r->c, "in", "rW1")) {
-        TRY(make_pool(r, &residual, "r", &r->residual));
-        l.residual = r->residual;
-        l.residual_mix = case_tensor(r->c, "in", "Wc") != NULL;
-    }
-    CALL(r, moe_layer_create(&r->layer, &l));
-    CALL(r, moe_pass_create(&r->pass, r->layer, NULL));
-    return 0;
-}
-
-/* counts of a layer are the kept rows of each expert. */
-static int show_counts(run *r, int64_t E)
-{
-    moe_tensor_view v;
-    CALL(r, moe_tensor_view_init(&v, sizeof v));
-    CALL(r, moe_pass_tensor(r->pass, MOE_TENSOR_ROWS, &v));
-    int32_t *counts = result_ints(r, "counts", E);
-    for (int64_t e = 0; e < E; e++) counts[e] = (int32_t)((const int64_t *)v.data)[e];
-    return 0;
-}
-
-int op_layer(run *r)
-{
-    pool p;
-    moe_forward_args f;
-    int64_t T = case_integer(r->c, "T", 0), E = case_integer(r->c, "E", 0);
-    int hier = strcmp(r->c->op, "moe_hier") == 0;
-    const char *gating = hier ? "hier" : case_text(r->c, "gating", "topk");
-    int dense = strcmp(gating, "softmax_dense") == 0;
-    (void)case_integer(r->c, "F", 0);
-    if (hier) { /* A groups of B experts */
-        moe_gate_config g;
-        TRY(gate_config(r, &g, gating));
-        g.num_experts = case_integer(r->c, "A", 1) * case_integer(r->c, "B", 1);
-        CALL(r, moe_gate_create(&r->gate, r->context, &g));
-        return run_fail(r, "hierarchical gates have no mapping");
-    }
-    TRY(make_layer(r, &p, gating));
-    TRY(bind_gate(r, "weight", run_input(r, "Wg"), NULL));
-    if (moe_gate_parameter_find(r->gate, "noise_weight") >= 0)
-        TRY(bind_gate(r, "noise_weight", run_input(r, "Wnoise"), NULL));
-    TRY(bind_pool(r, r->experts, &p));
-    CALL(r, moe_forward_args_init(&f, sizeof f));
-    f.tokens = T;
-    f.flags = case_integer(r->c, "train", 1) ? MOE_FORWARD_TRAIN : 0;
-    f.x = spread(r, run_input(r, "x"), T, p.D);
-    f.x_stride = stride_of(r, p.D);
-    f.y = spread(r, NULL, T, p.O);
-    f.y_stride = stride_of(r, p.O);
-    f.noise = run_input(r, "noise");
-    CALL(r, moe_layer_forward(r->layer, r->pass, &f));
-    TRY(gather(r, "y", f.y, T, p.O));
-    TRY(show_gate(r, T, E, dense ? E : case_integer(r->c, "K", 1), "topk_w"));
-    TRY(show_counts(r, E));
-    TRY(layer_gradients(r, &p, "", run_input(r, "dy"), T));
-    return layer_gradients(r, &p, "_aux", NULL, T);
 }

@@ -1,16 +1,11 @@
-/* gate.c - the operations of a gate: config, forward, what it shows, gradients of each scalar. */
+/* gate.c - a gate of a case: its config and parameters, what a routed pass shows, and the
+ * operations of the papers' softmax gates. */
 #include "run.h"
 
 #include <stdio.h>
 #include <string.h>
 
-typedef struct name_value {
-    const char *name;
-    int32_t value;
-} name_value;
-
-static int choose(run *r, const char *key, const char *fallback, const name_value *choices,
-                  int32_t *out)
+int choose(run *r, const char *key, const char *fallback, const name_value *choices, int32_t *out)
 {
     const char *text = case_text(r->c, key, fallback);
     for (; choices->name; choices++) {
@@ -25,7 +20,7 @@ static const name_value SCORES[] = {
     {"softmax", MOE_SCORE_SOFTMAX}, {"sigmoid", MOE_SCORE_SIGMOID}, {NULL, 0}};
 static const name_value ORDERS[] = {
     {"post", MOE_ORDER_SELECT_THEN_SCORE}, {"pre", MOE_ORDER_SCORE_THEN_SELECT}, {NULL, 0}};
-static const name_value GROUP_SCORES[] = {{"max", 0}, {"top2sum", 1}, {NULL, 0}};
+static const name_value GROUP_SCORES[] = {{"max", 1}, {"top2sum", 2}, {NULL, 0}};
 static const name_value GATINGS[] = {{"topk", MOE_GATE_TOP_K},
                                      {"noisy_topk", MOE_GATE_NOISY_TOP_K},
                                      {"softmax_dense", MOE_GATE_SOFTMAX_DENSE},
@@ -35,11 +30,11 @@ static const name_value GATINGS[] = {{"topk", MOE_GATE_TOP_K},
                                      {NULL, 0}};
 static const name_value COUNTS[] = {
     {"scores", MOE_SEQUENCE_COUNTS_SCORES}, {"routed", MOE_SEQUENCE_COUNTS_ROUTED}, {NULL, 0}};
-static const name_value POLICIES[] = {{"token", MOE_DROP_TOKEN_ORDER},
-                                      {"choice", MOE_DROP_CHOICE},
-                                      {"bpr", MOE_DROP_BATCH_PRIORITY},
-                                      {"score", MOE_DROP_SCORE},
-                                      {NULL, 0}};
+const name_value POLICIES[] = {{"token", MOE_DROP_TOKEN_ORDER},
+                               {"choice", MOE_DROP_CHOICE},
+                               {"bpr", MOE_DROP_BATCH_PRIORITY},
+                               {"score", MOE_DROP_SCORE},
+                               {NULL, 0}};
 
 static int routing_config(run *r, moe_gate_config *g)
 {
@@ -64,6 +59,22 @@ static int routing_config(run *r, moe_gate_config *g)
     return 0;
 }
 
+/* Tokens that an expert takes (`m`, or `capacity` of expert choice), or rows it has room for. */
+static int capacity_config(run *r, moe_gate_config *g)
+{
+    vector_case *c = r->c;
+    const char *key = g->kind == MOE_GATE_BALANCED ? "m" : "capacity";
+    int takes = g->kind == MOE_GATE_BALANCED || g->kind == MOE_GATE_EXPERT_CHOICE;
+    if (takes && !case_has(c, key)) return run_fail(r, "there is no option %s", key);
+    if (!case_has(c, key)) return 0;
+    g->capacity_kind = MOE_CAPACITY_NUMBER;
+    g->capacity = case_integer(c, key, 0);
+    if (takes) return 0;
+    TRY(choose(r, "policy", "token", POLICIES, &g->drop_policy));
+    g->renormalize_after_drop = (int32_t)case_integer(c, "renorm_after_drop", 0);
+    return 0;
+}
+
 int gate_config(run *r, moe_gate_config *g, const char *gating)
 {
     vector_case *c = r->c;
@@ -74,6 +85,12 @@ int gate_config(run *r, moe_gate_config *g, const char *gating)
     if (!found) return run_fail(r, "unknown gating %s", gating);
     g->num_experts = case_integer(c, "E", 0);
     g->top_k = case_integer(c, "K", 1);
+    if (g->kind == MOE_GATE_HIERARCHICAL) { /* A groups of B experts */
+        g->expert_groups = case_integer(c, "A", 1);
+        g->num_experts = g->expert_groups * case_integer(c, "B", 1);
+        g->top_groups = case_integer(c, "KP", 1);
+        g->top_k = case_integer(c, "KS", 1);
+    }
     g->dtype = r->o.dtype;
     g->parameters = MOE_PARAMETERS_BOUND;
     g->noise_epsilon = case_number(c, "noise_eps", g->noise_epsilon);
@@ -90,12 +107,9 @@ int gate_config(run *r, moe_gate_config *g, const char *gating)
     if (g->kind == MOE_GATE_NOISY_TOP_K && case_integer(c, "train", 1) &&
         !case_tensor(c, "in", "noise"))
         return run_fail(r, "there is no tensor noise");
-    if (case_has(c, "capacity") && g->kind != MOE_GATE_EXPERT_CHOICE) {
-        g->capacity_kind = MOE_CAPACITY_NUMBER;
-        g->capacity = case_integer(c, "capacity", 0);
-        TRY(choose(r, "policy", "token", POLICIES, &g->drop_policy));
-        g->renormalize_after_drop = (int32_t)case_integer(c, "renorm_after_drop", 0);
-    }
+    TRY(capacity_config(r, g));
+    if (g->kind == MOE_GATE_BALANCED && strcmp(c->op, "gate_balanced") == 0)
+        g->threshold_weight = 1; /* loss_batchwise */
     if (g->kind == MOE_GATE_TOP_K) TRY(routing_config(r, g));
     return 0;
 }
@@ -114,8 +128,7 @@ int bind_gate(run *r, const char *name, void *data, void *grad)
     return 0;
 }
 
-/* A [..] tensor of the pass as a result; zeros of `count` if the pass has none and `or_zero`. */
-static int show_tensor(run *r, const char *name, int32_t what, int64_t count, int or_zero)
+int show_tensor(run *r, const char *name, int32_t what, int64_t count, int or_zero)
 {
     moe_tensor_view v;
     CALL(r, moe_tensor_view_init(&v, sizeof v));
@@ -136,28 +149,50 @@ static int show_tensor(run *r, const char *name, int32_t what, int64_t count, in
     return 0;
 }
 
-/* gates[T,E], topk_idx and the K weights, keep, pos from the plan. */
-static int show_plan(run *r, int64_t T, int64_t E, int64_t K, const char *weight_name)
+int show_gates(run *r, const char *name, const moe_plan *plan, int64_t T, int64_t E)
+{
+    moe_plan_view v;
+    CALL(r, moe_plan_view_init(&v, sizeof v));
+    CALL(r, moe_plan_get(plan, &v));
+    if (v.tokens != T || v.num_experts != E)
+        return run_fail(r, "the plan of %s is of %lld tokens and %lld experts", name,
+                        (long long)v.tokens, (long long)v.num_experts);
+    double *gates = result_reals(r, name, T * E);
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t n = v.token_begin[t]; n < v.token_begin[t + 1]; n++)
+            if (v.expert_of_entry[n] >= 0)
+                gates[t * E + v.expert_of_entry[n]] += real_at(r, v.weight_of_entry, n);
+    return 0;
+}
+
+int pass_view(run *r, moe_plan_view *v)
+{
+    const moe_plan *plan;
+    CALL(r, moe_pass_plan(r->pass, &plan));
+    CALL(r, moe_plan_view_init(v, sizeof *v));
+    CALL(r, moe_plan_get(plan, v));
+    return 0;
+}
+
+int show_plan(run *r, int64_t T, int64_t E, int64_t K, const char *weight_name)
 {
     const moe_plan *plan;
     moe_plan_view v;
     CALL(r, moe_pass_plan(r->pass, &plan));
     CALL(r, moe_plan_check(plan));
-    CALL(r, moe_plan_view_init(&v, sizeof v));
-    CALL(r, moe_plan_get(plan, &v));
-    double *gates = result_reals(r, "gates", T * E);
+    TRY(show_gates(r, "gates", plan, T, E));
+    TRY(pass_view(r, &v));
+    int32_t *perm = result_ints(r, "perm_token", v.rows);
+    for (int64_t row = 0; row < v.rows; row++) perm[row] = (int32_t)v.token_of_row[row];
+    if (!weight_name) return 0;
+    if (v.entries != T * K) return run_fail(r, "the plan has %lld entries", (long long)v.entries);
     double *w = result_reals(r, weight_name, v.entries);
     int32_t *idx = result_ints(r, "topk_idx", v.entries), *keep = result_ints(r, "keep", v.entries);
-    int32_t *perm = result_ints(r, "perm_token", v.rows);
-    if (v.tokens != T || v.entries != T * K)
-        return run_fail(r, "the plan has %lld entries", (long long)v.entries);
     for (int64_t n = 0; n < v.entries; n++) {
         idx[n] = v.expert_of_entry[n];
         w[n] = real_at(r, v.weight_of_entry, n);
         keep[n] = v.row_of_entry[n] >= 0;
-        if (idx[n] >= 0) gates[n / K * E + idx[n]] += w[n];
     }
-    for (int64_t row = 0; row < v.rows; row++) perm[row] = (int32_t)v.token_of_row[row];
     return 0;
 }
 
@@ -170,6 +205,7 @@ int loss_results(run *r)
                                        {"loss_zloss", MOE_LOSS_Z},
                                        {"loss_z", MOE_LOSS_Z},
                                        {"loss_seqaux", MOE_LOSS_SEQUENCE},
+                                       {"loss_batchwise", MOE_LOSS_THRESHOLD},
                                        {NULL, 0}};
     moe_losses losses;
     CALL(r, moe_losses_init(&losses, sizeof losses));
@@ -191,14 +227,10 @@ int show_gate(run *r, int64_t T, int64_t E, int64_t K, const char *weight_name)
     return show_plan(r, T, E, K, weight_name);
 }
 
-/* The gradient by the plan's weights from a dense [T,E] one. */
-static int gather_grad(run *r, const void *dense, int64_t E, void **out)
+int gather_grad(run *r, const void *dense, int64_t E, void **out)
 {
-    const moe_plan *plan;
     moe_plan_view v;
-    CALL(r, moe_pass_plan(r->pass, &plan));
-    CALL(r, moe_plan_view_init(&v, sizeof v));
-    CALL(r, moe_plan_get(plan, &v));
+    TRY(pass_view(r, &v));
     *out = run_reals(r, v.entries);
     for (int64_t t = 0; t < v.tokens; t++)
         for (int64_t n = v.token_begin[t]; n < v.token_begin[t + 1]; n++)
@@ -207,19 +239,20 @@ static int gather_grad(run *r, const void *dense, int64_t E, void **out)
     return 0;
 }
 
-/* One scalar's gradients by x, Wg, Wnoise, under names with a suffix. `loss` < 0: no loss
- * counts. */
-static int gate_gradients(run *r, const char *suffix, void *entry_grad, int loss, int64_t T)
+int gate_gradients(run *r, const char *suffix, void *entry_grad, int loss, int64_t T)
 {
     int64_t D = case_integer(r->c, "D", 0), E = case_integer(r->c, "E", 0);
     moe_backward_args b;
     char name[48];
     void *factors = run_reals(r, MOE_LOSS_SLOTS), *dx = run_reals(r, T * D);
     void *dWg = run_reals(r, D * E), *dWnoise = run_reals(r, D * E);
+    void *dthr = run_reals(r, E);
     if (loss >= 0) set_real(r, factors, loss, 1);
     TRY(bind_gate(r, "weight", run_input(r, "Wg"), dWg));
     if (moe_gate_parameter_find(r->gate, "noise_weight") >= 0)
         TRY(bind_gate(r, "noise_weight", run_input(r, "Wnoise"), dWnoise));
+    if (moe_gate_parameter_find(r->gate, "threshold") >= 0)
+        TRY(bind_gate(r, "threshold", run_input(r, "thr"), dthr));
     CALL(r, moe_backward_args_init(&b, sizeof b));
     b.dx = dx;
     b.entry_weight_grad = entry_grad;
@@ -231,10 +264,12 @@ static int gate_gradients(run *r, const char *suffix, void *entry_grad, int loss
     result_copy(r, name, dWg, D * E);
     (void)snprintf(name, sizeof name, "dWnoise%s", suffix);
     result_copy(r, name, dWnoise, D * E);
+    (void)snprintf(name, sizeof name, "dthr%s", suffix);
+    result_copy(r, name, dthr, E);
     return 0;
 }
 
-static int make_gate(run *r, const char *gating, int64_t d_model)
+int make_gate(run *r, const char *gating, int64_t d_model)
 {
     moe_gate_config g;
     TRY(gate_config(r, &g, gating));
@@ -248,12 +283,10 @@ int op_gate(run *r)
 {
     int64_t T = case_integer(r->c, "T", 0), E = case_integer(r->c, "E", 0);
     int noisy = strcmp(r->c->op, "gate_noisy_topk") == 0;
-    int dense = strcmp(r->c->op, "gate_softmax") == 0;
-    const char *gating = noisy ? "noisy_topk" : dense ? "softmax_dense" : "balanced";
     int64_t K = noisy ? case_integer(r->c, "K", 1) : E;
     moe_forward_args f;
     void *entry_grad = NULL, *dgates = run_input(r, "dgates");
-    TRY(make_gate(r, gating, case_integer(r->c, "D", 0)));
+    TRY(make_gate(r, noisy ? "noisy_topk" : "softmax_dense", case_integer(r->c, "D", 0)));
     TRY(bind_gate(r, "weight", run_input(r, "Wg"), NULL));
     if (noisy) TRY(bind_gate(r, "noise_weight", run_input(r, "Wnoise"), NULL));
     CALL(r, moe_forward_args_init(&f, sizeof f));
@@ -264,116 +297,8 @@ int op_gate(run *r)
     CALL(r, moe_gate_forward(r->gate, r->pass, &f));
     TRY(show_gate(r, T, E, K, "topk_val"));
     TRY(gather_grad(r, dgates, E, &entry_grad));
-    if (dense) return gate_gradients(r, "", entry_grad, -1, T);
+    if (!noisy) return gate_gradients(r, "", entry_grad, -1, T);
     TRY(gate_gradients(r, "_gates", entry_grad, -1, T));
     TRY(gate_gradients(r, "_imp", NULL, MOE_LOSS_IMPORTANCE, T));
     return gate_gradients(r, "_load", NULL, MOE_LOSS_LOAD, T);
-}
-
-/* d_logits of one backward, as a result. */
-static int logit_gradients(run *r, const char *name, void *entry_grad, int loss, int64_t count)
-{
-    moe_backward_args b;
-    void *factors = run_reals(r, MOE_LOSS_SLOTS), *d_logits = run_reals(r, count);
-    if (loss >= 0) set_real(r, factors, loss, 1);
-    CALL(r, moe_backward_args_init(&b, sizeof b));
-    b.d_logits_out = d_logits;
-    b.entry_weight_grad = entry_grad;
-    b.loss_grad = factors;
-    CALL(r, moe_gate_backward(r->gate, r->pass, &b));
-    result_copy(r, name, d_logits, count);
-    return 0;
-}
-
-int op_route(run *r)
-{
-    int64_t T = case_integer(r->c, "T", 0), E = case_integer(r->c, "E", 0);
-    int choice = strcmp(r->c->op, "route_expert_choice") == 0;
-    moe_forward_args f;
-    TRY(make_gate(r, choice ? "expert_choice" : "topk", 0));
-    CALL(r, moe_forward_args_init(&f, sizeof f));
-    f.tokens = T;
-    f.logits_in = run_input(r, "logits");
-    CALL(r, moe_gate_forward(r->gate, r->pass, &f));
-    TRY(show_gate(r, T, E, case_integer(r->c, "K", 1), "topk_w"));
-    TRY(show_tensor(r, "counts", MOE_TENSOR_COUNTS, E, 0));
-    return logit_gradients(r, "dlogits", run_input(r, "dw"), -1, T * E);
-}
-
-int op_aux_losses(run *r)
-{
-    int64_t T = case_integer(r->c, "T", 0), E = case_integer(r->c, "E", 0);
-    moe_gate_config g;
-    moe_forward_args f;
-    moe_losses losses;
-    TRY(gate_config(r, &g, "topk"));
-    g.switch_weight = g.gshard_weight = g.z_weight = g.sequence_weight = 1;
-    CALL(r, moe_gate_create(&r->gate, r->context, &g));
-    CALL(r, moe_pass_create_for_gate(&r->pass, r->gate, NULL));
-    CALL(r, moe_forward_args_init(&f, sizeof f));
-    f.tokens = T;
-    f.logits_in = run_input(r, "logits");
-    CALL(r, moe_gate_forward(r->gate, r->pass, &f));
-    TRY(show_gate(r, T, E, g.top_k, "topk_w"));
-    TRY(show_tensor(r, "counts", MOE_TENSOR_COUNTS, E, 0));
-    CALL(r, moe_losses_init(&losses, sizeof losses));
-    CALL(r, moe_pass_losses(r->pass, &losses));
-    *result_reals(r, "switch", 1) = losses.value[MOE_LOSS_SWITCH];
-    *result_reals(r, "gshard", 1) = losses.value[MOE_LOSS_GSHARD];
-    *result_reals(r, "zloss", 1) = losses.value[MOE_LOSS_Z];
-    *result_reals(r, "seqaux", 1) = losses.value[MOE_LOSS_SEQUENCE];
-    TRY(logit_gradients(r, "dlogits_switch", NULL, MOE_LOSS_SWITCH, T * E));
-    TRY(logit_gradients(r, "dlogits_gshard", NULL, MOE_LOSS_GSHARD, T * E));
-    TRY(logit_gradients(r, "dlogits_zloss", NULL, MOE_LOSS_Z, T * E));
-    return logit_gradients(r, "dlogits_seqaux", NULL, MOE_LOSS_SEQUENCE, T * E);
-}
-
-/* ---- what a host that routes by itself calls ------------------------------------------------- */
-
-int op_cv(run *r)
-{
-    tensor *t = case_tensor(r->c, "in", "v");
-    void *v = run_input(r, "v");
-    if (!t) return run_fail(r, "there is no tensor v");
-    for (int32_t ddof = 0; ddof < 2; ddof++) {
-        void *dv = run_reals(r, t->count);
-        double *cv2 = result_reals(r, ddof ? "cv2_sample" : "cv2_pop", 1);
-        CALL(r, moe_cv_squared(cv2, dv, v, t->count, ddof, r->o.dtype));
-        result_copy(r, ddof ? "dv_sample" : "dv_pop", dv, t->count);
-    }
-    return 0;
-}
-
-int op_capacity(run *r)
-{
-    int64_t T = case_integer(r->c, "T", 0), K = case_integer(r->c, "K", 1);
-    tensor *ids = case_tensor(r->c, "in", "topk_idx");
-    moe_plan_args a;
-    moe_plan_view v;
-    if (!ids) return run_fail(r, "there is no tensor topk_idx");
-    CALL(r, moe_plan_create(&r->plan, r->context));
-    CALL(r, moe_plan_args_init(&a, sizeof a));
-    a.tokens = T;
-    a.num_experts = case_integer(r->c, "E", 0);
-    a.top_k = K;
-    a.expert_ids = ids->data;
-    a.weights = run_input(r, "topk_w");
-    a.dtype = r->o.dtype;
-    a.capacity = case_integer(r->c, "capacity", MOE_FROM_CONFIG);
-    TRY(choose(r, "policy", "token", POLICIES, &a.drop_policy));
-    if (a.drop_policy == MOE_DROP_BATCH_PRIORITY) a.token_priority = run_input(r, "prio");
-    for (int renormalize = 0; renormalize < 2; renormalize++) {
-        a.renormalize_after_drop = renormalize;
-        CALL(r, moe_plan_build(r->plan, &a));
-        CALL(r, moe_plan_check(r->plan));
-        CALL(r, moe_plan_view_init(&v, sizeof v));
-        CALL(r, moe_plan_get(r->plan, &v));
-        result_copy(r, renormalize ? "w_kept_renorm" : "w_kept", v.weight_of_entry, T * K);
-    }
-    int32_t *keep = result_ints(r, "keep", T * K), *pos = result_ints(r, "pos", T * K);
-    for (int64_t n = 0; n < T * K; n++) {
-        keep[n] = v.row_of_entry[n] >= 0;
-        pos[n] = (int32_t)v.slot_of_entry[n];
-    }
-    return 0;
 }

@@ -35,13 +35,13 @@ static const struct {
            {"capacity", op_capacity, 0},
            {"gate_softmax", op_gate, 0},
            {"gate_noisy_topk", op_gate, 0},
-           {"gate_balanced", op_gate, 0},
+           {"gate_balanced", op_balanced, 0},
            {"route_topk", op_route, 0},
-           {"route_expert_choice", op_route, 0},
+           {"route_expert_choice", op_expert_choice, 0},
            {"aux_losses", op_aux_losses, 0},
            {"ffn_grouped", op_ffn_grouped, 1},
            {"moe_layer", op_layer, 1},
-           {"moe_hier", op_layer, 1}};
+           {"moe_hier", op_hier, 1}};
 
 /* ---- comparison ------------------------------------------------------------------------------ */
 

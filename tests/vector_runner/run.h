@@ -83,16 +83,45 @@ void result_copy(run *r, const char *name, const void *data, int64_t count);
 /* The operations. Each fills results; 0 or -1. */
 int op_cv(run *r);
 int op_capacity(run *r);
-int op_gate(run *r);  /* gate_softmax, gate_noisy_topk, gate_balanced */
-int op_route(run *r); /* route_topk, route_expert_choice */
+int op_gate(run *r); /* gate_softmax, gate_noisy_topk */
+int op_balanced(run *r);
+int op_route(run *r);
+int op_expert_choice(run *r);
 int op_aux_losses(run *r);
 int op_ffn_grouped(run *r);
-int op_layer(run *r); /* moe_layer, moe_hier */
+int op_layer(run *r);
+int op_hier(run *r);
 
-/* gate.c: the config of a case's gate, and what a routed pass shows. */
+/* gate.c: an option that is one of a few words. */
+typedef struct name_value {
+    const char *name;
+    int32_t value;
+} name_value;
+
+extern const name_value POLICIES[];
+int choose(run *r, const char *key, const char *fallback, const name_value *choices, int32_t *out);
+
+/* The config of a case's gate; a gate and its pass; memory for one of its parameters. */
 int gate_config(run *r, moe_gate_config *g, const char *gating);
-int show_gate(run *r, int64_t T, int64_t E, int64_t K, const char *weight_name);
+int make_gate(run *r, const char *gating, int64_t d_model);
 int bind_gate(run *r, const char *name, void *data, void *grad);
+
+/* What a routed pass shows. weight_name NULL: the entries of a token vary, only the dense gates and
+ * the order of rows are shown. */
+int show_gate(run *r, int64_t T, int64_t E, int64_t K, const char *weight_name);
+/* Of them the plan: gates[T,E], perm_token, topk_idx, keep and the K weights. */
+int show_plan(run *r, int64_t T, int64_t E, int64_t K, const char *weight_name);
+/* A plan's weights scattered to [T,E]. */
+int show_gates(run *r, const char *name, const moe_plan *plan, int64_t T, int64_t E);
+/* A [..] tensor of the pass as a result; zeros of `count` if the pass has none and `or_zero`. */
+int show_tensor(run *r, const char *name, int32_t what, int64_t count, int or_zero);
 int loss_results(run *r);
+int pass_view(run *r, moe_plan_view *v);
+
+/* The gradient by the plan's weights from a dense [T,E] one. */
+int gather_grad(run *r, const void *dense, int64_t E, void **out);
+/* One scalar's gradients by x, Wg, Wnoise and thr, under names with a suffix. `loss` < 0: no loss
+ * counts. */
+int gate_gradients(run *r, const char *suffix, void *entry_grad, int loss, int64_t T);
 
 #endif
