@@ -133,6 +133,7 @@ static moe_status add_branch(moe__branch *branch, const moe__rows_job *to, bool 
                              void *saved, const moe__backend *kernels)
 {
     MOE_TRY(moe__experts_rows_forward(branch->experts, &branch->job, kernels));
+    if (!to->tokens_out) return MOE_OK; /* a recompute that wants no y */
     moe__rows_job combine = {.workers = to->workers,
                              .tokens_out = to->tokens_out,
                              .tokens_out_stride = to->tokens_out_stride,

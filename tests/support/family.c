@@ -26,7 +26,7 @@ static void draw_weighting(family *f)
     g->score = pick(f, 2), g->order = pick(f, 2);
     g->renormalize = (g->score || g->order) && pick(f, 2);
     g->renormalize_epsilon = one_of(f, 0, 1e-3);
-    if (pick(f, 4) == 0) g->renormalize_minimum = 0.3;
+    if (pick(f, 3) == 0) g->renormalize_minimum = one_of(f, 0.6, 2);
 }
 
 static void draw_selection(family *f)
