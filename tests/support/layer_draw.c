@@ -20,7 +20,15 @@ static void mend_kind(layer_case *c)
     if (!top) c->selection_bias = c->group_score = 0;
     if (c->kind != MOE_GATE_NOISY_TOP_K && !two) c->weight[MOE_LOSS_LOAD] = 0;
     if (c->kind != MOE_GATE_BALANCED) c->weight[MOE_LOSS_THRESHOLD] = 0, c->thresholds = 0;
-    if (c->kind != MOE_GATE_SINKHORN) c->sinkhorn_iterations = 0;
+    if (c->kind != MOE_GATE_SINKHORN) {
+        c->sinkhorn_iterations = 0;
+    } else { /* one token among its columns ends as a tie of all experts */
+        c->masked = 0;
+        if (c->groups > 2) c->groups = 2;
+        if (c->T < 8) c->T += 8;
+    }
+    if (c->renormalize && c->K == 1 && c->drop_policy == MOE_DROP_SCORE)
+        c->drop_policy = 0; /* weights of 1 - 1e-9, equal in f32 */
     if (layer_case_varies(c)) {
         if (c->capacity_kind == MOE_CAPACITY_NONE) c->capacity_kind = MOE_CAPACITY_NUMBER;
         c->drop_policy = c->second_choice = c->renormalize_after_drop = 0;
