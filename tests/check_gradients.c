@@ -3,8 +3,8 @@
  *
  *     (L(a + h v) - L(a - h v)) / 2h  =  <dL/da, v>      with relative error at most 1e-6
  *
- * The selection is held still: the reference by fixed_ids, the library by replaying the plan with
- * MOE_PLAN_IDS. MOE_VERBOSE=1 prints the largest error of each name. */
+ * The selection is held still: the reference by fixed_ids and fixed_keep, the library by replaying
+ * the plan with MOE_PLAN_IDS. Then moe_check_gradients of the same layers. MOE_VERBOSE=1 prints the largest error of each name. */
 #include "support/layer_cases.h"
 #include "support/suite.h"
 
@@ -244,6 +244,51 @@ START_TEST(test_gradients_agree_with_central_differences_for_random_configuratio
 }
 END_TEST
 
+/* ---- the library's own check ----------------------------------------------------------------- */
+
+static char report_text[8192];
+
+static void keep_errors(void *user, int32_t level, const char *message)
+{
+    (void)user;
+    size_t used = strlen(report_text);
+    if (level == MOE_LOG_ERROR)
+        (void)snprintf(report_text + used, sizeof report_text - used, "%s\n", message);
+}
+
+/* moe_check_gradients of a layer like each case's: every parameter the case asks for is compared. */
+START_TEST(test_own_check_agrees_for_every_configuration)
+{
+    layer_case c = layer_cases[_i];
+    layer_run r;
+    moe_gradient_check check;
+    moe_gradient_report report;
+    if (c.no_experts || c.no_gate == 2) return; /* there is no layer */
+    c.bound = 0;
+    layer_case_make(&c, 12);
+    layer_run_make(&r, &c, MOE_DTYPE_F32, NULL);
+    MUST(moe_gradient_check_init(&check, sizeof check));
+    MUST(moe_gradient_report_init(&report, sizeof report));
+    check.tokens = 15, check.groups = c.groups > 3 ? 3 : c.groups > 0 ? c.groups : 1;
+    check.probes = 8, check.train = !c.eval, check.report = keep_errors;
+    report_text[0] = 0;
+    moe_status status = moe_check_gradients(r.layer, &check, &report);
+    ck_assert_msg(status == MOE_OK, "%s: %s\n%s", c.name, moe_last_error(), report_text);
+    ck_assert_int_eq(report.disagreements, 0);
+    int64_t trained = 0, count = moe_layer_parameter_count(r.layer);
+    for (int64_t i = 0; i < count; i++) {
+        moe_parameter_record record;
+        MUST(moe_parameter_record_init(&record, sizeof record));
+        MUST(moe_layer_parameter(r.layer, i, &record));
+        trained += record.trainable;
+    }
+    ck_assert_msg(report.tensors > trained, "%s: %lld tensors of %lld parameters and inputs",
+                  c.name, (long long)report.tensors, (long long)trained);
+    layer_run_free(&r);
+    layer_case_free(&c);
+}
+END_TEST
+
 /* By the weights of a plan: y is linear in them, so the difference is exact but for rounding. */
 START_TEST(test_gradients_of_entry_weights_agree_with_central_differences)
 {
@@ -419,6 +464,7 @@ int main(void)
     TCase *tests = tcase_create("central differences");
     tcase_set_timeout(tests, 600);
     tcase_add_loop_test(tests, test_gradients_agree_with_central_differences, 0, LAYER_CASES);
+    tcase_add_loop_test(tests, test_own_check_agrees_for_every_configuration, 0, LAYER_CASES);
     tcase_add_test(tests, test_gradients_of_entry_weights_agree_with_central_differences);
     tcase_add_test(tests, test_gradients_agree_with_central_differences_for_random_configurations);
     tcase_add_test(tests, test_gradients_of_linear_parts_are_adjoint);
