@@ -4,7 +4,8 @@
  *     (L(a + h v) - L(a - h v)) / 2h  =  <dL/da, v>      with relative error at most 1e-6
  *
  * The selection is held still: the reference by fixed_ids and fixed_keep, the library by replaying
- * the plan with MOE_PLAN_IDS. Then moe_check_gradients of the same layers. MOE_VERBOSE=1 prints the largest error of each name. */
+ * the plan with MOE_PLAN_IDS. Then moe_check_gradients of the same layers. MOE_VERBOSE=1 prints
+ * the largest error of each name. */
 #include "support/layer_cases.h"
 #include "support/suite.h"
 
@@ -257,7 +258,7 @@ static void keep_errors(void *user, int32_t level, const char *message)
         (void)snprintf(report_text + used, sizeof report_text - used, "%s\n", message);
 }
 
-/* moe_check_gradients of a layer like each case's: every parameter the case asks for is compared. */
+/* moe_check_gradients of a layer like each case's: every parameter it has is compared. */
 START_TEST(test_own_check_agrees_for_every_configuration)
 {
     layer_case c = layer_cases[_i];

@@ -5,8 +5,9 @@
  *
  *     L = sum(y * dy) + sum(weight_grad * w) + sum_i factor_i loss_i
  *
- * A token has K slots for entries, in order of choice; a slot without an expert has the id -1. Where
- * the number of entries varies, a token's entries come first and K is the most there may be. */
+ * A token has K slots for entries, in order of choice; a slot without an expert has the id -1.
+ * Where the number of entries varies, a token's entries come first and K is the most there may
+ * be. */
 #ifndef REFERENCE_H
 #define REFERENCE_H
 

@@ -31,8 +31,8 @@ static int asks(const ref_problem *p, const ref_result *r, int64_t n)
     return p->second_choice == 2 && r->w_before[n] > p->second_threshold;
 }
 
-/* Whether a and b are in different places of a descending order, and then in *first whether a is the
- * first of them. */
+/* Whether a and b are in different places of a descending order; *first: a is the first of
+ * them. */
 static int decides(double a, double b, int *first)
 {
     if (isnan(a) || isnan(b)) {

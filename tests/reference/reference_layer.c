@@ -1,4 +1,4 @@
-/* reference_layer.c - what a layer makes of a token: routed experts, residual branch, shared experts.
+/* reference_layer.c - a token in a layer: routed experts, residual branch, shared experts.
  *
  *     y = c0 routed + c1 residual(x) + s shared(x),   c = softmax(x Wc + bc) or (1, 1),
  *     s = sigmoid(x . ws) or 1;   then the output function */

@@ -1,7 +1,8 @@
 /* reference_levels.c - the hierarchical gate: a noisy gate among A groups, one of each group among
  * its B experts.
  *
- *     w = route_scale G_i G_ij,   load_ij = load_i load(X_i)_j / |X_i|,   X_i the tokens of group i */
+ *     w = route_scale G_i G_ij,   load_ij = load_i load(X_i)_j / |X_i|,   X_i the tokens of
+ *     group i */
 #include "reference/reference_parts.h"
 
 #include <stdlib.h>
