@@ -38,7 +38,7 @@ static uint64_t step_hash(const layer_case *c, int32_t dtype, const moe_context_
 {
     layer_run r;
     layer_run_make(&r, c, dtype, config);
-    if (r.f.noise) r.f.noise = NULL; /* the library's own */
+    r.f.noise = r.f.noise_primary = NULL; /* the library's own */
     MUST(layer_run_forward(&r));
     MUST(layer_run_backward(&r));
     moe_losses losses;

@@ -3,8 +3,9 @@
  *
  *     (L(a + h v) - L(a - h v)) / 2h  =  <dL/da, v>      with relative error at most 1e-6
  *
- * The selection is held still: the reference by fixed_ids, the library by replaying the plan with
- * MOE_PLAN_IDS. MOE_VERBOSE=1 prints the largest error of each name. */
+ * The selection is held still: the reference by fixed_ids and fixed_keep, the library by replaying
+ * the plan with MOE_PLAN_IDS. Then moe_check_gradients of the same layers. MOE_VERBOSE=1 prints
+ * the largest error of each name. */
 #include "support/layer_cases.h"
 #include "support/suite.h"
 
@@ -17,7 +18,7 @@
 
 static const double STEP = 1e-6, ALLOWED = 1e-6;
 
-/* One tensor L depends on: where it is in a problem, and where its gradient is in a result. */
+/* What L depends on beside the layer's parameters. */
 typedef struct variable {
     const char *name;
     size_t in_problem, in_result; /* offsets of double pointers */
@@ -27,56 +28,55 @@ typedef struct variable {
     {                                                                      \
         name, offsetof(ref_problem, input), offsetof(ref_result, gradient) \
     }
-static const variable variables[] = {VARIABLE("x", x, dx),
-                                     VARIABLE("gate_x", gate_x, d_gate_x),
-                                     VARIABLE("logits_in", logits_in, d_logits),
-                                     VARIABLE("dWg", Wg, dWg),
-                                     VARIABLE("dbg", bg, dbg),
-                                     VARIABLE("dWn", Wn, dWn),
-                                     VARIABLE("dW1", W1, dW1),
-                                     VARIABLE("db1", b1, db1),
-                                     VARIABLE("dW3", W3, dW3),
-                                     VARIABLE("db3", b3, db3),
-                                     VARIABLE("dW2", W2, dW2),
-                                     VARIABLE("db2", b2, db2),
-                                     VARIABLE("weights", fixed_weights, d_w)};
-enum { VARIABLES = sizeof variables / sizeof *variables };
+static const variable inputs[] = {VARIABLE("x", x, dx), VARIABLE("gate_x", gate_x, d_gate_x),
+                                  VARIABLE("logits_in", logits_in, d_logits),
+                                  VARIABLE("weights", fixed_weights, d_w)};
+enum { INPUTS = sizeof inputs / sizeof *inputs, VARIABLES = INPUTS + LAYER_TENSORS };
 
 static double worst[2][VARIABLES]; /* reference, library */
 
-static int64_t count_of(const layer_case *c, const char *name)
+static const layer_tensor *parameter_of(int v)
+{
+    return v < INPUTS ? NULL : &layer_tensors[v - INPUTS];
+}
+
+static const char *name_of(int v) { return v < INPUTS ? inputs[v].name : parameter_of(v)->name; }
+
+static int64_t count_of(const layer_case *c, int v)
 {
     const ref_problem *p = &c->p;
-    if (strcmp(name, "x") == 0) return p->T * p->D;
-    if (strcmp(name, "gate_x") == 0) return p->T * p->gate_D;
-    if (strcmp(name, "logits_in") == 0) return p->T * p->E;
-    if (strcmp(name, "weights") == 0) return p->T * p->K;
-    if (strcmp(name, "dWg") == 0 || strcmp(name, "dWn") == 0) return p->gate_D * p->E;
-    if (strcmp(name, "dbg") == 0) return p->E;
-    if (strcmp(name, "dW2") == 0) return p->E * p->F * p->O;
-    if (strcmp(name, "db2") == 0) return p->E * p->O;
-    return name[1] == 'b' ? p->E * p->F : p->E * p->D * p->F;
+    const int64_t counts[INPUTS] = {p->T * p->D, p->T * p->gate_D, p->T * p->E, p->T * p->K};
+    int64_t experts, rows, cols;
+    return v < INPUTS ? counts[v] : layer_tensor_shape(p, parameter_of(v), &experts, &rows, &cols);
 }
 
-static const double **input_of(ref_problem *p, const variable *v)
+static const double **input_of(ref_problem *p, int v)
 {
-    return (const double **)(void *)((char *)p + v->in_problem);
+    if (parameter_of(v)) return layer_tensor_input(p, parameter_of(v));
+    return (const double **)(void *)((char *)p + inputs[v].in_problem);
 }
 
-static const double *gradient_of(const ref_result *r, const variable *v)
+static const double *gradient_of(const ref_result *r, int v)
 {
-    return *(double *const *)(const void *)((const char *)r + v->in_result);
+    if (parameter_of(v)) return layer_tensor_gradient(r, parameter_of(v));
+    return *(double *const *)(const void *)((const char *)r + inputs[v].in_result);
 }
 
 /* Whether L depends on the variable at all in this case. */
-static int is_used(layer_case *c, const variable *v)
+static int is_used(layer_case *c, int v)
 {
-    int of_pool = v->name[0] == 'd' && strchr("123", v->name[2]) != NULL, routes = c->replay != 2;
-    if (!routes && !of_pool && strcmp(v->name, "x") != 0) return strcmp(v->name, "weights") == 0;
-    if (c->bound == 2 && of_pool) return 0; /* one expert has no gradient */
-    if (!*input_of(&c->p, v) || (c->no_experts && of_pool)) return 0;
-    if (strcmp(v->name, "dWg") == 0 || strcmp(v->name, "dbg") == 0) return !c->logits_in;
-    return !(c->no_experts && strcmp(v->name, "x") == 0 && c->p.gate_x);
+    const layer_tensor *t = parameter_of(v);
+    int routes = c->replay != 2;
+    if (!*input_of(&c->p, v)) return 0;
+    if (t && t->owner != OF_GATE) {
+        if (c->bound == 2 && t->owner != OF_LAYER) return 0; /* one expert has no gradient */
+        return !c->no_experts;
+    }
+    if (!routes) return !t && (strcmp(name_of(v), "x") == 0 || strcmp(name_of(v), "weights") == 0);
+    if (t && !t->in_result) return 0; /* a buffer */
+    if (strcmp(name_of(v), "weights") == 0) return 0;
+    if (strcmp(name_of(v), "dWg") == 0 || strcmp(name_of(v), "dbg") == 0) return !c->logits_in;
+    return !(c->no_experts && strcmp(name_of(v), "x") == 0 && c->p.gate_x);
 }
 
 /* L of the library for the case's present contents, with this routing. */
@@ -85,7 +85,6 @@ static double library_value(const layer_case *c, const moe_plan *plan)
     layer_run r;
     moe_losses losses;
     moe_plan_view view;
-    const moe_plan *used;
     layer_run_make(&r, c, MOE_DTYPE_F64, NULL);
     if (c->replay != 2) r.f.plan = plan, r.f.plan_use = MOE_PLAN_IDS;
     ck_assert_msg(layer_run_forward(&r) == MOE_OK, "%s", moe_last_error());
@@ -95,11 +94,11 @@ static double library_value(const layer_case *c, const moe_plan *plan)
     for (int i = 0; i < REF_LOSSES; i++) value += c->p.factor[i] * losses.value[i];
     for (int64_t i = 0; i < c->p.T * c->p.O && c->p.dy; i++)
         value += c->p.dy[i] * ((double *)r.y)[i];
-    ck_assert_int_eq(moe_pass_plan(r.pass, &used), MOE_OK);
-    ck_assert_int_eq(moe_plan_view_init(&view, sizeof view), MOE_OK);
-    ck_assert_int_eq(moe_plan_get(used, &view), MOE_OK);
-    for (int64_t n = 0; n < view.entries && c->p.weight_grad; n++)
-        value += c->p.weight_grad[n] * ((const double *)view.weight_of_entry)[n];
+    layer_run_view(&r, &view);
+    for (int64_t t = 0; t < view.tokens && c->p.weight_grad; t++)
+        for (int64_t n = view.token_begin[t]; n < view.token_begin[t + 1]; n++)
+            value += c->p.weight_grad[layer_run_slot(&r, &view, t, n)] *
+                     ((const double *)view.weight_of_entry)[n];
     layer_run_free(&r);
     return value;
 }
@@ -146,7 +145,7 @@ static int agrees(const layer_case *c, int which, int v, const double *value, do
     layer_case_print(c, text, sizeof text);
     ck_assert_msg(error <= ALLOWED,
                   "%s: %s by %s: difference %.12g, gradient %.12g, relative error %.3g", text,
-                  which ? "library" : "reference", variables[v].name, difference, product, error);
+                  which ? "library" : "reference", name_of(v), difference, product, error);
     return 1;
 }
 
@@ -154,15 +153,15 @@ static int agrees(const layer_case *c, int which, int v, const double *value, do
 static int check_direction(layer_case *c, int v, const ref_result *want, const layer_run *run,
                            const moe_plan *plan, uint64_t *state, int another)
 {
-    const double **slot = input_of(&c->p, &variables[v]), *kept = *slot;
-    int64_t count = count_of(c, variables[v].name);
+    const double **slot = input_of(&c->p, v), *kept = *slot;
+    int64_t count = count_of(c, v);
     double *moved = malloc(((size_t)count + 1) * sizeof *moved),
            *direction = malloc(((size_t)count + 1) * sizeof *direction);
-    double *of_library = library_gradient(run, variables[v].name, count);
+    double *of_library = library_gradient(run, name_of(v), count);
     double value[2][2], by_reference = 0, by_library = 0, size = 0;
-    const double *of_reference = gradient_of(want, &variables[v]);
+    const double *of_reference = gradient_of(want, v);
     ck_assert(moved && direction);
-    int is_x = strcmp(variables[v].name, "x") == 0;
+    int is_x = strcmp(name_of(v), "x") == 0;
     for (int64_t i = 0; i < count; i++) {
         direction[i] = random_normal(state);
         double g = of_reference[i] + (is_x && !c->p.gate_x ? want->d_gate_x[i] : 0);
@@ -207,7 +206,7 @@ static void check_case(layer_case *c, uint64_t seed)
     c->per_call = 0; /* K of the call would not be that of the replay */
     layer_case_make(c, 1000 + seed);
     ref_run(&c->p, &fixed, 0);
-    c->p.fixed_ids = fixed.ids;
+    c->p.fixed_ids = fixed.ids, c->p.fixed_keep = fixed.keep;
     ref_run(&c->p, &want, 1);
     layer_run_make(&run, c, MOE_DTYPE_F64, NULL);
     ck_assert_msg(layer_run_forward(&run) == MOE_OK, "%s", moe_last_error());
@@ -216,10 +215,10 @@ static void check_case(layer_case *c, uint64_t seed)
     ck_assert_int_eq(moe_plan_create(&plan, run.context), MOE_OK);
     ck_assert_int_eq(moe_plan_copy(plan, used), MOE_OK);
     for (int v = 0; v < VARIABLES; v++)
-        if (is_used(c, &variables[v])) check_variable(c, v, &want, &run, plan, &state);
+        if (is_used(c, v)) check_variable(c, v, &want, &run, plan, &state);
     moe_plan_destroy(plan);
     layer_run_free(&run);
-    c->p.fixed_ids = NULL;
+    c->p.fixed_ids = NULL, c->p.fixed_keep = NULL;
     ref_free(&want), ref_free(&fixed);
     layer_case_free(c);
 }
@@ -240,9 +239,55 @@ START_TEST(test_gradients_agree_with_central_differences_for_random_configuratio
         layer_case c = layer_case_draw(&state);
         if (c.replay == 2)
             c.renormalize_after_drop = 0; /* entry_weight_grad is by the weights after it */
-        if (c.E * c.D * c.F > 2000) c.E = 3, c.K = c.K > 3 ? 3 : c.K;
+        if (c.E * c.D * c.F > 2000 && !c.expert_groups) c.E = 3, c.K = c.K > 3 ? 3 : c.K;
+        if (c.E * c.D * c.F > 2000) c.D = c.F = 7;
         check_case(&c, 5000 + (uint64_t)i);
     }
+}
+END_TEST
+
+/* ---- the library's own check ----------------------------------------------------------------- */
+
+static char report_text[8192];
+
+static void keep_errors(void *user, int32_t level, const char *message)
+{
+    (void)user;
+    size_t used = strlen(report_text);
+    if (level == MOE_LOG_ERROR)
+        (void)snprintf(report_text + used, sizeof report_text - used, "%s\n", message);
+}
+
+/* moe_check_gradients of a layer like each case's: every parameter it has is compared. */
+START_TEST(test_own_check_agrees_for_every_configuration)
+{
+    layer_case c = layer_cases[_i];
+    layer_run r;
+    moe_gradient_check check;
+    moe_gradient_report report;
+    if (c.no_experts || c.no_gate == 2) return; /* there is no layer */
+    c.bound = 0;
+    layer_case_make(&c, 12);
+    layer_run_make(&r, &c, MOE_DTYPE_F32, NULL);
+    MUST(moe_gradient_check_init(&check, sizeof check));
+    MUST(moe_gradient_report_init(&report, sizeof report));
+    check.tokens = 15, check.groups = c.groups > 3 ? 3 : c.groups > 0 ? c.groups : 1;
+    check.probes = 8, check.train = !c.eval, check.report = keep_errors;
+    report_text[0] = 0;
+    moe_status status = moe_check_gradients(r.layer, &check, &report);
+    ck_assert_msg(status == MOE_OK, "%s: %s\n%s", c.name, moe_last_error(), report_text);
+    ck_assert_int_eq(report.disagreements, 0);
+    int64_t trained = 0, count = moe_layer_parameter_count(r.layer);
+    for (int64_t i = 0; i < count; i++) {
+        moe_parameter_record record;
+        MUST(moe_parameter_record_init(&record, sizeof record));
+        MUST(moe_layer_parameter(r.layer, i, &record));
+        trained += record.trainable;
+    }
+    ck_assert_msg(report.tensors > trained, "%s: %lld tensors of %lld parameters and inputs",
+                  c.name, (long long)report.tensors, (long long)trained);
+    layer_run_free(&r);
+    layer_case_free(&c);
 }
 END_TEST
 
@@ -312,7 +357,7 @@ static double dot(const double *a, const double *b, int64_t n)
  * gradient. */
 START_TEST(test_gradients_of_linear_parts_are_adjoint)
 {
-    static const int used[] = {8, 9, 10, 11}; /* dW3 db3 dW2 db2 */
+    static const char *const used[] = {"dW3", "db3", "dW2", "db2"};
     layer_case c = {.name = "adjoint",
                     .T = 30,
                     .D = 7,
@@ -334,10 +379,11 @@ START_TEST(test_gradients_of_linear_parts_are_adjoint)
     MUST(layer_run_backward(&r));
     double before = dot(r.y, c.p.dy, c.T * c.p.O);
     for (size_t u = 0; u < sizeof used / sizeof *used; u++) {
-        const variable *v = &variables[used[u]];
+        int v = INPUTS;
+        while (strcmp(name_of(v), used[u]) != 0) ck_assert_int_lt(++v, VARIABLES);
         const double **slot = input_of(&c.p, v), *kept = *slot;
-        int64_t count = count_of(&c, v->name), got;
-        double *gradient = layer_run_gradient(&r, v->name, &got),
+        int64_t count = count_of(&c, v), got;
+        double *gradient = layer_run_gradient(&r, name_of(v), &got),
                *moved = malloc((size_t)count * sizeof *moved);
         ck_assert_ptr_nonnull(moved);
         ck_assert_int_eq(got, count);
@@ -352,7 +398,7 @@ START_TEST(test_gradients_of_linear_parts_are_adjoint)
         MUST(layer_run_forward(&r));
         double difference = dot(r.y, c.p.dy, c.T * c.p.O) - before;
         ck_assert_msg(fabs(difference - product) <= 1e-11 * (fabs(before) + fabs(product)),
-                      "%s: %.17g, want %.17g", v->name, difference, product);
+                      "%s: %.17g, want %.17g", name_of(v), difference, product);
         *slot = kept;
         layer_run_set_parameters(&r, &c.p);
         free(gradient), free(moved);
@@ -411,7 +457,7 @@ static void print_worst(void)
     if (!verbose || verbose[0] != '1') return;
     printf("%-12s %12s %12s\n", "by", "reference", "library");
     for (int v = 0; v < VARIABLES; v++)
-        printf("%-12s %12.2e %12.2e\n", variables[v].name, worst[0][v], worst[1][v]);
+        printf("%-12s %12.2e %12.2e\n", name_of(v), worst[0][v], worst[1][v]);
 }
 
 int main(void)
@@ -420,6 +466,7 @@ int main(void)
     TCase *tests = tcase_create("central differences");
     tcase_set_timeout(tests, 600);
     tcase_add_loop_test(tests, test_gradients_agree_with_central_differences, 0, LAYER_CASES);
+    tcase_add_loop_test(tests, test_own_check_agrees_for_every_configuration, 0, LAYER_CASES);
     tcase_add_test(tests, test_gradients_of_entry_weights_agree_with_central_differences);
     tcase_add_test(tests, test_gradients_agree_with_central_differences_for_random_configurations);
     tcase_add_test(tests, test_gradients_of_linear_parts_are_adjoint);

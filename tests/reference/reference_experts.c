@@ -1,9 +1,7 @@
-/* reference_experts.c - every chosen expert at every token, forward and backward. */
+/* reference_experts.c - one expert at one token, forward and backward. */
 #include "reference/reference_parts.h"
 
 #include <stdlib.h>
-
-/* ---- experts --------------------------------------------------------------------------------- */
 
 static double act(int activation, double z, double *slope)
 {
@@ -23,88 +21,104 @@ static double act(int activation, double z, double *slope)
     }
 }
 
-typedef struct expert_state {
-    double *z1, *z3, *h, *slope, *a, *out, *dz, *dh;
-} expert_state;
-
-static void expert_forward(const ref_problem *p, int64_t e, const double *x, expert_state *s)
+/* h of one hidden unit, and its slopes by z1 and z3. */
+static double hidden(const ref_pool *q, double z1, double z3, double *slope1, double *slope3)
 {
-    int gated = p->activation >= 16;
-    for (int64_t f = 0; f < p->F; f++) {
-        s->z1[f] = p->b1 ? p->b1[e * p->F + f] : 0;
-        s->z3[f] = p->b3 ? p->b3[e * p->F + f] : 0;
+    double a = act(q->activation, z1, slope1), alpha = q->alpha != 0 ? q->alpha : 1;
+    *slope3 = 0;
+    if (q->activation < 16) return a;
+    if (q->activation != 16) {
+        *slope1 *= z3;
+        *slope3 = a;
+        return a * z3;
+    }
+    double limit = q->limit != 0 ? q->limit : INFINITY;
+    double g = fmin(z1, limit), u = fmax(fmin(z3, limit), -limit), s = sigmoid(alpha * g);
+    *slope1 = z1 <= limit ? (s + alpha * g * s * (1 - s)) * (u + q->offset) : 0;
+    *slope3 = fabs(z3) <= limit ? g * s : 0;
+    return g * s * (u + q->offset);
+}
+
+expert_state ref__new_state(const ref_problem *p)
+{
+    int64_t F = p->routed.F > p->shared.F ? p->routed.F : p->shared.F;
+    if (p->residual.F > F) F = p->residual.F;
+    return (expert_state){reals(p->D), reals(F),    reals(F),    reals(F), reals(F),   reals(F),
+                          reals(F),    reals(p->O), reals(p->O), reals(F), reals(p->D)};
+}
+
+void ref__free_state(expert_state *s)
+{
+    free(s->x), free(s->z1), free(s->z3), free(s->h), free(s->h_in), free(s->slope1);
+    free(s->slope3), free(s->out), free(s->dz), free(s->dh), free(s->dx_in);
+}
+
+void ref__expert_forward(const ref_problem *p, const ref_pool *q, int64_t e, const double *x,
+                         double w, expert_state *s)
+{
+    for (int64_t d = 0; d < p->D; d++) s->x[d] = q->position == 2 ? w * x[d] : x[d];
+    for (int64_t f = 0; f < q->F; f++) {
+        s->z1[f] = q->b1 ? q->b1[e * q->F + f] : 0;
+        s->z3[f] = q->b3 ? q->b3[e * q->F + f] : 0;
         for (int64_t d = 0; d < p->D; d++) {
-            s->z1[f] += x[d] * p->W1[(e * p->D + d) * p->F + f];
-            if (gated) s->z3[f] += x[d] * p->W3[(e * p->D + d) * p->F + f];
+            s->z1[f] += s->x[d] * q->W1[(e * p->D + d) * q->F + f];
+            if (q->W3) s->z3[f] += s->x[d] * q->W3[(e * p->D + d) * q->F + f];
         }
-        s->a[f] = act(p->activation, s->z1[f], &s->slope[f]);
-        s->h[f] = gated ? s->a[f] * s->z3[f] : s->a[f];
+        s->h[f] = hidden(q, s->z1[f], s->z3[f], &s->slope1[f], &s->slope3[f]);
+        s->h_in[f] = q->position == 1 ? w * s->h[f] : s->h[f];
     }
     for (int64_t o = 0; o < p->O; o++) {
-        s->out[o] = p->b2 ? p->b2[e * p->O + o] : 0;
-        for (int64_t f = 0; f < p->F; f++) s->out[o] += s->h[f] * p->W2[(e * p->F + f) * p->O + o];
-        if (p->expert_sigmoid) s->out[o] = sigmoid(s->out[o]);
+        s->out[o] = q->b2 ? q->b2[e * p->O + o] : 0;
+        for (int64_t f = 0; f < q->F; f++)
+            s->out[o] += s->h_in[f] * q->W2[(e * q->F + f) * p->O + o];
+        if (q->sigmoid) s->out[o] = sigmoid(s->out[o]);
     }
 }
 
-/* dz is the gradient by out; adds to dx and to the expert's parameters. */
-static void expert_backward(const ref_problem *p, ref_result *r, int64_t e, const double *x,
-                            double *dx, expert_state *s)
+/* dh, and W2 and b2; returns the gradient by w if it multiplies out or h. */
+static double output_backward(const ref_problem *p, const ref_pool *q, ref_pool_gradient *g,
+                              int64_t e, double w, const double *dy, expert_state *s)
 {
-    int gated = p->activation >= 16;
-    for (int64_t o = 0; o < p->O && p->expert_sigmoid; o++) s->dz[o] *= s->out[o] * (1 - s->out[o]);
-    for (int64_t o = 0; o < p->O; o++) r->db2[e * p->O + o] += s->dz[o];
-    for (int64_t f = 0; f < p->F; f++) {
+    double dw = 0;
+    for (int64_t o = 0; o < p->O; o++) {
+        if (q->position == 0) dw += dy[o] * s->out[o];
+        s->dz[o] = q->position == 0 ? w * dy[o] : dy[o];
+        if (q->sigmoid) s->dz[o] *= s->out[o] * (1 - s->out[o]);
+        g->db2[e * p->O + o] += s->dz[o];
+    }
+    for (int64_t f = 0; f < q->F; f++) {
         s->dh[f] = 0;
         for (int64_t o = 0; o < p->O; o++) {
-            r->dW2[(e * p->F + f) * p->O + o] += s->h[f] * s->dz[o];
-            s->dh[f] += s->dz[o] * p->W2[(e * p->F + f) * p->O + o];
+            g->dW2[(e * q->F + f) * p->O + o] += s->h_in[f] * s->dz[o];
+            s->dh[f] += s->dz[o] * q->W2[(e * q->F + f) * p->O + o];
         }
-        double dz1 = s->dh[f] * s->slope[f] * (gated ? s->z3[f] : 1), dz3 = s->dh[f] * s->a[f];
-        r->db1[e * p->F + f] += dz1;
-        if (gated) r->db3[e * p->F + f] += dz3;
+        if (q->position != 1) continue;
+        dw += s->dh[f] * s->h[f];
+        s->dh[f] *= w;
+    }
+    return dw;
+}
+
+double ref__expert_backward(const ref_problem *p, const ref_pool *q, ref_pool_gradient *g,
+                            int64_t e, const double *x, double w, const double *dy, double *dx,
+                            expert_state *s)
+{
+    double dw = output_backward(p, q, g, e, w, dy, s);
+    for (int64_t d = 0; d < p->D; d++) s->dx_in[d] = 0;
+    for (int64_t f = 0; f < q->F; f++) {
+        double dz1 = s->dh[f] * s->slope1[f], dz3 = s->dh[f] * s->slope3[f];
+        g->db1[e * q->F + f] += dz1;
+        g->db3[e * q->F + f] += dz3;
         for (int64_t d = 0; d < p->D; d++) {
-            int64_t at = (e * p->D + d) * p->F + f;
-            r->dW1[at] += x[d] * dz1;
-            dx[d] += dz1 * p->W1[at];
-            if (!gated) continue;
-            r->dW3[at] += x[d] * dz3;
-            dx[d] += dz3 * p->W3[at];
+            int64_t at = (e * p->D + d) * q->F + f;
+            g->dW1[at] += s->x[d] * dz1;
+            g->dW3[at] += s->x[d] * dz3;
+            s->dx_in[d] += dz1 * q->W1[at] + (q->W3 ? dz3 * q->W3[at] : 0);
         }
     }
-}
-
-static void run_token(const ref_problem *p, ref_result *r, int64_t t, expert_state *s, int backward)
-{
-    const double *x = p->x + t * p->D;
-    double *y = r->y + t * p->O, *dy = reals(p->O);
-    for (int64_t n = t * p->K; n < (t + 1) * p->K; n++) {
-        if (!r->keep[n]) continue;
-        expert_forward(p, r->ids[n], x, s);
-        for (int64_t o = 0; o < p->O; o++) y[o] += r->w[n] * s->out[o];
+    for (int64_t d = 0; d < p->D; d++) {
+        dx[d] += q->position == 2 ? w * s->dx_in[d] : s->dx_in[d];
+        if (q->position == 2) dw += s->dx_in[d] * x[d];
     }
-    for (int64_t o = 0; o < p->O; o++) {
-        if (p->layer_sigmoid) y[o] = masked(p, t) ? 0 : sigmoid(y[o]);
-        r->total += y[o] * p->dy[t * p->O + o];
-        dy[o] = p->dy[t * p->O + o] * (p->layer_sigmoid ? y[o] * (1 - y[o]) : 1);
-    }
-    for (int64_t n = t * p->K; n < (t + 1) * p->K && backward; n++) {
-        if (!r->keep[n]) continue;
-        expert_forward(p, r->ids[n], x, s);
-        for (int64_t o = 0; o < p->O; o++) {
-            r->d_w[n] += dy[o] * s->out[o];
-            s->dz[o] = r->w[n] * dy[o];
-        }
-        expert_backward(p, r, r->ids[n], x, r->dx + t * p->D, s);
-    }
-    free(dy);
-}
-
-void ref__run_experts(const ref_problem *p, ref_result *r, int backward)
-{
-    expert_state s = {reals(p->F), reals(p->F), reals(p->F), reals(p->F),
-                      reals(p->F), reals(p->O), reals(p->O), reals(p->F)};
-    for (int64_t t = 0; t < p->T; t++) run_token(p, r, t, &s, backward);
-    free(s.z1), free(s.z3), free(s.h), free(s.slope), free(s.a), free(s.out), free(s.dz),
-        free(s.dh);
+    return dw;
 }

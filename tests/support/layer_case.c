@@ -4,8 +4,6 @@
 
 #include <check.h>
 #include <math.h>
-#include <stddef.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -50,11 +48,17 @@ static void make_groups_and_mask(layer_case *c, uint64_t *state)
     }
 }
 
+int layer_case_varies(const layer_case *c)
+{
+    return c->kind == MOE_GATE_BALANCED || c->kind == MOE_GATE_EXPERT_CHOICE;
+}
+
 /* Who goes where, as a host might have decided: one in eight nowhere, some twice. */
 static void make_routing(layer_case *c, uint64_t *state)
 {
     ref_problem *p = &c->p;
     int64_t entries = c->T * p->K;
+    if (c->kind == MOE_GATE_HASH) layer_case_hash(c, state);
     if (!c->replay) return;
     c->ids = malloc(((size_t)entries + 1) * sizeof *c->ids);
     ck_assert_ptr_nonnull(c->ids);
@@ -87,11 +91,52 @@ static const double *philox_noise(layer_case *c)
     return c->arrays[c->array_count++] = noise;
 }
 
+static void make_pool_arrays(layer_case *c, uint64_t *state, ref_pool *q)
+{
+    double in = 1 / sqrt((double)c->D), hidden = 1 / sqrt((double)q->F);
+    q->W1 = random_array(c, state, q->E * c->D * q->F, in);
+    q->W3 = random_array(c, state, q->E * c->D * q->F, in);
+    q->W2 = random_array(c, state, q->E * q->F * c->p.O, hidden);
+    if (c->expert_bias) {
+        q->b1 = random_array(c, state, q->E * q->F, 0.5);
+        q->b3 = random_array(c, state, q->E * q->F, 0.5);
+        q->b2 = random_array(c, state, q->E * c->p.O, 0.5);
+    }
+    if (q->activation < MOE_ACTIVATION_SWIGLU) q->W3 = NULL, q->b3 = NULL;
+}
+
+/* What the other kinds of gates and the branches of a layer have. */
+static void make_family_arrays(layer_case *c, uint64_t *state)
+{
+    ref_problem *p = &c->p;
+    int64_t A = c->expert_groups;
+    double of_gate = 1 / sqrt((double)p->gate_D);
+    if (c->selection_bias) p->selection_bias = random_array(c, state, c->E, 0.2);
+    if (c->kind == MOE_GATE_BALANCED) {
+        double *threshold = random_array(c, state, c->E, c->thresholds ? 0.3 / (double)c->E : 0);
+        for (int64_t e = 0; e < c->E && c->thresholds; e++)
+            threshold[e] = (double)(float)(threshold[e] + 1 / (double)c->E);
+        p->threshold = threshold;
+    }
+    if (c->kind == MOE_GATE_HIERARCHICAL) {
+        p->Wp = random_array(c, state, p->gate_D * A, of_gate);
+        p->Wq = random_array(c, state, p->gate_D * A, of_gate);
+        p->noise_primary = random_array(c, state, c->T * A, 1);
+    }
+    if (c->shared) make_pool_arrays(c, state, &p->shared);
+    if (c->residual) make_pool_arrays(c, state, &p->residual);
+    if (c->shared_gate) p->ws = random_array(c, state, c->D, 1 / sqrt((double)c->D));
+    if (c->residual_mix) {
+        p->Wc = random_array(c, state, 2 * c->D, 1 / sqrt((double)c->D));
+        p->bc = random_array(c, state, 2, 0.5);
+    }
+}
+
 static void make_arrays(layer_case *c, uint64_t *state)
 {
     ref_problem *p = &c->p;
     double size = c->spread != 0 ? c->spread : 1;
-    double in = 1 / sqrt((double)c->D), hidden = 1 / sqrt((double)c->F);
+    double of_gate = 1 / sqrt((double)p->gate_D);
     double *x = random_array(c, state, c->T * c->D, size);
     for (int64_t i = 0; c->masked && i < c->T * c->D; i++)
         if (!c->mask[i / c->D]) x[i] = NAN;
@@ -100,53 +145,77 @@ static void make_arrays(layer_case *c, uint64_t *state)
     if (c->logits_in) p->logits_in = random_array(c, state, c->T * c->E, 1);
     p->noise = random_array(c, state, c->T * c->E, 1);
     if (c->philox) p->noise = philox_noise(c);
-    p->Wg = random_array(c, state, p->gate_D * c->E, 1 / sqrt((double)p->gate_D));
+    p->Wg = random_array(c, state, p->gate_D * c->E, of_gate);
     if (c->router_bias) p->bg = random_array(c, state, c->E, 0.3);
-    if (c->kind == MOE_GATE_NOISY_TOP_K)
-        p->Wn = random_array(c, state, p->gate_D * c->E, 1 / sqrt((double)p->gate_D));
-    p->W1 = random_array(c, state, c->E * c->D * c->F, in);
-    p->W3 = random_array(c, state, c->E * c->D * c->F, in);
-    p->W2 = random_array(c, state, c->E * c->F * p->O, hidden);
-    if (c->expert_bias) {
-        p->b1 = random_array(c, state, c->E * c->F, 0.5);
-        p->b3 = random_array(c, state, c->E * c->F, 0.5);
-        p->b2 = random_array(c, state, c->E * p->O, 0.5);
-    }
+    if (c->kind == MOE_GATE_NOISY_TOP_K || c->kind == MOE_GATE_HIERARCHICAL)
+        p->Wn = random_array(c, state, p->gate_D * c->E, of_gate);
+    make_pool_arrays(c, state, &p->routed);
     if (c->no_experts)
         p->weight_grad = random_array(c, state, c->T * p->K, 1);
     else
         p->dy = random_array(c, state, c->T * p->O, 1);
+    make_family_arrays(c, state);
 }
 
-void layer_case_make(layer_case *c, uint64_t seed)
+static void make_gate_options(layer_case *c)
 {
-    static const double factors[REF_LOSSES] = {0.5, 2, 0, -1.5, 1.25, 0.75};
-    uint64_t state = seed * 7919 + 1;
     ref_problem *p = &c->p;
-    int gated = c->activation >= MOE_ACTIVATION_SWIGLU;
-    memset(p, 0, sizeof *p);
-    c->array_count = 0;
-    make_groups_and_mask(c, &state);
-    p->T = c->T, p->D = c->D, p->E = c->E, p->F = c->F;
-    p->O = c->O ? c->O : c->D;
-    p->K = c->kind == MOE_GATE_SOFTMAX_DENSE ? c->E : c->K;
-    p->gate_D = c->gate_D ? c->gate_D : c->D;
     p->kind = c->kind, p->score = c->score, p->order = c->order, p->renormalize = c->renormalize;
     p->renormalize_epsilon = c->renormalize_epsilon;
+    p->renormalize_minimum = c->renormalize_minimum;
     p->route_scale = c->route_scale != 0 ? c->route_scale : 1;
     p->noise_epsilon = c->noise_epsilon != 0 ? c->noise_epsilon : 1e-2;
     p->cdf_guard = 1e-20;
-    p->train = !c->eval && c->kind == MOE_GATE_NOISY_TOP_K;
+    p->train = !c->eval;
     p->cv_ddof = c->cv_ddof, p->sequence_softmax = c->sequence_softmax;
-    p->sequence_routed = c->sequence_routed;
+    p->sequence_routed = c->sequence_routed, p->loss_by_group = c->loss_by_group;
+    p->expert_groups = c->expert_groups, p->top_groups = c->top_groups;
+    p->group_score = c->group_score, p->second_k = c->K;
+    p->sinkhorn_iterations = c->sinkhorn_iterations;
     p->capacity = c->capacity_kind == MOE_CAPACITY_NONE     ? -2
                   : c->capacity_kind == MOE_CAPACITY_NUMBER ? c->capacity
                                                             : -1;
     p->capacity_factor = c->capacity_factor, p->capacity_rounding = c->capacity_rounding;
-    p->capacity_minimum = c->capacity_minimum;
+    p->capacity_factor_eval = c->capacity_factor_eval;
+    p->capacity_minimum = c->capacity_minimum, p->capacity_multiple = c->capacity_multiple;
+    p->drop_policy = c->drop_policy, p->second_choice = c->second_choice;
+    p->second_threshold = c->second_threshold;
     p->renormalize_after_drop = c->renormalize_after_drop;
-    p->activation = c->activation;
-    p->expert_sigmoid = c->expert_sigmoid, p->layer_sigmoid = c->layer_sigmoid;
+}
+
+static void make_pools(layer_case *c)
+{
+    ref_problem *p = &c->p;
+    p->routed = (ref_pool){.E = c->E,
+                           .F = c->F,
+                           .activation = c->activation,
+                           .sigmoid = c->expert_sigmoid,
+                           .position = c->position,
+                           .alpha = c->alpha,
+                           .limit = c->limit,
+                           .offset = c->offset};
+    p->shared = (ref_pool){.E = c->shared, .F = c->F + 2, .activation = c->branch_activation};
+    p->residual = (ref_pool){.E = c->residual, .F = c->F + 1, .activation = c->branch_activation};
+    p->layer_sigmoid = c->layer_sigmoid, p->dropped = c->dropped;
+    p->untouched = 77;
+}
+
+void layer_case_make(layer_case *c, uint64_t seed)
+{
+    static const double factors[REF_LOSSES] = {0.5, 2, 0, -1.5, 1.25, 0.75, -0.5};
+    uint64_t state = seed * 7919 + 1;
+    ref_problem *p = &c->p;
+    memset(p, 0, sizeof *p);
+    c->array_count = 0;
+    make_groups_and_mask(c, &state);
+    p->T = c->T, p->D = c->D, p->E = c->E;
+    p->O = c->O ? c->O : c->D;
+    p->K = c->kind == MOE_GATE_SOFTMAX_DENSE || layer_case_varies(c) ? c->E : c->K;
+    if (c->kind == MOE_GATE_HIERARCHICAL) p->K = c->top_groups * c->K;
+    p->top_k = layer_case_varies(c) ? c->K : p->K;
+    p->gate_D = c->gate_D ? c->gate_D : c->D;
+    make_gate_options(c);
+    make_pools(c);
     for (int i = 0; i < REF_LOSSES; i++)
         p->weight[i] = c->call_weights[i] = c->weight[i],
         p->factor[i] = c->loss_factors ? factors[i] : 1;
@@ -155,7 +224,6 @@ void layer_case_make(layer_case *c, uint64_t seed)
     p->mask = c->mask;
     make_arrays(c, &state);
     make_routing(c, &state);
-    if (!gated) p->W3 = NULL, p->b3 = NULL;
 }
 
 void layer_case_free(layer_case *c)
@@ -164,61 +232,10 @@ void layer_case_free(layer_case *c)
     free(c->group_begin);
     free(c->mask);
     free(c->ids);
+    free(c->token_key);
     c->ids = NULL;
+    c->token_key = NULL;
     c->array_count = 0;
     c->group_begin = NULL;
     c->mask = NULL;
-}
-
-void layer_case_print(const layer_case *c, char *text, size_t size)
-{
-    static const struct {
-        const char *name;
-        size_t at; /* of an int */
-    } flags[] = {
-#define FLAG(field) {#field, offsetof(layer_case, field)}
-        FLAG(kind),
-        FLAG(score),
-        FLAG(order),
-        FLAG(renormalize),
-        FLAG(router_bias),
-        FLAG(logits_in),
-        FLAG(activation),
-        FLAG(expert_bias),
-        FLAG(expert_sigmoid),
-        FLAG(layer_sigmoid),
-        FLAG(layout),
-        FLAG(glu_order),
-        FLAG(no_experts),
-        FLAG(eval),
-        FLAG(cv_ddof),
-        FLAG(sequence_softmax),
-        FLAG(sequence_routed),
-        FLAG(capacity_kind),
-        FLAG(capacity_rounding),
-        FLAG(renormalize_after_drop),
-        FLAG(masked),
-        FLAG(loss_factors),
-        FLAG(philox),
-        FLAG(per_call),
-        FLAG(replay),
-        FLAG(no_gate),
-        FLAG(strided),
-        FLAG(moved),
-        FLAG(split),
-        FLAG(bound)};
-#undef FLAG
-    int used = snprintf(text, size, "%s: T %lld D %lld E %lld F %lld O %lld K %lld", c->name,
-                        (long long)c->T, (long long)c->D, (long long)c->E, (long long)c->F,
-                        (long long)c->p.O, (long long)c->p.K);
-    if (c->gate_D && used < (int)size)
-        used += snprintf(text + used, size - (size_t)used, " gate_D %lld", (long long)c->gate_D);
-    if (c->groups && used < (int)size)
-        used += snprintf(text + used, size - (size_t)used, " groups %lld", (long long)c->groups);
-    for (size_t i = 0; i < sizeof flags / sizeof *flags && used < (int)size; i++) {
-        int value;
-        memcpy(&value, (const char *)c + flags[i].at, sizeof value);
-        if (value)
-            used += snprintf(text + used, size - (size_t)used, " %s %d", flags[i].name, value);
-    }
 }

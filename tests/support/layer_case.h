@@ -37,13 +37,23 @@ typedef struct layer_case {
     int moved;   /* 1: x and gate_x are elsewhere in the backward */
     int split;   /* 1: d_gate_x is wanted although the gate sees x */
     int bound;   /* 1: parameters in host memory of odd strides, 2: a pointer for each expert */
+    int selection_bias, expert_groups, top_groups, group_score; /* hierarchical: A and KP */
+    int thresholds; /* 1: of a balanced gate: about 1/E; 0: all 0 */
+    int sinkhorn_iterations, loss_by_group, capacity_multiple, drop_policy, second_choice;
+    int shared, shared_gate;    /* number of shared experts; 1: with a gate */
+    int residual, residual_mix; /* 1: a residual branch; 1: mixed, not added */
+    int branch_activation;      /* of both */
+    int dropped, position;      /* MOE_DROPPED_*, MOE_WEIGHT_ON_* of the routed experts */
+    double renormalize_minimum, capacity_factor_eval, second_threshold;
+    double alpha, limit, offset; /* of SwiGLU in the routed experts */
     /* filled by layer_case_make */
     ref_problem p;
     int64_t *group_begin;
     uint8_t *mask;
-    int32_t *ids; /* [T,K] of a replay */
+    int32_t *ids;       /* [T,K] of a replay, or of a hash */
+    int64_t *token_key; /* [T] of a hash */
     double call_weights[MOE_LOSS_SLOTS];
-    double *arrays[24];
+    double *arrays[64];
     int array_count;
 } layer_case;
 
@@ -53,6 +63,33 @@ layer_case layer_case_draw(uint64_t *state);
 void layer_case_make(layer_case *c, uint64_t seed);
 void layer_case_free(layer_case *c);
 void layer_case_print(const layer_case *c, char *text, size_t size);
+
+/* layer_hash.c: token_key, and the ids that go with it as p.fixed_ids. */
+void layer_case_hash(layer_case *c, uint64_t *state);
+
+/* Whether the number of entries differs from token to token. */
+int layer_case_varies(const layer_case *c);
+
+/* A parameter of the layer: where it is in a problem, its gradient in a result, and what it is
+ * called by its object. */
+enum { OF_GATE, OF_ROUTED, OF_SHARED, OF_RESIDUAL, OF_LAYER, OWNERS };
+
+typedef struct layer_tensor {
+    const char *name; /* of its gradient: "dW1", of shared experts "dsW1", of the branch "drW1" */
+    int owner;
+    const char *parameter, *fused; /* "w1", and "w13" where both GLU parts are one */
+    size_t in_problem, in_result;  /* offsets of double pointers; a buffer has no gradient: 0 */
+} layer_tensor;
+
+enum { LAYER_TENSORS = 28 };
+extern const layer_tensor layer_tensors[LAYER_TENSORS];
+
+const double **layer_tensor_input(ref_problem *p, const layer_tensor *t);
+const double *layer_tensor_gradient(const ref_result *r, const layer_tensor *t);
+/* [experts,rows,cols] of a case; vectors have one row. Returns the number of elements. */
+int64_t layer_tensor_shape(const ref_problem *p, const layer_tensor *t, int64_t *experts,
+                           int64_t *rows, int64_t *cols);
+const ref_pool *layer_pool_of(const ref_problem *p, int owner);
 
 /* Numbers of the noise when the library draws it. */
 enum { CASE_SEED = 42, CASE_LAYER = 5, CASE_STREAM = 3, CASE_STEP = 9, CASE_TOKEN_FIRST = 1000 };
@@ -72,7 +109,7 @@ typedef struct bound_memory {
     void *data_each[16], *grad_each[16];
 } bound_memory;
 
-enum { RUN_OPERANDS = 9, RUN_PARAMETERS = 9 };
+enum { RUN_OPERANDS = 10, RUN_PARAMETERS = 28 };
 
 /* The library's objects and results for a case; results are widened to double. */
 typedef struct layer_run {
@@ -80,13 +117,14 @@ typedef struct layer_run {
     int32_t dtype;
     moe_context *context;
     moe_gate *gate;
-    moe_experts *experts;
+    moe_experts *experts, *shared, *residual;
     moe_layer *layer;
     moe_pass *pass;
-    moe_plan *plan;                                          /* replayed */
-    void *x, *gate_x, *logits_in, *noise, *dy, *weight_grad; /* inputs of the dtype */
-    void *y, *dx, *d_gate_x, *d_logits, *entry_grad;         /* outputs of the dtype */
-    double loss_grad[MOE_LOSS_SLOTS];                        /* of the dtype */
+    moe_plan *plan;                                                          /* replayed */
+    void *x, *gate_x, *logits_in, *noise, *noise_primary, *dy, *weight_grad; /* inputs of the
+                                                                                 dtype */
+    void *y, *dx, *d_gate_x, *d_logits, *entry_grad; /* outputs of the dtype */
+    double loss_grad[MOE_LOSS_SLOTS];                /* of the dtype */
     void *moved_x, *moved_gate_x;
     row_operand rows[RUN_OPERANDS];
     bound_memory bound[RUN_PARAMETERS];
@@ -109,6 +147,11 @@ double layer_run_at(const layer_run *r, const void *data, int64_t i);
 void layer_run_set(const layer_run *r, void *data, int64_t i, double value);
 /* Writes double data into the parameters, mapping layout and GLU order. */
 void layer_run_set_parameters(layer_run *r, const ref_problem *p);
+
+/* The slot [T,K] of the reference where an entry of the pass's plan lies. */
+int64_t layer_run_slot(const layer_run *r, const moe_plan_view *v, int64_t t, int64_t n);
+/* The pass's plan. */
+void layer_run_view(const layer_run *r, moe_plan_view *v);
 
 /* Compares everything with the reference; "" or the tensor, the index and both values. */
 const char *layer_run_compare(const layer_run *r, const ref_result *want);

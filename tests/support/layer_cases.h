@@ -6,6 +6,11 @@
 
 #define NOISY MOE_GATE_NOISY_TOP_K
 #define DENSE MOE_GATE_SOFTMAX_DENSE
+#define BALANCED MOE_GATE_BALANCED
+#define TWO_LEVELS MOE_GATE_HIERARCHICAL
+#define EXPERT_CHOICE MOE_GATE_EXPERT_CHOICE
+#define HASH MOE_GATE_HASH
+#define SINKHORN MOE_GATE_SINKHORN
 #define ALL_LOSSES                    \
     {                                 \
         0.1, 0.0, 0.3, 0.2, 0.05, 0.4 \
@@ -13,6 +18,10 @@
 #define NOISY_LOSSES                  \
     {                                 \
         0.1, 0.2, 0.3, 0.2, 0.05, 0.4 \
+    }
+#define BALANCED_LOSSES                    \
+    {                                      \
+        0.1, 0.0, 0.3, 0.2, 0.05, 0.4, 0.3 \
     }
 
 /* clang-format off */
@@ -160,6 +169,159 @@ static const layer_case layer_cases[] = {
      .activation = MOE_ACTIVATION_SWIGLU, .expert_bias = 1, .weight = NOISY_LOSSES},
     {.name = "many experts", .T = 40, .D = 17, .E = 300, .F = 5, .K = 7, .order = 1,
      .renormalize = 1, .weight = ALL_LOSSES},
+    {.name = "selection bias", .T = 19, .D = 8, .E = 7, .F = 5, .K = 3, .score = 1, .order = 1,
+     .renormalize = 1, .renormalize_epsilon = 1e-20, .route_scale = 2.5, .selection_bias = 1,
+     .weight = ALL_LOSSES},
+    {.name = "selection bias, softmax, bound", .T = 19, .D = 8, .E = 7, .F = 5, .K = 3, .order = 1,
+     .selection_bias = 1, .router_bias = 1, .bound = 1, .masked = 1, .weight = ALL_LOSSES},
+    {.name = "selection bias, after selection", .T = 19, .D = 8, .E = 7, .F = 5, .K = 3,
+     .selection_bias = 1, .weight = ALL_LOSSES},
+    {.name = "groups by the best", .T = 19, .D = 8, .E = 12, .F = 5, .K = 3, .order = 1,
+     .expert_groups = 4, .top_groups = 2, .weight = ALL_LOSSES},
+    {.name = "groups by the best two, bias", .T = 19, .D = 8, .E = 12, .F = 5, .K = 4, .score = 1,
+     .order = 1, .renormalize = 1, .route_scale = 2.5, .expert_groups = 4, .top_groups = 2,
+     .group_score = 2, .selection_bias = 1, .groups = 3, .weight = ALL_LOSSES},
+    {.name = "groups of one, all of a group", .T = 19, .D = 8, .E = 6, .F = 5, .K = 3,
+     .expert_groups = 2, .top_groups = 1, .group_score = 3, .weight = ALL_LOSSES},
+    {.name = "hash", .T = 21, .D = 8, .E = 7, .F = 5, .K = 3, .kind = HASH, .order = 1,
+     .weight = ALL_LOSSES},
+    {.name = "hash, capacity, mask", .T = 21, .D = 8, .E = 7, .F = 5, .K = 2, .kind = HASH,
+     .masked = 1, .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 4, .drop_policy = 2,
+     .weight = ALL_LOSSES},
+    {.name = "hash, the gate alone, all experts", .T = 9, .D = 8, .E = 5, .F = 1, .K = 5,
+     .kind = HASH, .no_experts = 1, .score = 1, .renormalize = 1, .weight = ALL_LOSSES},
+    {.name = "balanced", .T = 24, .D = 8, .E = 6, .F = 5, .K = 2, .kind = BALANCED,
+     .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 8, .thresholds = 1,
+     .weight = BALANCED_LOSSES},
+    {.name = "balanced, by thresholds", .T = 24, .D = 8, .E = 6, .F = 5, .K = 2, .kind = BALANCED,
+     .eval = 1, .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 8, .thresholds = 1,
+     .weight = BALANCED_LOSSES},
+    {.name = "balanced, groups, mask, bound", .T = 29, .D = 8, .E = 6, .F = 5, .K = 2,
+     .kind = BALANCED, .groups = 3, .masked = 1, .bound = 1, .loss_factors = 1,
+     .capacity_kind = MOE_CAPACITY_FACTOR, .capacity_factor = 1, .thresholds = 1,
+     .route_scale = 1.5, .weight = BALANCED_LOSSES},
+    {.name = "balanced, nothing taken", .T = 9, .D = 8, .E = 6, .F = 5, .K = 2, .kind = BALANCED,
+     .capacity_kind = MOE_CAPACITY_NUMBER, .thresholds = 1, .weight = BALANCED_LOSSES},
+    {.name = "balanced, everything taken", .T = 9, .D = 8, .E = 6, .F = 5, .K = 2,
+     .kind = BALANCED, .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 50,
+     .weight = BALANCED_LOSSES},
+    {.name = "balanced, no tokens", .T = 0, .D = 8, .E = 6, .F = 5, .K = 2, .kind = BALANCED,
+     .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 3, .weight = BALANCED_LOSSES},
+    {.name = "balanced, the gate alone", .T = 24, .D = 8, .E = 6, .F = 1, .K = 2, .gate_D = 5,
+     .kind = BALANCED, .no_experts = 1, .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 7,
+     .thresholds = 1, .weight = BALANCED_LOSSES},
+    {.name = "expert choice", .T = 24, .D = 8, .E = 6, .F = 5, .K = 2, .kind = EXPERT_CHOICE,
+     .capacity_kind = MOE_CAPACITY_FACTOR, .capacity_factor = 1, .weight = ALL_LOSSES},
+    {.name = "expert choice, sigmoid, renormalised", .T = 24, .D = 8, .E = 6, .F = 5, .K = 2,
+     .kind = EXPERT_CHOICE, .score = 1, .renormalize = 1, .renormalize_epsilon = 0.01,
+     .groups = 3, .masked = 1, .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 4,
+     .activation = MOE_ACTIVATION_SWIGLU, .weight = ALL_LOSSES},
+    {.name = "expert choice, host's logits, alone", .T = 24, .D = 8, .E = 6, .F = 1, .K = 2,
+     .kind = EXPERT_CHOICE, .logits_in = 1, .no_experts = 1, .strided = 1,
+     .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 5, .weight = ALL_LOSSES},
+    {.name = "expert choice, pass-through", .T = 24, .D = 8, .E = 6, .F = 5, .K = 1,
+     .kind = EXPERT_CHOICE, .dropped = MOE_DROPPED_PASS_THROUGH,
+     .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 2, .per_call = 1, .weight = ALL_LOSSES},
+    {.name = "two levels", .T = 25, .D = 8, .E = 12, .F = 5, .K = 2, .kind = TWO_LEVELS,
+     .expert_groups = 4, .top_groups = 2, .weight = {0.1, 0.2}},
+    {.name = "two levels, one expert of one group", .T = 25, .D = 8, .E = 12, .F = 5, .K = 1,
+     .kind = TWO_LEVELS, .expert_groups = 3, .top_groups = 1, .cv_ddof = 1, .weight = {0.1, 0.2}},
+    {.name = "two levels, all", .T = 15, .D = 8, .E = 6, .F = 5, .K = 2, .kind = TWO_LEVELS,
+     .expert_groups = 3, .top_groups = 3, .weight = {0.1, 0.2}},
+    {.name = "two levels, evaluation", .T = 25, .D = 8, .E = 12, .F = 5, .K = 2,
+     .kind = TWO_LEVELS, .expert_groups = 4, .top_groups = 2, .eval = 1, .weight = {0.1, 0.2}},
+    {.name = "two levels, groups, mask, dropped", .T = 33, .D = 8, .E = 12, .F = 5, .K = 2,
+     .gate_D = 6, .kind = TWO_LEVELS, .expert_groups = 4, .top_groups = 2, .groups = 3,
+     .masked = 1, .bound = 1, .strided = 1, .route_scale = 1.5, .drop_policy = 3,
+     .capacity_kind = MOE_CAPACITY_FACTOR, .capacity_factor = 0.7, .renormalize_after_drop = 1,
+     .loss_factors = 1, .weight = {0.1, 0.2}},
+    {.name = "two levels, few tokens", .T = 2, .D = 8, .E = 20, .F = 5, .K = 2,
+     .kind = TWO_LEVELS, .expert_groups = 5, .top_groups = 2, .weight = {0.1, 0.2}},
+    {.name = "two levels, no tokens", .T = 0, .D = 8, .E = 12, .F = 5, .K = 2,
+     .kind = TWO_LEVELS, .expert_groups = 4, .top_groups = 2, .weight = {0.1, 0.2}},
+    {.name = "two levels, the gate alone", .T = 15, .D = 8, .E = 12, .F = 1, .K = 2,
+     .kind = TWO_LEVELS, .expert_groups = 4, .top_groups = 2, .no_experts = 1, .split = 1,
+     .weight = {0.1, 0.2}},
+    {.name = "sinkhorn", .T = 25, .D = 8, .E = 6, .F = 5, .K = 1, .kind = SINKHORN, .score = 1,
+     .weight = ALL_LOSSES},
+    {.name = "sinkhorn, groups, few rounds", .T = 40, .D = 8, .E = 6, .F = 5, .K = 2,
+     .kind = SINKHORN, .groups = 2, .sinkhorn_iterations = 3, .masked = 1, .order = 1,
+     .weight = ALL_LOSSES},
+    {.name = "sinkhorn, evaluation", .T = 25, .D = 8, .E = 6, .F = 5, .K = 2, .kind = SINKHORN,
+     .eval = 1, .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 5, .weight = ALL_LOSSES},
+    {.name = "by choice", .T = 30, .D = 8, .E = 6, .F = 5, .K = 3, .drop_policy = 1, .groups = 2,
+     .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 5, .weight = ALL_LOSSES},
+    {.name = "by priority", .T = 30, .D = 8, .E = 6, .F = 5, .K = 3, .drop_policy = 2,
+     .groups = 2, .masked = 1, .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 5,
+     .weight = ALL_LOSSES},
+    {.name = "by priority, sigmoid, noisy", .T = 30, .D = 8, .E = 6, .F = 5, .K = 3,
+     .kind = NOISY, .drop_policy = 2, .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 9,
+     .renormalize_after_drop = 1, .weight = NOISY_LOSSES},
+    {.name = "by score", .T = 30, .D = 8, .E = 6, .F = 5, .K = 3, .order = 1, .drop_policy = 3,
+     .groups = 2, .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 5, .weight = ALL_LOSSES},
+    {.name = "by score, dense", .T = 20, .D = 8, .E = 6, .F = 5, .kind = DENSE, .drop_policy = 3,
+     .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 7, .renormalize_after_drop = 1,
+     .weight = ALL_LOSSES},
+    {.name = "plan by score", .T = 17, .D = 6, .E = 7, .F = 5, .K = 3, .replay = 2,
+     .drop_policy = 3, .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 4},
+    {.name = "first choices only", .T = 20, .D = 8, .E = 6, .F = 5, .K = 3, .second_choice = 1,
+     .weight = ALL_LOSSES},
+    {.name = "second choices by threshold", .T = 30, .D = 8, .E = 6, .F = 5, .K = 3, .order = 1,
+     .second_choice = 2, .second_threshold = 0.2, .drop_policy = 1,
+     .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 6, .renormalize_after_drop = 1,
+     .weight = ALL_LOSSES},
+    {.name = "divided by no less than a minimum", .T = 20, .D = 8, .E = 6, .F = 5, .K = 2,
+     .order = 1, .renormalize = 1, .renormalize_minimum = 0.6, .weight = ALL_LOSSES},
+    {.name = "a minimum after the drop", .T = 30, .D = 8, .E = 6, .F = 5, .K = 2, .order = 1,
+     .renormalize_after_drop = 1, .renormalize_minimum = 0.4,
+     .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 6, .weight = ALL_LOSSES},
+    {.name = "losses by group", .T = 30, .D = 8, .E = 6, .F = 5, .K = 2, .order = 1, .groups = 4,
+     .masked = 1, .loss_by_group = 1, .loss_factors = 1, .weight = ALL_LOSSES},
+    {.name = "capacity per choice", .T = 31, .D = 8, .E = 6, .F = 5, .K = 2, .groups = 2,
+     .capacity_kind = MOE_CAPACITY_FACTOR, .capacity_factor = 0.8, .capacity_rounding = 3,
+     .weight = ALL_LOSSES},
+    {.name = "capacity of tokens up, multiple", .T = 31, .D = 8, .E = 6, .F = 5, .K = 2,
+     .capacity_kind = MOE_CAPACITY_FACTOR, .capacity_factor = 0.6, .capacity_rounding = 4,
+     .capacity_multiple = 4, .weight = ALL_LOSSES},
+    {.name = "capacity in evaluation", .T = 31, .D = 8, .E = 6, .F = 5, .K = 2, .eval = 1,
+     .capacity_kind = MOE_CAPACITY_FACTOR, .capacity_factor = 2, .capacity_factor_eval = 0.7,
+     .weight = ALL_LOSSES},
+    {.name = "shared experts", .T = 17, .D = 8, .E = 6, .F = 5, .K = 2, .O = 4, .shared = 2,
+     .branch_activation = MOE_ACTIVATION_SWIGLU, .expert_bias = 1, .layout = 1,
+     .weight = ALL_LOSSES},
+    {.name = "a shared expert with a gate", .T = 17, .D = 8, .E = 6, .F = 5, .K = 2, .order = 1,
+     .renormalize = 1, .shared = 1, .shared_gate = 1, .masked = 1, .groups = 2, .bound = 1,
+     .branch_activation = MOE_ACTIVATION_GEGLU_TANH, .glu_order = MOE_GLU_INTERLEAVED},
+    {.name = "a residual branch", .T = 17, .D = 8, .E = 6, .F = 5, .K = 2, .O = 3, .residual = 1,
+     .branch_activation = MOE_ACTIVATION_GELU_TANH, .expert_bias = 1,
+     .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 3, .weight = ALL_LOSSES},
+    {.name = "a mixed residual branch", .T = 17, .D = 8, .E = 6, .F = 5, .K = 2, .residual = 1,
+     .residual_mix = 1, .masked = 1, .bound = 2, .expert_bias = 1, .strided = 1,
+     .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 3, .weight = ALL_LOSSES},
+    {.name = "both branches, both gates, sigmoid", .T = 17, .D = 8, .E = 6, .F = 5, .K = 2,
+     .kind = NOISY, .shared = 3, .shared_gate = 1, .residual = 1, .residual_mix = 1,
+     .layer_sigmoid = 1, .moved = 1, .branch_activation = MOE_ACTIVATION_SILU, .masked = 1,
+     .weight = NOISY_LOSSES},
+    {.name = "branches of a layer without gate", .T = 17, .D = 6, .E = 7, .F = 5, .K = 3,
+     .replay = 2, .no_gate = 1, .shared = 1, .shared_gate = 1, .residual = 1, .residual_mix = 1,
+     .branch_activation = MOE_ACTIVATION_REGLU},
+    {.name = "pass-through with branches", .T = 25, .D = 8, .E = 6, .F = 5, .K = 1, .shared = 1,
+     .residual = 1, .dropped = MOE_DROPPED_PASS_THROUGH, .masked = 1,
+     .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 2, .weight = ALL_LOSSES},
+    {.name = "untouched", .T = 25, .D = 8, .E = 6, .F = 5, .K = 1, .O = 3,
+     .dropped = MOE_DROPPED_UNTOUCHED, .masked = 1, .capacity_kind = MOE_CAPACITY_NUMBER,
+     .capacity = 2, .weight = ALL_LOSSES},
+    {.name = "weight on hidden", .T = 17, .D = 8, .E = 6, .F = 5, .K = 2, .position = 1,
+     .expert_bias = 1, .activation = MOE_ACTIVATION_GEGLU_ERF, .weight = ALL_LOSSES},
+    {.name = "weight on input, dropped", .T = 25, .D = 8, .E = 6, .F = 5, .K = 2, .position = 2,
+     .order = 1, .expert_bias = 1, .expert_sigmoid = 1, .renormalize_after_drop = 1,
+     .capacity_kind = MOE_CAPACITY_NUMBER, .capacity = 5, .weight = ALL_LOSSES},
+    {.name = "weight on input, sigmoid, shared", .T = 17, .D = 8, .E = 6, .F = 5, .K = 1,
+     .position = 2, .score = 1, .order = 1, .shared = 1, .activation = MOE_ACTIVATION_SWIGLU,
+     .branch_activation = MOE_ACTIVATION_SWIGLU, .weight = ALL_LOSSES},
+    {.name = "clamped swiglu", .T = 17, .D = 8, .E = 6, .F = 5, .K = 2, .expert_bias = 1,
+     .activation = MOE_ACTIVATION_SWIGLU, .glu_order = MOE_GLU_INTERLEAVED, .alpha = 1.702,
+     .limit = 0.7, .offset = 1, .layout = 1, .weight = ALL_LOSSES},
 };
 /* clang-format on */
 
@@ -169,5 +331,11 @@ enum { LAYER_CASES = sizeof layer_cases / sizeof *layer_cases };
 #undef DENSE
 #undef ALL_LOSSES
 #undef NOISY_LOSSES
+#undef BALANCED_LOSSES
+#undef BALANCED
+#undef TWO_LEVELS
+#undef EXPERT_CHOICE
+#undef HASH
+#undef SINKHORN
 
 #endif

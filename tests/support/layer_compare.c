@@ -29,7 +29,7 @@ static const allowance allowances[] = {
     {"", 3e-5, 1e-11, 2e-7, 1e-12, 2e-4}, /* every gradient */
 };
 
-static char failure[768];
+static char failure[1024];
 
 static const allowance *allowance_of(const char *name)
 {
@@ -55,7 +55,7 @@ static int differs(const layer_run *r, const char *name, const double *got, cons
     for (int64_t i = 0; i < count; i++) {
         if (got[i] == want[i] || (isnan(got[i]) && isnan(want[i]))) continue;
         if (fabs(got[i] - want[i]) <= allowed(r, name, largest)) continue;
-        char text[512];
+        char text[768];
         layer_case_print(r->c, text, sizeof text);
         (void)snprintf(failure, sizeof failure,
                        "%s: %s[%lld] is %.17g, want %.17g (largest %.3g), dtype %d", text, name,
@@ -76,45 +76,91 @@ static int output_differs(const layer_run *r, const char *name, const void *got,
     return result;
 }
 
-static int gradient_differs(const layer_run *r, const char *name, const double *want)
+static int gradient_differs(const layer_run *r, const layer_tensor *t, const ref_result *want)
 {
-    int64_t count, each;
-    double *got = layer_run_gradient(r, name, &count);
-    each = count / r->c->E;
-    for (int64_t i = each;
-         i < 2 * each && r->c->E > 1 && r->c->bound == 2 && name[2] != 'g' && name[2] != 'n'; i++) {
+    int64_t count, experts, rows, cols;
+    double *got = layer_run_gradient(r, t->name, &count);
+    const double *expected = layer_tensor_gradient(want, t);
+    int of_pool = t->owner != OF_GATE && t->owner != OF_LAYER;
+    (void)layer_tensor_shape(&r->c->p, t, &experts, &rows, &cols);
+    for (int64_t i = rows * cols; i < 2 * rows * cols && i < count && r->c->bound == 2 && of_pool;
+         i++) {
         ck_assert(isnan(got[i])); /* expert 1 has none */
-        got[i] = want[i];
+        got[i] = expected[i];
     }
-    int result = differs(r, name, got, want, count);
+    int result = differs(r, t->name, got, expected, count);
     free(got);
+    return result;
+}
+
+static int entry_differs(const layer_run *r, const char *what, int64_t t, int64_t n, int64_t got,
+                         int64_t want)
+{
+    char text[768];
+    if (got == want) return 0;
+    layer_case_print(r->c, text, sizeof text);
+    (void)snprintf(failure, sizeof failure, "%s: %s of token %lld's entry %lld is %lld, want %lld",
+                   text, what, (long long)t, (long long)n, (long long)got, (long long)want);
+    return 1;
+}
+
+/* Experts, rows and slots of one token's entries. */
+static int token_differs(const layer_run *r, const ref_result *want, const moe_plan_view *v,
+                         int64_t t)
+{
+    const ref_problem *p = &r->c->p;
+    int64_t entries = 0, got = v->token_begin[t + 1] - v->token_begin[t];
+    int masked = p->mask && !p->mask[t];
+    for (int64_t k = 0; k < p->K; k++) entries += want->ids[t * p->K + k] >= 0;
+    if (entry_differs(r, "number", t, -1, got, layer_case_varies(r->c) ? entries : p->K)) return 1;
+    for (int64_t n = v->token_begin[t]; n < v->token_begin[t + 1]; n++) {
+        int64_t slot = layer_run_slot(r, v, t, n), k = n - v->token_begin[t];
+        if (!(masked && r->plan) &&
+            entry_differs(r, "expert", t, k, v->expert_of_entry[n], want->ids[slot]))
+            return 1;
+        if (entry_differs(r, "row (1) or none (0)", t, k, v->row_of_entry[n] >= 0,
+                          want->keep[slot]) ||
+            entry_differs(r, "slot", t, k, v->slot_of_entry[n], want->slot[slot]))
+            return 1;
+    }
+    return 0;
+}
+
+/* An array in order of entry against one [T,K]. */
+static int entries_differ(const layer_run *r, const char *name, const void *got, const double *want)
+{
+    moe_plan_view v;
+    layer_run_view(r, &v);
+    double *wide = calloc((size_t)v.entries + 1, sizeof *wide);
+    double *expected = calloc((size_t)v.entries + 1, sizeof *expected);
+    ck_assert(wide && expected);
+    for (int64_t t = 0; t < v.tokens; t++)
+        for (int64_t n = v.token_begin[t]; n < v.token_begin[t + 1]; n++) {
+            wide[n] = layer_run_at(r, got, n);
+            expected[n] = want[layer_run_slot(r, &v, t, n)];
+        }
+    int result = differs(r, name, wide, expected, v.entries);
+    free(wide), free(expected);
     return result;
 }
 
 static int plan_differs(const layer_run *r, const ref_result *want)
 {
-    const ref_problem *p = &r->c->p;
-    const moe_plan *plan;
     moe_plan_view v;
-    MUST(moe_pass_plan(r->pass, &plan));
-    MUST(moe_plan_check(plan));
-    MUST(moe_plan_view_init(&v, sizeof v));
-    MUST(moe_plan_get(plan, &v));
-    ck_assert_int_eq(v.entries, p->T * p->K);
-    for (int64_t n = 0; n < v.entries; n++) {
-        int masked = p->mask && !p->mask[n / p->K];
-        if ((v.expert_of_entry[n] == want->ids[n] || (masked && r->plan)) &&
-            (v.row_of_entry[n] >= 0) == want->keep[n])
-            continue;
-        char text[512];
-        layer_case_print(r->c, text, sizeof text);
-        (void)snprintf(failure, sizeof failure,
-                       "%s: entry %lld is expert %d row %lld, want %d keep %d", text, (long long)n,
-                       (int)v.expert_of_entry[n], (long long)v.row_of_entry[n], (int)want->ids[n],
-                       want->keep[n]);
-        return 1;
-    }
-    return output_differs(r, "weights", v.weight_of_entry, want->w, v.entries);
+    layer_run_view(r, &v);
+    for (int64_t t = 0; t < v.tokens; t++)
+        if (token_differs(r, want, &v, t)) return 1;
+    return entries_differ(r, "weights", v.weight_of_entry, want->w);
+}
+
+/* The load of a hierarchical gate's groups. */
+static int primary_differs(const layer_run *r, const ref_result *want)
+{
+    moe_tensor_view v;
+    if (r->c->kind != MOE_GATE_HIERARCHICAL || r->c->replay == 2) return 0;
+    MUST(moe_tensor_view_init(&v, sizeof v));
+    MUST(moe_pass_tensor(r->pass, MOE_TENSOR_PRIMARY_LOAD, &v));
+    return differs(r, "load", v.data, want->levels.load1, r->c->expert_groups);
 }
 
 static int counts_differ(const layer_run *r, const ref_result *want)
@@ -154,7 +200,7 @@ static int sums_differ(const layer_run *r, const ref_result *want)
     if (r->c->replay == 2 && (r->c->p.capacity >= 0 || r->c->renormalize_after_drop)) return 0;
     return counts_differ(r, want) ||
            differs(r, "importance", importance.data, want->importance, r->c->E) ||
-           differs(r, "load", load.data, want->load, r->c->E) ||
+           differs(r, "load", load.data, want->load, r->c->E) || primary_differs(r, want) ||
            differs(r, "stats", stats.value, want->stats, REF_STATS);
 }
 
@@ -177,22 +223,17 @@ static int inputs_differ(const layer_run *r, const ref_result *want)
 
 static int parameters_differ(const layer_run *r, const ref_result *want)
 {
-    if (r->gate && (gradient_differs(r, "dWg", want->dWg) ||
-                    gradient_differs(r, "dbg", want->dbg) || gradient_differs(r, "dWn", want->dWn)))
-        return 1;
-    return r->experts &&
-           (gradient_differs(r, "dW1", want->dW1) || gradient_differs(r, "db1", want->db1) ||
-            gradient_differs(r, "dW3", want->dW3) || gradient_differs(r, "db3", want->db3) ||
-            gradient_differs(r, "dW2", want->dW2) || gradient_differs(r, "db2", want->db2));
+    for (int k = 0; k < LAYER_TENSORS; k++)
+        if (layer_tensors[k].in_result && gradient_differs(r, &layer_tensors[k], want)) return 1;
+    return 0;
 }
 
 const char *layer_run_compare(const layer_run *r, const ref_result *want)
 {
     const ref_problem *p = &r->c->p;
     if (plan_differs(r, want) || sums_differ(r, want)) return failure;
-    if (r->experts &&
-        (output_differs(r, "y", r->y, want->y, p->T * p->O) ||
-         output_differs(r, "entry_weight_grad", r->entry_grad, want->d_w, p->T * p->K)))
+    if (r->experts && (output_differs(r, "y", r->y, want->y, p->T * p->O) ||
+                       entries_differ(r, "entry_weight_grad", r->entry_grad, want->d_w)))
         return failure;
     if (inputs_differ(r, want) || parameters_differ(r, want)) return failure;
     return layer_run_check_gaps(r);

@@ -4,60 +4,127 @@
 
 #include <check.h>
 #include <math.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { PATTERN = 0x5a };
 
-/* A tensor of the reference: [E,rows,cols] of a pool, or [rows,cols] of a gate (experts = 1). */
+/* ---- the reference's tensors ----------------------------------------------------------------- */
+
+#define TENSOR(name, owner, parameter, fused, input, gradient)       \
+    {                                                                \
+        name, owner, parameter, fused, offsetof(ref_problem, input), \
+            offsetof(ref_result, gradient)                           \
+    }
+#define POOL(prefix, owner, pool)                                       \
+    TENSOR("d" prefix "W1", owner, "w1", "w13", pool.W1, pool.dW1),     \
+        TENSOR("d" prefix "b1", owner, "b1", "b13", pool.b1, pool.db1), \
+        TENSOR("d" prefix "W3", owner, "w3", "w13", pool.W3, pool.dW3), \
+        TENSOR("d" prefix "b3", owner, "b3", "b13", pool.b3, pool.db3), \
+        TENSOR("d" prefix "W2", owner, "w2", NULL, pool.W2, pool.dW2),  \
+        TENSOR("d" prefix "b2", owner, "b2", NULL, pool.b2, pool.db2)
+
+const layer_tensor layer_tensors[LAYER_TENSORS] = {
+    TENSOR("dWg", OF_GATE, "weight", NULL, Wg, dWg),
+    TENSOR("dbg", OF_GATE, "bias", NULL, bg, dbg),
+    TENSOR("dWn", OF_GATE, "noise_weight", NULL, Wn, dWn),
+    TENSOR("dWp", OF_GATE, "primary_weight", NULL, Wp, dWp),
+    TENSOR("dWq", OF_GATE, "primary_noise_weight", NULL, Wq, dWq),
+    TENSOR("d_threshold", OF_GATE, "threshold", NULL, threshold, d_threshold),
+    {"selection bias", OF_GATE, "selection_bias", NULL, offsetof(ref_problem, selection_bias), 0},
+    POOL("", OF_ROUTED, routed),
+    POOL("s", OF_SHARED, shared),
+    POOL("r", OF_RESIDUAL, residual),
+    TENSOR("dws", OF_LAYER, "shared_gate", NULL, ws, dws),
+    TENSOR("dWc", OF_LAYER, "residual_mix", NULL, Wc, dWc),
+    TENSOR("dbc", OF_LAYER, "residual_mix_bias", NULL, bc, dbc)};
+
+const double **layer_tensor_input(ref_problem *p, const layer_tensor *t)
+{
+    return (const double **)(void *)((char *)p + t->in_problem);
+}
+
+const double *layer_tensor_gradient(const ref_result *r, const layer_tensor *t)
+{
+    return *(double *const *)(const void *)((const char *)r + t->in_result);
+}
+
+const ref_pool *layer_pool_of(const ref_problem *p, int owner)
+{
+    return owner == OF_SHARED ? &p->shared : owner == OF_RESIDUAL ? &p->residual : &p->routed;
+}
+
+int64_t layer_tensor_shape(const ref_problem *p, const layer_tensor *t, int64_t *experts,
+                           int64_t *rows, int64_t *cols)
+{
+    const char *name = t->parameter;
+    const ref_pool *q = layer_pool_of(p, t->owner);
+    int two = p->kind == MOE_GATE_HIERARCHICAL;
+    *experts = *rows = 1;
+    if (t->owner == OF_LAYER) {
+        *rows = strcmp(name, "residual_mix") == 0 ? p->D : 1;
+        *cols = strcmp(name, "shared_gate") == 0 ? p->D : 2;
+    } else if (t->owner == OF_GATE) {
+        *cols = p->E;
+        if (strstr(name, "weight")) *rows = p->gate_D;
+        if (strstr(name, "primary")) *cols = p->expert_groups;
+        if (two && *cols == p->E && *rows == p->gate_D && !strstr(name, "primary"))
+            *experts = p->expert_groups, *cols = p->E / p->expert_groups;
+    } else {
+        *experts = q->E;
+        *cols = name[1] == '2' ? p->O : q->F;
+        if (name[0] == 'w') *rows = name[1] == '2' ? q->F : p->D;
+    }
+    return *experts * *rows * *cols;
+}
+
+/* ---- where they are -------------------------------------------------------------------------- */
+
+/* Objects by owner; NULL where the run has none. */
+static moe_experts *pool_of(const layer_run *r, int owner)
+{
+    return owner == OF_ROUTED ? r->experts : owner == OF_SHARED ? r->shared : r->residual;
+}
+
+static int64_t find(const layer_run *r, int owner, const char *name)
+{
+    if (owner == OF_GATE) return moe_gate_parameter_find(r->gate, name);
+    if (owner == OF_LAYER) return moe_layer_parameter_find(r->layer, name);
+    return moe_experts_parameter_find(pool_of(r, owner), name);
+}
+
+static void describe(const layer_run *r, int owner, int64_t index, moe_parameter_record *record)
+{
+    MUST(moe_parameter_record_init(record, sizeof *record));
+    MUST(owner == OF_GATE    ? moe_gate_parameter(r->gate, index, record)
+         : owner == OF_LAYER ? moe_layer_parameter(r->layer, index, record)
+                             : moe_experts_parameter(pool_of(r, owner), index, record));
+}
+
+/* A tensor of the reference in a parameter's record. */
 typedef struct place {
     moe_parameter_record record;
-    int found, out_in;
+    int found, out_in, by_expert;
     int64_t experts, rows, cols, first, step;
 } place;
 
-static void find_parameter(const layer_run *r, const char *name, moe_parameter_record *record,
-                           int *found)
+static place place_of(const layer_run *r, const layer_tensor *t)
 {
-    int64_t of_gate = moe_gate_parameter_find(r->gate, name);
-    int64_t of_pool = moe_experts_parameter_find(r->experts, name);
-    MUST(moe_parameter_record_init(record, sizeof *record));
-    *found = of_gate >= 0 || of_pool >= 0;
-    if (of_gate >= 0) MUST(moe_gate_parameter(r->gate, of_gate, record));
-    if (of_pool >= 0) MUST(moe_experts_parameter(r->experts, of_pool, record));
-}
-
-static place pool_place(const layer_run *r, const char *name, const char *fused, int up,
-                        int64_t rows, int64_t cols, int is_bias)
-{
-    place p = {.experts = r->c->E, .rows = rows, .cols = cols, .step = 1};
-    find_parameter(r, name, &p.record, &p.found);
-    p.out_in = r->c->layout == MOE_WEIGHT_OUT_IN && !is_bias;
-    if (p.found || !fused) return p;
-    find_parameter(r, fused, &p.record, &p.found);
-    if (r->c->glu_order == MOE_GLU_INTERLEAVED) p.step = 2, p.first = up;
-    if (r->c->glu_order == MOE_GLU_GATE_UP) p.first = up ? cols : 0;
-    if (r->c->glu_order == MOE_GLU_UP_GATE) p.first = up ? 0 : cols;
-    return p;
-}
-
-static place place_of(const layer_run *r, const char *name)
-{
-    const layer_case *c = r->c;
-    place p = {.experts = 1, .rows = c->p.gate_D, .cols = c->E, .step = 1};
-    if (strcmp(name, "dW1") == 0) return pool_place(r, "w1", "w13", 0, c->D, c->F, 0);
-    if (strcmp(name, "dW3") == 0) return pool_place(r, "w3", "w13", 1, c->D, c->F, 0);
-    if (strcmp(name, "dW2") == 0) return pool_place(r, "w2", NULL, 0, c->F, c->p.O, 0);
-    if (strcmp(name, "db1") == 0) return pool_place(r, "b1", "b13", 0, 1, c->F, 1);
-    if (strcmp(name, "db3") == 0) return pool_place(r, "b3", "b13", 1, 1, c->F, 1);
-    if (strcmp(name, "db2") == 0) return pool_place(r, "b2", NULL, 0, 1, c->p.O, 1);
-    if (strcmp(name, "dbg") == 0) p.rows = 1;
-    find_parameter(r,
-                   strcmp(name, "dWg") == 0   ? "weight"
-                   : strcmp(name, "dbg") == 0 ? "bias"
-                                              : "noise_weight",
-                   &p.record, &p.found);
+    place p = {.step = 1, .by_expert = t->owner != OF_GATE && t->owner != OF_LAYER};
+    int64_t index = find(r, t->owner, t->parameter);
+    int up = t->parameter[1] == '3', glu_order = r->c->glu_order;
+    (void)layer_tensor_shape(&r->c->p, t, &p.experts, &p.rows, &p.cols);
+    p.out_in = p.by_expert && t->parameter[0] == 'w' && r->c->layout == MOE_WEIGHT_OUT_IN;
+    if (index < 0 && t->fused) {
+        index = find(r, t->owner, t->fused);
+        if (glu_order == MOE_GLU_INTERLEAVED) p.step = 2, p.first = up;
+        if (glu_order == MOE_GLU_GATE_UP) p.first = up ? p.cols : 0;
+        if (glu_order == MOE_GLU_UP_GATE) p.first = up ? 0 : p.cols;
+    }
+    p.found = index >= 0;
+    if (p.found) describe(r, t->owner, index, &p.record);
     return p;
 }
 
@@ -73,7 +140,7 @@ static char *element_of(const layer_run *r, const place *p, int gradient, int64_
     if (!base) return NULL;
     if (record->dims == 1)
         at = column * s[0];
-    else if (record->sharding == MOE_SHARD_REPLICATED)
+    else if (record->dims == 2 && !p->by_expert)
         at = i * s[0] + column * s[1];
     else if (record->dims == 2)
         at += column * s[1];
@@ -82,28 +149,26 @@ static char *element_of(const layer_run *r, const place *p, int gradient, int64_
     return base + at * (int64_t)layer_run_element(r);
 }
 
-static void set_parameter(layer_run *r, const char *name, const double *from)
-{
-    place p = place_of(r, name);
-    if (!p.found) return;
-    ck_assert_ptr_nonnull(from);
-    for (int64_t e = 0; e < p.experts; e++)
-        for (int64_t i = 0; i < p.rows; i++)
-            for (int64_t j = 0; j < p.cols; j++)
-                layer_run_set(r, element_of(r, &p, 0, e, i, j), 0,
-                              from[(e * p.rows + i) * p.cols + j]);
-}
-
 void layer_run_set_parameters(layer_run *r, const ref_problem *p)
 {
-    set_parameter(r, "dWg", p->Wg), set_parameter(r, "dbg", p->bg), set_parameter(r, "dWn", p->Wn);
-    set_parameter(r, "dW1", p->W1), set_parameter(r, "dW3", p->W3), set_parameter(r, "dW2", p->W2);
-    set_parameter(r, "db1", p->b1), set_parameter(r, "db3", p->b3), set_parameter(r, "db2", p->b2);
+    for (int k = 0; k < LAYER_TENSORS; k++) {
+        place at = place_of(r, &layer_tensors[k]);
+        const double *from = *layer_tensor_input((ref_problem *)(uintptr_t)p, &layer_tensors[k]);
+        if (!at.found) continue;
+        ck_assert_ptr_nonnull(from);
+        for (int64_t e = 0; e < at.experts; e++)
+            for (int64_t i = 0; i < at.rows; i++)
+                for (int64_t j = 0; j < at.cols; j++)
+                    layer_run_set(r, element_of(r, &at, 0, e, i, j), 0,
+                                  from[(e * at.rows + i) * at.cols + j]);
+    }
 }
 
 double *layer_run_gradient(const layer_run *r, const char *name, int64_t *count)
 {
-    place p = place_of(r, name);
+    const layer_tensor *t = layer_tensors;
+    while (strcmp(t->name, name) != 0) ck_assert_ptr_ne(++t, layer_tensors + LAYER_TENSORS);
+    place p = place_of(r, t);
     *count = p.found ? p.experts * p.rows * p.cols : 0;
     double *to = calloc((size_t)*count + 1, sizeof *to);
     ck_assert_ptr_nonnull(to);
@@ -117,8 +182,6 @@ double *layer_run_gradient(const layer_run *r, const char *name, int64_t *count)
 
 uint64_t layer_run_hash(const layer_run *r)
 {
-    static const char *const names[] = {"dWg", "dbg", "dWn", "dW1", "db1",
-                                        "dW3", "db3", "dW2", "db2"};
     const ref_problem *p = &r->c->p;
     const void *outputs[] = {r->y, r->dx, r->d_gate_x, r->d_logits};
     const int64_t counts[] = {p->T * p->O, p->T * p->D, p->T * p->gate_D, p->T * p->E};
@@ -126,9 +189,9 @@ uint64_t layer_run_hash(const layer_run *r)
     for (int i = 0; i < 4; i++)
         for (size_t b = 0; b < (size_t)counts[i] * layer_run_element(r); b++)
             hash = (hash ^ ((const unsigned char *)outputs[i])[b]) * 0x100000001b3u;
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+    for (int i = 0; i < LAYER_TENSORS; i++) {
         int64_t count;
-        double *gradient = layer_run_gradient(r, names[i], &count);
+        double *gradient = layer_run_gradient(r, layer_tensors[i].name, &count);
         for (size_t b = 0; b < (size_t)count * sizeof *gradient; b++)
             hash = (hash ^ ((const unsigned char *)gradient)[b]) * 0x100000001b3u;
         free(gradient);
@@ -175,6 +238,7 @@ static void bind_strided(layer_run *r, const moe_parameter_record *record, bound
     m->data_count = odd_strides(record->shape, record->dims, 0, b->data_stride, &first);
     m->data = patterned(r, m->data_count);
     b->data = m->data + first * element;
+    if (!record->trainable) return;
     m->grad_count = odd_strides(record->shape, record->dims, 1, b->grad_stride, &first);
     m->grad = patterned(r, m->grad_count);
     b->grad = m->grad + first * element;
@@ -194,29 +258,41 @@ static void bind_each(layer_run *r, const moe_parameter_record *record, bound_me
     b->grad_per_expert = m->grad_each;
 }
 
-static void bind_one(layer_run *r, int of_gate, int64_t index, bound_memory *m)
+/* The parameter of a tensor that the run has memory for by itself: not the second half of a fused
+ * one. Returns its index, or -1. */
+static int64_t index_of(const layer_run *r, const layer_tensor *t)
+{
+    int64_t index = find(r, t->owner, t->parameter);
+    return index >= 0 || !t->fused || t->parameter[1] == '3' ? index : find(r, t->owner, t->fused);
+}
+
+static void bind_one(layer_run *r, const layer_tensor *t, int64_t index, bound_memory *m)
 {
     moe_parameter_record record;
     moe_binding b;
-    MUST(moe_parameter_record_init(&record, sizeof record));
-    MUST(of_gate ? moe_gate_parameter(r->gate, index, &record)
-                 : moe_experts_parameter(r->experts, index, &record));
+    int of_pool = t->owner != OF_GATE && t->owner != OF_LAYER;
+    describe(r, t->owner, index, &record);
     MUST(moe_binding_init(&b, sizeof b));
     b.data_dtype = b.grad_dtype = r->dtype;
-    if (r->c->bound == 2 && !of_gate)
+    if (r->c->bound == 2 && of_pool)
         bind_each(r, &record, m, &b);
     else
         bind_strided(r, &record, m, &b);
-    MUST(of_gate ? moe_gate_bind(r->gate, index, &b) : moe_experts_bind(r->experts, index, &b));
+    MUST(t->owner == OF_GATE    ? moe_gate_bind(r->gate, index, &b)
+         : t->owner == OF_LAYER ? moe_layer_bind(r->layer, index, &b)
+                                : moe_experts_bind(pool_of(r, t->owner), index, &b));
 }
 
 void layer_run_bind(layer_run *r)
 {
-    int used = 0;
-    for (int64_t i = 0; i < moe_gate_parameter_count(r->gate); i++)
-        bind_one(r, 1, i, &r->bound[used++]);
-    for (int64_t i = 0; i < moe_experts_parameter_count(r->experts); i++)
-        bind_one(r, 0, i, &r->bound[used++]);
+    for (int k = 0; k < LAYER_TENSORS; k++) {
+        int64_t index = index_of(r, &layer_tensors[k]);
+        if (index >= 0) bind_one(r, &layer_tensors[k], index, &r->bound[k]);
+    }
+    if (r->layer) {
+        MUST(moe_layer_zero_gradients(r->layer, NULL));
+        return;
+    }
     if (r->gate) MUST(moe_gate_zero_gradients(r->gate, NULL));
     if (r->experts) MUST(moe_experts_zero_gradients(r->experts, NULL));
 }
@@ -250,16 +326,13 @@ static int gaps_broken(const layer_run *r, const moe_parameter_record *record,
 
 const char *layer_run_check_gaps(const layer_run *r)
 {
-    int used = 0;
-    moe_parameter_record record;
     static char failure[64];
-    MUST(moe_parameter_record_init(&record, sizeof record));
-    int64_t of_gate = moe_gate_parameter_count(r->gate),
-            count = of_gate + moe_experts_parameter_count(r->experts);
-    for (int64_t i = 0; i < count && r->c->bound; i++, used++) {
-        MUST(i < of_gate ? moe_gate_parameter(r->gate, i, &record)
-                         : moe_experts_parameter(r->experts, i - of_gate, &record));
-        if (!r->bound[used].grad || !gaps_broken(r, &record, &r->bound[used])) continue;
+    for (int k = 0; k < LAYER_TENSORS && r->c->bound; k++) {
+        moe_parameter_record record;
+        int64_t index = index_of(r, &layer_tensors[k]);
+        if (index < 0 || !r->bound[k].grad) continue;
+        describe(r, layer_tensors[k].owner, index, &record);
+        if (!gaps_broken(r, &record, &r->bound[k])) continue;
         (void)snprintf(failure, sizeof failure, "gradient of %s: written between its elements",
                        record.name);
         return failure;

@@ -36,6 +36,17 @@ static void set_losses(moe_gate_config *g, const double *weight)
 {
     g->importance_weight = weight[0], g->load_weight = weight[1], g->switch_weight = weight[2];
     g->gshard_weight = weight[3], g->z_weight = weight[4], g->sequence_weight = weight[5];
+    g->threshold_weight = weight[6];
+}
+
+static void set_family(moe_gate_config *g, const layer_case *c)
+{
+    g->selection_bias = c->selection_bias, g->group_score = c->group_score;
+    if (c->expert_groups) g->expert_groups = c->expert_groups, g->top_groups = c->top_groups;
+    g->renormalize_minimum = c->renormalize_minimum, g->loss_scope = c->loss_by_group;
+    g->sinkhorn_iterations = c->sinkhorn_iterations, g->capacity_multiple = c->capacity_multiple;
+    g->capacity_factor_eval = c->capacity_factor_eval, g->drop_policy = c->drop_policy;
+    g->second_choice = c->second_choice, g->second_threshold = c->second_threshold;
 }
 
 static void make_gate(layer_run *r)
@@ -56,21 +67,24 @@ static void make_gate(layer_run *r)
     g.capacity_kind = c->capacity_kind, g.capacity = c->per_call ? 1 : c->capacity;
     g.capacity_factor = c->capacity_factor, g.capacity_rounding = c->capacity_rounding;
     g.capacity_minimum = c->capacity_minimum, g.renormalize_after_drop = c->renormalize_after_drop;
+    set_family(&g, c);
     if (c->bound) g.parameters = MOE_PARAMETERS_BOUND;
     MUST(moe_gate_create(&r->gate, r->context, &g));
 }
 
-static void make_pool(layer_run *r)
+static void make_pool(layer_run *r, moe_experts **experts, const ref_pool *q)
 {
     const layer_case *c = r->c;
     moe_experts_config e;
+    if (!q->E) return;
     MUST(moe_experts_config_init(&e, sizeof e));
-    e.d_model = c->D, e.d_hidden = c->F, e.d_out = c->p.O, e.num_experts = c->E;
-    e.activation = c->activation, e.bias = c->expert_bias, e.dtype = r->dtype;
-    e.glu_order = c->activation >= MOE_ACTIVATION_SWIGLU ? c->glu_order : 0;
-    e.weight_layout = c->layout, e.output = c->expert_sigmoid;
+    e.d_model = c->D, e.d_hidden = q->F, e.d_out = c->p.O, e.num_experts = q->E;
+    e.activation = q->activation, e.bias = c->expert_bias, e.dtype = r->dtype;
+    e.glu_order = q->activation >= MOE_ACTIVATION_SWIGLU ? c->glu_order : 0;
+    e.weight_layout = c->layout, e.output = q->sigmoid, e.weight_position = q->position;
+    e.activation_alpha = q->alpha, e.activation_limit = q->limit, e.activation_offset = q->offset;
     if (c->bound) e.parameters = MOE_PARAMETERS_BOUND;
-    MUST(moe_experts_create(&r->experts, r->context, &e));
+    MUST(moe_experts_create(experts, r->context, &e));
 }
 
 static void make_objects(layer_run *r)
@@ -82,13 +96,18 @@ static void make_objects(layer_run *r)
         MUST(moe_pass_create_for_gate(&r->pass, r->gate, NULL));
         return;
     }
-    make_pool(r);
+    make_pool(r, &r->experts, &c->p.routed);
     if (c->no_gate == 2) {
         MUST(moe_pass_create_for_experts(&r->pass, r->experts, NULL));
         return;
     }
     MUST(moe_layer_config_init(&l, sizeof l));
+    make_pool(r, &r->shared, &c->p.shared);
+    make_pool(r, &r->residual, &c->p.residual);
     l.gate = r->gate, l.experts = r->experts, l.output = c->layer_sigmoid, l.layer_id = CASE_LAYER;
+    l.shared = r->shared, l.residual = r->residual, l.dropped = c->dropped;
+    l.shared_gate = c->shared_gate, l.residual_mix = c->residual_mix;
+    if (c->bound) l.parameters = MOE_PARAMETERS_BOUND;
     MUST(moe_layer_create(&r->layer, &l));
     MUST(moe_pass_create(&r->pass, r->layer, NULL));
 }
@@ -106,7 +125,7 @@ static void make_plan(layer_run *r)
     a.dtype = r->dtype, a.token_mask = p->mask, a.group_begin = p->group_begin,
     a.groups = p->groups;
     if (p->capacity >= 0) a.capacity = p->capacity;
-    a.renormalize_after_drop = p->renormalize_after_drop;
+    a.renormalize_after_drop = p->renormalize_after_drop, a.drop_policy = p->drop_policy;
     MUST(moe_plan_create(&r->plan, r->context));
     MUST(moe_plan_build(r->plan, &a));
     free(weights);
@@ -121,9 +140,12 @@ static void make_arrays(layer_run *r)
     r->gate_x = p->gate_x ? narrowed(r, p->gate_x, p->T * p->gate_D) : NULL;
     r->logits_in = p->logits_in ? narrowed(r, p->logits_in, p->T * p->E) : NULL;
     r->noise = narrowed(r, p->noise, p->T * p->E);
+    if (p->noise_primary) r->noise_primary = narrowed(r, p->noise_primary, p->T * p->expert_groups);
     r->dy = narrowed(r, p->dy, p->T * p->O);
     r->weight_grad = narrowed(r, p->weight_grad, p->T * p->K);
     r->y = narrowed(r, NULL, p->T * p->O);
+    for (int64_t i = 0; i < p->T * p->O && p->dropped == MOE_DROPPED_UNTOUCHED; i++)
+        layer_run_set(r, r->y, i, p->untouched);
     r->dx = narrowed(r, NULL, p->T * p->D);
     r->d_gate_x = narrowed(r, NULL, p->T * p->gate_D);
     r->d_logits = narrowed(r, NULL, p->T * p->E);
@@ -135,7 +157,8 @@ static void make_forward(layer_run *r)
 {
     const ref_problem *p = &r->c->p;
     const layer_case *c = r->c;
-    int routes = !p->fixed_weights, noisy = routes && p->kind == MOE_GATE_NOISY_TOP_K;
+    int routes = !p->fixed_weights, two = routes && p->kind == MOE_GATE_HIERARCHICAL;
+    int noisy = two || (routes && p->kind == MOE_GATE_NOISY_TOP_K);
     moe_forward_args *f = &r->f;
     MUST(moe_forward_args_init(f, sizeof *f));
     f->tokens = p->T, f->x = r->x, f->gate_x = routes ? r->gate_x : NULL;
@@ -143,13 +166,15 @@ static void make_forward(layer_run *r)
     f->flags = c->eval ? 0 : MOE_FORWARD_TRAIN;
     f->y = c->no_experts ? NULL : r->y;
     f->noise = noisy && !c->philox ? r->noise : NULL;
+    f->noise_primary = two && !c->philox ? r->noise_primary : NULL;
+    f->token_key = routes ? c->token_key : NULL;
     f->step = CASE_STEP, f->token_first = CASE_TOKEN_FIRST;
     f->token_mask = p->mask, f->group_begin = p->group_begin, f->groups = p->groups;
     f->plan = r->plan, f->plan_use = c->replay == 1 ? MOE_PLAN_IDS : MOE_PLAN_IDS_AND_WEIGHTS;
     if (!c->per_call) return;
     f->loss_weights = c->call_weights;
     if (c->replay) return; /* K and capacity are the plan's */
-    f->top_k = p->K;
+    f->top_k = c->K;
     if (p->capacity >= 0) f->capacity = p->capacity;
 }
 
@@ -161,7 +186,7 @@ static void make_backward(layer_run *r)
     int routes = !p->fixed_weights;
     MUST(moe_backward_args_init(b, sizeof *b));
     b->dx = c->no_experts && (p->gate_x || c->split) ? NULL : r->dx;
-    b->d_logits_out = routes ? r->d_logits : NULL;
+    b->d_logits_out = routes && p->kind != MOE_GATE_HIERARCHICAL ? r->d_logits : NULL;
     b->dy = c->no_experts ? NULL : r->dy;
     b->entry_weight_grad = c->no_experts ? r->weight_grad : r->entry_grad;
     b->d_gate_x = routes && (p->gate_x || c->split) ? r->d_gate_x : NULL;
@@ -200,6 +225,8 @@ static void spread_rows(layer_run *r)
     widen(r, 6, r->dx, p->D, b->dx, &b->dx_stride, 1);
     widen(r, 7, r->d_gate_x, p->gate_D, b->d_gate_x, &b->d_gate_x_stride, 1);
     widen(r, 8, r->d_logits, p->E, b->d_logits_out, &b->d_logits_stride, 1);
+    widen(r, 9, r->noise_primary, p->expert_groups, f->noise_primary, &f->noise_primary_stride, 0);
+    if (r->rows[9].wide) f->noise_primary = r->rows[9].wide;
     const void **in[] = {&f->x, &f->gate_x, &f->logits_in, &f->noise, &b->dy};
     void **out[] = {&f->y, &b->dx, &b->d_gate_x, &b->d_logits_out};
     for (int i = 0; i < 5; i++)
@@ -248,12 +275,25 @@ void layer_run_make(layer_run *r, const layer_case *c, int32_t dtype,
 
 void layer_run_free(layer_run *r)
 {
-    void *all[] = {r->x,           r->gate_x,     r->logits_in,   r->noise, r->dy,
-                   r->weight_grad, r->moved_x,    r->y,           r->dx,    r->d_gate_x,
-                   r->d_logits,    r->entry_grad, r->moved_gate_x};
+    void *all[] = {r->x,
+                   r->gate_x,
+                   r->logits_in,
+                   r->noise,
+                   r->dy,
+                   r->weight_grad,
+                   r->moved_x,
+                   r->y,
+                   r->dx,
+                   r->d_gate_x,
+                   r->d_logits,
+                   r->entry_grad,
+                   r->moved_gate_x,
+                   r->noise_primary};
     moe_pass_destroy(r->pass);
     moe_layer_destroy(r->layer);
     moe_experts_destroy(r->experts);
+    moe_experts_destroy(r->shared);
+    moe_experts_destroy(r->residual);
     moe_gate_destroy(r->gate);
     moe_plan_destroy(r->plan);
     moe_context_destroy(r->context);
@@ -299,8 +339,34 @@ static void move_inputs(layer_run *r)
         r->b.gate_x = r->moved_gate_x = move_away(r->f.gate_x, p->T * gate_stride, element);
 }
 
+void layer_run_view(const layer_run *r, moe_plan_view *v)
+{
+    const moe_plan *plan;
+    MUST(moe_pass_plan(r->pass, &plan));
+    MUST(moe_plan_check(plan));
+    MUST(moe_plan_view_init(v, sizeof *v));
+    MUST(moe_plan_get(plan, v));
+}
+
+int64_t layer_run_slot(const layer_run *r, const moe_plan_view *v, int64_t t, int64_t n)
+{
+    ck_assert_int_lt(n - v->token_begin[t], r->c->p.K);
+    return t * r->c->p.K + n - v->token_begin[t];
+}
+
+/* The gradient by the weights of the plan's entries, where their number is not known before. */
+static void pack_weight_grad(layer_run *r)
+{
+    moe_plan_view v;
+    layer_run_view(r, &v);
+    for (int64_t t = 0; t < v.tokens; t++)
+        for (int64_t n = v.token_begin[t]; n < v.token_begin[t + 1]; n++)
+            layer_run_set(r, r->weight_grad, n, r->c->p.weight_grad[layer_run_slot(r, &v, t, n)]);
+}
+
 moe_status layer_run_backward(layer_run *r)
 {
+    if (r->c->no_experts && layer_case_varies(r->c)) pack_weight_grad(r);
     if (!r->moved_x) move_rows(r, 0);
     if (r->c->moved) move_inputs(r);
     moe_status status = r->layer     ? moe_layer_backward(r->layer, r->pass, &r->b)

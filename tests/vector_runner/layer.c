@@ -1,4 +1,4 @@
-/* layer.c - whole layers: gate, experts, shared expert, residual branch, and all their gradients. */
+/* layer.c - whole layers: gate, experts, shared expert and residual branch, with all gradients. */
 #include "pool.h"
 
 #include <stdio.h>
