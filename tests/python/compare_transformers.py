@@ -12,7 +12,8 @@ rows marked * are the blocks' own code with `.float()` and `torch.float32` meani
 
 load_balancing_loss_func of transformers is E sum_e f_e P_e with f_e the entries of expert e over
 the number of tokens, so that sum f = K. libmoe's switch loss divides by the number of entries, as
-the paper's f does for K = 1: the former is K times the latter, and switch_weight is K here.
+the paper's f does for K = 1: the former is K times the latter, and switch_weight is K here. Other
+weights of losses that a preset has are 0: the blocks add no losses.
 
 `make check-transformers`, or this file with the names of some blocks.
 """
@@ -140,7 +141,7 @@ def qwen3_moe(s):
     )  # fmt: skip
     block = qwen3_.Qwen3MoeSparseMoeBlock(config)
     bound = fused(block.gate, block.experts)
-    return Block(block, "qwen3_moe", usual(s), bound, top_k_route(block.gate, s.e))
+    return Block(block, "qwen3", usual(s), bound, top_k_route(block.gate, s.e))
 
 
 def olmoe(s):
@@ -162,7 +163,7 @@ def qwen2_moe(s):
     gate = block.shared_expert_gate.weight
     bound["shared_gate"] = Bound("shared gate", gate, lambda w: w[0])
     route = top_k_route(block.gate, s.e)
-    return Block(block, "qwen2_moe", usual(s), bound, route, shared=2 * s.f + 3)
+    return Block(block, "qwen2", usual(s), bound, route, shared=2 * s.f + 3)
 
 
 def deepseek_v3(s):
@@ -268,9 +269,11 @@ def drawn(name, s, dtype):
 
 
 def libmoe_layer(context, block, dtype, **loss):
-    """libmoe on the block's memory: the layer, and its gradients by parameter."""
+    """libmoe on the block's memory: the layer, and its gradients by parameter. The blocks have no losses: those
+    that the preset's recipe adds are off, but for those given."""
     own = {"dtype": str(dtype).replace("torch.", ""), "parameters": "bound"}
-    preset, shared = moe.preset(block.preset, **own, **block.fields, **loss), None
+    off = {"switch_weight": 0, "z_weight": 0, "sequence_weight": 0}
+    preset, shared = moe.preset(block.preset, **own, **block.fields, **{**off, **loss}), None
     if block.shared:
         shared = moe.Experts(context, d_model=preset.experts.d_model, d_hidden=block.shared,
                              num_experts=1, activation="swiglu", weight_layout="out_in",

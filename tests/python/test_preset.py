@@ -21,7 +21,7 @@ def test_a_preset_is_its_conventions_and_the_fields_given():
     made = moe.preset("mixtral", **SIZES, dtype="float64", parameters="bound", z_weight=0.1,
                       weight_layout="out_in", layer_id=3)  # fmt: skip
     gate, experts, layer = made
-    assert (gate.order, gate.renormalize, gate.top_k) == (moe.Order.SCORE_THEN_SELECT, 1, 2)
+    assert (gate.order, gate.renormalize, gate.top_k) == (moe.Order.SELECT_THEN_SCORE, 0, 2)
     assert experts.activation == moe.Activation.SWIGLU
     assert (gate.d_model, gate.num_experts, gate.z_weight) == (6, 4, 0.1)
     assert (experts.d_model, experts.d_hidden, experts.num_experts) == (6, 5, 4)
@@ -46,8 +46,7 @@ def test_what_a_preset_cannot_know_is_refused():
 def test_a_layer_of_a_preset_is_one_of_its_fields(context, make):
     np = pytest.importorskip("numpy")
     layer = moe.preset("mixtral", **SIZES, dtype="float64").make(context)
-    same = make(gate={"dtype": "float64", "order": "score_then_select", "renormalize": 1},
-                experts={"dtype": "float64", "activation": "swiglu"})  # fmt: skip
+    same = make(gate={"dtype": "float64"}, experts={"dtype": "float64", "activation": "swiglu"})
     rng = np.random.default_rng(2)
     assert list(layer.parameters) == list(same.parameters)
     for name, p in layer.parameters.items():

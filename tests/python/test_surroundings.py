@@ -82,11 +82,12 @@ def test_a_residual_branch_mixed_and_plain(context):
     np.testing.assert_allclose(y, c[:, :1] * base + c[:, 1:] * z, rtol=1e-12, atol=1e-13)
 
 
-def test_a_layers_own_parameters_are_drawn_and_outlive_its_close(context):
+def test_a_layers_own_parameters_begin_and_outlive_its_close(context):
     layer = moe.Layer(gate_of(context), pool_of(context, 5, E), shared=pool_of(context, 7),
-                      shared_gate=1)  # fmt: skip
+                      shared_gate=1, residual=pool_of(context, 3), residual_mix=1)  # fmt: skip
     layer.init_parameters(5)
-    p = layer.parameters["shared_gate"]
+    assert not layer.parameters["shared_gate"].data.any()  # a coefficient of 1/2
+    p = layer.parameters["residual_mix"]
     assert p.owned and p.trainable and p.grad is not None and p.data.any()
     layer.close()
     assert p.data.any()
