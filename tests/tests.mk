@@ -24,7 +24,7 @@ RPATH = -Wl,-rpath,$(abspath $(LIB))
 TEST_FLAGS = $(COMMON) -O1 $(CFLAGS) -MMD -MP -MF $@.d -MT $@ -Itests -DMOE_SOURCE_DIR='"$(CURDIR)"'
 
 .PHONY: check-examples check-tutorial tutorial check-libtorch check-python check-torch compare-torch check-torch-current \
-    check-transformers
+    check-transformers check-mutants bench-scale
 .PHONY: check check-have-check check-suites check-hosts check-vectors check-headers check-abi \
     check-install check-demo check-format format abi-baseline check-asan check-tsan check-valgrind check-long \
     test-programs
@@ -79,7 +79,7 @@ test-programs: check-have-check $(SUITES) $(HOSTS) $(EXAMPLES) $(BUILD)/run_vect
 RUN := sh tests/run_programs.sh
 VECTORS = "$(BUILD)/run_vectors tests/vectors"
 SCRIPTS = "sh tests/headers/check.sh $(LIB)" "sh tests/abi/check.sh $(LIB)" \
-    "sh tests/packaging/check_install.sh $(BUILD)"
+    "sh tests/packaging/check_install.sh $(BUILD)" "sh tests/packaging/check_options.sh"
 
 RUN_EXAMPLES = "sh tests/packaging/check_examples.sh $(BUILD)"
 
@@ -148,6 +148,19 @@ check-transformers:
 	$(TRANSFORMERS)/bin/pip install -q --no-deps --force-reinstall ./examples/python
 	$(TRANSFORMERS)/bin/python tests/python/compare_transformers.py
 
+# ---- deliberate mistakes, and time and memory at scale ------------------------------------------------
+
+# Each mistake of tests/mutants/list.txt must fail a test; sources are copied to $(BUILD)/mutants.
+check-mutants: check-have-check
+	python3 tests/mutants/run.py $(BUILD)
+
+# 131,072 experts: ROWS of each, STEPS of them; wants 14 GiB.
+$(BUILD)/bench_scale: tests/bench/scale.c $(LIB)/libmoe.a
+	@mkdir -p $(@D)
+	$(CC) $(EXAMPLE_FLAGS) -std=c11 -O2 $< $(LIB)/libmoe.a -lm -o $@
+bench-scale: $(BUILD)/bench_scale
+	$(BUILD)/bench_scale $(or $(ROWS),4) $(or $(STEPS),5)
+
 # ---- sanitizers and valgrind ------------------------------------------------------------------------
 
 check-asan:
@@ -169,6 +182,7 @@ check-long:
 	MOE_LONG=1 $(MAKE) check
 	$(MAKE) check-asan check-tsan check-valgrind
 	$(MAKE) CC=clang BUILD=build-clang check-suites
+	$(MAKE) check-mutants bench-scale
 	$(MAKE) check-libtorch check-python check-torch compare-torch check-torch-current
 	for isa in plain avx2; do $(BUILD)/run_vectors --isa $$isa tests/vectors || exit 1; done
 
@@ -176,7 +190,7 @@ check-long:
 
 FORMATTED := $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] examples/*.[ch] examples/*.cpp \
     examples/demo/*.[ch] tests/*.c tests/reference/*.[ch] tests/support/*.[ch] tests/hosts/*.[ch] \
-    tests/vector_runner/*.[ch])
+    tests/vector_runner/*.[ch] tests/bench/*.c)
 format:
 	$(call NEED,clang-format,clang-format)
 	clang-format -i $(FORMATTED)
