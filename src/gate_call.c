@@ -269,6 +269,8 @@ void moe__gate_fill_route(moe_pass *pass, const moe__forward *f)
     r->weight = pass->plan_weight;
     r->token_priority = f->replay ? NULL : pass->token_priority;
     if (f->replay || !r->train) r->column_factor = NULL; /* Sinkhorn is for training */
+    if (a->logits_in && !moe__gate_is_noisy(c))          /* the input is not read */
+        r->x_jittered = pass->gate_job.d_x_jittered = NULL;
     if (r->levels == 2)
         fill_two_levels(pass, a);
     else

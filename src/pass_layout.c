@@ -35,6 +35,14 @@ static void find_levels(const moe__pass_shape *s, level_size size[2])
     size[1] = (level_size){groups, c->num_experts / c->expert_groups, s->entries, c->expert_groups};
 }
 
+/* Elements of the larger level's matrix, or -1. */
+static int64_t largest_matrix(const level_size size[2])
+{
+    int64_t first = moe__mul(size[0].rows, size[0].width);
+    int64_t second = moe__mul(size[1].rows, size[1].width);
+    return first < 0 || second < 0 ? -1 : moe__max(first, second);
+}
+
 static void lay_out_level(moe__gate_level *l, moe__arena *arena, const moe__pass_shape *s,
                           const level_size *size, int64_t real_size)
 {
@@ -132,21 +140,30 @@ static void lay_out_losses(moe_pass *pass, moe__arena *arena, const moe__pass_sh
     if (s->columns) {
         level_size size[2];
         find_levels(s, size);
-        int64_t first = moe__mul(size[0].rows, size[0].width);
-        int64_t second = moe__mul(size[1].rows, size[1].width);
-        columns = first < 0 || second < 0 ? -1 : moe__max(first, second);
+        columns = largest_matrix(size);
     }
     l->columns = s->columns ? moe__arena_take(arena, columns, real_size) : NULL;
 }
 
-static void lay_out_level_backward(moe__gate_level *l, moe__arena *arena, const moe__pass_shape *s,
-                                   const level_size *size, int64_t real_size)
+/* Matrices that a level's backward is done with before the next begins: one for the larger. */
+static void lay_out_level_matrices(moe__route_job *r, moe__arena *arena, const moe__pass_shape *s,
+                                   const level_size size[2], int64_t real_size)
 {
-    int64_t matrix = moe__mul(size->rows, size->width);
+    int64_t matrix = largest_matrix(size);
+    void *d_logits = moe__arena_take(arena, matrix, real_size);
+    void *d_noisy = moe__arena_take(arena, matrix, real_size);
+    void *d_noise_raw = s->noise ? moe__arena_take(arena, matrix, real_size) : NULL;
+    for (int32_t i = 0; i < r->levels; i++) {
+        r->level[i].d_logits = d_logits;
+        r->level[i].d_noisy = d_noisy;
+        r->level[i].d_noise_raw = d_noise_raw;
+    }
+}
+
+static void lay_out_level_backward(moe__gate_level *l, moe__arena *arena, const level_size *size,
+                                   int64_t real_size)
+{
     l->scores = moe__arena_take(arena, size->entries, real_size);
-    l->d_logits = moe__arena_take(arena, matrix, real_size);
-    l->d_noisy = moe__arena_take(arena, matrix, real_size);
-    l->d_noise_raw = s->noise ? moe__arena_take(arena, matrix, real_size) : NULL;
     l->d_load = moe__arena_take(arena, moe__mul(size->parts, size->width), sizeof *l->d_load);
 }
 
@@ -160,8 +177,9 @@ static void lay_out_gate_backward(moe_pass *pass, moe__arena *arena, const moe__
     level_size size[2];
     find_levels(s, size);
     b->d_weight = moe__arena_take(arena, s->entries, real_size);
+    lay_out_level_matrices(r, arena, s, size, real_size);
     for (int32_t i = 0; i < r->levels; i++) {
-        lay_out_level_backward(&r->level[i], arena, s, &size[i], real_size);
+        lay_out_level_backward(&r->level[i], arena, &size[i], real_size);
         r->level[i].d_weight = r->levels == 1 ? b->d_weight
                                               : moe__arena_take(arena, size[i].entries, real_size);
     }

@@ -563,6 +563,53 @@ START_TEST(test_hierarchical_gate_shows_its_primary_routing)
 }
 END_TEST
 
+/* One group is the flat noisy gate, byte for byte: its primary weight is 1, its load that of the flat
+ * gate. A group for each expert is that gate with the softmax one level up. */
+START_TEST(test_hierarchical_gate_of_one_level_is_the_flat_one)
+{
+    enum { T = 15, D = 4, E = 6, K = 2 };
+    double x[T * D], load[2][E], weight[2][T * K];
+    int32_t ids[2][T * K];
+    uint64_t state = 2;
+    for (int i = 0; i < T * D; i++) x[i] = random_normal(&state);
+    for (int two = 0; two < 2; two++) {
+        routing r;
+        moe_tensor_view v;
+        moe_losses losses;
+        routing_begin(&r, two ? MOE_GATE_HIERARCHICAL : MOE_GATE_NOISY_TOP_K, T, E, K);
+        r.g.d_model = D, r.g.init_std = 1, r.g.load_weight = 1, r.g.seed = 4;
+        MUST(moe_gate_create(&r.gate, r.context, &r.g));
+        MUST(moe_gate_init_parameters(r.gate, 3));
+        MUST(moe_pass_create_for_gate(&r.pass, r.gate, NULL));
+        r.f.logits_in = NULL, r.f.x = x, r.f.flags = MOE_FORWARD_TRAIN;
+        route(&r);
+        MUST(moe_tensor_view_init(&v, sizeof v));
+        MUST(moe_losses_init(&losses, sizeof losses));
+        MUST(moe_pass_tensor(r.pass, MOE_TENSOR_LOAD, &v));
+        MUST(moe_pass_losses(r.pass, &losses));
+        ck_assert_double_gt(losses.value[MOE_LOSS_LOAD], 0);
+        memcpy(load[two], v.data, sizeof load[two]);
+        memcpy(weight[two], r.v.weight_of_entry, sizeof weight[two]);
+        memcpy(ids[two], r.v.expert_of_entry, sizeof ids[two]);
+        routing_end(&r);
+    }
+    ck_assert_mem_eq(ids[0], ids[1], sizeof ids[0]);
+    ck_assert_mem_eq(weight[0], weight[1], sizeof weight[0]);
+    for (int e = 0; e < E; e++) ck_assert_double_eq_tol(load[0][e], load[1][e], 1e-13);
+    routing r;
+    routing_begin(&r, MOE_GATE_HIERARCHICAL, T, E, 1);
+    r.g.d_model = D, r.g.init_std = 1, r.g.expert_groups = E, r.g.top_groups = K;
+    MUST(moe_gate_create(&r.gate, r.context, &r.g));
+    MUST(moe_gate_init_parameters(r.gate, 3));
+    MUST(moe_pass_create_for_gate(&r.pass, r.gate, NULL));
+    r.f.logits_in = NULL, r.f.x = x;
+    route(&r);
+    for (int64_t t = 0; t < T; t++)
+        ck_assert_double_eq_tol(weight_at(&r, 2 * t) + weight_at(&r, 2 * t + 1), 1, 1e-14);
+    routing_end(&r);
+}
+END_TEST
+
 /* ---- jitter and splits ------------------------------------------------------------------------ */
 
 /* logits = (x u) Wg with the documented u; tokens one by one give what the batch gives. */
@@ -602,6 +649,26 @@ START_TEST(test_jitter_multiplies_the_gates_input)
             ck_assert_double_eq_tol(((const double *)v.data)[e], want[e], 1e-12);
     }
     ck_assert(low > 0.75 && low < 0.85 && high < 1.25 && high > 1.15);
+    routing_end(&r);
+}
+END_TEST
+
+/* With the host's logits nothing reads x, which need not be there. */
+START_TEST(test_jitter_leaves_the_hosts_logits_alone)
+{
+    enum { T = 4, E = 3 };
+    double d[T * E] = {0}, dx[T * 2];
+    routing r;
+    moe_backward_args b;
+    routing_begin(&r, MOE_GATE_TOP_K, T, E, 2);
+    r.g.d_model = 2, r.g.jitter = 0.5;
+    r.f.flags = MOE_FORWARD_TRAIN;
+    route(&r);
+    MUST(moe_backward_args_init(&b, sizeof b));
+    b.entry_weight_grad = d, b.dx = dx;
+    memset(dx, 0xff, sizeof dx);
+    MUST(moe_gate_backward(r.gate, r.pass, &b));
+    for (int i = 0; i < T * 2; i++) ck_assert_double_eq(dx[i], 0);
     routing_end(&r);
 }
 END_TEST
@@ -683,7 +750,9 @@ int main(void)
     tcase_add_test(c, test_selection_bias_moves_the_choice_and_not_the_weights);
     tcase_add_test(c, test_selection_bias_calls_refuse);
     tcase_add_test(c, test_hierarchical_gate_shows_its_primary_routing);
+    tcase_add_test(c, test_hierarchical_gate_of_one_level_is_the_flat_one);
     tcase_add_test(c, test_jitter_multiplies_the_gates_input);
+    tcase_add_test(c, test_jitter_leaves_the_hosts_logits_alone);
     tcase_add_test(c, test_loss_scope_group_is_the_mean_over_groups);
     tcase_add_test(c, test_renormalising_nothing_gives_nothing);
     suite_add_tcase(suite, c);

@@ -240,7 +240,6 @@ static moe_status level_input(const moe__gate_backward_job *job, const moe__gate
     const moe__route_job *route = job->losses->route;
     destination rows = {level->dx_rows, route->input_width, 0};
     destination *to = level->dx_rows ? &rows : dx;
-    if (!level->logits) return MOE_OK;
     if (!job->logits_from_host)
         MOE_TRY(input_product(route, level, level->d_logits, &level->weight_matrix, to));
     if (level->noise)
@@ -282,21 +281,18 @@ static void jitter_backward_range(void *argument, int64_t begin, int64_t end)
     }
 }
 
-static moe_status input_gradient(const moe__gate_backward_job *job)
+/* dx, when every level has added its own to `sum`. */
+static moe_status finish_input(const moe__gate_backward_job *job, const destination *sum)
 {
     const moe__route_job *route = job->losses->route;
     const moe__workers *w = &route->workers;
     void *argument = (void *)(uintptr_t)job;
-    int jittered = job->d_x_jittered != NULL;
-    destination dx = {job->dx, job->dx_stride, job->dx_add};
-    if (jittered) dx = (destination){job->d_x_jittered, route->input_width, 0};
-    for (int32_t i = 0; i < route->levels; i++) MOE_TRY(level_input(job, &route->level[i], &dx));
-    if (!dx.add && !jittered) /* nothing came from there */
+    if (!sum->add) /* nothing came from there */
         return moe__parallel_range(w->context, route->tokens, 64, zero_dx_range, argument,
                                    w->function);
-    return jittered ? moe__parallel_range(w->context, route->tokens, 64, jitter_backward_range,
-                                          argument, w->function)
-                    : MOE_OK;
+    return job->d_x_jittered ? moe__parallel_range(w->context, route->tokens, 64,
+                                                   jitter_backward_range, argument, w->function)
+                             : MOE_OK;
 }
 
 /* ---- the parameters -------------------------------------------------------------------------- */
@@ -342,7 +338,6 @@ static void find_segments(const moe__route_job *route, const moe__gate_level *le
 static moe_status level_parameters(const moe__gate_backward_job *job, const moe__gate_level *level)
 {
     const moe__matrices none = {0};
-    if (!level->logits) return MOE_OK;
     if (level->segment_begin) find_segments(job->losses->route, level);
     if (!job->logits_from_host)
         MOE_TRY(parameter_product(job, level, level->d_logits, &level->d_weight_matrix,
@@ -369,16 +364,19 @@ moe_status MOE_KERNEL(gate_backward)(moe__gate_backward_job *job)
 {
     const moe__route_job *route = job->losses->route;
     const moe__workers *w = &route->workers;
+    destination dx = {job->dx, job->dx_stride, job->dx_add};
+    if (job->d_x_jittered) dx = (destination){job->d_x_jittered, route->input_width, 0};
     MOE_KERNEL(losses_backward_prepare)(job);
     MOE_TRY(moe__parallel_range(w->context, route->tokens, 64, weights_backward_range, job,
                                 w->function));
     if (route->levels == 2)
         MOE_TRY(moe__parallel_range(w->context, route->primary->entries, 64, split_levels_range,
                                     job, w->function));
-    for (int32_t i = 0; i < route->levels && route->level[i].logits; i++)
+    for (int32_t i = 0; i < route->levels && route->level[i].logits; i++) {
         MOE_TRY(level_backward(job, &route->level[i]));
-    if (job->dx) MOE_TRY(input_gradient(job));
-    for (int32_t i = 0; i < route->levels; i++) MOE_TRY(level_parameters(job, &route->level[i]));
+        if (job->dx) MOE_TRY(level_input(job, &route->level[i], &dx));
+        MOE_TRY(level_parameters(job, &route->level[i]));
+    }
     threshold_gradient(job);
-    return MOE_OK;
+    return job->dx ? finish_input(job, &dx) : MOE_OK;
 }

@@ -152,7 +152,7 @@ static int64_t optimizer_step(model *m)
     return touched;
 }
 
-/* Learns to give x back. */
+/* Learns to give x back. Nearly all experts have rows, so gradients are set, not zeroed and added to. */
 static int64_t step(model *m, int64_t number)
 {
     moe_forward_args f;
@@ -160,10 +160,9 @@ static int64_t step(model *m, int64_t number)
     MUST(moe_forward_args_init(&f, sizeof f));
     MUST(moe_backward_args_init(&b, sizeof b));
     f.x = m->x, f.y = m->y, f.tokens = m->T, f.step = number, f.flags = MOE_FORWARD_TRAIN;
-    MUST(moe_layer_zero_touched_gradients(m->layer, NULL));
     MUST(moe_layer_forward(m->layer, m->pass, &f));
     for (int64_t i = 0; i < m->T * D; i++) m->y[i] = (m->y[i] - m->x[i]) / (float)m->T;
-    b.dy = m->y, b.dx = m->dx;
+    b.dy = m->y, b.dx = m->dx, b.flags = MOE_BACKWARD_OVERWRITE;
     MUST(moe_layer_backward(m->layer, m->pass, &b));
     return optimizer_step(m);
 }
