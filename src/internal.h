@@ -63,7 +63,8 @@ extern const moe__struct_info moe__context_config_info, moe__gate_config_info,
     moe__pass_config_info, moe__binding_info, moe__parameter_record_info, moe__forward_args_info,
     moe__backward_args_info, moe__losses_info, moe__stats_info, moe__tensor_view_info,
     moe__plan_args_info, moe__plan_view_info, moe__rows_args_info, moe__cost_query_info,
-    moe__cost_info, moe__gradient_check_info, moe__gradient_report_info;
+    moe__cost_info, moe__gradient_check_info, moe__gradient_report_info, moe__collectives_info,
+    moe__exchange_info;
 
 /* The body of every moe_*_init. */
 moe_status moe__struct_init(const moe__struct_info *info, void *instance, size_t size,
@@ -326,6 +327,13 @@ typedef struct moe__experts_room {
     bool combine_weight; /* parts differ in what the weight multiplies */
 } moe__experts_room;
 
+/* An exchange in flight. */
+typedef struct moe__request {
+    void *handle;  /* of the table */
+    int64_t bytes; /* of both buffers */
+    bool used;
+} moe__request;
+
 struct moe_experts {
     atomic_int references;
     atomic_flag backward_running;
@@ -348,6 +356,13 @@ struct moe_comm {
     atomic_int references;
     moe_context *context;
     int32_t rank, size;
+    moe_collectives table;
+    const char *(*why)(void *user); /* why a function of a table of the library failed, or NULL */
+    atomic_bool failed;
+    moe__request request[MOE_COMM_REQUESTS];
+    int64_t pending_bytes;
+    int64_t *scratch; /* [2 (P + 1)] begins of the simple collectives */
+    uint8_t *missing; /* [P] */
 };
 
 struct moe_layer {
@@ -365,6 +380,9 @@ struct moe_layer {
 void moe__gate_retain(moe_gate *gate);
 void moe__experts_retain(moe_experts *experts);
 void moe__comm_retain(moe_comm *comm);
+/* Makes a communicator over a table of the library's own; release is called if this fails. */
+moe_status moe__comm_make(moe_comm **comm, moe_context *context, const moe_collectives *table,
+                          const char *(*why)(void *user), const char *function);
 void moe__layer_retain(moe_layer *layer);
 
 /* Lists the parameters that a config asks for; allocates nothing. parameter.c */

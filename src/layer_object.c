@@ -30,6 +30,9 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
                         (int)e->config.dtype);
     if (c->comm && c->comm->context != e->context)
         REFUSE_ARGUMENT("comm and experts are of different contexts");
+    if (c->comm && c->comm->size > 1)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "comm has %d ranks: a layer over several is not available",
+               (int)c->comm->size);
     return MOE_OK;
 }
 

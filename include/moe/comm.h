@@ -1,8 +1,14 @@
-/* moe/comm.h - an expert-parallel group of ranks.
+/* moe/comm.h - a group of ranks and its collectives.
  *
- * The layer exchanges rows through a communicator when its experts live on several ranks. So far
- * there is the group of one rank; groups over MPI, NCCL and the host's own collectives come with
- * their modules and use the same handle. */
+ * A communicator is a table of collectives with a deadline. There is the group of one rank, a world
+ * of threads in one process, and groups over the host's own collectives; groups over MPI and NCCL
+ * come with their modules and use the same handle. A layer over several ranks comes with a later
+ * release: until then moe_layer_create takes groups of one rank only.
+ *
+ * Every rank of a group makes the same calls in the same order; no call waits longer than the
+ * group's timeout. After a failure a communicator has failed for good: its later calls return
+ * MOE_ERROR_TRANSPORT at once, and all that is left is to destroy it. A communicator belongs to one
+ * thread at a time, moe_comm_abort excepted. */
 #ifndef MOE_COMM_H
 #define MOE_COMM_H
 
@@ -11,11 +17,102 @@
 
 MOE_BEGIN_DECLS
 
+/* What a table of collectives can do, as bits. */
+enum {
+    MOE_COMM_HOST_MEMORY = 1,   /* buffers in host memory */
+    MOE_COMM_DEVICE_MEMORY = 2, /* buffers in device memory */
+    MOE_COMM_STREAM_ORDERED = 4 /* work is put on a stream and waits for it */
+};
+
+/* What all_to_all_v_test and poll tell. */
+enum { MOE_COMM_PENDING = 0, MOE_COMM_DONE = 1 };
+
+/* Rows from every rank to every rank. Row r of rank p's part is at recv + (recv_begin[p] + r) *
+ * row_bytes; what is for rank p is rows send_begin[p] to send_begin[p+1] - 1 of send. All of it stays
+ * valid and unchanged until the exchange is done. */
+typedef struct moe_exchange {
+    uint64_t struct_size;
+    void *recv;                /* out: [recv_begin[P]] rows */
+    const int64_t *recv_begin; /* in: [P+1] ascending from 0 */
+    const void *send;          /* in: [send_begin[P]] rows */
+    const int64_t *send_begin; /* in: [P+1] ascending from 0; [2] with to_all */
+    int64_t row_bytes;         /* >= 1, the same on every rank */
+    int32_t to_all;            /* 1: rows 0 to send_begin[1] - 1 go to every rank; default 0 */
+    int32_t reserved;          /* 0 */
+} moe_exchange;
+
+/* The host's collectives. A function returns 0, or anything else for a failure, which ends the
+ * communicator. None may wait for longer than `timeout` of the table. */
+typedef struct moe_collectives {
+    uint64_t struct_size;
+    void *user;            /* handed to all */
+    int32_t rank;          /* of this process, 0 to size - 1 */
+    int32_t size;          /* P >= 1 */
+    uint64_t capabilities; /* MOE_COMM_*; must have MOE_COMM_HOST_MEMORY */
+    double timeout;        /* seconds that any wait may take, > 0; default 60 */
+    /* Starts an exchange; *request is handed to test until that says MOE_COMM_DONE. At most
+     * MOE_COMM_REQUESTS are in flight. Required. */
+    int32_t (*exchange_start)(void *user, const moe_exchange *exchange, void **request);
+    /* *done = MOE_COMM_DONE or MOE_COMM_PENDING, without waiting. Required. */
+    int32_t (*exchange_test)(void *user, void *request, int32_t *done);
+    /* Gives a request up after a failure: send and recv are not touched any more when this returns.
+     * NULL: the buffers of such a request stay with the host's transport, see
+     * moe_comm_pending_bytes. */
+    void (*exchange_cancel)(void *user, void *request);
+    /* Which ranks a request still waits for: missing[p] = 1, else 0. For messages; may be NULL. */
+    void (*missing)(void *user, void *request, uint8_t *missing);
+    /* Returns 0 while all is well, without waiting. May be NULL. */
+    int32_t (*poll)(void *user);
+    /* Makes the other ranks' waits end with a failure. Any thread, any number of times. May be
+     * NULL. */
+    void (*abort)(void *user);
+    /* The communicator is gone. May be NULL. */
+    void (*release)(void *user);
+} moe_collectives;
+
+enum { MOE_COMM_REQUESTS = 8 }; /* most exchanges in flight on a communicator */
+
+/* Write every default and the caller's size. Return as moe_context_config_init. Since 0.1. */
+MOE_API moe_status moe_collectives_init(moe_collectives *collectives, size_t size);
+/* The same for an exchange. Since 0.1. */
+MOE_API moe_status moe_exchange_init(moe_exchange *exchange, size_t size);
+
+/* Creates a communicator over the host's collectives.
+ *   comm         out: the new communicator; untouched on error
+ *   context      holds a reference
+ *   collectives  copied; `user` is the host's until `release`
+ * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_OUT_OF_MEMORY or an error of the struct's
+ * size. Nothing is exchanged. Since 0.1. */
+MOE_API moe_status moe_comm_create(moe_comm **comm, moe_context *context,
+                                   const moe_collectives *collectives);
+
 /* Creates the group of one rank.
  *   comm     out: the new group; untouched on error
  *   context  holds a reference
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT or MOE_ERROR_OUT_OF_MEMORY. Since 0.1. */
 MOE_API moe_status moe_comm_create_self(moe_comm **comm, moe_context *context);
+
+/* Creates a world of `size` ranks in this process: each rank is a communicator of its own, made by
+ * moe_comm_create_in_world, for a thread of the host.
+ *   world    out: the new world; untouched on error
+ *   context  holds a reference
+ *   size     1 to 4096
+ * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_SYSTEM. Since 0.1. */
+MOE_API moe_status moe_world_create(moe_world **world, moe_context *context, int32_t size);
+
+/* Gives up the program's reference; communicators hold theirs. NULL is legal. Since 0.1. */
+MOE_API void moe_world_destroy(moe_world *world);
+
+/* Creates the communicator of one rank of a world.
+ *   comm     out: the new communicator; untouched on error
+ *   world    holds a reference
+ *   context  holds a reference; each rank may have its own
+ *   rank     0 to size - 1, each once
+ *   timeout  seconds that any wait may take, > 0
+ * Waits for nobody. Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_INVALID_STATE if the rank
+ * is taken, MOE_ERROR_OUT_OF_MEMORY. Since 0.1. */
+MOE_API moe_status moe_comm_create_in_world(moe_comm **comm, moe_world *world, moe_context *context,
+                                            int32_t rank, double timeout);
 
 /* Gives up the program's reference. NULL is legal. Since 0.1. */
 MOE_API void moe_comm_destroy(moe_comm *comm);
@@ -25,6 +122,62 @@ MOE_API int32_t moe_comm_rank(const moe_comm *comm);
 
 /* Returns the number of ranks; 0 for NULL. Since 0.1. */
 MOE_API int32_t moe_comm_size(const moe_comm *comm);
+
+/* Returns MOE_COMM_* bits; 0 for NULL. Since 0.1. */
+MOE_API uint64_t moe_comm_capabilities(const moe_comm *comm);
+
+/* Exchanges rows, waiting until done.
+ *   exchange  see moe_exchange; pointers may be NULL where there are no rows
+ * Returns MOE_OK or
+ *   MOE_ERROR_INVALID_ARGUMENT  nothing was sent
+ *   MOE_ERROR_TIMEOUT           the message names the ranks that did not come
+ *   MOE_ERROR_TRANSPORT         a rank gave up, sent another number of rows or bytes than expected
+ *                               here (the message has both), or this communicator had failed
+ * Since 0.1. */
+MOE_API moe_status moe_comm_exchange(moe_comm *comm, const moe_exchange *exchange);
+
+/* Starts an exchange that is finished by moe_comm_exchange_finish, so that work overlaps.
+ *   request  out: its number on this communicator
+ * Returns as moe_comm_exchange; MOE_ERROR_INVALID_STATE if MOE_COMM_REQUESTS are in flight. Since
+ * 0.1. */
+MOE_API moe_status moe_comm_exchange_start(moe_comm *comm, const moe_exchange *exchange,
+                                           int32_t *request);
+
+/* Tells whether an exchange is done, without waiting. done: out: MOE_COMM_DONE or MOE_COMM_PENDING.
+ * A request that is done is gone. Returns as moe_comm_exchange; MOE_ERROR_INVALID_ARGUMENT also for
+ * a number that is no request. Since 0.1. */
+MOE_API moe_status moe_comm_exchange_test(moe_comm *comm, int32_t request, int32_t *done);
+
+/* Waits until an exchange is done. Returns as moe_comm_exchange_test. Since 0.1. */
+MOE_API moe_status moe_comm_exchange_finish(moe_comm *comm, int32_t request);
+
+/* The same bytes from every rank to every rank: block p of recv is what rank p sent for this rank.
+ *   recv, send  [P * bytes]
+ * Returns as moe_comm_exchange. Since 0.1. */
+MOE_API moe_status moe_comm_all_to_all(moe_comm *comm, void *recv, const void *send, int64_t bytes);
+
+/* Rows of every rank on every rank.
+ *   recv        out: [recv_begin[P]] rows
+ *   recv_begin  in: [P+1] ascending from 0; recv_begin[r+1] - recv_begin[r] rows are this rank's own
+ *   send        in: those
+ * Returns as moe_comm_exchange. Since 0.1. */
+MOE_API moe_status moe_comm_all_gather(moe_comm *comm, void *recv, const int64_t *recv_begin,
+                                       const void *send, int64_t row_bytes);
+
+/* Waits until every rank has made this call. Returns as moe_comm_exchange. Since 0.1. */
+MOE_API moe_status moe_comm_barrier(moe_comm *comm);
+
+/* Returns MOE_OK, or MOE_ERROR_TRANSPORT if the communicator or another rank has failed, as far as is
+ * known here. Waits for nothing. Since 0.1. */
+MOE_API moe_status moe_comm_poll(moe_comm *comm);
+
+/* Makes the waits of all ranks end with MOE_ERROR_TRANSPORT. Any thread; NULL is legal. Since 0.1. */
+MOE_API void moe_comm_abort(moe_comm *comm);
+
+/* Returns the bytes of buffers that requests given up still own, because the transport cannot
+ * withdraw them; the host must not free those before its transport has ended. 0 for NULL. Since
+ * 0.1. */
+MOE_API int64_t moe_comm_pending_bytes(const moe_comm *comm);
 
 MOE_END_DECLS
 

@@ -53,6 +53,7 @@ typedef struct moe_context moe_context; /* where work runs; moe/context.h */
 typedef struct moe_gate moe_gate;       /* the trainable gating network; moe/gate.h */
 typedef struct moe_experts moe_experts; /* a pool of feed-forward experts; moe/experts.h */
 typedef struct moe_comm moe_comm;       /* an expert-parallel group; moe/comm.h */
+typedef struct moe_world moe_world;     /* ranks as threads of one process; moe/comm.h */
 typedef struct moe_layer moe_layer;     /* gate, experts and what surrounds them; moe/layer.h */
 typedef struct moe_plan moe_plan;       /* one routing: which token goes where; moe/plan.h */
 typedef struct moe_pass moe_pass;       /* one micro-batch in flight; moe/pass.h */
