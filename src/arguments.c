@@ -123,8 +123,7 @@ static moe_status check_everyone(moe__forward *f, const char *function)
 static moe_status check_routing(moe__forward *f, const moe_pass *pass, const char *function)
 {
     const moe_forward_args *a = &f->a;
-    int64_t experts = pass->gate ? pass->gate->config.num_experts
-                                 : pass->experts->config.num_experts;
+    int64_t experts = moe__pass_experts(pass);
     int32_t dtype = pass->gate ? pass->gate->config.dtype : pass->experts->config.dtype;
     const moe__plan_arrays *plan = NULL;
     if (a->plan_use != MOE_PLAN_IDS_AND_WEIGHTS && a->plan_use != MOE_PLAN_IDS)
@@ -146,7 +145,7 @@ static moe_status check_routing(moe__forward *f, const moe_pass *pass, const cha
             REFUSE_ARGUMENT("a gate replays a plan with plan_use MOE_PLAN_IDS only");
     } else {
         f->route = (f->uses & MOE__USE_GATE) != 0;
-        f->everyone = !f->route && experts == 1;
+        f->everyone = !f->route && experts == 1 && !moe__pass_has_ranks(pass, f->uses);
         if (!f->route && !f->everyone)
             REFUSE_ARGUMENT("plan is NULL, and there is no gate to choose among %lld experts",
                             (ll)experts);

@@ -375,6 +375,8 @@ struct moe_layer {
     moe_comm *comm;                 /* may be NULL */
     moe__parameter_list parameters; /* its own: shared_gate, residual_mix, residual_mix_bias */
     moe__listing listing;           /* "gate.weight", ... */
+    int64_t num_experts;            /* of all ranks */
+    int64_t *first_expert;          /* [P+1] of each rank; NULL: one rank */
 };
 
 void moe__gate_retain(moe_gate *gate);

@@ -113,10 +113,13 @@ static moe_status experts_step(moe_pass *pass, const moe__forward *f, const moe_
     const moe_layer_config *layer = f->uses & MOE__USE_LAYER ? &pass->layer->config : NULL;
     bool sigmoid = layer && layer->output == MOE_OUTPUT_SIGMOID;
     bool branches = moe__pass_has_branches(pass, f->uses);
+    bool ranks = moe__pass_has_ranks(pass, f->uses);
+    bool save = (f->a.flags & (MOE_FORWARD_NO_SAVE | MOE_FORWARD_PLAN_ONLY)) == 0;
     e->x = pass->x;
     e->x_stride = pass->x_stride;
     MOE_TRY(moe__branches_begin(pass, f, kernels, &e->plan));
-    MOE_TRY(moe__experts_rows_forward(pass->experts, e, kernels));
+    MOE_TRY(ranks ? moe__ranks_forward(pass, e->plan, save, kernels, e->workers.function)
+                  : moe__experts_rows_forward(pass->experts, e, kernels));
     moe__rows_job combine = {.workers = e->workers,
                              .tokens_in = pass->x,
                              .tokens_in_stride = pass->x_stride,
@@ -128,6 +131,7 @@ static moe_status experts_step(moe_pass *pass, const moe__forward *f, const moe_
     if (!branches) combine.tokens_saved = saved;
     if (combine.tokens_out) {
         moe__experts_combine(pass->experts, e, &combine);
+        if (ranks) combine.rows_in = pass->ranks.here;
         MOE_TRY(kernels->combine_forward(&combine));
     }
     return branches ? moe__branches_forward(pass, &combine, sigmoid, saved, kernels) : MOE_OK;
@@ -204,7 +208,11 @@ static moe__pass_shape forward_shape(const moe_pass *pass, const moe__forward *f
         pass->gate ? &pass->gate->config : NULL, with_experts ? &pass->experts->room : NULL,
         f->uses & MOE__USE_LAYER ? &pass->layer->config : NULL, weights, f->route, f->replay,
         f->a.flags);
-    if (f->uses & MOE__USE_LAYER) moe__pass_shape_branches(&shape, pass);
+    if (f->uses & MOE__USE_LAYER) {
+        moe__pass_shape_branches(&shape, pass);
+        shape.ranks = moe__pass_has_ranks(pass, f->uses);
+        shape.num_experts = moe__pass_experts(pass);
+    }
     shape.logits_in = f->a.logits_in != NULL;
     shape.tokens = f->a.tokens;
     shape.entries = moe__max(f->entries, 0);
@@ -283,20 +291,21 @@ static moe_status dispatch_step(moe_pass *pass, const moe_backward_args *b,
                                 const moe__backend *kernels)
 {
     int64_t D = pass->experts->config.d_model;
-    moe__rows_job job = {.workers = pass->experts_job.workers,
-                         .plan = &pass->plan.a,
-                         .width = D,
-                         .rows_in = pass->experts_job.dx_rows,
-                         .rows_in_stride = D,
-                         .tokens_in = pass->experts_job.dy,
-                         .tokens_in_stride = pass->experts_job.dy_stride,
-                         .tokens_out = b->dx,
-                         .tokens_out_stride = b->dx_stride,
-                         .dropped = pass->layer && (pass->uses & MOE__USE_LAYER)
-                                        ? pass->layer->config.dropped
-                                        : MOE_DROPPED_ZERO,
-                         .token_mask = pass->route.token_mask,
-                         .add = (b->flags & MOE_BACKWARD_ADD_DX) != 0};
+    moe__rows_job job = {
+        .workers = pass->experts_job.workers,
+        .plan = &pass->plan.a,
+        .width = D,
+        .rows_in = moe__pass_has_ranks(pass, pass->uses) ? pass->ranks.here
+                                                         : pass->experts_job.dx_rows,
+        .rows_in_stride = D,
+        .tokens_in = pass->experts_job.dy,
+        .tokens_in_stride = pass->experts_job.dy_stride,
+        .tokens_out = b->dx,
+        .tokens_out_stride = b->dx_stride,
+        .dropped = pass->layer && (pass->uses & MOE__USE_LAYER) ? pass->layer->config.dropped
+                                                                : MOE_DROPPED_ZERO,
+        .token_mask = pass->route.token_mask,
+        .add = (b->flags & MOE_BACKWARD_ADD_DX) != 0};
     return kernels->dispatch_backward(&job);
 }
 
@@ -320,7 +329,9 @@ static moe_status experts_backward_step(moe_pass *pass, const moe_backward_args 
         e->dy = pass->dy_inner;
         e->dy_stride = pass->experts->config.d_out;
     }
-    MOE_TRY(moe__experts_rows_backward(pass->experts, e, want_dx, kernels));
+    MOE_TRY(moe__pass_has_ranks(pass, pass->uses)
+                ? moe__ranks_backward(pass, e, want_dx, kernels)
+                : moe__experts_rows_backward(pass->experts, e, want_dx, kernels));
     if (want_dx) MOE_TRY(dispatch_step(pass, b, kernels));
     if (moe__pass_has_branches(pass, pass->uses)) MOE_TRY(moe__branches_backward(pass, b, kernels));
     if (b->entry_weight_grad)

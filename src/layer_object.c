@@ -22,7 +22,8 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
     if (!e) REFUSE_ARGUMENT("experts is NULL");
     if (g && g->context != e->context)
         REFUSE_ARGUMENT("gate and experts are of different contexts");
-    if (g && g->config.num_experts != e->config.num_experts)
+    bool alone = !c->comm || c->comm->size == 1;
+    if (g && alone && g->config.num_experts != e->config.num_experts)
         REFUSE_ARGUMENT("the gate has %lld experts, the pool has %lld", (ll)g->config.num_experts,
                         (ll)e->config.num_experts);
     if (g && g->config.dtype != e->config.dtype)
@@ -30,8 +31,8 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
                         (int)e->config.dtype);
     if (c->comm && c->comm->context != e->context)
         REFUSE_ARGUMENT("comm and experts are of different contexts");
-    if (c->comm && c->comm->size > 1)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "comm has %d ranks: a layer over several is not available",
+    if (c->comm && c->comm->size > 1 && e->made_of_parts)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "a pool of parts on %d ranks is not available",
                (int)c->comm->size);
     return MOE_OK;
 }
@@ -137,6 +138,9 @@ moe_status moe_layer_create(moe_layer **layer, const moe_layer_config *config)
     if (status != MOE_OK) goto free_layer;
     status = moe__layer_list_parameters(l, __func__);
     if (status != MOE_OK) goto free_parameters;
+    l->num_experts = l->experts->config.num_experts;
+    if (l->comm && l->comm->size > 1) status = moe__ranks_join(l, __func__);
+    if (status != MOE_OK) goto free_listing;
     atomic_init(&l->references, 1);
     moe__context_retain(context);
     moe__experts_retain(l->experts);
@@ -147,6 +151,8 @@ moe_status moe_layer_create(moe_layer **layer, const moe_layer_config *config)
     *layer = l;
     return MOE_OK;
 
+free_listing:
+    moe__listing_free(&l->listing, context);
 free_parameters:
     moe__parameters_free(&l->parameters);
 free_layer:
@@ -164,6 +170,9 @@ void moe_layer_destroy(moe_layer *layer)
     moe_experts_destroy(layer->experts);
     moe_experts_destroy(layer->shared);
     moe_experts_destroy(layer->residual);
+    if (layer->first_expert)
+        moe__free(context, layer->first_expert,
+                  ((int64_t)layer->comm->size + 1) * (int64_t)sizeof *layer->first_expert);
     moe_comm_destroy(layer->comm);
     moe__listing_free(&layer->listing, context);
     moe__parameters_free(&layer->parameters);

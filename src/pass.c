@@ -128,6 +128,7 @@ void moe_pass_destroy(moe_pass *pass)
     if (!pass) return;
     moe_context *context = pass->context;
     if (!pass->host_memory) moe__free(context, pass->memory, pass->capacity);
+    moe__ranks_free(pass);
     moe_layer_destroy(pass->layer);
     moe_gate_destroy(pass->gate);
     moe_experts_destroy(pass->experts);
@@ -171,7 +172,11 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     moe__pass_shape shape = moe__pass_shape_of(gate, experts,
                                                pass->layer ? &pass->layer->config : NULL, weights,
                                                true, true, MOE_FORWARD_TRAIN);
-    moe__pass_shape_branches(&shape, pass);
+    if (pass->layer) {
+        moe__pass_shape_branches(&shape, pass);
+        shape.ranks = pass->layer->first_expert != NULL;
+        shape.num_experts = pass->layer->num_experts;
+    }
     shape.tokens = max_tokens;
     shape.groups = moe__max(max_groups, 1);
     shape.top_k = top_k;

@@ -196,9 +196,8 @@ static void lay_out_gate_backward(moe_pass *pass, moe__arena *arena, const moe__
                                 : NULL;
 }
 
-/* Rows of a pool for `entries` entries. */
-static void lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__experts_room *c,
-                            int64_t entries, bool save, int64_t real_size)
+void moe__lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__experts_room *c,
+                          int64_t entries, bool save, int64_t real_size)
 {
     int64_t hidden = moe__mul(entries, c->d_hidden), output = moe__mul(entries, c->d_out);
     int64_t input = moe__mul(entries, c->d_model), bytes = c->workspace_per_row;
@@ -232,7 +231,7 @@ static void lay_out_branch(moe__branch *b, moe__arena *arena, const moe__experts
     int64_t entries = moe__mul(s->tokens, room->num_experts);
     moe__plan_layout(&b->plan, arena, s->tokens, entries, room->num_experts, s->groups, s->dtype);
     b->entry_grad = weighted && s->save ? moe__arena_take(arena, entries, real_size) : NULL;
-    lay_out_experts(&b->job, arena, room, entries, s->save, real_size);
+    moe__lay_out_experts(&b->job, arena, room, entries, s->save, real_size);
 }
 
 /* Coefficients [T,width] of the layer. */
@@ -278,8 +277,8 @@ void moe__pass_layout(moe_pass *pass, moe__arena *arena, const moe__pass_shape *
     lay_out_losses(pass, arena, s, real_size);
     if (s->gate && s->route) lay_out_route(pass, arena, s, real_size);
     if (s->gate && s->route && s->save) lay_out_gate_backward(pass, arena, s, real_size);
-    if (s->experts)
-        lay_out_experts(&pass->experts_job, arena, s->experts, s->entries, s->save, real_size);
+    if (s->experts && !s->ranks)
+        moe__lay_out_experts(&pass->experts_job, arena, s->experts, s->entries, s->save, real_size);
     lay_out_branches(pass, arena, s, real_size);
     int64_t output = s->experts ? moe__mul(s->tokens, s->experts->d_out) : 0;
     bool saved = s->experts && s->output_sigmoid && s->save;

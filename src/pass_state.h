@@ -27,12 +27,13 @@ typedef struct moe__pass_shape {
     int32_t save;                      /* 1: a backward will come */
     int32_t output_sigmoid;            /* of the layer */
     int32_t shared_gate, residual_mix; /* likewise */
-    int32_t plain_counts;              /* 1: plain_ids are needed */
-    int32_t columns;                   /* 1: a loss, the load or the choice needs columns */
-    int32_t priority;                  /* 1: token_priority is needed */
-    int32_t softmax_losses;            /* 1: switch, gshard or z is on */
-    int32_t sequence;                  /* 1: the sequence loss is on */
-    int32_t threshold;                 /* 1: the threshold loss is on */
+    int32_t ranks;          /* 1: experts live on several ranks: their rows are in moe__ranks */
+    int32_t plain_counts;   /* 1: plain_ids are needed */
+    int32_t columns;        /* 1: a loss, the load or the choice needs columns */
+    int32_t priority;       /* 1: token_priority is needed */
+    int32_t softmax_losses; /* 1: switch, gshard or z is on */
+    int32_t sequence;       /* 1: the sequence loss is on */
+    int32_t threshold;      /* 1: the threshold loss is on */
 } moe__pass_shape;
 
 enum {
@@ -51,6 +52,22 @@ typedef struct moe__branch {
     moe__experts_job job;
     void *entry_grad; /* [N] by the plan's weights; NULL: they are 1 */
 } moe__branch;
+
+/* Rows of other ranks: ranks.c. */
+typedef struct moe__ranks {
+    void *counts_memory, *rows_memory;
+    int64_t counts_bytes, rows_bytes;
+    int64_t *send_begin, *recv_begin; /* [P+1] rows to and from each rank */
+    int64_t *count_begin;             /* [P+1] of counts_in */
+    int64_t *counts_out;              /* [E] rows of this rank for each expert */
+    int64_t *counts_in;               /* [P,own experts] rows of each rank */
+    moe__plan_arrays plan;            /* of what arrives */
+    moe__experts_job job;
+    void *x, *dy;       /* [rows,D], [rows,O] in order of arrival */
+    void *here, *there; /* rows of this rank's plan; rows that arrived; the wider of D and O */
+    void *weight_here;  /* [rows of the plan] */
+    void *entry_grad;   /* [rows that arrived] */
+} moe__ranks;
 
 struct moe_pass {
     moe_context *context;
@@ -77,6 +94,7 @@ struct moe_pass {
     moe__gate_backward_job gate_job;
     moe__branch shared, residual;
     moe__mix_job shared_mix, residual_mix;
+    moe__ranks ranks;
     moe__plan_arrays mixed; /* the plan with weights times the routed part's coefficient */
     const void *x;
     int64_t x_stride;
@@ -206,6 +224,32 @@ moe_status moe__branches_backward(moe_pass *pass, const moe_backward_args *b,
 static inline bool moe__pass_has_branches(const moe_pass *pass, int32_t uses)
 {
     return (uses & MOE__USE_LAYER) && (pass->shared.experts || pass->residual.experts);
+}
+
+/* Rows of a pool for `entries` entries. pass_layout.c */
+void moe__lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__experts_room *c,
+                          int64_t entries, bool save, int64_t real_size);
+
+/* ranks.c: experts on several ranks. */
+static inline bool moe__pass_has_ranks(const moe_pass *pass, int32_t uses)
+{
+    return (uses & MOE__USE_LAYER) && pass->layer->first_expert;
+}
+/* Makes ranks.here [rows of `plan`, O], the outputs of its rows. */
+moe_status moe__ranks_forward(moe_pass *pass, const moe__plan_arrays *plan, bool save,
+                              const moe__backend *kernels, const char *function);
+/* What moe__experts_rows_backward makes for `wanted`: parameter gradients on the owners, entry_grad
+ * of the pass if wanted, and in ranks.here [rows, D] the dx of the rows. */
+moe_status moe__ranks_backward(moe_pass *pass, const moe__experts_job *wanted, bool want_dx,
+                               const moe__backend *kernels);
+void moe__ranks_free(moe_pass *pass);
+/* Compares the layers of a group and finds first_expert; on every rank at once. */
+moe_status moe__ranks_join(moe_layer *layer, const char *function);
+/* Experts of the gate or pool of a pass, on all ranks. */
+static inline int64_t moe__pass_experts(const moe_pass *pass)
+{
+    if (pass->layer) return pass->layer->num_experts;
+    return pass->gate ? pass->gate->config.num_experts : pass->experts->config.num_experts;
 }
 
 /* experts_step.c: the rows of a pool, part by part. `job` was laid out for the pool's room.

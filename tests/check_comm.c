@@ -389,29 +389,6 @@ START_TEST(test_comm_calls_refuse)
 }
 END_TEST
 
-/* A layer takes groups of one rank only. */
-START_TEST(test_layer_refuses_several_ranks)
-{
-    moe_context *context = new_context();
-    moe_experts *experts = NULL;
-    moe_layer *layer = NULL;
-    moe_world *world = NULL;
-    moe_experts_config e;
-    moe_layer_config l;
-    MUST(moe_experts_config_init(&e, sizeof e));
-    MUST(moe_layer_config_init(&l, sizeof l));
-    e.d_model = e.d_hidden = e.num_experts = 1;
-    MUST(moe_experts_create(&experts, context, &e));
-    MUST(moe_world_create(&world, context, 2));
-    l.experts = experts;
-    MUST(moe_comm_create_in_world(&l.comm, world, context, 0, 1));
-    REFUSED(MOE_ERROR_NOT_SUPPORTED, moe_layer_create(&layer, &l));
-    ck_assert_ptr_nonnull(strstr(moe_last_error(), "2 ranks"));
-    moe_comm_destroy(l.comm), moe_world_destroy(world), moe_experts_destroy(experts);
-    moe_context_destroy(context);
-}
-END_TEST
-
 int main(void)
 {
     Suite *suite = suite_create("comm");
@@ -423,7 +400,6 @@ int main(void)
     tcase_add_test(c, test_world_ends_every_wait);
     tcase_add_test(c, test_host_failures_end_the_communicator);
     tcase_add_test(c, test_comm_calls_refuse);
-    tcase_add_test(c, test_layer_refuses_several_ranks);
     suite_add_tcase(suite, c);
     return run_suite(suite, 1);
 }
