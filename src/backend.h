@@ -238,13 +238,16 @@ typedef struct moe__experts_job {
     moe__matrices w1, b1, w3, b3, w2, b2;       /* NULL: not there */
     moe__matrices dw1, db1, dw3, db3, dw2, db2; /* NULL: not wanted */
     int32_t overwrite;
-    int32_t parameters;   /* 1: the host's experts are to add gradients of their parameters */
-    void *z1, *z3;        /* [R,F] before the activation, kept for backward; z3 NULL if not gated */
-    void *h;              /* [R,F] kept for backward; may be z1 when nothing is kept */
-    void *out;            /* [R,O] outputs of the experts, after the output function; kept */
-    void *weight_of_row;  /* [R] kept */
-    int64_t *tile_begin;  /* scratch [E+1] */
-    void *x_rows;         /* [R,D] of the host's experts, kept; else NULL */
+    int32_t parameters;  /* 1: the host's experts are to add gradients of their parameters */
+    void *z1, *z3;       /* [R,F] before the activation, kept for backward; z3 NULL if not gated */
+    void *h;             /* [R,F] kept for backward; may be z1 when nothing is kept */
+    void *out;           /* [R,O] outputs of the experts, after the output function; kept */
+    void *weight_of_row; /* [R] kept */
+    int64_t *tile_begin; /* scratch [E+1] */
+    const int64_t *segment_begin; /* [E * segments + 1] rows of each expert's token groups: parameter
+                                     gradients are summed group by group; NULL: as one */
+    int64_t segments;             /* token groups */
+    void *x_rows;                 /* [R,D] of the host's experts, kept; else NULL */
     void *workspace;      /* [R,workspace_per_row] bytes from the job's first row on, kept; or
                             NULL */
     void *combine_weight; /* [N] what combine multiplies, of a pool whose parts differ in

@@ -157,6 +157,20 @@ moe_status moe__branches_forward(moe_pass *pass, const moe__rows_job *to, bool s
 
 /* ---- backward -------------------------------------------------------------------------------- */
 
+/* Every rank has these parameters, so their gradients are summed group by group, as those of a gate:
+ * an expert has a row of every token that is not masked, in order. */
+static void find_segments(const moe_pass *pass, moe__branch *branch)
+{
+    const moe__plan_arrays *plan = &branch->plan;
+    int64_t G = plan->groups, *begin = branch->segment_begin;
+    for (int64_t e = 0; e < plan->num_experts; e++)
+        for (int64_t g = 0; g < G; g++)
+            begin[e * G + g] = plan->expert_begin[e] + pass->valid_begin[g];
+    begin[plan->num_experts * G] = plan->rows;
+    branch->job.segment_begin = begin;
+    branch->job.segments = G;
+}
+
 static moe_status branch_backward(moe_pass *pass, moe__branch *branch, const moe_backward_args *b,
                                   const moe__backend *kernels)
 {
@@ -172,6 +186,7 @@ static moe_status branch_backward(moe_pass *pass, moe__branch *branch, const moe
     job->dy = routed->dy;
     job->dy_stride = routed->dy_stride;
     job->entry_weight_grad = branch->entry_grad;
+    find_segments(pass, branch);
     MOE_TRY(moe__experts_rows_backward(branch->experts, job, want_dx, kernels));
     if (!want_dx) return MOE_OK;
     moe__rows_job dispatch = {.workers = routed->workers,

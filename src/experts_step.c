@@ -25,6 +25,7 @@ static moe__experts_job job_of_part(const moe__experts_job *all, const moe__expe
     view->expert_begin = all->plan->expert_begin + first;
     job.config = c;
     job.plan = view;
+    if (job.segment_begin) job.segment_begin += first * job.segments;
     job.z1 = ahead(all->z1, skip);
     job.z3 = gated ? ahead(all->z3, skip) : NULL;
     job.h = ahead(all->h, skip);

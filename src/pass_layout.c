@@ -231,6 +231,10 @@ static void lay_out_branch(moe__branch *b, moe__arena *arena, const moe__experts
     int64_t entries = moe__mul(s->tokens, room->num_experts);
     moe__plan_layout(&b->plan, arena, s->tokens, entries, room->num_experts, s->groups, s->dtype);
     b->entry_grad = weighted && s->save ? moe__arena_take(arena, entries, real_size) : NULL;
+    int64_t segments = moe__mul(room->num_experts, s->groups);
+    b->segment_begin = s->save
+                           ? moe__arena_take(arena, moe__add(segments, 1), sizeof *b->segment_begin)
+                           : NULL;
     moe__lay_out_experts(&b->job, arena, room, entries, s->save, real_size);
 }
 

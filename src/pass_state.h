@@ -50,7 +50,8 @@ typedef struct moe__branch {
     moe_experts *experts;  /* NULL: not there */
     moe__plan_arrays plan; /* every token to every expert */
     moe__experts_job job;
-    void *entry_grad; /* [N] by the plan's weights; NULL: they are 1 */
+    void *entry_grad;       /* [N] by the plan's weights; NULL: they are 1 */
+    int64_t *segment_begin; /* [E G + 1] rows of each expert's token groups */
 } moe__branch;
 
 /* Rows of other ranks: ranks.c. */

@@ -94,6 +94,15 @@ MOE_API moe_status moe_layer_forward(moe_layer *layer, moe_pass *pass,
 MOE_API moe_status moe_layer_backward(moe_layer *layer, moe_pass *pass,
                                       const moe_backward_args *args);
 
+/* Sums the gradients of the replicated parameters (all but the routed experts') over the ranks of the
+ * layer's group, in order of rank, in place on every rank. If gradients began at 0 and each rank had
+ * one token group, the result is the same bytes as on one rank with these groups. Every rank makes
+ * this call, after its backward, with the same gradients wanted. On one rank it does nothing.
+ *   stream  NULL on CPU
+ * Allocates for the largest gradient while it runs. Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT,
+ * MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_TRANSPORT, MOE_ERROR_TIMEOUT. Since 0.1. */
+MOE_API moe_status moe_layer_reduce_gradients(moe_layer *layer, void *stream);
+
 /* A question about cost, answered before anything is allocated. */
 typedef struct moe_cost_query {
     uint64_t struct_size;

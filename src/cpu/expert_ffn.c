@@ -129,10 +129,12 @@ static void dz_range(void *argument, int64_t begin, int64_t end)
 static moe_status weight_gradient(const moe__experts_job *job, int64_t k, int64_t n, moe__rows a,
                                   moe__rows g, const moe__matrices *dw, const moe__matrices *dbias)
 {
+    bool grouped = job->segment_begin != NULL;
     if (!has(dw) && !has(dbias)) return MOE_OK;
     moe__gemm_dw_job gemm = {.experts = job->plan->num_experts,
-                             .segment_begin = job->plan->expert_begin,
-                             .segments_per_expert = 1,
+                             .segment_begin = grouped ? job->segment_begin
+                                                      : job->plan->expert_begin,
+                             .segments_per_expert = grouped ? job->segments : 1,
                              .k = k,
                              .n = n,
                              .a = a,
