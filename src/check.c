@@ -246,6 +246,9 @@ moe_status moe_check_gradients(moe_layer *layer, const moe_gradient_check *asked
     fenv_t saved;
     memset(&c, 0, sizeof c);
     if (!layer) REFUSE_ARGUMENT("layer is NULL");
+    if (layer->first_expert)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "the layer's experts live on %d ranks",
+               (int)layer->comm->size);
     MOE_TRY(moe__struct_read(&moe__gradient_check_info, &c.asked, asked, true, function));
     MOE_TRY(check_question(&c.asked, function));
     if (report) MOE_TRY(moe__struct_check_out(&moe__gradient_report_info, report, function));

@@ -199,7 +199,9 @@ moe_status moe_pass_trim(moe_pass *pass)
 
 int64_t moe_pass_bytes(const moe_pass *pass)
 {
-    return !pass ? 0 : pass->host_memory ? pass->used : pass->capacity;
+    if (!pass) return 0;
+    int64_t of_ranks = pass->ranks.counts_bytes + pass->ranks.rows_bytes;
+    return of_ranks + (pass->host_memory ? pass->used : pass->capacity);
 }
 
 /* ---- what it shows --------------------------------------------------------------------------- */

@@ -189,8 +189,8 @@ static moe_status send_weights(moe_pass *pass, const moe__plan_arrays *plan)
     return move_rows(pass, k->plan.weight_of_entry, k->weight_here, 1, false);
 }
 
-moe_status moe__ranks_forward(moe_pass *pass, const moe__plan_arrays *plan, bool save,
-                              const moe__backend *kernels, const char *function)
+static moe_status forward_steps(moe_pass *pass, const moe__plan_arrays *plan, bool save,
+                                const moe__backend *kernels, const char *function)
 {
     moe__ranks *k = &pass->ranks;
     const moe__experts_room *room = &pass->experts->room;
@@ -214,6 +214,19 @@ moe_status moe__ranks_forward(moe_pass *pass, const moe__plan_arrays *plan, bool
     return move_rows(pass, k->here, k->there, room->d_out, true);
 }
 
+/* A rank that cannot go on, for whatever reason, ends the waits of the others. */
+static moe_status end_waits(moe_pass *pass, moe_status status)
+{
+    if (status != MOE_OK) moe_comm_abort(comm_of(pass));
+    return status;
+}
+
+moe_status moe__ranks_forward(moe_pass *pass, const moe__plan_arrays *plan, bool save,
+                              const moe__backend *kernels, const char *function)
+{
+    return end_waits(pass, forward_steps(pass, plan, save, kernels, function));
+}
+
 /* ---- backward -------------------------------------------------------------------------------- */
 
 /* entry_grad of this rank's entries from the owners' rows; of those without a row 0. */
@@ -228,8 +241,8 @@ static moe_status fetch_weight_gradients(moe_pass *pass, const moe__plan_arrays 
     return MOE_OK;
 }
 
-moe_status moe__ranks_backward(moe_pass *pass, const moe__experts_job *wanted, bool want_dx,
-                               const moe__backend *kernels)
+static moe_status backward_steps(moe_pass *pass, const moe__experts_job *wanted, bool want_dx,
+                                 const moe__backend *kernels)
 {
     moe__ranks *k = &pass->ranks;
     const moe__plan_arrays *plan = wanted->plan;
@@ -247,6 +260,12 @@ moe_status moe__ranks_backward(moe_pass *pass, const moe__experts_job *wanted, b
     if (!want_dx) return MOE_OK;
     MOE_TRY(in_order_of_arrival(pass, k->job.dx_rows, k->there, room->d_model, kernels));
     return move_rows(pass, k->here, k->there, room->d_model, true);
+}
+
+moe_status moe__ranks_backward(moe_pass *pass, const moe__experts_job *wanted, bool want_dx,
+                               const moe__backend *kernels)
+{
+    return end_waits(pass, backward_steps(pass, wanted, want_dx, kernels));
 }
 
 /* ---- the layers of a group ------------------------------------------------------------------- */

@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { KINDS = MOE_GATE_SINKHORN + 1, MOST = 4, TOKENS = 19 };
 
@@ -231,12 +232,140 @@ START_TEST(test_ranks_are_one_rank_with_the_same_groups)
 }
 END_TEST
 
+/* ---- ranks that fail -------------------------------------------------------------------------- */
+
+/* A small layer of a rank; what goes wrong is the test's. */
+typedef struct lone {
+    moe_world *world;
+    int32_t rank, ranks, trouble;
+    moe_status created, forward;
+    char error[256];
+} lone;
+
+enum { NOTHING, OTHER_TOP_K, OTHER_WIDTH, TOO_FEW_EXPERTS, NO_CALL, NO_MEMORY };
+
+static int fail_allocations; /* of rank 1, from now on */
+
+static void *failing_alloc(void *user, uint64_t bytes, uint64_t alignment)
+{
+    (void)user;
+    if (fail_allocations) return NULL;
+    return aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+}
+static void failing_free(void *user, void *memory, uint64_t bytes)
+{
+    (void)user, (void)bytes;
+    free(memory);
+}
+
+static void *lone_thread(void *argument)
+{
+    enum { T = 6, D = 3, E = 4 };
+    lone *l = argument;
+    int odd = l->rank == 1;
+    moe_context *context = NULL;
+    moe_comm *comm = NULL;
+    moe_gate *gate = NULL;
+    moe_experts *experts = NULL;
+    moe_layer *layer = NULL;
+    moe_pass *pass = NULL;
+    moe_context_config k;
+    moe_gate_config g;
+    moe_experts_config e;
+    moe_layer_config c;
+    moe_forward_args f;
+    float x[T * D] = {0}, y[T * D];
+    MUST(moe_context_config_init(&k, sizeof k));
+    k.threads = 1;
+    if (odd) k.alloc = failing_alloc, k.free = failing_free;
+    MUST(moe_context_create(&context, &k));
+    MUST(moe_comm_create_in_world(&comm, l->world, context, l->rank, 0.5));
+    MUST(moe_gate_config_init(&g, sizeof g));
+    MUST(moe_experts_config_init(&e, sizeof e));
+    MUST(moe_layer_config_init(&c, sizeof c));
+    MUST(moe_forward_args_init(&f, sizeof f));
+    g.d_model = e.d_model = odd && l->trouble == OTHER_WIDTH ? D + 1 : D;
+    e.d_hidden = 2, e.num_experts = odd && l->trouble == TOO_FEW_EXPERTS ? 1 : E / 2;
+    g.num_experts = E, g.top_k = odd && l->trouble == OTHER_TOP_K ? 3 : 2;
+    MUST(moe_gate_create(&gate, context, &g));
+    MUST(moe_experts_create(&experts, context, &e));
+    c.gate = gate, c.experts = experts, c.comm = comm;
+    l->created = moe_layer_create(&layer, &c);
+    if (l->created == MOE_OK) {
+        MUST(moe_pass_create(&pass, layer, NULL));
+        MUST(moe_pass_reserve(pass, T, 1, MOE_FROM_CONFIG));
+        f.tokens = T, f.x = x, f.y = y;
+        if (odd && l->trouble == NO_MEMORY) fail_allocations = 1;
+        if (!odd || l->trouble != NO_CALL) l->forward = moe_layer_forward(layer, pass, &f);
+        if (odd) fail_allocations = 0;
+    }
+    (void)snprintf(l->error, sizeof l->error, "%s", moe_last_error());
+    moe_pass_destroy(pass), moe_layer_destroy(layer), moe_gate_destroy(gate);
+    moe_experts_destroy(experts);
+    if (l->trouble != NO_CALL || !odd) moe_comm_destroy(comm), comm = NULL;
+    if (comm) { /* stays, silent, until the other has given up */
+        struct timespec pause = {1, 0};
+        (void)nanosleep(&pause, NULL);
+        moe_comm_destroy(comm);
+    }
+    moe_context_destroy(context);
+    return NULL;
+}
+
+static void run_lone(lone l[2], int32_t trouble)
+{
+    moe_context *context = new_context();
+    moe_world *world = NULL;
+    pthread_t thread[2];
+    MUST(moe_world_create(&world, context, 2));
+    for (int32_t r = 0; r < 2; r++) {
+        l[r] = (lone){.world = world, .rank = r, .ranks = 2, .trouble = trouble};
+        ck_assert_int_eq(pthread_create(&thread[r], NULL, lone_thread, &l[r]), 0);
+    }
+    for (int32_t r = 0; r < 2; r++) ck_assert_int_eq(pthread_join(thread[r], NULL), 0);
+    moe_world_destroy(world), moe_context_destroy(context);
+}
+
+START_TEST(test_ranks_that_differ_are_found_at_creation)
+{
+    static const char *const SAYS[] = {"", "top_k is 3 on rank 1 and 2 on rank 0",
+                                       "d_model is 4 on rank 1 and 3 on rank 0",
+                                       "the gate has 4 experts, the pools of all ranks have 3"};
+    lone l[2];
+    run_lone(l, NOTHING);
+    for (int r = 0; r < 2; r++) ck_assert(l[r].created == MOE_OK && l[r].forward == MOE_OK);
+    for (int32_t trouble = OTHER_TOP_K; trouble <= TOO_FEW_EXPERTS; trouble++) {
+        run_lone(l, trouble);
+        for (int r = 0; r < 2; r++) {
+            ck_assert_int_eq(l[r].created, MOE_ERROR_INVALID_ARGUMENT);
+            ck_assert_msg(strstr(l[r].error, SAYS[trouble]) != NULL, "%s", l[r].error);
+        }
+    }
+}
+END_TEST
+
+START_TEST(test_ranks_end_when_one_fails)
+{
+    lone l[2];
+    run_lone(l, NO_CALL);
+    ck_assert_int_eq(l[0].forward, MOE_ERROR_TIMEOUT);
+    ck_assert_msg(strstr(l[0].error, "missing ranks: 1") != NULL, "%s", l[0].error);
+    run_lone(l, NO_MEMORY);
+    ck_assert_int_eq(l[1].forward, MOE_ERROR_OUT_OF_MEMORY);
+    ck_assert_int_eq(l[0].forward, MOE_ERROR_TRANSPORT);
+    ck_assert_msg(strstr(l[0].error, "rank 1 gave up") || strstr(l[0].error, "has left"), "%s",
+                  l[0].error);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("ranks");
     TCase *c = tcase_create("ranks");
     tcase_set_timeout(c, 300);
     tcase_add_loop_test(c, test_ranks_are_one_rank_with_the_same_groups, 0, KINDS);
+    tcase_add_test(c, test_ranks_that_differ_are_found_at_creation);
+    tcase_add_test(c, test_ranks_end_when_one_fails);
     suite_add_tcase(suite, c);
     return run_suite(suite, 1);
 }

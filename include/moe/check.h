@@ -78,7 +78,8 @@ MOE_API moe_status moe_gradient_report_init(moe_gradient_report *report, size_t 
  *           may be NULL
  * Returns MOE_OK if every gradient agrees; MOE_ERROR_WRONG_GRADIENT if one does not, the message
  * names tensor, element and both values; MOE_ERROR_INVALID_STATE with MOE_CHECK_CURRENT if a
- * parameter is not bound; MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED,
+ * parameter is not bound; MOE_ERROR_NOT_SUPPORTED for a layer on several ranks (one rank with all
+ * experts computes the same); MOE_ERROR_INVALID_ARGUMENT,
  * MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_CALLBACK or an error of a struct's size. No other thread may
  * be binding the layer's parameters, or writing to them, meanwhile. Since 0.1. */
 MOE_API moe_status moe_check_gradients(moe_layer *layer, const moe_gradient_check *check,

@@ -1,14 +1,12 @@
 /* moe/comm.h - a group of ranks and its collectives.
  *
  * A communicator is a table of collectives with a deadline. There is the group of one rank, a world
- * of threads in one process, and groups over the host's own collectives; groups over MPI and NCCL
- * come with their modules and use the same handle. A layer over several ranks comes with a later
- * release: until then moe_layer_create takes groups of one rank only.
+ * of threads in one process, and groups over the host's own collectives.
  *
  * Every rank of a group makes the same calls in the same order; no call waits longer than the
  * group's timeout. After a failure a communicator has failed for good: its later calls return
  * MOE_ERROR_TRANSPORT at once, and all that is left is to destroy it. A communicator belongs to one
- * thread at a time, moe_comm_abort excepted. */
+ * thread at a time, moe_comm_abort excepted. docs/expert-parallel.md has the whole picture. */
 #ifndef MOE_COMM_H
 #define MOE_COMM_H
 
@@ -41,6 +39,14 @@ typedef struct moe_exchange {
     int32_t reserved;          /* 0 */
 } moe_exchange;
 
+/* The functions of a table of collectives; see moe_collectives. */
+typedef int32_t (*moe_exchange_start_fn)(void *user, const moe_exchange *exchange, void **request);
+typedef int32_t (*moe_exchange_test_fn)(void *user, void *request, int32_t *done);
+typedef void (*moe_exchange_cancel_fn)(void *user, void *request);
+typedef void (*moe_exchange_missing_fn)(void *user, void *request, uint8_t *missing);
+typedef int32_t (*moe_comm_poll_fn)(void *user);
+typedef void (*moe_comm_user_fn)(void *user);
+
 /* The host's collectives. A function returns 0, or anything else for a failure, which ends the
  * communicator. None may wait for longer than `timeout` of the table. */
 typedef struct moe_collectives {
@@ -52,22 +58,22 @@ typedef struct moe_collectives {
     double timeout;        /* seconds that any wait may take, > 0; default 60 */
     /* Starts an exchange; *request is handed to test until that says MOE_COMM_DONE. At most
      * MOE_COMM_REQUESTS are in flight. Required. */
-    int32_t (*exchange_start)(void *user, const moe_exchange *exchange, void **request);
+    moe_exchange_start_fn exchange_start;
     /* *done = MOE_COMM_DONE or MOE_COMM_PENDING, without waiting. Required. */
-    int32_t (*exchange_test)(void *user, void *request, int32_t *done);
+    moe_exchange_test_fn exchange_test;
     /* Gives a request up after a failure: send and recv are not touched any more when this returns.
      * NULL: the buffers of such a request stay with the host's transport, see
      * moe_comm_pending_bytes. */
-    void (*exchange_cancel)(void *user, void *request);
+    moe_exchange_cancel_fn exchange_cancel;
     /* Which ranks a request still waits for: missing[p] = 1, else 0. For messages; may be NULL. */
-    void (*missing)(void *user, void *request, uint8_t *missing);
+    moe_exchange_missing_fn missing;
     /* Returns 0 while all is well, without waiting. May be NULL. */
-    int32_t (*poll)(void *user);
+    moe_comm_poll_fn poll;
     /* Makes the other ranks' waits end with a failure. Any thread, any number of times. May be
      * NULL. */
-    void (*abort)(void *user);
+    moe_comm_user_fn abort;
     /* The communicator is gone. May be NULL. */
-    void (*release)(void *user);
+    moe_comm_user_fn release;
 } moe_collectives;
 
 enum { MOE_COMM_REQUESTS = 8 }; /* most exchanges in flight on a communicator */

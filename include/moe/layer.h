@@ -31,12 +31,15 @@ typedef struct moe_layer_config {
     uint64_t struct_size;
     moe_gate *gate;        /* holds a reference; NULL: every forward brings a plan with weights, or
                               none to a pool of one expert: a plain feed-forward network */
-    moe_experts *experts;  /* holds a reference; required. Its E, dtype and context must be the
-                              gate's */
+    moe_experts *experts;  /* holds a reference; required. Its dtype and context must be the
+                              gate's, and its E; on several ranks the E of all ranks' pools
+                              together, in order of rank: rank 0 has the first */
     moe_experts *shared;   /* experts every token visits, with weight 1; holds a reference; NULL:
                               none. D, O, dtype and context as the pool's; another pool */
     moe_experts *residual; /* DeepSpeed-MoE's residual branch (arXiv 2201.05596); likewise */
-    moe_comm *comm;        /* holds a reference; NULL: one rank */
+    moe_comm *comm;        /* holds a reference; NULL: one rank. A group of several: each rank has
+                              its own tokens, some of the experts, and all else alike; not with a
+                              pool of parts; see moe/comm.h */
     int32_t output;        /* MOE_OUTPUT_*, of the layer's y; default linear. Not with
                               MOE_FORWARD_ADD */
     int32_t layer_id;      /* number of this layer in the noise counter, 0 to 65535; default 0 */
@@ -56,8 +59,10 @@ MOE_API moe_status moe_layer_config_init(moe_layer_config *config, size_t size);
 /* Creates a layer.
  *   layer   out: the new layer; untouched on error
  *   config  copied; its objects are referenced, never copied
- * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OUT_OF_MEMORY or
- * an error of the struct's size. Since 0.1. */
+ * On several ranks all make this call at once: what must be alike is compared, and a difference is
+ * MOE_ERROR_INVALID_ARGUMENT on every rank with the field, the rank and both values.
+ * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OUT_OF_MEMORY,
+ * MOE_ERROR_TIMEOUT, MOE_ERROR_TRANSPORT or an error of the struct's size. Since 0.1. */
 MOE_API moe_status moe_layer_create(moe_layer **layer, const moe_layer_config *config);
 
 /* Gives up the program's reference. NULL is legal. Since 0.1. */
@@ -80,7 +85,10 @@ MOE_API moe_status moe_layer_get_config(const moe_layer *layer, moe_layer_config
  *   MOE_ERROR_BUFFER_TOO_SMALL
  *   MOE_ERROR_CALLBACK          the host's parallel-for failed: y is unspecified, the pass is
  *                               failed
- * With any error but the last nothing has been written and the pass is as it was. Since 0.1. */
+ *   MOE_ERROR_TIMEOUT, MOE_ERROR_TRANSPORT  another rank did not come or gave up: likewise
+ * With any error but the last two nothing has been written and the pass is as it was. (A gate that
+ * chooses by thresholds, and a layer on several ranks, find out late how many entries or rows there
+ * are: a lack of memory then leaves the pass failed too.) Since 0.1. */
 MOE_API moe_status moe_layer_forward(moe_layer *layer, moe_pass *pass,
                                      const moe_forward_args *args);
 

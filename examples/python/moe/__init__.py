@@ -73,7 +73,7 @@ from ._library import (
     version,
 )
 from ._preset import Preset, describe, preset, presets
-from .context import Comm, Context
+from .context import Comm, Context, World
 from .functions import (
     Flops,
     GradientReport,
@@ -103,7 +103,7 @@ __all__ = [
     "Order", "OutOfMemory", "Output", "Parameter", "Parameters", "Pass", "Plan", "PlanArrays",
     "PlanUse", "Preset", "Round", "Rows", "SAME", "Score", "SecondChoice", "SequenceCounts",
     "Shard", "SizeOverflow", "Stat", "Stats", "Status", "Storage", "SystemRefused", "Tensor",
-    "WeightLayout", "WeightOn", "check_gradients", "constant", "cv_squared", "describe",
+    "WeightLayout", "WeightOn", "World", "check_gradients", "constant", "cv_squared", "describe",
     "experts_config", "flops", "gate_config", "layer_config", "library_path", "load", "memory",
     "noise4", "preset", "presets", "selection_bias_step", "version",
 ]  # fmt: skip

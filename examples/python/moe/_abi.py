@@ -17,6 +17,7 @@ from ctypes import (
     c_int32,
     c_int64,
     c_uint64,
+    c_uint8,
     c_void_p,
 )
 from typing import List, Type
@@ -424,11 +425,42 @@ class GradientReport(Structure):
     ]
 
 
+class Exchange(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("recv", c_void_p),
+        ("recv_begin", POINTER(c_int64)),
+        ("send", c_void_p),
+        ("send_begin", POINTER(c_int64)),
+        ("row_bytes", c_int64),
+        ("to_all", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class Collectives(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("user", c_void_p),
+        ("rank", c_int32),
+        ("size", c_int32),
+        ("capabilities", c_uint64),
+        ("timeout", c_double),
+        ("exchange_start", CFUNCTYPE(c_int32, c_void_p, POINTER(Exchange), POINTER(c_void_p))),
+        ("exchange_test", CFUNCTYPE(c_int32, c_void_p, c_void_p, POINTER(c_int32))),
+        ("exchange_cancel", CFUNCTYPE(None, c_void_p, c_void_p)),
+        ("missing", CFUNCTYPE(None, c_void_p, c_void_p, POINTER(c_uint8))),
+        ("poll", CFUNCTYPE(c_int32, c_void_p)),
+        ("abort", CFUNCTYPE(None, c_void_p)),
+        ("release", CFUNCTYPE(None, c_void_p)),
+    ]
+
+
 STRUCTS: List[Type[Structure]] = [
     ContextConfig, GateConfig, ExpertCall, ExpertCallbacks, ExpertsConfig, LayerConfig, CostQuery,
     Cost, ParameterRecord, Binding,
     ForwardArgs, BackwardArgs, PassConfig, Losses, Stats, TensorView, PlanArgs, PlanView, RowsArgs,
-    GradientCheck, GradientReport,
+    GradientCheck, GradientReport, Exchange, Collectives,
 ]  # fmt: skip
 FILLED_BY_LIBRARY: List[Type[Structure]] = [ExpertCall]  # the only ones without an init function
 

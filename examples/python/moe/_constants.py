@@ -329,6 +329,22 @@ class Rows(enum.IntFlag):
 
 FROM_CONFIG = -1
 SAME = -1
+class CommMemory(enum.IntFlag):
+    """What a table of collectives can do."""
+
+    HOST_MEMORY = 1
+    DEVICE_MEMORY = 2
+    STREAM_ORDERED = 4
+
+
+class CommState(enum.IntEnum):
+    """How far an exchange is."""
+
+    PENDING = 0
+    DONE = 1
+
+
+COMM_REQUESTS = 8
 MAX_DIMS = 4
 MAX_PARTS = 8
 LOSS_SLOTS = 16
@@ -338,6 +354,7 @@ STAT_SLOTS = 16
 SINGLES: Dict[str, int] = {
     "MOE_FROM_CONFIG": FROM_CONFIG,
     "MOE_SAME": SAME,
+    "MOE_COMM_REQUESTS": COMM_REQUESTS,
     "MOE_MAX_DIMS": MAX_DIMS,
     "MOE_MAX_PARTS": MAX_PARTS,
     "MOE_LOSS_SLOTS": LOSS_SLOTS,
@@ -381,6 +398,8 @@ PREFIXES: Dict[Type[enum.IntEnum] | Type[enum.IntFlag], str] = {
     Forward: "MOE_FORWARD_",
     Backward: "MOE_BACKWARD_",
     Rows: "MOE_ROWS_",
+    CommMemory: "MOE_COMM_",
+    CommState: "MOE_COMM_",
 }
 
 

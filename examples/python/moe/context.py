@@ -1,4 +1,4 @@
-"""Context and Comm: where work runs, and the group of ranks."""
+"""Context, World and Comm: where work runs, and groups of ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Optional, Tuple
 from . import _abi, _callbacks, _config
 from ._constants import Isa
 from ._handle import Handle, Object
-from ._library import library
+from ._library import check, library
 
 
 class Context(Object):
@@ -64,13 +64,47 @@ class Context(Object):
         return f"<moe.Context threads={self.threads} isa={self.isa.name.lower()}>"
 
 
-class Comm(Object):
-    """An expert-parallel group; so far the group of one rank."""
+class World(Object):
+    """Ranks in this process: each is a Comm of its own, for a thread of its own."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, size: int) -> None:
+        handle = Handle("world")
+        handle.kept["context"] = context.handle
+        self._handle = handle.create("moe_world_create", context.handle.value, size)
+
+    def comm(self, context: Context, rank: int, timeout: float = 60) -> "Comm":
+        """The communicator of one rank; no wait of it is longer than timeout seconds."""
+        return Comm(context, world=self, rank=rank, timeout=timeout)
+
+
+class Comm(Object):
+    """An expert-parallel group: of one rank, or one rank of a World. Every rank makes the same calls in
+    the same order."""
+
+    def __init__(
+        self, context: Context, world: Optional[World] = None, rank: int = 0, timeout: float = 60
+    ) -> None:
         handle = Handle("comm")
         handle.kept["context"] = context.handle
-        self._handle = handle.create("moe_comm_create_self", context.handle.value)
+        if world is None:
+            self._handle = handle.create("moe_comm_create_self", context.handle.value)
+            return
+        handle.kept["world"] = world.handle
+        self._handle = handle.create(
+            "moe_comm_create_in_world", world.handle.value, context.handle.value, rank, timeout
+        )
+
+    def barrier(self) -> None:
+        """Wait until every rank has made this call."""
+        check(library().moe_comm_barrier(self.handle.value))
+
+    def poll(self) -> None:
+        """Raise Transport if the communicator or another rank is known to have failed."""
+        check(library().moe_comm_poll(self.handle.value))
+
+    def abort(self) -> None:
+        """Make the waits of all ranks end."""
+        library().moe_comm_abort(self.handle.value)
 
     @property
     def rank(self) -> int:

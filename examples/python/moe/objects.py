@@ -326,7 +326,7 @@ class Layer(Computing, ParameterOwner):
     config    where the other fields come from, as of preset(); None: the defaults
     shared    a pool of experts that every token visits
     residual  the pool of a residual branch
-    comm      None: one rank
+    comm      None: one rank; else every rank makes its layer, with some of the experts each
     """
 
     kind = "layer"
@@ -359,7 +359,9 @@ class Layer(Computing, ParameterOwner):
         self.residual = residual
         self.dims = experts.dims
         if gate is not None:
-            self.dims = self.dims._replace(d_gate=gate.dims.d_gate, groups=gate.dims.groups)
+            self.dims = self.dims._replace(
+                d_gate=gate.dims.d_gate, groups=gate.dims.groups, num_experts=gate.dims.num_experts
+            )
 
     def _used(self) -> List[Handle]:
         kept = self.handle.kept
@@ -412,6 +414,10 @@ class Layer(Computing, ParameterOwner):
     def zero_touched_gradients(self) -> None:
         """The same, but of pools those experts alone that were touched since the last time."""
         self._zero("touched_gradients")
+
+    def reduce_gradients(self) -> None:
+        """Sum the gradients of all but the routed experts over the ranks, in order of rank."""
+        self.call("moe_layer_reduce_gradients", None)
 
     def init_parameters(self, seed: int) -> None:
         """Give every owned parameter its first value; bound data is never written."""
