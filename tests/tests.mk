@@ -166,7 +166,7 @@ bench-scale: $(BUILD)/bench_scale
 check-asan:
 	CK_FORK=no $(MAKE) BUILD=build-asan SANITIZE=address,undefined check-suites
 
-THREADED := threads determinism experts layer
+THREADED := threads determinism experts layer comm ranks
 check-tsan:
 	$(MAKE) BUILD=build-tsan SANITIZE=thread test-programs
 	@MOE_SANITIZED=1 $(RUN) $(foreach s,$(THREADED),build-tsan/tests/check_$(s)) \

@@ -22,7 +22,7 @@ enum {
     MOE_COMM_STREAM_ORDERED = 4 /* work is put on a stream and waits for it */
 };
 
-/* What all_to_all_v_test and poll tell. */
+/* What the test of an exchange tells. */
 enum { MOE_COMM_PENDING = 0, MOE_COMM_DONE = 1 };
 
 /* Rows from every rank to every rank. Row r of rank p's part is at recv + (recv_begin[p] + r) *
