@@ -239,6 +239,7 @@ typedef struct lone {
     moe_world *world;
     int32_t rank, ranks, trouble;
     moe_status created, forward;
+    float first_weight; /* of its first expert */
     char error[256];
 } lone;
 
@@ -292,6 +293,11 @@ static void *lone_thread(void *argument)
     c.gate = gate, c.experts = experts, c.comm = comm;
     l->created = moe_layer_create(&layer, &c);
     if (l->created == MOE_OK) {
+        moe_parameter_record w1;
+        MUST(moe_parameter_record_init(&w1, sizeof w1));
+        MUST(moe_layer_init_parameters(layer, 5));
+        MUST(moe_layer_parameter(layer, moe_layer_parameter_find(layer, "experts.w1"), &w1));
+        l->first_weight = *(const float *)w1.data;
         MUST(moe_pass_create(&pass, layer, NULL));
         MUST(moe_pass_reserve(pass, T, 1, MOE_FROM_CONFIG));
         f.tokens = T, f.x = x, f.y = y;
@@ -326,6 +332,24 @@ static void run_lone(lone l[2], int32_t trouble)
     moe_world_destroy(world), moe_context_destroy(context);
 }
 
+/* The first value of an expert where one rank has all four. */
+static float first_weight_on_one_rank(int64_t expert)
+{
+    moe_context *context = new_context();
+    moe_experts *experts = NULL;
+    moe_experts_config e;
+    moe_parameter_record w1;
+    MUST(moe_experts_config_init(&e, sizeof e));
+    MUST(moe_parameter_record_init(&w1, sizeof w1));
+    e.d_model = 3, e.d_hidden = 2, e.num_experts = 4;
+    MUST(moe_experts_create(&experts, context, &e));
+    MUST(moe_experts_init_parameters(experts, 5));
+    MUST(moe_experts_parameter(experts, moe_experts_parameter_find(experts, "w1"), &w1));
+    float value = ((const float *)w1.data)[expert * 6];
+    moe_experts_destroy(experts), moe_context_destroy(context);
+    return value;
+}
+
 START_TEST(test_ranks_that_differ_are_found_at_creation)
 {
     static const char *const SAYS[] = {"", "top_k is 3 on rank 1 and 2 on rank 0",
@@ -334,6 +358,7 @@ START_TEST(test_ranks_that_differ_are_found_at_creation)
     lone l[2];
     run_lone(l, NOTHING);
     for (int r = 0; r < 2; r++) ck_assert(l[r].created == MOE_OK && l[r].forward == MOE_OK);
+    for (int r = 0; r < 2; r++) ck_assert(l[r].first_weight == first_weight_on_one_rank(2 * r));
     for (int32_t trouble = OTHER_TOP_K; trouble <= TOO_FEW_EXPERTS; trouble++) {
         run_lone(l, trouble);
         for (int r = 0; r < 2; r++) {
