@@ -98,10 +98,15 @@ static int64_t capacity_of_group(const moe_gate_config *c, const moe_forward_arg
                : factor_capacity(c, tokens, (a->flags & MOE_FORWARD_TRAIN) != 0);
 }
 
+bool moe__gate_is_limited(const moe_gate_config *c, const moe_forward_args *a)
+{
+    return a->capacity != MOE_FROM_CONFIG || c->capacity_kind != MOE_CAPACITY_NONE;
+}
+
 const int64_t *moe__gate_capacities(moe_pass *pass, const moe__forward *f)
 {
     const moe_gate_config *c = &pass->gate_config;
-    if (f->a.capacity == MOE_FROM_CONFIG && c->capacity_kind == MOE_CAPACITY_NONE) return NULL;
+    if (!moe__gate_is_limited(c, &f->a)) return NULL;
     for (int64_t g = 0; g < pass->plan.a.groups; g++) {
         int64_t tokens = pass->valid_begin[g + 1] - pass->valid_begin[g];
         int64_t rows = capacity_of_group(c, &f->a, tokens);
@@ -267,7 +272,8 @@ void moe__gate_fill_route(moe_pass *pass, const moe__forward *f)
     r->expert_of_entry = pass->plan.a.expert_of_entry;
     r->slot_of_entry = pass->plan.a.slot_of_entry;
     r->weight = pass->plan_weight;
-    r->token_priority = f->replay ? NULL : pass->token_priority;
+    /* Without a limit nothing asks for it, and a hash gate may have no scores. */
+    r->token_priority = f->replay || !moe__gate_is_limited(c, a) ? NULL : pass->token_priority;
     if (f->replay || !r->train) r->column_factor = NULL; /* Sinkhorn is for training */
     if (r->levels == 2)
         fill_two_levels(pass, a);

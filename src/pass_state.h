@@ -178,6 +178,8 @@ int64_t moe__gate_entries_taken(const moe_gate_config *config, const moe_forward
                                 int64_t top_k);
 int64_t moe__gate_most_entries(const moe_gate_config *config, int64_t tokens, int64_t groups,
                                int64_t top_k);
+/* Whether an expert takes a limited number of rows in this call. */
+bool moe__gate_is_limited(const moe_gate_config *config, const moe_forward_args *args);
 /* Rows an expert takes from each group, or NULL without a limit. */
 const int64_t *moe__gate_capacities(moe_pass *pass, const moe__forward *f);
 /* The jobs of the steps. Plan, mask and primary plan are laid out. */

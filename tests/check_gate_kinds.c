@@ -666,6 +666,29 @@ START_TEST(test_renormalising_nothing_gives_nothing)
 }
 END_TEST
 
+/* ---- corners ---------------------------------------------------------------------------------- */
+
+/* Priorities are scores: a policy that asks for them is harmless without a limit, refused with one. */
+START_TEST(test_hash_without_logits_has_no_priorities)
+{
+    enum { T = 6, E = 4 };
+    int64_t key[T] = {3, 1, 4, 1, 5, 9};
+    routing r;
+    routing_begin(&r, MOE_GATE_HASH, T, E, 2);
+    r.g.drop_policy = MOE_DROP_BATCH_PRIORITY;
+    r.f.token_key = key, r.f.logits_in = NULL;
+    route(&r);
+    ck_assert_int_eq(r.v.rows, T * 2);
+    r.f.capacity = 1;
+    ck_assert_int_eq(moe_gate_forward(r.gate, r.pass, &r.f), MOE_ERROR_INVALID_ARGUMENT);
+    ck_assert_ptr_nonnull(strstr(moe_last_error(), "MOE_GATE_HASH"));
+    r.f.logits_in = r.logits;
+    route(&r);
+    ck_assert_int_le(r.v.rows, E);
+    routing_end(&r);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("gate kinds");
@@ -686,6 +709,7 @@ int main(void)
     tcase_add_test(c, test_jitter_multiplies_the_gates_input);
     tcase_add_test(c, test_loss_scope_group_is_the_mean_over_groups);
     tcase_add_test(c, test_renormalising_nothing_gives_nothing);
+    tcase_add_test(c, test_hash_without_logits_has_no_priorities);
     suite_add_tcase(suite, c);
     return run_suite(suite, 1);
 }
