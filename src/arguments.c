@@ -233,7 +233,8 @@ static bool draws_numbers(const moe__forward *f, const moe_gate_config *c)
 {
     const moe_forward_args *a = &f->a;
     bool train = (a->flags & MOE_FORWARD_TRAIN) != 0;
-    if (train && ((moe__gate_is_noisy(c) && !a->noise) || c->jitter > 0)) return true;
+    bool noisy = moe__gate_is_noisy(c), jitter = c->jitter > 0 && (!a->logits_in || noisy);
+    if (train && ((noisy && !a->noise) || jitter)) return true;
     if (f->replay) return false;
     if (train && (c->choice_noise || c->second_choice == MOE_SECOND_CHOICE_RANDOM)) return true;
     return moe__gate_is_limited(c, a) && c->drop_policy == MOE_DROP_RANDOM;

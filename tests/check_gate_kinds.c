@@ -689,6 +689,33 @@ START_TEST(test_hash_without_logits_has_no_priorities)
 }
 END_TEST
 
+/* Nothing is jittered where the logits are the host's: no x is needed, and dx gets nothing. */
+START_TEST(test_jitter_lets_host_logits_be)
+{
+    enum { T = 5, D = 3, E = 4 };
+    double x[T * D] = {0}, dx[T * D], grad[T * 2], d_logits[T * E];
+    moe_backward_args b;
+    routing r;
+    routing_begin(&r, MOE_GATE_TOP_K, T, E, 2);
+    r.g.d_model = D, r.g.jitter = 0.1;
+    r.f.flags = MOE_FORWARD_TRAIN, r.f.step = -1; /* no numbers are drawn */
+    route(&r);
+    r.f.x = x;
+    route(&r);
+    MUST(moe_backward_args_init(&b, sizeof b));
+    for (int i = 0; i < T * 2; i++) grad[i] = i;
+    for (int i = 0; i < T * D; i++) dx[i] = 7 + i;
+    b.entry_weight_grad = grad, b.dx = dx, b.d_logits_out = d_logits, b.flags = MOE_BACKWARD_ADD_DX;
+    MUST(moe_gate_backward(r.gate, r.pass, &b));
+    for (int i = 0; i < T * D; i++) ck_assert_double_eq(dx[i], 7 + i);
+    ck_assert_double_ne(d_logits[r.v.expert_of_entry[0]], 0);
+    b.flags = 0;
+    MUST(moe_gate_backward(r.gate, r.pass, &b));
+    for (int i = 0; i < T * D; i++) ck_assert_double_eq(dx[i], 0);
+    routing_end(&r);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("gate kinds");
@@ -710,6 +737,7 @@ int main(void)
     tcase_add_test(c, test_loss_scope_group_is_the_mean_over_groups);
     tcase_add_test(c, test_renormalising_nothing_gives_nothing);
     tcase_add_test(c, test_hash_without_logits_has_no_priorities);
+    tcase_add_test(c, test_jitter_lets_host_logits_be);
     suite_add_tcase(suite, c);
     return run_suite(suite, 1);
 }
