@@ -716,6 +716,45 @@ START_TEST(test_jitter_lets_host_logits_be)
 }
 END_TEST
 
+/* The threshold loss of a routing of the host's does not depend on the order of its ids. */
+START_TEST(test_threshold_loss_of_ids_in_any_order)
+{
+    enum { T = 2, E = 4 };
+    const int32_t ids[2][T * 2] = {{0, 2, 1, 3}, {2, 0, 3, 1}};
+    double loss[2], gradient[2][T * E];
+    moe_losses l;
+    moe_plan *plan = NULL;
+    moe_plan_args a;
+    moe_backward_args b;
+    routing r;
+    routing_begin(&r, MOE_GATE_BALANCED, T, E, 2);
+    r.g.capacity_kind = MOE_CAPACITY_FACTOR, r.g.threshold_weight = 1;
+    r.f.flags = MOE_FORWARD_TRAIN;
+    route(&r);
+    MUST(moe_losses_init(&l, sizeof l));
+    MUST(moe_backward_args_init(&b, sizeof b));
+    MUST(moe_plan_args_init(&a, sizeof a));
+    MUST(moe_plan_create(&plan, r.context));
+    a.tokens = T, a.num_experts = E, a.top_k = 2, a.dtype = MOE_DTYPE_F64;
+    for (int i = 0; i < 2; i++) {
+        a.expert_ids = ids[i], r.f.plan = plan, r.f.plan_use = MOE_PLAN_IDS;
+        MUST(moe_plan_build(plan, &a));
+        route(&r);
+        MUST(moe_pass_losses(r.pass, &l));
+        loss[i] = l.value[MOE_LOSS_THRESHOLD], b.d_logits_out = gradient[i];
+        MUST(moe_gate_backward(r.gate, r.pass, &b));
+    }
+    double expected = 0; /* the thresholds are 0: all experts are above */
+    for (int t = 0; t < T; t++)
+        for (int e = 0; e < E; e++) expected += entry_at(&r, t, e) < 0 ? score_at(&r, t, e) : 0;
+    ck_assert_double_eq_tol(loss[0], expected, 1e-14);
+    ck_assert_double_eq(loss[1], loss[0]);
+    for (int i = 0; i < T * E; i++) ck_assert_double_eq(gradient[1][i], gradient[0][i]);
+    moe_plan_destroy(plan);
+    routing_end(&r);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("gate kinds");
@@ -738,6 +777,7 @@ int main(void)
     tcase_add_test(c, test_renormalising_nothing_gives_nothing);
     tcase_add_test(c, test_hash_without_logits_has_no_priorities);
     tcase_add_test(c, test_jitter_lets_host_logits_be);
+    tcase_add_test(c, test_threshold_loss_of_ids_in_any_order);
     suite_add_tcase(suite, c);
     return run_suite(suite, 1);
 }
