@@ -755,6 +755,47 @@ START_TEST(test_threshold_loss_of_ids_in_any_order)
 }
 END_TEST
 
+/* A routing is replayed as it is even where the gate would now give a group the weight 0. */
+START_TEST(test_hierarchical_replay_keeps_a_group_whose_weight_vanished)
+{
+    enum { T = 3, A = 4, B = 2, K = 2 };
+    double x[T] = {1, 1, 1}, dx[T], grad[T * 4];
+    int32_t ids[T * 4];
+    moe_parameter_record p;
+    moe_plan *plan = NULL;
+    const moe_plan *routed;
+    moe_backward_args b;
+    routing r;
+    routing_begin(&r, MOE_GATE_HIERARCHICAL, T, A * B, K);
+    r.g.d_model = 1, r.g.expert_groups = A, r.g.top_groups = 2, r.g.importance_weight = 1;
+    r.f.logits_in = NULL, r.f.x = x;
+    route(&r);
+    memcpy(ids, r.v.expert_of_entry, sizeof ids);
+    MUST(moe_plan_create(&plan, r.context));
+    MUST(moe_pass_plan(r.pass, &routed));
+    MUST(moe_plan_copy(plan, routed));
+    MUST(moe_parameter_record_init(&p, sizeof p));
+    MUST(moe_gate_parameter(r.gate, moe_gate_parameter_find(r.gate, "primary_weight"), &p));
+    for (int i = 0; i < A; i++) ((double *)p.data)[i] = 5000 * i;
+    r.f.plan = plan, r.f.plan_use = MOE_PLAN_IDS;
+    route(&r); /* checks the plan */
+    ck_assert_mem_eq(ids, r.v.expert_of_entry, sizeof ids);
+    ck_assert_int_eq(r.v.rows, T * 4);
+    for (int t = 0; t < T; t++) { /* groups 0 and 1 */
+        ck_assert_double_eq(weight_at(&r, t * 4), 0);
+        ck_assert_double_eq(weight_at(&r, t * 4 + 1), 0);
+        ck_assert_double_eq(weight_at(&r, t * 4 + 2) + weight_at(&r, t * 4 + 3), 1);
+    }
+    MUST(moe_backward_args_init(&b, sizeof b));
+    for (int i = 0; i < T * 4; i++) grad[i] = i;
+    b.entry_weight_grad = grad, b.dx = dx;
+    MUST(moe_gate_backward(r.gate, r.pass, &b));
+    for (int t = 0; t < T; t++) ck_assert(isfinite(dx[t]));
+    moe_plan_destroy(plan);
+    routing_end(&r);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("gate kinds");
@@ -778,6 +819,7 @@ int main(void)
     tcase_add_test(c, test_hash_without_logits_has_no_priorities);
     tcase_add_test(c, test_jitter_lets_host_logits_be);
     tcase_add_test(c, test_threshold_loss_of_ids_in_any_order);
+    tcase_add_test(c, test_hierarchical_replay_keeps_a_group_whose_weight_vanished);
     suite_add_tcase(suite, c);
     return run_suite(suite, 1);
 }
