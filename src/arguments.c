@@ -137,6 +137,8 @@ static moe_status check_routing(moe__forward *f, const moe_pass *pass, const cha
                    "MOE_FORWARD_RECOMPUTE without a forward that kept its plan");
         plan = &pass->plan.a;
         f->route = pass->routed;
+    } else if (a->plan == &pass->primary) {
+        REFUSE_ARGUMENT("plan is the primary routing of this pass; hand in a copy of it");
     } else if (a->plan) {
         plan = &a->plan->a;
         f->route = (f->uses & MOE__USE_GATE) && a->plan_use == MOE_PLAN_IDS;

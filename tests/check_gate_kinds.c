@@ -796,6 +796,34 @@ START_TEST(test_hierarchical_replay_keeps_a_group_whose_weight_vanished)
 }
 END_TEST
 
+/* With one expert in each group the primary routing has the shape of a plan of the gate; its memory
+ * is the pass's, which the forward is about to use. */
+START_TEST(test_own_primary_routing_is_not_replayed)
+{
+    enum { T = 9, E = 4 };
+    double x[T];
+    const moe_plan *primary;
+    moe_plan *copy = NULL;
+    routing r;
+    routing_begin(&r, MOE_GATE_HIERARCHICAL, T, E, 1);
+    r.g.d_model = 1, r.g.expert_groups = E, r.g.top_groups = 2;
+    for (int t = 0; t < T; t++) x[t] = t;
+    r.f.logits_in = NULL, r.f.x = x, r.f.flags = MOE_FORWARD_NO_SAVE;
+    route(&r);
+    MUST(moe_pass_primary_plan(r.pass, &primary));
+    MUST(moe_plan_create(&copy, r.context));
+    MUST(moe_plan_copy(copy, primary));
+    r.f.plan = primary, r.f.plan_use = MOE_PLAN_IDS, r.f.flags = MOE_FORWARD_TRAIN;
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_gate_forward(r.gate, r.pass, &r.f));
+    MUST(moe_plan_check(primary)); /* the pass is as it was */
+    r.f.plan = copy;
+    route(&r);
+    ck_assert_int_eq(r.v.entries, T * 2);
+    moe_plan_destroy(copy);
+    routing_end(&r);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("gate kinds");
@@ -820,6 +848,7 @@ int main(void)
     tcase_add_test(c, test_jitter_lets_host_logits_be);
     tcase_add_test(c, test_threshold_loss_of_ids_in_any_order);
     tcase_add_test(c, test_hierarchical_replay_keeps_a_group_whose_weight_vanished);
+    tcase_add_test(c, test_own_primary_routing_is_not_replayed);
     suite_add_tcase(suite, c);
     return run_suite(suite, 1);
 }
