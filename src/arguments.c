@@ -136,6 +136,8 @@ static moe_status check_routing(moe__forward *f, const moe_pass *pass, const cha
                    "MOE_FORWARD_RECOMPUTE without a forward that kept its plan");
         plan = &pass->plan.a;
         f->route = pass->routed;
+    } else if (a->plan == &pass->primary) {
+        REFUSE_ARGUMENT("plan is the primary routing of this pass; hand in a copy of it");
     } else if (a->plan) {
         plan = &a->plan->a;
         f->route = (f->uses & MOE__USE_GATE) && a->plan_use == MOE_PLAN_IDS;
@@ -232,11 +234,11 @@ static bool draws_numbers(const moe__forward *f, const moe_gate_config *c)
 {
     const moe_forward_args *a = &f->a;
     bool train = (a->flags & MOE_FORWARD_TRAIN) != 0;
-    bool limited = a->capacity != MOE_FROM_CONFIG || c->capacity_kind != MOE_CAPACITY_NONE;
-    if (train && ((moe__gate_is_noisy(c) && !a->noise) || c->jitter > 0)) return true;
+    bool noisy = moe__gate_is_noisy(c), jitter = c->jitter > 0 && (!a->logits_in || noisy);
+    if (train && ((noisy && !a->noise) || jitter)) return true;
     if (f->replay) return false;
     if (train && (c->choice_noise || c->second_choice == MOE_SECOND_CHOICE_RANDOM)) return true;
-    return limited && c->drop_policy == MOE_DROP_RANDOM;
+    return moe__gate_is_limited(c, a) && c->drop_policy == MOE_DROP_RANDOM;
 }
 
 static moe_status check_noise(const moe__forward *f, const moe_gate_config *c, const char *function)
@@ -292,15 +294,15 @@ static moe_status check_key(const moe__forward *f, const moe_gate_config *c, con
 {
     const moe_forward_args *a = &f->a;
     bool hash = c->kind == MOE_GATE_HASH;
-    bool limited = a->capacity != MOE_FROM_CONFIG || c->capacity_kind != MOE_CAPACITY_NONE;
     if (a->token_key && !hash)
         REFUSE_ARGUMENT("token_key is given, but the gate's kind is %s",
                         moe__gate_kind_name(c->kind));
     if (hash && !a->token_key && !f->replay && a->tokens > 0)
         REFUSE_ARGUMENT("token_key is NULL for %lld tokens of MOE_GATE_HASH", (ll)a->tokens);
-    if (hash && c->d_model == 0 && !a->logits_in && limited && !f->replay &&
+    if (hash && c->d_model == 0 && !a->logits_in && moe__gate_is_limited(c, a) && !f->replay &&
         c->drop_policy == MOE_DROP_BATCH_PRIORITY)
-        REFUSE_ARGUMENT("drop_policy MOE_DROP_BATCH_PRIORITY without logits");
+        REFUSE_ARGUMENT("drop_policy MOE_DROP_BATCH_PRIORITY clashes with kind MOE_GATE_HASH where "
+                        "d_model is 0 and logits_in is NULL: there are no scores");
     return MOE_OK;
 }
 

@@ -128,7 +128,8 @@ static moe_status read_query(cost_case *c, const moe_cost_query *query, const ch
     c->threads = c->q.threads ? c->q.threads : moe__available_threads();
     fenv_t saved;
     moe__fenv_enter(&saved);
-    c->entries = c->has_gate ? moe__gate_most_entries(&c->gate, c->q.tokens, c->groups, top_k)
+    c->entries = c->has_gate ? moe__gate_most_entries(&c->gate, c->q.tokens, c->groups, top_k,
+                                                      (c->q.flags & MOE_FORWARD_TRAIN) != 0)
                              : moe__mul(c->q.tokens, top_k);
     moe__fenv_leave(&saved);
     return MOE_OK;
@@ -235,9 +236,13 @@ moe_status moe_layer_flops(const moe_cost_query *query, moe_cost *cost)
     MOE_TRY(read_query(&c, query, __func__));
     int64_t router = 0, rows = 0, combine = 0;
     if (c.has_gate) router = router_products(&c);
+    /* Thresholds may choose every expert, but the mean number is K. */
+    bool by_threshold = c.has_gate && c.gate.kind == MOE_GATE_BALANCED &&
+                        !(c.q.flags & MOE_FORWARD_TRAIN);
+    int64_t entries = by_threshold ? moe__mul(c.q.tokens, c.top_k) : c.entries;
     if (c.has_experts) {
-        rows = moe__mul(c.entries, expert_products(&c.experts));
-        combine = moe__mul(c.entries, c.experts.d_out);
+        rows = moe__mul(entries, expert_products(&c.experts));
+        combine = moe__mul(entries, c.experts.d_out);
     }
     if (c.has_shared) add_branch(&c.shared, c.q.tokens, &rows, &combine);
     if (c.has_residual) add_branch(&c.residual, c.q.tokens, &rows, &combine);

@@ -82,7 +82,7 @@ static int64_t factor_capacity(const moe_gate_config *c, int64_t tokens, bool tr
     double factor = !train && c->capacity_factor_eval > 0 ? c->capacity_factor_eval
                                                           : c->capacity_factor;
     double rounded = round_capacity(c, factor, (double)K, (double)tokens);
-    int64_t rows = rounded >= (double)most ? most : (int64_t)rounded;
+    int64_t rows = rounded < (double)most ? (int64_t)rounded : most; /* NaN: inf times no tokens */
     rows = moe__max(rows, c->capacity_minimum);
     if (c->capacity_multiple > 1 && rows % c->capacity_multiple != 0)
         rows = moe__add(rows, c->capacity_multiple - rows % c->capacity_multiple);
@@ -98,10 +98,15 @@ static int64_t capacity_of_group(const moe_gate_config *c, const moe_forward_arg
                : factor_capacity(c, tokens, (a->flags & MOE_FORWARD_TRAIN) != 0);
 }
 
+bool moe__gate_is_limited(const moe_gate_config *c, const moe_forward_args *a)
+{
+    return a->capacity != MOE_FROM_CONFIG || c->capacity_kind != MOE_CAPACITY_NONE;
+}
+
 const int64_t *moe__gate_capacities(moe_pass *pass, const moe__forward *f)
 {
     const moe_gate_config *c = &pass->gate_config;
-    if (f->a.capacity == MOE_FROM_CONFIG && c->capacity_kind == MOE_CAPACITY_NONE) return NULL;
+    if (!moe__gate_is_limited(c, &f->a)) return NULL;
     for (int64_t g = 0; g < pass->plan.a.groups; g++) {
         int64_t tokens = pass->valid_begin[g + 1] - pass->valid_begin[g];
         int64_t rows = capacity_of_group(c, &f->a, tokens);
@@ -125,21 +130,22 @@ int64_t moe__gate_entries_taken(const moe_gate_config *config, const moe_forward
     return entries;
 }
 
-/* K f T / E and what rounding, minimum and multiple add in each group, or `capacity` in each. */
+/* Where experts take tokens K f T / E and what rounding, minimum and multiple add in each group, or
+ * `capacity` in each; thresholds may choose them all. */
 int64_t moe__gate_most_entries(const moe_gate_config *c, int64_t tokens, int64_t groups,
-                               int64_t top_k)
+                               int64_t top_k, bool train)
 {
-    int64_t E = c->num_experts, all = moe__mul(tokens, E);
-    if (c->kind != MOE_GATE_EXPERT_CHOICE)
-        return moe__mul(tokens, moe__gate_entries_per_token(c, top_k));
+    int64_t all = moe__mul(tokens, c->num_experts);
+    double E = (double)c->num_experts, G = (double)groups;
+    if (!moe__gate_takes_tokens(c)) return moe__mul(tokens, moe__gate_entries_per_token(c, top_k));
+    if (c->kind == MOE_GATE_BALANCED && !train) return all;
     double factor = c->capacity_factor_eval > c->capacity_factor ? c->capacity_factor_eval
                                                                  : c->capacity_factor,
            more = (double)c->capacity_minimum;
-    double by_factor = factor * (double)top_k * (double)(tokens + groups * E);
+    double by_factor = factor * (double)top_k * ((double)tokens + G * E);
     more += (double)c->capacity_multiple + (double)top_k * (factor + 2);
-    double most = c->capacity_kind == MOE_CAPACITY_NUMBER
-                      ? (double)c->capacity * (double)groups * (double)E
-                      : by_factor + more * (double)groups * (double)E;
+    double most = c->capacity_kind == MOE_CAPACITY_NUMBER ? (double)c->capacity * G * E
+                                                          : by_factor + more * G * E;
     return all >= 0 && most >= (double)all ? all : most < 9e18 ? (int64_t)most : -1;
 }
 
@@ -267,7 +273,8 @@ void moe__gate_fill_route(moe_pass *pass, const moe__forward *f)
     r->expert_of_entry = pass->plan.a.expert_of_entry;
     r->slot_of_entry = pass->plan.a.slot_of_entry;
     r->weight = pass->plan_weight;
-    r->token_priority = f->replay ? NULL : pass->token_priority;
+    /* Without a limit nothing asks for it, and a hash gate may have no scores. */
+    r->token_priority = f->replay || !moe__gate_is_limited(c, a) ? NULL : pass->token_priority;
     if (f->replay || !r->train) r->column_factor = NULL; /* Sinkhorn is for training */
     if (a->logits_in && !moe__gate_is_noisy(c))          /* the input is not read */
         r->x_jittered = pass->gate_job.d_x_jittered = NULL;

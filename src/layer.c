@@ -214,6 +214,7 @@ static moe__pass_shape forward_shape(const moe_pass *pass, const moe__forward *f
         shape.num_experts = moe__pass_experts(pass);
     }
     shape.logits_in = f->a.logits_in != NULL;
+    if (shape.logits_in && !shape.noise) shape.jitter = 0; /* no product reads the input */
     shape.tokens = f->a.tokens;
     shape.entries = moe__max(f->entries, 0);
     shape.groups = f->a.groups;

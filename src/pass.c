@@ -138,19 +138,19 @@ void moe_pass_destroy(moe_pass *pass)
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
-/* Entries that a gate may make of so many tokens; with `own_k` by its config alone. */
+/* Entries that a gate may make of so many tokens; with `own_k` by its config alone, else at least
+ * top_k of each. */
 static int64_t reserved_entries(const moe_gate_config *gate, int64_t tokens, int64_t groups,
                                 int64_t top_k, bool own_k)
 {
+    int64_t asked = moe__mul(tokens, top_k);
     fenv_t saved;
-    if (!gate) return moe__mul(tokens, top_k);
-    if (gate->kind == MOE_GATE_BALANCED) /* thresholds may choose them all */
-        return moe__mul(tokens, own_k ? gate->num_experts : top_k);
-    if (gate->kind == MOE_GATE_EXPERT_CHOICE && !own_k) return moe__mul(tokens, top_k);
+    if (!gate) return asked;
     moe__fenv_enter(&saved);
-    int64_t entries = moe__gate_most_entries(gate, tokens, groups, top_k);
+    int64_t most = moe__gate_most_entries(gate, tokens, groups, top_k, !own_k);
     moe__fenv_leave(&saved);
-    return entries;
+    if (own_k || !moe__gate_takes_tokens(gate)) return most;
+    return asked < 0 || most < 0 ? -1 : moe__max(asked, most);
 }
 
 moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_groups,

@@ -191,12 +191,14 @@ int64_t moe__gate_most_k(const moe_gate_config *config);
 int64_t moe__gate_entries_per_token(const moe_gate_config *config, int64_t top_k);
 /* What the kernels see. */
 moe_gate_config moe__gate_config_of_call(const moe_gate_config *config, int64_t top_k);
-/* Entries of a gate whose experts take tokens, or -1; and the most that any gate makes of a batch
- * with MOE_FORWARD_TRAIN, or -1. Under the default floating-point environment. */
+/* Entries of a gate whose experts take tokens, or -1; and the most that any gate makes of a batch,
+ * or -1. Under the default floating-point environment. */
 int64_t moe__gate_entries_taken(const moe_gate_config *config, const moe_forward_args *args,
                                 int64_t top_k);
 int64_t moe__gate_most_entries(const moe_gate_config *config, int64_t tokens, int64_t groups,
-                               int64_t top_k);
+                               int64_t top_k, bool train);
+/* Whether an expert takes a limited number of rows in this call. */
+bool moe__gate_is_limited(const moe_gate_config *config, const moe_forward_args *args);
 /* Rows an expert takes from each group, or NULL without a limit. */
 const int64_t *moe__gate_capacities(moe_pass *pass, const moe__forward *f);
 /* The jobs of the steps. Plan, mask and primary plan are laid out. */

@@ -733,6 +733,164 @@ START_TEST(test_renormalising_nothing_gives_nothing)
 }
 END_TEST
 
+/* ---- corners ---------------------------------------------------------------------------------- */
+
+/* Priorities are scores: a policy that asks for them is harmless without a limit, refused with one. */
+START_TEST(test_hash_without_logits_has_no_priorities)
+{
+    enum { T = 6, E = 4 };
+    int64_t key[T] = {3, 1, 4, 1, 5, 9};
+    routing r;
+    routing_begin(&r, MOE_GATE_HASH, T, E, 2);
+    r.g.drop_policy = MOE_DROP_BATCH_PRIORITY;
+    r.f.token_key = key, r.f.logits_in = NULL;
+    route(&r);
+    ck_assert_int_eq(r.v.rows, T * 2);
+    r.f.capacity = 1;
+    ck_assert_int_eq(moe_gate_forward(r.gate, r.pass, &r.f), MOE_ERROR_INVALID_ARGUMENT);
+    ck_assert_ptr_nonnull(strstr(moe_last_error(), "MOE_GATE_HASH"));
+    r.f.logits_in = r.logits;
+    route(&r);
+    ck_assert_int_le(r.v.rows, E);
+    routing_end(&r);
+}
+END_TEST
+
+/* Nothing is jittered where the logits are the host's: no x is needed, and dx gets nothing. */
+START_TEST(test_jitter_lets_host_logits_be)
+{
+    enum { T = 5, D = 3, E = 4 };
+    double x[T * D] = {0}, dx[T * D], grad[T * 2], d_logits[T * E];
+    moe_backward_args b;
+    routing r;
+    routing_begin(&r, MOE_GATE_TOP_K, T, E, 2);
+    r.g.d_model = D, r.g.jitter = 0.1;
+    r.f.flags = MOE_FORWARD_TRAIN, r.f.step = -1; /* no numbers are drawn */
+    route(&r);
+    r.f.x = x;
+    route(&r);
+    MUST(moe_backward_args_init(&b, sizeof b));
+    for (int i = 0; i < T * 2; i++) grad[i] = i;
+    for (int i = 0; i < T * D; i++) dx[i] = 7 + i;
+    b.entry_weight_grad = grad, b.dx = dx, b.d_logits_out = d_logits, b.flags = MOE_BACKWARD_ADD_DX;
+    MUST(moe_gate_backward(r.gate, r.pass, &b));
+    for (int i = 0; i < T * D; i++) ck_assert_double_eq(dx[i], 7 + i);
+    ck_assert_double_ne(d_logits[r.v.expert_of_entry[0]], 0);
+    b.flags = 0;
+    MUST(moe_gate_backward(r.gate, r.pass, &b));
+    for (int i = 0; i < T * D; i++) ck_assert_double_eq(dx[i], 0);
+    routing_end(&r);
+}
+END_TEST
+
+/* The threshold loss of a routing of the host's does not depend on the order of its ids. */
+START_TEST(test_threshold_loss_of_ids_in_any_order)
+{
+    enum { T = 2, E = 4 };
+    const int32_t ids[2][T * 2] = {{0, 2, 1, 3}, {2, 0, 3, 1}};
+    double loss[2], gradient[2][T * E];
+    moe_losses l;
+    moe_plan *plan = NULL;
+    moe_plan_args a;
+    moe_backward_args b;
+    routing r;
+    routing_begin(&r, MOE_GATE_BALANCED, T, E, 2);
+    r.g.capacity_kind = MOE_CAPACITY_FACTOR, r.g.threshold_weight = 1;
+    r.f.flags = MOE_FORWARD_TRAIN;
+    route(&r);
+    MUST(moe_losses_init(&l, sizeof l));
+    MUST(moe_backward_args_init(&b, sizeof b));
+    MUST(moe_plan_args_init(&a, sizeof a));
+    MUST(moe_plan_create(&plan, r.context));
+    a.tokens = T, a.num_experts = E, a.top_k = 2, a.dtype = MOE_DTYPE_F64;
+    for (int i = 0; i < 2; i++) {
+        a.expert_ids = ids[i], r.f.plan = plan, r.f.plan_use = MOE_PLAN_IDS;
+        MUST(moe_plan_build(plan, &a));
+        route(&r);
+        MUST(moe_pass_losses(r.pass, &l));
+        loss[i] = l.value[MOE_LOSS_THRESHOLD], b.d_logits_out = gradient[i];
+        MUST(moe_gate_backward(r.gate, r.pass, &b));
+    }
+    double expected = 0; /* the thresholds are 0: all experts are above */
+    for (int t = 0; t < T; t++)
+        for (int e = 0; e < E; e++) expected += entry_at(&r, t, e) < 0 ? score_at(&r, t, e) : 0;
+    ck_assert_double_eq_tol(loss[0], expected, 1e-14);
+    ck_assert_double_eq(loss[1], loss[0]);
+    for (int i = 0; i < T * E; i++) ck_assert_double_eq(gradient[1][i], gradient[0][i]);
+    moe_plan_destroy(plan);
+    routing_end(&r);
+}
+END_TEST
+
+/* A routing is replayed as it is even where the gate would now give a group the weight 0. */
+START_TEST(test_hierarchical_replay_keeps_a_group_whose_weight_vanished)
+{
+    enum { T = 3, A = 4, B = 2, K = 2 };
+    double x[T] = {1, 1, 1}, dx[T], grad[T * 4];
+    int32_t ids[T * 4];
+    moe_parameter_record p;
+    moe_plan *plan = NULL;
+    const moe_plan *routed;
+    moe_backward_args b;
+    routing r;
+    routing_begin(&r, MOE_GATE_HIERARCHICAL, T, A * B, K);
+    r.g.d_model = 1, r.g.expert_groups = A, r.g.top_groups = 2, r.g.importance_weight = 1;
+    r.f.logits_in = NULL, r.f.x = x;
+    route(&r);
+    memcpy(ids, r.v.expert_of_entry, sizeof ids);
+    MUST(moe_plan_create(&plan, r.context));
+    MUST(moe_pass_plan(r.pass, &routed));
+    MUST(moe_plan_copy(plan, routed));
+    MUST(moe_parameter_record_init(&p, sizeof p));
+    MUST(moe_gate_parameter(r.gate, moe_gate_parameter_find(r.gate, "primary_weight"), &p));
+    for (int i = 0; i < A; i++) ((double *)p.data)[i] = 5000 * i;
+    r.f.plan = plan, r.f.plan_use = MOE_PLAN_IDS;
+    route(&r); /* checks the plan */
+    ck_assert_mem_eq(ids, r.v.expert_of_entry, sizeof ids);
+    ck_assert_int_eq(r.v.rows, T * 4);
+    for (int t = 0; t < T; t++) { /* groups 0 and 1 */
+        ck_assert_double_eq(weight_at(&r, t * 4), 0);
+        ck_assert_double_eq(weight_at(&r, t * 4 + 1), 0);
+        ck_assert_double_eq(weight_at(&r, t * 4 + 2) + weight_at(&r, t * 4 + 3), 1);
+    }
+    MUST(moe_backward_args_init(&b, sizeof b));
+    for (int i = 0; i < T * 4; i++) grad[i] = i;
+    b.entry_weight_grad = grad, b.dx = dx;
+    MUST(moe_gate_backward(r.gate, r.pass, &b));
+    for (int t = 0; t < T; t++) ck_assert(isfinite(dx[t]));
+    moe_plan_destroy(plan);
+    routing_end(&r);
+}
+END_TEST
+
+/* With one expert in each group the primary routing has the shape of a plan of the gate; its memory
+ * is the pass's, which the forward is about to use. */
+START_TEST(test_own_primary_routing_is_not_replayed)
+{
+    enum { T = 9, E = 4 };
+    double x[T];
+    const moe_plan *primary;
+    moe_plan *copy = NULL;
+    routing r;
+    routing_begin(&r, MOE_GATE_HIERARCHICAL, T, E, 1);
+    r.g.d_model = 1, r.g.expert_groups = E, r.g.top_groups = 2;
+    for (int t = 0; t < T; t++) x[t] = t;
+    r.f.logits_in = NULL, r.f.x = x, r.f.flags = MOE_FORWARD_NO_SAVE;
+    route(&r);
+    MUST(moe_pass_primary_plan(r.pass, &primary));
+    MUST(moe_plan_create(&copy, r.context));
+    MUST(moe_plan_copy(copy, primary));
+    r.f.plan = primary, r.f.plan_use = MOE_PLAN_IDS, r.f.flags = MOE_FORWARD_TRAIN;
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_gate_forward(r.gate, r.pass, &r.f));
+    MUST(moe_plan_check(primary)); /* the pass is as it was */
+    r.f.plan = copy;
+    route(&r);
+    ck_assert_int_eq(r.v.entries, T * 2);
+    moe_plan_destroy(copy);
+    routing_end(&r);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("gate kinds");
@@ -755,6 +913,11 @@ int main(void)
     tcase_add_test(c, test_jitter_leaves_the_hosts_logits_alone);
     tcase_add_test(c, test_loss_scope_group_is_the_mean_over_groups);
     tcase_add_test(c, test_renormalising_nothing_gives_nothing);
+    tcase_add_test(c, test_hash_without_logits_has_no_priorities);
+    tcase_add_test(c, test_jitter_lets_host_logits_be);
+    tcase_add_test(c, test_threshold_loss_of_ids_in_any_order);
+    tcase_add_test(c, test_hierarchical_replay_keeps_a_group_whose_weight_vanished);
+    tcase_add_test(c, test_own_primary_routing_is_not_replayed);
     suite_add_tcase(suite, c);
     return run_suite(suite, 1);
 }

@@ -133,7 +133,9 @@ typedef struct moe_cost {
     int64_t parameter_bytes; /* data of all parameters */
     int64_t gradient_bytes;  /* their gradients */
     int64_t parameter_count; /* elements */
-    int64_t pass_bytes;      /* what a pass for T tokens allocates, or needs as workspace */
+    int64_t pass_bytes;      /* the most a pass for T tokens allocates, or needs as workspace; with
+                                MOE_GATE_BALANCED without MOE_FORWARD_TRAIN as if its thresholds
+                                chose every expert */
     int64_t forward_flops;   /* of all products: gate, experts, combine; 0 for the host's experts */
     int64_t backward_flops;
     int64_t active_parameters; /* elements a token meets: gate plus K experts */

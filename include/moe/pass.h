@@ -105,9 +105,10 @@ typedef struct moe_forward_args {
     int64_t groups;             /* 0 = one group, with or without group_begin */
     const int64_t *token_key;   /* in: [T] what MOE_GATE_HASH draws the experts from: a word, a
                                    task; required there without a plan, NULL elsewhere */
-    const moe_plan *plan;       /* in: a routing to replay, copied, the pass's own included; or
-                                   NULL: the gate routes. Without a gate NULL is for a pool
-                                   of one expert: every token visits it with weight 1 */
+    const moe_plan *plan;       /* in: a routing to replay, copied, the pass's own included (but
+                                   for its primary one); or NULL: the gate routes. Without a
+                                   gate NULL is for a pool of one expert: every token visits
+                                   it with weight 1 */
     int32_t plan_use;           /* MOE_PLAN_*; default MOE_PLAN_IDS_AND_WEIGHTS */
     int32_t reserved;           /* 0 */
     int64_t top_k;              /* K of this call; default MOE_FROM_CONFIG */

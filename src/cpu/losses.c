@@ -173,7 +173,16 @@ static void fill_sequence(void *argument, int64_t begin, int64_t end)
     }
 }
 
-/* columns = P, token_value = sum_e (above - taken)(P - thr); taken: the experts the token has. */
+/* Entries of token t at expert e: a plan that was handed in has them in any order. */
+static int64_t entries_at(const moe__route_job *route, int64_t t, int64_t e)
+{
+    int64_t count = 0;
+    for (int64_t n = route->token_begin[t]; n < route->token_begin[t + 1]; n++)
+        count += route->expert_of_entry[n] == e;
+    return count;
+}
+
+/* columns = P, token_value = sum_e (above - taken)(P - thr); taken: the entries of the token. */
 static void fill_threshold(void *argument, int64_t begin, int64_t end)
 {
     const moe__losses_job *job = argument;
@@ -181,15 +190,13 @@ static void fill_threshold(void *argument, int64_t begin, int64_t end)
     int64_t E = job->plan->num_experts;
     for (int64_t t = begin; t < end; t++) {
         real *row = (real *)job->columns + t * E;
-        int64_t n = route->token_begin[t], last = route->token_begin[t + 1];
         double value = 0;
         if (clear_if_masked(job, t, row)) continue;
         softmax(row, (const real *)route->level[0].logits + t * E, E);
         for (int64_t e = 0; e < E; e++) {
             double over = (double)row[e] - (double)vector_at(&route->threshold, e);
-            int taken = n < last && route->expert_of_entry[n] == e;
-            n += taken;
-            value += (double)((row[e] > vector_at(&route->threshold, e)) - taken) * over;
+            int64_t above = row[e] > vector_at(&route->threshold, e);
+            value += (double)(above - entries_at(route, t, e)) * over;
         }
         job->token_value[t] = value;
     }
@@ -476,16 +483,13 @@ static void threshold_loss_row(const moe__gate_backward_job *job, int64_t t, con
 {
     const moe__route_job *route = job->losses->route;
     int64_t E = job->losses->plan->num_experts;
-    int64_t first = route->token_begin[t], last = route->token_begin[t + 1];
     real factor = (real)job->loss_factor[MOE_LOSS_THRESHOLD], lanes[16] = {R(0.0)};
     softmax(p, clean, E);
     for (int32_t turn = 0; turn < 2; turn++) {
         real dot = turn ? lane_sum(lanes, 16) : R(0.0);
-        int64_t n = first;
         for (int64_t e = 0; e < E; e++) {
-            int taken = n < last && route->expert_of_entry[n] == e;
-            real d = factor * (real)((p[e] > vector_at(&route->threshold, e)) - taken);
-            n += taken;
+            int64_t above = p[e] > vector_at(&route->threshold, e);
+            real d = factor * (real)(above - entries_at(route, t, e));
             if (turn)
                 d_clean[e] = r_fma(p[e], d - dot, d_clean[e]);
             else

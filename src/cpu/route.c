@@ -232,7 +232,8 @@ static moe_status start_second_level(moe__route_job *job)
     return MOE_OK;
 }
 
-/* The plan's entries: experts by their number among all, weights Gp Gs. */
+/* The plan's entries: experts by their number among all, weights Gp Gs. Those of a replay stay where
+ * they are, with weight 0 if the group's has vanished. */
 static void combine_levels(const moe__route_job *job)
 {
     const moe__plan_arrays *p = job->primary;
@@ -241,11 +242,13 @@ static void combine_levels(const moe__route_job *job)
     int64_t K = second->top_k;
     for (int64_t n = 0; n < p->entries; n++) {
         int64_t r = p->row_of_entry[n];
+        int masked = is_masked(job->token_mask, n / job->level[0].top_k);
         real by_group = ((const real *)p->weight_of_entry)[n] * scale;
         for (int64_t j = 0; j < K; j++) {
             int32_t local = r < 0 ? -1 : second->choice[r * K + j];
             real w = r < 0 ? R(0.0) : by_group * ((const real *)second->weight)[r * K + j];
             ((real *)job->weight)[n * K + j] = local < 0 ? R(0.0) : w;
+            if (job->choose == MOE__CHOOSE_GIVEN && !masked) continue;
             job->expert_of_entry[n * K + j] =
                 local < 0 ? -1 : (int32_t)(p->expert_of_entry[n] * second->width + local);
         }
