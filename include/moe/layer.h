@@ -80,7 +80,9 @@ MOE_API moe_status moe_layer_get_config(const moe_layer *layer, moe_layer_config
  *   MOE_ERROR_BUFFER_TOO_SMALL
  *   MOE_ERROR_CALLBACK          the host's parallel-for failed: y is unspecified, the pass is
  *                               failed
- * With any error but the last nothing has been written and the pass is as it was. Since 0.1. */
+ * With any error but the last nothing has been written and the pass is as it was; save that
+ * MOE_GATE_BALANCED without MOE_FORWARD_TRAIN counts its entries first: if there is no memory for
+ * them, the pass is failed, with nothing written. Since 0.1. */
 MOE_API moe_status moe_layer_forward(moe_layer *layer, moe_pass *pass,
                                      const moe_forward_args *args);
 
