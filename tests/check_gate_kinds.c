@@ -891,6 +891,52 @@ START_TEST(test_own_primary_routing_is_not_replayed)
 }
 END_TEST
 
+/* What a threshold gate needs is known when it has counted. Without the memory the pass is failed; a
+ * smaller batch then goes through. */
+START_TEST(test_thresholds_in_a_workspace_that_is_too_small)
+{
+    enum { T = 64, E = 8 };
+    moe_context_config c;
+    moe_cost_query q;
+    moe_cost cost;
+    moe_pass_config p;
+    moe_backward_args b;
+    const moe_plan *plan;
+    routing r;
+    routing_begin(&r, MOE_GATE_BALANCED, T, E, 1);
+    r.g.capacity_kind = MOE_CAPACITY_FACTOR, r.g.d_model = 1;
+    MUST(moe_cost_query_init(&q, sizeof q));
+    MUST(moe_cost_init(&cost, sizeof cost));
+    MUST(moe_pass_config_init(&p, sizeof p));
+    MUST(moe_backward_args_init(&b, sizeof b));
+    q.gate = &r.g, q.tokens = T, q.threads = 1;
+    MUST(moe_layer_memory(&q, &cost));
+    p.workspace_bytes = cost.pass_bytes - T,
+    p.workspace = aligned_alloc(64, (size_t)cost.pass_bytes);
+    ck_assert_ptr_nonnull(p.workspace);
+    moe_context_destroy(r.context), r.context = NULL;
+    MUST(moe_context_config_init(&c, sizeof c));
+    c.threads = 1;
+    MUST(moe_context_create(&r.context, &c));
+    MUST(moe_gate_create(&r.gate, r.context, &r.g));
+    MUST(moe_pass_create_for_gate(&r.pass, r.gate, &p));
+    ck_assert_int_eq(moe_gate_forward(r.gate, r.pass, &r.f), MOE_ERROR_BUFFER_TOO_SMALL);
+    ck_assert_int_eq(moe_pass_plan(r.pass, &plan), MOE_ERROR_INVALID_STATE);
+    ck_assert_int_eq(moe_gate_backward(r.gate, r.pass, &b), MOE_ERROR_INVALID_STATE);
+    r.f.tokens = T / 2;
+    route(&r); /* thresholds are 0: all experts */
+    ck_assert_int_eq(r.v.entries, T / 2 * E);
+    MUST(moe_gate_backward(r.gate, r.pass, &b));
+    moe_pass_destroy(r.pass), r.pass = NULL;
+    p.workspace_bytes = cost.pass_bytes, r.f.tokens = T;
+    MUST(moe_pass_create_for_gate(&r.pass, r.gate, &p));
+    route(&r);
+    ck_assert_int_eq(moe_pass_bytes(r.pass), cost.pass_bytes);
+    routing_end(&r);
+    free(p.workspace);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("gate kinds");
@@ -918,6 +964,7 @@ int main(void)
     tcase_add_test(c, test_threshold_loss_of_ids_in_any_order);
     tcase_add_test(c, test_hierarchical_replay_keeps_a_group_whose_weight_vanished);
     tcase_add_test(c, test_own_primary_routing_is_not_replayed);
+    tcase_add_test(c, test_thresholds_in_a_workspace_that_is_too_small);
     suite_add_tcase(suite, c);
     return run_suite(suite, 1);
 }

@@ -219,9 +219,8 @@ MOE_API moe_status moe_gate_forward(moe_gate *gate, moe_pass *pass, const moe_fo
 /* Gradients of the weights' use and of the losses, by the gate's input and parameters.
  *   pass  after a moe_gate_forward that kept its logits: without MOE_FORWARD_NO_SAVE and
  *         MOE_FORWARD_PLAN_ONLY
- *   args  reads entry_weight_grad [N] (in; the gradient by each weight of the plan, NULL = 0;
- *         entries with no row are read only if renormalisation after a drop does not apply: a
- *         dropped entry's weight is 0 and its gradient is ignored), loss_grad, x or gate_x if they
+ *   args  reads entry_weight_grad [N] (in; the gradient by each weight of the plan, NULL = 0; not
+ *         looked at for entries without a row, whose weight is 0), loss_grad, x or gate_x if they
  *         moved; writes d_gate_x if it is given and else dx, d_logits_out and the parameter
  *         gradients. `dy` must be NULL
  * Returns as moe_layer_backward. Since 0.1. */

@@ -86,9 +86,9 @@ MOE_API moe_status moe_layer_get_config(const moe_layer *layer, moe_layer_config
  *   MOE_ERROR_CALLBACK          the host's parallel-for failed: y is unspecified, the pass is
  *                               failed
  *   MOE_ERROR_TIMEOUT, MOE_ERROR_TRANSPORT  another rank did not come or gave up: likewise
- * With any error but the last two nothing has been written and the pass is as it was. (A gate that
- * chooses by thresholds, and a layer on several ranks, find out late how many entries or rows there
- * are: a lack of memory then leaves the pass failed too.) Since 0.1. */
+ * With any error but the last three nothing has been written and the pass is as it was; save that
+ * MOE_GATE_BALANCED without MOE_FORWARD_TRAIN, and a layer on several ranks, count entries or rows
+ * first: if there is no memory for them, the pass is failed, with nothing written. Since 0.1. */
 MOE_API moe_status moe_layer_forward(moe_layer *layer, moe_pass *pass,
                                      const moe_forward_args *args);
 
