@@ -191,7 +191,7 @@ help:
 #: make check-abi      map, headers, symbols, layouts, abidiff
 #: make check-format   clang-format
 #: make check-mutants  deliberate mistakes in the numeric code, each of which must fail a test (python3)
-#: make bench-scale    131,072 experts: peak memory, time per token (14 GiB; ROWS=, STEPS=)
+#: make bench-scale    131,072 experts: peak memory, time per token (16 GiB; ROWS=, STEPS=)
 #: make check-long     everything long
 #: make demo           train a language model and its dense twin (FILE=path, STEPS=n, ARGS=...); demo-long
 #: make install        PREFIX=, DESTDIR=, LIBDIR=, INCLUDEDIR=

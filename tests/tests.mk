@@ -154,7 +154,7 @@ check-transformers:
 check-mutants: check-have-check
 	python3 tests/mutants/run.py $(BUILD)
 
-# 131,072 experts: ROWS of each, STEPS of them; wants 14 GiB.
+# 131,072 experts: ROWS of each, STEPS of them; wants 16 GiB.
 $(BUILD)/bench_scale: tests/bench/scale.c $(LIB)/libmoe.a
 	@mkdir -p $(@D)
 	$(CC) $(EXAMPLE_FLAGS) -std=c11 -O2 $< $(LIB)/libmoe.a -lm -o $@
