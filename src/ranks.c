@@ -112,18 +112,18 @@ static void order_rows(moe_pass *pass)
     moe__ranks *k = &pass->ranks;
     moe__plan_arrays *plan = &k->plan;
     int64_t P = ranks_of(pass), own = plan->num_experts, row = 0;
+    int64_t *next = k->count_begin; /* the next row of each source; the counts are here already */
+    for (int64_t p = 0; p < P; p++) next[p] = k->recv_begin[p];
     for (int64_t e = 0; e < own; e++) {
         plan->expert_begin[e] = row;
-        for (int64_t p = 0; p < P; p++) {
-            int64_t at = k->recv_begin[p];
-            for (int64_t i = 0; i < e; i++) at += k->counts_in[p * own + i];
-            for (int64_t n = 0; n < k->counts_in[p * own + e]; n++, row++, at++) {
+        for (int64_t p = 0; p < P; p++)
+            for (int64_t n = 0; n < k->counts_in[p * own + e]; n++, row++) {
+                int64_t at = next[p]++;
                 plan->token_of_row[row] = plan->entry_of_row[row] = at;
                 plan->row_of_entry[at] = row;
                 plan->slot_of_entry[at] = 0;
                 plan->expert_of_entry[at] = (int32_t)e;
             }
-        }
     }
     plan->expert_begin[own] = row;
     for (int64_t t = 0; t <= plan->tokens; t++) plan->token_begin[t] = t;
