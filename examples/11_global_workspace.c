@@ -340,7 +340,7 @@ int main(void)
     printf("mean squared error    before   after\n");
     printf("with the workspace     %.3f   %.3f\n", before[0], after[0]);
     printf("workspace cut off      %.3f   %.3f\n", before[1], after[1]);
-    HOLDS(marked > 0.99 * TESTS * R && after[0] < 0.01 && after[1] > 0.2);
+    HOLDS((double)marked > 0.99 * TESTS * R && after[0] < 0.01 && after[1] > 0.2);
     drop(&m[0]), drop(&m[1]);
     return 0;
 }

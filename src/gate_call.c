@@ -276,8 +276,6 @@ void moe__gate_fill_route(moe_pass *pass, const moe__forward *f)
     /* Without a limit nothing asks for it, and a hash gate may have no scores. */
     r->token_priority = f->replay || !moe__gate_is_limited(c, a) ? NULL : pass->token_priority;
     if (f->replay || !r->train) r->column_factor = NULL; /* Sinkhorn is for training */
-    if (a->logits_in && !moe__gate_is_noisy(c))          /* the input is not read */
-        r->x_jittered = pass->gate_job.d_x_jittered = NULL;
     if (r->levels == 2)
         fill_two_levels(pass, a);
     else
