@@ -8,6 +8,7 @@
 #include <check.h>
 #include <math.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -245,7 +246,8 @@ typedef struct lone {
 
 enum { NOTHING, OTHER_TOP_K, OTHER_WIDTH, TOO_FEW_EXPERTS, NO_CALL, NO_MEMORY };
 
-static int fail_allocations; /* of rank 1, from now on */
+static int fail_allocations;     /* of rank 1, from now on */
+static atomic_int other_gave_up; /* rank 0 is through */
 
 static void *failing_alloc(void *user, uint64_t bytes, uint64_t alignment)
 {
@@ -280,7 +282,8 @@ static void *lone_thread(void *argument)
     k.threads = 1;
     if (odd) k.alloc = failing_alloc, k.free = failing_free;
     MUST(moe_context_create(&context, &k));
-    MUST(moe_comm_create_in_world(&comm, l->world, context, l->rank, 0.5));
+    MUST(moe_comm_create_in_world(&comm, l->world, context, l->rank,
+                                  l->trouble == NO_CALL ? 3 : 60));
     MUST(moe_gate_config_init(&g, sizeof g));
     MUST(moe_experts_config_init(&e, sizeof e));
     MUST(moe_layer_config_init(&c, sizeof c));
@@ -309,11 +312,12 @@ static void *lone_thread(void *argument)
     moe_pass_destroy(pass), moe_layer_destroy(layer), moe_gate_destroy(gate);
     moe_experts_destroy(experts);
     if (l->trouble != NO_CALL || !odd) moe_comm_destroy(comm), comm = NULL;
-    if (comm) { /* stays, silent, until the other has given up */
-        struct timespec pause = {1, 0};
+    if (!odd) atomic_store(&other_gave_up, 1);
+    while (comm && !atomic_load(&other_gave_up)) { /* stays, silent */
+        struct timespec pause = {0, 1000000};
         (void)nanosleep(&pause, NULL);
-        moe_comm_destroy(comm);
     }
+    moe_comm_destroy(comm);
     moe_context_destroy(context);
     return NULL;
 }
@@ -324,6 +328,7 @@ static void run_lone(lone l[2], int32_t trouble)
     moe_world *world = NULL;
     pthread_t thread[2];
     MUST(moe_world_create(&world, context, 2));
+    atomic_store(&other_gave_up, 0);
     for (int32_t r = 0; r < 2; r++) {
         l[r] = (lone){.world = world, .rank = r, .ranks = 2, .trouble = trouble};
         ck_assert_int_eq(pthread_create(&thread[r], NULL, lone_thread, &l[r]), 0);
