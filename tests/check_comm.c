@@ -227,7 +227,8 @@ static void disagreeing_body(rank_run *r)
     if (r->rank == 1 && r->number == 1)
         for (int32_t p = 1; p <= r->size; p++) m.send_begin[p] = 0;
     moe_status status = moe_comm_exchange(r->comm, &m.e);
-    ck_assert_int_eq(status, MOE_ERROR_TRANSPORT);
+    /* a rank whose part was as expected may be through before the others find out */
+    ck_assert(status == MOE_ERROR_TRANSPORT || status == MOE_OK);
     free_memory(&m);
 }
 
@@ -237,11 +238,11 @@ START_TEST(test_world_ends_every_wait)
     int said = 0;
     run_world(ranks, 4, 0, 60, leaving_body);
     run_world(ranks, 4, 0, 60, aborting_body);
-    for (int32_t number = 0; number < 2; number++) {
+    for (int32_t number = 0; number < 2; number++, said = 0) {
         run_world(ranks, 4, number, 60, disagreeing_body);
         for (int32_t p = 0; p < 4; p++) said += strstr(ranks[p].error, "are expected") != NULL;
+        ck_assert_int_ge(said, 1);
     }
-    ck_assert_int_ge(said, 2);
 }
 END_TEST
 

@@ -178,23 +178,32 @@ static int32_t progress(world_rank *me, posting *mine)
     return bad;
 }
 
-/* All of this rank's exchanges go on, whichever is asked for: others may wait for another first. */
+/* Whether this rank has copied from all and all have copied from it. */
+static bool complete(const world_rank *me, const posting *mine)
+{
+    int32_t missing = mine->left;
+    for (int32_t p = 0; p < me->world->size; p++) missing += !mine->got[p];
+    return missing == 0;
+}
+
+/* All of this rank's exchanges go on, whichever is asked for: others may wait for another first. What
+ * is complete stays so, whoever gives up after it. */
 static int32_t world_test(void *user, void *request, int32_t *done)
 {
     world_rank *me = user;
     moe_world *w = me->world;
     posting *mine = request;
-    int32_t bad = 0, missing = 0;
+    int32_t bad = 0;
     (void)pthread_mutex_lock(&w->lock);
-    if (w->aborted) {
+    for (int32_t i = 0; i < MOE_COMM_REQUESTS && !bad && !w->aborted; i++)
+        if (me->post[i].active) bad = progress(me, &me->post[i]);
+    *done = !bad && complete(me, mine);
+    if (*done) {
+        mine->active = false;
+    } else if (!bad && w->aborted) {
         (void)snprintf(me->why, sizeof me->why, "rank %d gave up", (int)w->aborter);
         bad = 1;
     }
-    for (int32_t i = 0; i < MOE_COMM_REQUESTS && !bad; i++)
-        if (me->post[i].active) bad = progress(me, &me->post[i]);
-    for (int32_t p = 0; p < w->size; p++) missing += !mine->got[p];
-    *done = !bad && missing == 0 && mine->left == 0;
-    if (*done) mine->active = false;
     (void)pthread_mutex_unlock(&w->lock);
     return bad;
 }
