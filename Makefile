@@ -38,7 +38,7 @@ CFLAGS ?=
 
 # ---- sources --------------------------------------------------------------------------------------
 
-CORE := $(wildcard src/*.c) $(wildcard src/comm/*.c)
+CORE := $(wildcard src/*.c) $(filter-out src/comm/mpi.c,$(wildcard src/comm/*.c))
 KERNELS := $(filter-out src/cpu/dispatch_isa.c,$(wildcard src/cpu/*.c))
 VARIANTS := f32_plain f64_plain
 ISA_FLAGS_plain :=
@@ -57,11 +57,13 @@ KERNEL_OBJECTS := $(foreach v,$(VARIANTS),$(KERNELS:src/cpu/%.c=$(BUILD)/src/cpu
 OBJECTS := $(CORE_OBJECTS) $(KERNEL_OBJECTS)
 
 .PHONY: all help clean install uninstall dist demo demo-long
-all: $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/pkgconfig/moe.pc
+all: $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/pkgconfig/moe.pc mpi
 	@printf '\n%-24s %s\n' 'built' 'what'
 	@printf '%-24s %s\n' '$(LIB)/libmoe.a' 'static library, $(words $(VARIANTS)) CPU variants: $(VARIANTS)'
 	@printf '%-24s %s\n' '$(LIB)/libmoe.so' 'shared library $(SONAME), version $(VERSION)'
-	@printf '%-24s %s\n' 'not built' 'CUDA, NCCL, MPI and file modules: not part of this release'
+	@$(or $(foreach f,$(MPIS),printf '%-24s %s\n' '$(LIB)/libmoe_mpi_$(f).so' 'groups over MPI ($(MPICC_$(f))), also .a';), \
+	    printf '%-24s %s\n' 'not built' 'libmoe_mpi: no mpicc (libopenmpi-dev or libmpich-dev; MPICC=)')
+	@printf '%-24s %s\n' 'not built' 'CUDA, NCCL and file modules: not part of this release'
 ifeq ($(HAVE_X86),)
 	@printf '%-24s %s\n' 'not built' 'AVX2 and AVX-512 variants: $(CC) makes none for $(MACHINE)'
 endif
@@ -109,24 +111,79 @@ $(LIB)/libmoe.so: $(LIB)/libmoe.so.$(VERSION)
 	ln -sf libmoe.so.$(VERSION) $(LIB)/$(SONAME)
 	ln -sf $(SONAME) $@
 
+# ---- libmoe_mpi: one for each MPI -----------------------------------------------------------------
+
+# Debian's two MPIs are known by name; another one is MPICC=its-mpicc MPI_NAME=a-name.
+MPICC_openmpi ?= mpicc.openmpi
+MPICC_mpich ?= mpicc.mpich
+MPI_NAME ?= mpi
+MPICC_$(MPI_NAME) ?= $(or $(MPICC),mpicc)
+have = $(shell command -v $(firstword $(1)) >/dev/null 2>&1 && echo yes)
+ifneq ($(SANITIZE)$(NO_MPI),)
+MPIS ?=
+else ifneq ($(MPICC),)
+MPIS ?= $(MPI_NAME)
+else
+MPIS ?= $(or $(foreach f,openmpi mpich,$(if $(call have,$(MPICC_$(f))),$(f))),$(if $(call have,mpicc),mpi))
+endif
+MPI_SONAME = libmoe_mpi_$(1).so.$(shell cat src/soname)
+MPI_LIBRARIES := $(foreach f,$(MPIS),$(LIB)/libmoe_mpi_$(f).a $(LIB)/libmoe_mpi_$(f).so)
+MPI_PC := $(if $(MPIS),$(foreach f,$(MPIS),$(LIB)/pkgconfig/moe-mpi-$(f).pc) $(LIB)/pkgconfig/moe-mpi.pc)
+
+.PHONY: mpi
+mpi: $(MPI_LIBRARIES) $(MPI_PC)
+
+define MPI_RULES
+$(BUILD)/src/comm/mpi.$(1).o: src/comm/mpi.c $(FLAGS_STAMP)
+	@mkdir -p $$(@D)
+	OMPI_CC='$$(CC)' MPICH_CC='$$(CC)' $$(MPICC_$(1)) $$(SHIPPED) -O2 $$(CFLAGS) -MMD -MP -c $$< -o $$@
+$(LIB)/libmoe_mpi_$(1).a: $(BUILD)/src/comm/mpi.$(1).o
+	rm -f $$@
+	$$(AR) rcs $$@ $$<
+$(LIB)/libmoe_mpi_$(1).so.$(VERSION): $(BUILD)/src/comm/mpi.$(1).o $(LIB)/libmoe.so src/comm/libmoe_mpi.map
+	OMPI_CC='$$(CC)' MPICH_CC='$$(CC)' $$(MPICC_$(1)) -shared $$(CFLAGS) -Wl,-soname,$$(call MPI_SONAME,$(1)) \
+	    -Wl,--version-script=src/comm/libmoe_mpi.map -Wl,-z,defs -Wl,-z,relro,-z,now $$(LDFLAGS) -o $$@ $$< \
+	    -L$(LIB) -lmoe -pthread
+$(LIB)/libmoe_mpi_$(1).so: $(LIB)/libmoe_mpi_$(1).so.$(VERSION)
+	ln -sf libmoe_mpi_$(1).so.$(VERSION) $(LIB)/$$(call MPI_SONAME,$(1))
+	ln -sf $$(call MPI_SONAME,$(1)) $$@
+-include $(BUILD)/src/comm/mpi.$(1).d
+endef
+$(foreach f,$(MPIS),$(eval $(call MPI_RULES,$(f))))
+
 # ---- pkg-config -----------------------------------------------------------------------------------
 
+# $(call PC_OF,prefix,libdir,includedir,name,library,requires,private requires,private libraries,description)
+PC_OF = sed -e 's|@PREFIX@|$(1)|' -e 's|@LIBDIR@|$(2)|' -e 's|@INCLUDEDIR@|$(3)|' -e 's|@VERSION@|$(VERSION)|' \
+    -e 's|@NAME@|$(4)|' -e 's|@LIBRARY@|$(5)|' -e 's|@REQUIRES@|$(6)|' -e 's|@REQUIRES_PRIVATE@|$(7)|' \
+    -e 's|@PRIVATE@|$(8)|' -e 's|@DESCRIPTION@|$(9)|' moe.pc.in
 # $(call PC,prefix,libdir,includedir)
-PC = sed -e 's|@PREFIX@|$(1)|' -e 's|@LIBDIR@|$(2)|' -e 's|@INCLUDEDIR@|$(3)|' -e 's|@VERSION@|$(VERSION)|' \
-    -e 's|@NAME@|libmoe|' -e 's|@LIBRARY@|moe|' -e 's|@REQUIRES@||' -e 's|@PRIVATE@|-lm -pthread|' \
-    -e 's|@DESCRIPTION@|Mixture-of-Experts layer, forward and backward|' moe.pc.in
+PC = $(call PC_OF,$(1),$(2),$(3),libmoe,moe,,,-lm -pthread,Mixture-of-Experts layer$(comma) forward and backward)
+comma := ,
+# $(call PC_MPI,prefix,libdir,includedir,MPI)
+PC_MPI = $(call PC_OF,$(1),$(2),$(3),libmoe_mpi,moe_mpi_$(4),moe = $(VERSION),,,libmoe groups over MPI ($(4)))
+REPLACE = @if cmp -s $@.new $@; then rm -f $@.new; else mv $@.new $@; fi
 
 # The file for the tree names the tree, which may have moved.
 $(LIB)/pkgconfig/moe.pc: moe.pc.in force
 	@mkdir -p $(@D)
 	@$(call PC,$(CURDIR),$(abspath $(LIB)),$(CURDIR)/include) >$@.new
-	@if cmp -s $@.new $@; then rm -f $@.new; else mv $@.new $@; fi
+	$(REPLACE)
+$(LIB)/pkgconfig/moe-mpi-%.pc: moe.pc.in force
+	@mkdir -p $(@D)
+	@$(call PC_MPI,$(CURDIR),$(abspath $(LIB)),$(CURDIR)/include,$*) >$@.new
+	$(REPLACE)
+# The first of them.
+$(LIB)/pkgconfig/moe-mpi.pc: moe.pc.in force
+	@mkdir -p $(@D)
+	@$(call PC_MPI,$(CURDIR),$(abspath $(LIB)),$(CURDIR)/include,$(firstword $(MPIS))) >$@.new
+	$(REPLACE)
 
 # ---- install --------------------------------------------------------------------------------------
 
 HEADERS := $(wildcard include/moe/*.h)
 
-install: $(LIB)/libmoe.a $(LIB)/libmoe.so
+install: $(LIB)/libmoe.a $(LIB)/libmoe.so mpi
 	install -d $(DESTDIR)$(INCLUDEDIR)/moe $(DESTDIR)$(LIBDIR)/pkgconfig
 	install -m 644 $(HEADERS) $(DESTDIR)$(INCLUDEDIR)/moe
 	install -m 644 $(LIB)/libmoe.a $(DESTDIR)$(LIBDIR)
@@ -134,12 +191,25 @@ install: $(LIB)/libmoe.a $(LIB)/libmoe.so
 	ln -sf libmoe.so.$(VERSION) $(DESTDIR)$(LIBDIR)/$(SONAME)
 	ln -sf $(SONAME) $(DESTDIR)$(LIBDIR)/libmoe.so
 	$(call PC,$(PREFIX),$(LIBDIR),$(INCLUDEDIR)) > $(DESTDIR)$(LIBDIR)/pkgconfig/moe.pc
-	chmod 644 $(DESTDIR)$(LIBDIR)/pkgconfig/moe.pc
+	$(foreach f,$(MPIS),$(call INSTALL_MPI,$(f)))
+ifneq ($(MPIS),)
+	ln -sf moe-mpi-$(firstword $(MPIS)).pc $(DESTDIR)$(LIBDIR)/pkgconfig/moe-mpi.pc
+endif
+	chmod 644 $(DESTDIR)$(LIBDIR)/pkgconfig/moe*.pc
+define INSTALL_MPI
+install -m 644 $(LIB)/libmoe_mpi_$(1).a $(DESTDIR)$(LIBDIR)
+	install -m 755 $(LIB)/libmoe_mpi_$(1).so.$(VERSION) $(DESTDIR)$(LIBDIR)
+	ln -sf libmoe_mpi_$(1).so.$(VERSION) $(DESTDIR)$(LIBDIR)/$(call MPI_SONAME,$(1))
+	ln -sf $(call MPI_SONAME,$(1)) $(DESTDIR)$(LIBDIR)/libmoe_mpi_$(1).so
+	$(call PC_MPI,$(PREFIX),$(LIBDIR),$(INCLUDEDIR),$(1)) > $(DESTDIR)$(LIBDIR)/pkgconfig/moe-mpi-$(1).pc
+	
+endef
 
 uninstall:
 	rm -f $(HEADERS:include/%=$(DESTDIR)$(INCLUDEDIR)/%)
 	rm -f $(DESTDIR)$(LIBDIR)/libmoe.a $(DESTDIR)$(LIBDIR)/libmoe.so $(DESTDIR)$(LIBDIR)/$(SONAME)
 	rm -f $(DESTDIR)$(LIBDIR)/libmoe.so.$(VERSION) $(DESTDIR)$(LIBDIR)/pkgconfig/moe.pc
+	rm -f $(DESTDIR)$(LIBDIR)/libmoe_mpi_* $(DESTDIR)$(LIBDIR)/pkgconfig/moe-mpi*.pc
 	-rmdir $(DESTDIR)$(INCLUDEDIR)/moe 2>/dev/null || true
 
 # What git tracks as it is now, or, in an unpacked archive, everything but what the build made.
@@ -158,6 +228,7 @@ clean:
 	rm -rf $(BUILD)/src $(BUILD)/tests $(BUILD)/examples $(BUILD)/venv $(BUILD)/venv-current
 	rm -f $(BUILD)/demo $(BUILD)/run_vectors $(FLAGS_STAMP) $(OBJECTS_STAMP)
 	rm -f $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/libmoe.so.* $(LIB)/pkgconfig/moe.pc
+	rm -f $(LIB)/libmoe_mpi_* $(LIB)/pkgconfig/moe-mpi*.pc
 	rm -rf build-asan build-tsan build-clang dist
 	-@rmdir $(LIB)/pkgconfig $(BUILD) 2>/dev/null || true
 

@@ -329,9 +329,11 @@ typedef struct moe__experts_room {
 
 /* An exchange in flight. */
 typedef struct moe__request {
-    void *handle;  /* of the table */
-    int64_t bytes; /* of both buffers */
+    void *handle; /* of the table */
+    const void *recv, *send;
+    int64_t recv_bytes, send_bytes;
     bool used;
+    bool kept; /* given up, and the transport may still touch its memory */
 } moe__request;
 
 struct moe_experts {
@@ -382,6 +384,9 @@ struct moe_layer {
 void moe__gate_retain(moe_gate *gate);
 void moe__experts_retain(moe_experts *experts);
 void moe__comm_retain(moe_comm *comm);
+/* Frees memory that exchanges of `comm` (or NULL) may have used, unless the transport may still touch
+ * it. */
+void moe__comm_free(const moe_comm *comm, moe_context *context, void *memory, int64_t bytes);
 /* Makes a communicator over a table of the library's own; release is called if this fails. */
 moe_status moe__comm_make(moe_comm **comm, moe_context *context, const moe_collectives *table,
                           const char *(*why)(void *user), const char *function);

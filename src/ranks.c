@@ -53,7 +53,7 @@ static moe_status make_room(moe_pass *pass, void **memory, int64_t *capacity, in
     void *larger = moe__alloc(pass->context, bytes);
     if (!larger)
         REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no %lld bytes for rows of other ranks", (ll)bytes);
-    moe__free(pass->context, *memory, *capacity);
+    moe__comm_free(comm_of(pass), pass->context, *memory, *capacity);
     *memory = larger;
     *capacity = bytes;
     return MOE_OK;
@@ -62,8 +62,9 @@ static moe_status make_room(moe_pass *pass, void **memory, int64_t *capacity, in
 void moe__ranks_free(moe_pass *pass)
 {
     moe__ranks *k = &pass->ranks;
-    moe__free(pass->context, k->counts_memory, k->counts_bytes);
-    moe__free(pass->context, k->rows_memory, k->rows_bytes);
+    const moe_comm *comm = pass->layer ? pass->layer->comm : NULL;
+    moe__comm_free(comm, pass->context, k->counts_memory, k->counts_bytes);
+    moe__comm_free(comm, pass->context, k->rows_memory, k->rows_bytes);
     *k = (moe__ranks){0};
 }
 

@@ -110,9 +110,9 @@ moe_status moe_layer_reduce_gradients(moe_layer *layer, void *stream)
     else
         status = reduce_all(layer, &r);
     moe__fenv_leave(&saved);
-    moe__free(layer->context, r.begin, r.begin_bytes);
-    moe__free(layer->context, r.same, r.begin_bytes);
-    moe__free(layer->context, r.dense, r.dense_bytes);
-    moe__free(layer->context, r.slices, r.slices_bytes);
+    moe__comm_free(layer->comm, layer->context, r.begin, r.begin_bytes);
+    moe__comm_free(layer->comm, layer->context, r.same, r.begin_bytes);
+    moe__comm_free(layer->comm, layer->context, r.dense, r.dense_bytes);
+    moe__comm_free(layer->comm, layer->context, r.slices, r.slices_bytes);
     return status;
 }

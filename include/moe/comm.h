@@ -42,7 +42,7 @@ typedef struct moe_exchange {
 /* The functions of a table of collectives; see moe_collectives. */
 typedef int32_t (*moe_exchange_start_fn)(void *user, const moe_exchange *exchange, void **request);
 typedef int32_t (*moe_exchange_test_fn)(void *user, void *request, int32_t *done);
-typedef void (*moe_exchange_cancel_fn)(void *user, void *request);
+typedef int64_t (*moe_exchange_cancel_fn)(void *user, void *request);
 typedef void (*moe_exchange_missing_fn)(void *user, void *request, uint8_t *missing);
 typedef int32_t (*moe_comm_poll_fn)(void *user);
 typedef void (*moe_comm_user_fn)(void *user);
@@ -61,9 +61,9 @@ typedef struct moe_collectives {
     moe_exchange_start_fn exchange_start;
     /* *done = MOE_COMM_DONE or MOE_COMM_PENDING, without waiting. Required. */
     moe_exchange_test_fn exchange_test;
-    /* Gives a request up after a failure: send and recv are not touched any more when this returns.
-     * NULL: the buffers of such a request stay with the host's transport, see
-     * moe_comm_pending_bytes. */
+    /* Gives a request up after a failure, without waiting long. Returns the bytes of memory that the
+     * transport may still touch, of recv, send and its own: 0 if it has let go of all. What it has
+     * not let go of is not freed, see moe_comm_pending_bytes. NULL: it lets go of nothing. */
     moe_exchange_cancel_fn exchange_cancel;
     /* Which ranks a request still waits for: missing[p] = 1, else 0. For messages; may be NULL. */
     moe_exchange_missing_fn missing;
@@ -180,9 +180,9 @@ MOE_API moe_status moe_comm_poll(moe_comm *comm);
 /* Makes the waits of all ranks end with MOE_ERROR_TRANSPORT. Any thread; NULL is legal. Since 0.1. */
 MOE_API void moe_comm_abort(moe_comm *comm);
 
-/* Returns the bytes of buffers that requests given up still own, because the transport cannot
- * withdraw them; the host must not free those before its transport has ended. 0 for NULL. Since
- * 0.1. */
+/* Returns the bytes of memory that requests given up still own, because the transport cannot
+ * withdraw them. Buffers of the library among them stay allocated for good; the host must not free its own
+ * before its transport has ended. 0 for NULL. Since 0.1. */
 MOE_API int64_t moe_comm_pending_bytes(const moe_comm *comm);
 
 MOE_END_DECLS

@@ -95,11 +95,29 @@ void moe__comm_retain(moe_comm *comm) { atomic_fetch_add(&comm->references, 1); 
 
 static void give_up(moe_comm *c, moe__request *r)
 {
-    if (c->table.exchange_cancel)
-        c->table.exchange_cancel(c->table.user, r->handle);
-    else
-        c->pending_bytes += r->bytes;
+    int64_t bytes = r->recv_bytes + r->send_bytes;
+    if (c->table.exchange_cancel) bytes = c->table.exchange_cancel(c->table.user, r->handle);
+    c->pending_bytes += bytes;
     r->used = false;
+    r->kept = bytes > 0;
+}
+
+static bool overlap(const void *a, int64_t a_bytes, const void *b, int64_t b_bytes)
+{
+    uintptr_t from = (uintptr_t)a, with = (uintptr_t)b;
+    return a_bytes > 0 && b_bytes > 0 && from < with + (uintptr_t)b_bytes &&
+           with < from + (uintptr_t)a_bytes;
+}
+
+void moe__comm_free(const moe_comm *c, moe_context *context, void *memory, int64_t bytes)
+{
+    for (int i = 0; c && memory && i < MOE_COMM_REQUESTS; i++) {
+        const moe__request *r = &c->request[i];
+        if (r->kept && (overlap(memory, bytes, r->recv, r->recv_bytes) ||
+                        overlap(memory, bytes, r->send, r->send_bytes)))
+            return;
+    }
+    moe__free(context, memory, bytes);
 }
 
 void moe_comm_destroy(moe_comm *comm)
@@ -109,7 +127,9 @@ void moe_comm_destroy(moe_comm *comm)
     for (int i = 0; i < MOE_COMM_REQUESTS; i++)
         if (comm->request[i].used) give_up(comm, &comm->request[i]);
     if (comm->table.release) comm->table.release(comm->table.user);
-    moe__free(context, comm->scratch, scratch_bytes(comm));
+    bool kept = false;
+    for (int i = 0; i < MOE_COMM_REQUESTS; i++) kept = kept || comm->request[i].kept;
+    if (!kept) moe__free(context, comm->scratch, scratch_bytes(comm)); /* begins of a request */
     moe__free(context, comm->missing, comm->size);
     moe__free(context, comm, sizeof *comm);
     moe_context_destroy(context);
@@ -200,8 +220,10 @@ static moe_status start(moe_comm *c, const moe_exchange *e, int32_t *request, co
     if (free_slot == MOE_COMM_REQUESTS)
         REFUSE(MOE_ERROR_INVALID_STATE, "%d exchanges are in flight", MOE_COMM_REQUESTS);
     moe__request *r = &c->request[free_slot];
-    int64_t rows = moe__add(e->recv_begin[c->size], e->send_begin[e->to_all ? 1 : c->size]);
-    r->bytes = moe__max(0, moe__mul(rows, e->row_bytes));
+    *r = (moe__request){.recv = e->recv,
+                        .send = e->send,
+                        .recv_bytes = e->recv_begin[c->size] * e->row_bytes,
+                        .send_bytes = e->send_begin[e->to_all ? 1 : c->size] * e->row_bytes};
     int32_t answer = c->table.exchange_start(c->table.user, e, &r->handle);
     if (answer != 0) return fail(c, MOE_ERROR_TRANSPORT, "exchange_start", answer, function);
     r->used = true;

@@ -25,7 +25,8 @@ typedef struct posting {
 typedef struct world_rank {
     moe_world *world;
     int32_t rank;
-    int64_t next; /* number of the next exchange */
+    int64_t next;   /* number of the next exchange */
+    int32_t silent; /* the first rank that it waited for in vain, or -1 */
     bool here;
     posting post[MOE_COMM_REQUESTS];
     char why[160];
@@ -37,9 +38,9 @@ struct moe_world {
     int32_t size;
     pthread_mutex_t lock;
     bool aborted;
-    int32_t aborter;
-    world_rank *ranks; /* [P] */
-    uint8_t *bytes;    /* [P][REQUESTS][2][P] taken_by and got */
+    int32_t aborter, silent; /* of that rank */
+    world_rank *ranks;       /* [P] */
+    uint8_t *bytes;          /* [P][REQUESTS][2][P] taken_by and got */
 };
 
 /* ---- life ------------------------------------------------------------------------------------ */
@@ -73,6 +74,7 @@ moe_status moe_world_create(moe_world **world, moe_context *context, int32_t siz
     for (int32_t r = 0; r < size; r++) {
         w->ranks[r].world = w;
         w->ranks[r].rank = r;
+        w->ranks[r].silent = -1;
         for (int32_t i = 0; i < MOE_COMM_REQUESTS; i++) {
             uint8_t *marks = w->bytes + ((int64_t)r * MOE_COMM_REQUESTS + i) * 2 * size;
             w->ranks[r].post[i].taken_by = marks;
@@ -186,6 +188,16 @@ static bool complete(const world_rank *me, const posting *mine)
     return missing == 0;
 }
 
+static void say_aborted(world_rank *me)
+{
+    const moe_world *w = me->world;
+    if (w->silent >= 0)
+        (void)snprintf(me->why, sizeof me->why, "rank %d gave up waiting for rank %d",
+                       (int)w->aborter, (int)w->silent);
+    else
+        (void)snprintf(me->why, sizeof me->why, "rank %d gave up", (int)w->aborter);
+}
+
 /* All of this rank's exchanges go on, whichever is asked for: others may wait for another first. What
  * is complete stays so, whoever gives up after it. */
 static int32_t world_test(void *user, void *request, int32_t *done)
@@ -201,14 +213,14 @@ static int32_t world_test(void *user, void *request, int32_t *done)
     if (*done) {
         mine->active = false;
     } else if (!bad && w->aborted) {
-        (void)snprintf(me->why, sizeof me->why, "rank %d gave up", (int)w->aborter);
+        say_aborted(me);
         bad = 1;
     }
     (void)pthread_mutex_unlock(&w->lock);
     return bad;
 }
 
-static void world_cancel(void *user, void *request)
+static int64_t world_cancel(void *user, void *request)
 {
     world_rank *me = user;
     posting *mine = request;
@@ -220,6 +232,7 @@ static void world_cancel(void *user, void *request)
     }
     mine->active = false;
     (void)pthread_mutex_unlock(&me->world->lock);
+    return 0;
 }
 
 static void world_missing(void *user, void *request, uint8_t *missing)
@@ -227,7 +240,11 @@ static void world_missing(void *user, void *request, uint8_t *missing)
     world_rank *me = user;
     const posting *mine = request;
     (void)pthread_mutex_lock(&me->world->lock);
-    for (int32_t p = 0; p < me->world->size; p++) missing[p] = !mine->got[p] || !mine->taken_by[p];
+    me->silent = -1;
+    for (int32_t p = 0; p < me->world->size; p++) {
+        missing[p] = !mine->got[p] || !mine->taken_by[p];
+        if (missing[p] && me->silent < 0) me->silent = p;
+    }
     (void)pthread_mutex_unlock(&me->world->lock);
 }
 
@@ -236,8 +253,7 @@ static int32_t world_poll(void *user)
     world_rank *me = user;
     (void)pthread_mutex_lock(&me->world->lock);
     bool aborted = me->world->aborted;
-    if (aborted)
-        (void)snprintf(me->why, sizeof me->why, "rank %d gave up", (int)me->world->aborter);
+    if (aborted) say_aborted(me);
     (void)pthread_mutex_unlock(&me->world->lock);
     return aborted;
 }
@@ -246,7 +262,10 @@ static void world_abort(void *user)
 {
     world_rank *me = user;
     (void)pthread_mutex_lock(&me->world->lock);
-    if (!me->world->aborted) me->world->aborter = me->rank;
+    if (!me->world->aborted) {
+        me->world->aborter = me->rank;
+        me->world->silent = me->silent;
+    }
     me->world->aborted = true;
     (void)pthread_mutex_unlock(&me->world->lock);
 }

@@ -1,0 +1,35 @@
+/* module.h - what the module libraries (libmoe_mpi, libmoe_io) need of libmoe beyond its public
+ * calls. Exported under a version node of its own, LIBMOE_PRIVATE_0, for modules of the same build
+ * only. */
+#ifndef MOE_MODULE_H
+#define MOE_MODULE_H
+
+#include <moe/moe.h>
+
+/* The number of this interface; a module and libmoe must have the same. */
+enum { MOE__MODULE_VERSION = 1 };
+
+/* MOE__MODULE_VERSION of libmoe. */
+MOE_API int32_t moe__module_version(void);
+
+/* Sets the thread's message to "function: message" and returns `status`. */
+MOE_API moe_status moe__module_fail(moe_status status, const char *function, const char *message);
+
+/* 64-byte aligned, zero-filled memory of the context's allocator; NULL if there is none. */
+MOE_API void *moe__module_alloc(moe_context *context, int64_t bytes);
+MOE_API void moe__module_free(moe_context *context, void *memory, int64_t bytes);
+
+/* moe__struct_init and moe__struct_read of internal.h. */
+struct moe__struct_info;
+MOE_API moe_status moe__module_struct_init(const struct moe__struct_info *info, void *instance,
+                                           size_t size, const char *function);
+MOE_API moe_status moe__module_struct_read(const struct moe__struct_info *info, void *known,
+                                           const void *from, const char *function);
+
+/* Makes a communicator over a module's table. `why` says why a function of the table failed;
+ * `release` of the table is called if this fails. */
+MOE_API moe_status moe__module_comm(moe_comm **comm, moe_context *context,
+                                    const moe_collectives *table, const char *(*why)(void *user),
+                                    const char *function);
+
+#endif
