@@ -322,8 +322,10 @@ static moe_status check_index(int64_t index, int64_t count, const char *function
     return MOE_OK;
 }
 
-static moe_status write_record(const moe__parameter *p, const char *name,
-                               moe_parameter_record *record, const char *function)
+/* `first` of `experts` on all ranks is where the local part begins; experts 0: no other rank has
+ * any. */
+static moe_status write_record(const moe__parameter *p, const char *name, int64_t first,
+                               int64_t experts, moe_parameter_record *record, const char *function)
 {
     moe_parameter_record known = {.name = name,
                                   .data = p->data,
@@ -343,23 +345,16 @@ static moe_status write_record(const moe__parameter *p, const char *name,
     memcpy(known.global_shape, p->shape, sizeof known.global_shape);
     memcpy(known.data_stride, p->data_stride, sizeof known.data_stride);
     memcpy(known.grad_stride, p->grad_stride, sizeof known.grad_stride);
+    if (experts > 0) known.global_shape[0] = experts, known.global_offset[0] = first;
     moe__struct_write(&moe__parameter_record_info, record, &known);
     return MOE_OK;
-}
-
-static moe_status record_listed(const moe__listing *listing, int64_t index,
-                                moe_parameter_record *record, const char *function)
-{
-    MOE_TRY(check_index(index, listing->count, function));
-    return write_record(moe__listed_parameter(listing, index), listing->entry[index].name, record,
-                        function);
 }
 
 moe_status moe_gate_parameter(const moe_gate *gate, int64_t index, moe_parameter_record *record)
 {
     if (!gate) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "gate is NULL");
     MOE_TRY(check_index(index, gate->parameters.count, __func__));
-    return write_record(&gate->parameters.p[index], gate->parameters.p[index].name, record,
+    return write_record(&gate->parameters.p[index], gate->parameters.p[index].name, 0, 0, record,
                         __func__);
 }
 
@@ -367,13 +362,20 @@ moe_status moe_experts_parameter(const moe_experts *experts, int64_t index,
                                  moe_parameter_record *record)
 {
     if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
-    return record_listed(&experts->listing, index, record, __func__);
+    MOE_TRY(check_index(index, experts->listing.count, __func__));
+    return write_record(moe__listed_parameter(&experts->listing, index),
+                        experts->listing.entry[index].name, 0, 0, record, __func__);
 }
 
 moe_status moe_layer_parameter(const moe_layer *layer, int64_t index, moe_parameter_record *record)
 {
     if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
-    return record_listed(&layer->listing, index, record, __func__);
+    MOE_TRY(check_index(index, layer->listing.count, __func__));
+    const moe__listed *entry = &layer->listing.entry[index];
+    bool spread = layer->first_expert && entry->list == &layer->experts->parameters;
+    return write_record(moe__listed_parameter(&layer->listing, index), entry->name,
+                        spread ? layer->first_expert[layer->comm->rank] : 0,
+                        spread ? layer->num_experts : 0, record, __func__);
 }
 
 /* ---- bind ------------------------------------------------------------------------------------ */
