@@ -57,13 +57,15 @@ KERNEL_OBJECTS := $(foreach v,$(VARIANTS),$(KERNELS:src/cpu/%.c=$(BUILD)/src/cpu
 OBJECTS := $(CORE_OBJECTS) $(KERNEL_OBJECTS)
 
 .PHONY: all help clean install uninstall dist demo demo-long
-all: $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/pkgconfig/moe.pc mpi
+all: $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/pkgconfig/moe.pc mpi io
 	@printf '\n%-24s %s\n' 'built' 'what'
 	@printf '%-24s %s\n' '$(LIB)/libmoe.a' 'static library, $(words $(VARIANTS)) CPU variants: $(VARIANTS)'
 	@printf '%-24s %s\n' '$(LIB)/libmoe.so' 'shared library $(SONAME), version $(VERSION)'
 	@$(or $(foreach f,$(MPIS),printf '%-24s %s\n' '$(LIB)/libmoe_mpi_$(f).so' 'groups over MPI ($(MPICC_$(f))), also .a';), \
 	    printf '%-24s %s\n' 'not built' 'libmoe_mpi: no mpicc (libopenmpi-dev or libmpich-dev; MPICC=)')
-	@printf '%-24s %s\n' 'not built' 'CUDA, NCCL and file modules: not part of this release'
+	@printf '%-24s %s\n' $(if $(HAVE_IO),'$(LIB)/libmoe_io.so' 'files and checkpoints (jansson $(HAVE_IO))$(comma) also .a', \
+	    'not built' 'libmoe_io with its tests and examples: $(NO_IO_REASON)')
+	@printf '%-24s %s\n' 'not built' 'CUDA and NCCL modules: not part of this release'
 ifeq ($(HAVE_X86),)
 	@printf '%-24s %s\n' 'not built' 'AVX2 and AVX-512 variants: $(CC) makes none for $(MACHINE)'
 endif
@@ -151,6 +153,37 @@ $(LIB)/libmoe_mpi_$(1).so: $(LIB)/libmoe_mpi_$(1).so.$(VERSION)
 endef
 $(foreach f,$(MPIS),$(eval $(call MPI_RULES,$(f))))
 
+# ---- libmoe_io: files -----------------------------------------------------------------------------
+
+# NO_IO=1 leaves it out.
+NO_IO ?=
+JANSSON_CFLAGS ?= $(shell $(PKG_CONFIG) --cflags jansson 2>/dev/null)
+JANSSON_LIBS ?= $(shell $(PKG_CONFIG) --libs jansson 2>/dev/null)
+HAVE_IO := $(if $(NO_IO),,$(shell $(PKG_CONFIG) --modversion jansson 2>/dev/null))
+NO_IO_REASON := $(if $(NO_IO),NO_IO is set,no jansson (libjansson-dev and pkg-config))
+IO_SOURCES := $(wildcard src/io/*.c)
+IO_OBJECTS := $(IO_SOURCES:%.c=$(BUILD)/%.o)
+IO_SONAME := libmoe_io.so.$(shell cat src/soname)
+IO_LIBRARIES := $(if $(HAVE_IO),$(LIB)/libmoe_io.a $(LIB)/libmoe_io.so)
+
+.PHONY: io
+io: $(IO_LIBRARIES) $(if $(HAVE_IO),$(LIB)/pkgconfig/moe-io.pc)
+
+$(BUILD)/src/io/%.o: src/io/%.c $(FLAGS_STAMP)
+	@mkdir -p $(@D)
+	$(CC) $(SHIPPED) -O2 $(JANSSON_CFLAGS) $(CFLAGS) -MMD -MP -c $< -o $@
+$(LIB)/libmoe_io.a: $(IO_OBJECTS)
+	@mkdir -p $(@D)
+	rm -f $@
+	$(AR) rcs $@ $(IO_OBJECTS)
+$(LIB)/libmoe_io.so.$(VERSION): $(IO_OBJECTS) $(LIB)/libmoe.so src/io/libmoe_io.map
+	$(CC) -shared $(SAN) $(CFLAGS) -Wl,-soname,$(IO_SONAME) -Wl,--version-script=src/io/libmoe_io.map \
+	    $(if $(SAN),,-Wl,-z,defs) -Wl,-z,relro,-z,now $(LDFLAGS) -o $@ $(IO_OBJECTS) -L$(LIB) -lmoe \
+	    $(JANSSON_LIBS) -lm -pthread
+$(LIB)/libmoe_io.so: $(LIB)/libmoe_io.so.$(VERSION)
+	ln -sf libmoe_io.so.$(VERSION) $(LIB)/$(IO_SONAME)
+	ln -sf $(IO_SONAME) $@
+
 # ---- pkg-config -----------------------------------------------------------------------------------
 
 # $(call PC_OF,prefix,libdir,includedir,name,library,requires,private requires,private libraries,description)
@@ -162,6 +195,8 @@ PC = $(call PC_OF,$(1),$(2),$(3),libmoe,moe,,,-lm -pthread,Mixture-of-Experts la
 comma := ,
 # $(call PC_MPI,prefix,libdir,includedir,MPI)
 PC_MPI = $(call PC_OF,$(1),$(2),$(3),libmoe_mpi,moe_mpi_$(4),moe = $(VERSION),,,libmoe groups over MPI ($(4)))
+# $(call PC_IO,prefix,libdir,includedir)
+PC_IO = $(call PC_OF,$(1),$(2),$(3),libmoe_io,moe_io,moe = $(VERSION),jansson,-lm -pthread,libmoe files and checkpoints)
 REPLACE = @if cmp -s $@.new $@; then rm -f $@.new; else mv $@.new $@; fi
 
 # The file for the tree names the tree, which may have moved.
@@ -179,11 +214,16 @@ $(LIB)/pkgconfig/moe-mpi.pc: moe.pc.in force
 	@$(call PC_MPI,$(CURDIR),$(abspath $(LIB)),$(CURDIR)/include,$(firstword $(MPIS))) >$@.new
 	$(REPLACE)
 
+$(LIB)/pkgconfig/moe-io.pc: moe.pc.in force
+	@mkdir -p $(@D)
+	@$(call PC_IO,$(CURDIR),$(abspath $(LIB)),$(CURDIR)/include) >$@.new
+	$(REPLACE)
+
 # ---- install --------------------------------------------------------------------------------------
 
 HEADERS := $(wildcard include/moe/*.h)
 
-install: $(LIB)/libmoe.a $(LIB)/libmoe.so mpi
+install: $(LIB)/libmoe.a $(LIB)/libmoe.so mpi io
 	install -d $(DESTDIR)$(INCLUDEDIR)/moe $(DESTDIR)$(LIBDIR)/pkgconfig
 	install -m 644 $(HEADERS) $(DESTDIR)$(INCLUDEDIR)/moe
 	install -m 644 $(LIB)/libmoe.a $(DESTDIR)$(LIBDIR)
@@ -194,6 +234,13 @@ install: $(LIB)/libmoe.a $(LIB)/libmoe.so mpi
 	$(foreach f,$(MPIS),$(call INSTALL_MPI,$(f)))
 ifneq ($(MPIS),)
 	ln -sf moe-mpi-$(firstword $(MPIS)).pc $(DESTDIR)$(LIBDIR)/pkgconfig/moe-mpi.pc
+endif
+ifneq ($(HAVE_IO),)
+	install -m 644 $(LIB)/libmoe_io.a $(DESTDIR)$(LIBDIR)
+	install -m 755 $(LIB)/libmoe_io.so.$(VERSION) $(DESTDIR)$(LIBDIR)
+	ln -sf libmoe_io.so.$(VERSION) $(DESTDIR)$(LIBDIR)/$(IO_SONAME)
+	ln -sf $(IO_SONAME) $(DESTDIR)$(LIBDIR)/libmoe_io.so
+	$(call PC_IO,$(PREFIX),$(LIBDIR),$(INCLUDEDIR)) > $(DESTDIR)$(LIBDIR)/pkgconfig/moe-io.pc
 endif
 	chmod 644 $(DESTDIR)$(LIBDIR)/pkgconfig/moe*.pc
 define INSTALL_MPI
@@ -210,6 +257,7 @@ uninstall:
 	rm -f $(DESTDIR)$(LIBDIR)/libmoe.a $(DESTDIR)$(LIBDIR)/libmoe.so $(DESTDIR)$(LIBDIR)/$(SONAME)
 	rm -f $(DESTDIR)$(LIBDIR)/libmoe.so.$(VERSION) $(DESTDIR)$(LIBDIR)/pkgconfig/moe.pc
 	rm -f $(DESTDIR)$(LIBDIR)/libmoe_mpi_* $(DESTDIR)$(LIBDIR)/pkgconfig/moe-mpi*.pc
+	rm -f $(DESTDIR)$(LIBDIR)/libmoe_io.* $(DESTDIR)$(LIBDIR)/pkgconfig/moe-io.pc
 	-rmdir $(DESTDIR)$(INCLUDEDIR)/moe 2>/dev/null || true
 
 # What git tracks as it is now, or, in an unpacked archive, everything but what the build made.
@@ -228,7 +276,7 @@ clean:
 	rm -rf $(BUILD)/src $(BUILD)/tests $(BUILD)/examples $(BUILD)/venv $(BUILD)/venv-current
 	rm -f $(BUILD)/demo $(BUILD)/run_vectors $(FLAGS_STAMP) $(OBJECTS_STAMP)
 	rm -f $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/libmoe.so.* $(LIB)/pkgconfig/moe.pc
-	rm -f $(LIB)/libmoe_mpi_* $(LIB)/pkgconfig/moe-mpi*.pc
+	rm -f $(LIB)/libmoe_mpi_* $(LIB)/pkgconfig/moe-mpi*.pc $(LIB)/libmoe_io.* $(LIB)/pkgconfig/moe-io.pc
 	rm -rf build-asan build-tsan build-clang dist
 	-@rmdir $(LIB)/pkgconfig $(BUILD) 2>/dev/null || true
 
@@ -270,4 +318,4 @@ help:
 
 include tests/tests.mk
 
--include $(OBJECTS:.o=.d)
+-include $(OBJECTS:.o=.d) $(IO_OBJECTS:.o=.d)

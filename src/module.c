@@ -36,3 +36,8 @@ moe_status moe__module_comm(moe_comm **comm, moe_context *context, const moe_col
 {
     return moe__comm_make(comm, context, table, why, function);
 }
+
+const moe_experts *moe__module_part(const moe_experts *experts, int64_t part)
+{
+    return experts && part >= 0 && part < experts->parts ? experts->part[part] : NULL;
+}

@@ -32,4 +32,7 @@ MOE_API moe_status moe__module_comm(moe_comm **comm, moe_context *context,
                                     const moe_collectives *table, const char *(*why)(void *user),
                                     const char *function);
 
+/* Part number `part` of a pool of parts, or for 0 a plain pool itself; NULL beyond. */
+MOE_API const moe_experts *moe__module_part(const moe_experts *experts, int64_t part);
+
 #endif

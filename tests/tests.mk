@@ -188,7 +188,7 @@ check-long:
 
 # ---- format and baselines ---------------------------------------------------------------------------
 
-FORMATTED := $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] examples/*.[ch] examples/*.cpp \
+FORMATTED := $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] src/io/*.[ch] examples/*.[ch] examples/*.cpp \
     examples/demo/*.[ch] tests/*.c tests/reference/*.[ch] tests/support/*.[ch] tests/hosts/*.[ch] \
     tests/vector_runner/*.[ch] tests/bench/*.c)
 format:

@@ -1,0 +1,211 @@
+/* layout.c - a layer's parameters as logical tensors, whatever layout, GLU order or strides they are
+ * kept in: of a pool W1, W3, W2, b1, b3, b2 of each expert as [out,in] or [out]. */
+#include "io.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const char *const TENSOR_NAMES[IO_POOL_TENSORS] = {"w1", "w3", "w2", "b1", "b3", "b2"};
+
+const char *moe__io_tensor_name(int32_t tensor) { return TENSOR_NAMES[tensor]; }
+
+/* ---- names ------------------------------------------------------------------------------------ */
+
+static const char *const PREFIXES[] = {"gate.", "experts.", "shared.", "residual."};
+
+/* The object of a parameter; *rest: its name there. */
+static int32_t owner_of(const char *name, const char **rest)
+{
+    *rest = name;
+    for (int32_t owner = 0; owner < 4; owner++) {
+        size_t n = strlen(PREFIXES[owner]);
+        if (strncmp(name, PREFIXES[owner], n) != 0) continue;
+        *rest = name + n;
+        return owner;
+    }
+    return IO_LAYER;
+}
+
+/* "0.w1": the part before the point; a plain pool's have none. */
+static int32_t part_of(const char **rest)
+{
+    const char *point = strchr(*rest, '.');
+    int32_t part = 0;
+    if (!point) return 0;
+    for (const char *c = *rest; c < point && part < MOE_MAX_PARTS; c++)
+        part = part * 10 + (*c - '0');
+    *rest = point + 1;
+    return part;
+}
+
+/* ---- one parameter ------------------------------------------------------------------------------ */
+
+static moe__io_parameter *add(moe__io_layer *l, const moe__io_parameter *p)
+{
+    if (!moe__io_grow((void **)&l->parameter, &l->room, l->count, sizeof *p)) return NULL;
+    l->parameter[l->count] = *p;
+    return &l->parameter[l->count++];
+}
+
+static const moe_experts *pool_of(const moe__io_layer *l, int32_t owner)
+{
+    return owner == IO_ROUTED   ? l->config.experts
+           : owner == IO_SHARED ? l->config.shared
+                                : l->config.residual;
+}
+
+/* Output dimension, or its half, and input dimension of the record's shape and strides. */
+static void place_matrix(moe__io_parameter *p, const int64_t *stride, int32_t layout)
+{
+    int in = layout == MOE_WEIGHT_OUT_IN ? 2 : 1, out = 3 - in;
+    p->rows = p->record.shape[out];
+    p->cols = p->record.shape[in];
+    p->stride_row = stride[out];
+    p->stride_col = stride[in];
+}
+
+/* Half of a fused parameter: 0 the gate projection, 1 the up projection. */
+static void take_half(moe__io_parameter *p, int half, int32_t order, bool matrix)
+{
+    int64_t *count = matrix ? &p->rows : &p->cols;
+    int64_t *stride = matrix ? &p->stride_row : &p->stride_col;
+    *count /= 2;
+    if (order == MOE_GLU_INTERLEAVED) {
+        p->origin = half * *stride;
+        *stride *= 2;
+    } else {
+        bool second = (half == 1) == (order == MOE_GLU_GATE_UP);
+        p->origin = second ? *count * *stride : 0;
+    }
+}
+
+static bool add_pool_tensor(moe__io_layer *l, moe__io_parameter p, const char *name,
+                            const moe_experts_config *c, const int64_t *stride)
+{
+    bool matrix = name[0] == 'w', fused = strcmp(name + 1, "13") == 0;
+    int32_t first = matrix ? IO_W1 : IO_B1;
+    p.stride_expert = stride[0];
+    if (matrix) {
+        place_matrix(&p, stride, c->weight_layout);
+    } else {
+        p.rows = 1, p.cols = p.record.shape[1];
+        p.stride_col = stride[1];
+    }
+    if (!fused) {
+        p.tensor = first + (name[1] == '3' ? 1 : name[1] == '2' ? 2 : 0);
+        return add(l, &p) != NULL;
+    }
+    for (int half = 0; half < 2; half++) {
+        moe__io_parameter h = p;
+        h.tensor = first + half;
+        take_half(&h, half, c->glu_order, matrix);
+        if (!add(l, &h)) return false;
+    }
+    return true;
+}
+
+static void contiguous(int64_t stride[MOE_MAX_DIMS], const int64_t *shape, int32_t dims)
+{
+    int64_t step = 1;
+    for (int32_t d = MOE_MAX_DIMS - 1; d >= 0; d--) {
+        stride[d] = d < dims ? step : 0;
+        if (d < dims) step *= shape[d];
+    }
+}
+
+/* Replaces the memory of the record by `values` in the record's shape. */
+static void use_values(moe__io_parameter *p, void *values)
+{
+    p->values = values;
+    p->record.data = values;
+    p->record.data_per_expert = NULL;
+    contiguous(p->record.data_stride, p->record.shape, p->record.dims);
+}
+
+static moe_status describe_one(moe__io_layer *l, const moe_layer *layer, int64_t index,
+                               void *const *values, const char *function)
+{
+    moe__io_parameter p = {.record = {.struct_size = sizeof p.record}, .index = index};
+    moe_experts_config c = {.struct_size = sizeof c};
+    const char *name;
+    MOE_TRY(moe_layer_parameter(layer, index, &p.record));
+    if (values && !values[index]) return MOE_OK;
+    if (p.record.opaque)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "%s is kept in opaque storage", p.record.name);
+    if (values) use_values(&p, values[index]);
+    p.owner = owner_of(p.record.name, &name);
+    if (p.owner == IO_GATE || p.owner == IO_LAYER) {
+        if (!add(l, &p)) REFUSE_MEMORY();
+        return MOE_OK;
+    }
+    const moe_experts *pool = pool_of(l, p.owner);
+    p.part = part_of(&name);
+    for (int32_t i = 0; i < p.part; i++) {
+        MOE_TRY(moe_experts_get_config(moe__module_part(pool, i), &c));
+        p.begin += c.num_experts;
+    }
+    MOE_TRY(moe_experts_get_config(moe__module_part(pool, p.part), &c));
+    p.first = p.begin + p.record.global_offset[0];
+    p.local = p.record.shape[0];
+    p.all = p.record.global_shape[0];
+    if (!add_pool_tensor(l, p, name, &c, p.record.data_stride)) REFUSE_MEMORY();
+    return MOE_OK;
+}
+
+/* ---- all ---------------------------------------------------------------------------------------- */
+
+moe_status moe__io_describe(moe__io_layer *l, const moe_layer *layer, void *const *values,
+                            const char *function)
+{
+    *l = (moe__io_layer){.config = {.struct_size = sizeof l->config},
+                         .gate = {.struct_size = sizeof l->gate},
+                         .size = 1,
+                         .values = values != NULL};
+    MOE_TRY(moe_layer_get_config(layer, &l->config));
+    if (l->config.gate) MOE_TRY(moe_gate_get_config(l->config.gate, &l->gate));
+    if (l->config.comm) l->size = moe_comm_size(l->config.comm);
+    moe_status status = MOE_OK;
+    for (int64_t i = 0; i < moe_layer_parameter_count(layer) && status == MOE_OK; i++)
+        status = describe_one(l, layer, i, values, function);
+    if (status != MOE_OK) moe__io_describe_free(l);
+    return status;
+}
+
+void moe__io_describe_free(moe__io_layer *l)
+{
+    free(l->parameter);
+    l->parameter = NULL;
+    l->count = 0;
+}
+
+char *moe__io_expert_base(const moe__io_parameter *p, int64_t expert)
+{
+    const moe_parameter_record *r = &p->record;
+    int64_t size = moe__io_dtype_size(r->data_dtype);
+    if (r->data_per_expert) return (char *)r->data_per_expert[expert] + p->origin * size;
+    return (char *)r->data + (expert * p->stride_expert + p->origin) * size;
+}
+
+moe_status moe__io_check_memory(const moe__io_layer *l, bool to_write, bool write_bound,
+                                const char *function)
+{
+    for (int64_t i = 0; i < l->count; i++) {
+        const moe__io_parameter *p = &l->parameter[i];
+        if (!p->record.data && !p->record.data_per_expert)
+            REFUSE(MOE_ERROR_INVALID_STATE, "parameter %s is not bound", p->record.name);
+        if (to_write && !p->values && !p->record.owned && !write_bound)
+            REFUSE(MOE_ERROR_INVALID_STATE,
+                   "parameter %s is bound to the host's memory, and write_bound is 0",
+                   p->record.name);
+    }
+    return MOE_OK;
+}
+
+moe_status moe__io_weights_changed(const moe__io_layer *l)
+{
+    MOE_TRY(moe_experts_weights_changed(l->config.experts));
+    if (l->config.shared) MOE_TRY(moe_experts_weights_changed(l->config.shared));
+    if (l->config.residual) MOE_TRY(moe_experts_weights_changed(l->config.residual));
+    return MOE_OK;
+}
