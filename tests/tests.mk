@@ -5,6 +5,11 @@ CHECK_LIBS = $(shell $(PKG_CONFIG) --libs check 2>/dev/null)
 
 SUPPORT := $(wildcard tests/reference/*.c) $(wildcard tests/support/*.c)
 SUITES := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/check_*.c))
+# Those of libmoe_io, where that is built.
+IO_SUITES := $(filter $(BUILD)/tests/check_io%,$(SUITES))
+ifeq ($(HAVE_IO),)
+SUITES := $(filter-out $(IO_SUITES),$(SUITES))
+endif
 # The calls that check_memory counts.
 LINK_memory := -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=posix_memalign,--wrap=mmap
 # The call that check_gradient_report spoils.
@@ -40,10 +45,13 @@ $(BUILD)/tests/support/%.o: tests/%.c $(FLAGS_STAMP) | check-have-check
 SUPPORT_OBJECTS := $(SUPPORT:tests/%.c=$(BUILD)/tests/support/%.o)
 .SECONDARY: $(SUPPORT_OBJECTS)
 
+$(IO_SUITES): $(LIB)/libmoe_io.a
+$(IO_SUITES): MODULE_LIBS = $(LIB)/libmoe_io.a
+$(IO_SUITES): CHECK_LIBS += $(JANSSON_LIBS)
 $(BUILD)/tests/check_%: tests/check_%.c $(SUPPORT_OBJECTS) $(LIB)/libmoe.a | check-have-check
 	@mkdir -p $(@D)
-	$(CC) $(TEST_FLAGS) $(MATH) $(CHECK_CFLAGS) $(LINK_$*) $< $(SUPPORT_OBJECTS) $(LIB)/libmoe.a $(CHECK_LIBS) \
-	    -lm -ldl -o $@
+	$(CC) $(TEST_FLAGS) $(MATH) $(CHECK_CFLAGS) $(LINK_$*) $< $(SUPPORT_OBJECTS) $(MODULE_LIBS) $(LIB)/libmoe.a \
+	    $(CHECK_LIBS) -lm -ldl -o $@
 
 $(BUILD)/tests/hosts/%: tests/hosts/%.c $(LIB)/libmoe.so
 	@mkdir -p $(@D)

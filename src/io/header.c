@@ -1,5 +1,6 @@
 /* header.c - the header of a file to be written: entries in descending order of element size, so
- * that all are aligned, and within it in the order of the items; then spaces up to a multiple of 8. */
+ * that all are aligned, then by name, whatever order the parameters have in their layouts; then
+ * spaces up to a multiple of 8. */
 #include "io.h"
 
 #include <inttypes.h>
@@ -89,7 +90,7 @@ static int by_size(const void *a, const void *b)
     const moe__io_entry *s = *(moe__io_entry *const *)a, *t = *(moe__io_entry *const *)b;
     int64_t x = moe__io_dtype_size(s->dtype), y = moe__io_dtype_size(t->dtype);
     if (x != y) return x > y ? -1 : 1;
-    return s < t ? -1 : s > t; /* of one array */
+    return strcmp(s->name, t->name);
 }
 
 static int by_name(const void *a, const void *b)
