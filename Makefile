@@ -303,6 +303,7 @@ help:
 #: make check-python  the Python package, installed and tested; check-torch, compare-torch, check-libtorch
 #: make check-torch-current  the same with PyPI's PyTorch (gigabytes)
 #: make check-transformers  against the MoE blocks of transformers (gigabytes)
+#: make check-mpi      ranks as processes (MPI_TESTED="openmpi mpich", RANKS="2 3 4 8")
 #: make check-asan     suites, hosts and vectors under AddressSanitizer and UBSan
 #: make check-tsan     threaded suites and hosts under ThreadSanitizer
 #: make check-valgrind hosts under valgrind

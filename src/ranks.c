@@ -316,17 +316,18 @@ moe_status moe__ranks_join(moe_layer *layer, const char *function)
     const moe_layer_config *c = &layer->config;
     int32_t P = c->comm->size;
     const char *name[FIELDS];
-    int64_t own[FIELDS], bytes = (int64_t)(P + 1) * (int64_t)sizeof(int64_t);
-    int64_t *all = moe__alloc(layer->context, bytes * FIELDS);
+    int64_t bytes = (int64_t)(P + 1) * (int64_t)sizeof(int64_t);
+    int64_t *all = moe__alloc(layer->context, bytes * FIELDS); /* of all ranks, then its own */
     int64_t *begin = moe__alloc(layer->context, bytes);
     layer->first_expert = moe__alloc(layer->context, bytes);
     moe_status status = MOE_OK;
     if (!all || !begin || !layer->first_expert)
         status = moe__fail(MOE_ERROR_OUT_OF_MEMORY, function, "no memory for %d ranks", (int)P);
-    describe_layer(c, own, name);
+    int64_t *own = all ? all + (int64_t)P * FIELDS : NULL;
+    if (own) describe_layer(c, own, name);
     for (int32_t p = 0; p <= P && status == MOE_OK; p++) begin[p] = p;
     if (status == MOE_OK)
-        status = moe_comm_all_gather(c->comm, all, begin, own, (int64_t)sizeof own);
+        status = moe_comm_all_gather(c->comm, all, begin, own, FIELDS * (int64_t)sizeof *own);
     if (status == MOE_OK) status = compare_layers(all, name, P, function);
     for (int32_t p = 0; p < P && status == MOE_OK; p++) {
         if (p == 0) layer->first_expert[0] = 0;
@@ -337,8 +338,8 @@ moe_status moe__ranks_join(moe_layer *layer, const char *function)
         status = moe__fail(MOE_ERROR_INVALID_ARGUMENT, function,
                            "the gate has %lld experts, the pools of all ranks have %lld",
                            (ll)c->gate->config.num_experts, (ll)layer->num_experts);
-    moe__free(layer->context, all, bytes * FIELDS);
-    moe__free(layer->context, begin, bytes);
+    moe__comm_free(c->comm, layer->context, all, bytes * FIELDS);
+    moe__comm_free(c->comm, layer->context, begin, bytes);
     if (status != MOE_OK) {
         moe__free(layer->context, layer->first_expert, bytes);
         layer->first_expert = NULL;

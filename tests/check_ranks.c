@@ -1,8 +1,8 @@
 /* check_ranks.c - a layer on several ranks against one rank that has all tokens and experts, with the
  * same token groups: y, dx and every gradient are the same bytes, for every kind of gate, uneven shards and ranks without tokens. And what ends well when a rank
  * disagrees or leaves. */
-#include "support/family.h"
 #include "support/layer_case.h"
+#include "support/ranks.h"
 #include "support/suite.h"
 
 #include <check.h>
@@ -14,222 +14,45 @@
 #include <string.h>
 #include <time.h>
 
-enum { KINDS = MOE_GATE_SINKHORN + 1, MOST = 4, TOKENS = 19 };
-
-/* Tokens of each rank; experts are shared out unevenly too. */
-static const int64_t TOKENS_OF[MOST + 1][MOST] = {
-    {0}, {TOKENS}, {12, 7}, {0, 13, 6}, {5, 0, 11, 3}};
-
-typedef struct whole {
-    family f;
-    family_batch b;
-    moe_context *context;
-    moe_pass *pass;
-    int64_t D, O, element;
-} whole;
-
-/* One rank with everything, run once. Losses are of a rank's own tokens, so they are off. */
-static void run_whole(whole *w, int32_t kind, uint64_t number, int32_t ranks)
+static moe_comm *connect_in_world(part *p)
 {
-    memset(w, 0, sizeof *w);
-    w->context = new_context();
-    family_draw(&w->f, kind, number, number % 2 ? MOE_DTYPE_F32 : MOE_DTYPE_F64);
-    moe_gate_config *g = &w->f.g;
-    g->importance_weight = g->load_weight = g->switch_weight = g->gshard_weight = 0;
-    g->z_weight = g->sequence_weight = g->threshold_weight = 0;
-    w->f.T = TOKENS, w->f.G = ranks;
-    family_make(&w->f, w->context);
-    family_batch_make(&w->b, &w->f);
-    for (int32_t r = 0; r < ranks; r++)
-        w->b.group_begin[r + 1] = w->b.group_begin[r] + TOKENS_OF[ranks][r];
-    w->D = w->f.e.d_model, w->O = w->b.y_bytes / TOKENS;
-    w->element = w->f.g.dtype == MOE_DTYPE_F64 ? 8 : 4;
-    w->O /= w->element;
-}
-
-static void finish_whole(whole *w)
-{
-    MUST(moe_pass_create(&w->pass, w->f.layer, NULL));
-    MUST(moe_layer_forward(w->f.layer, w->pass, &w->b.fwd));
-    MUST(moe_layer_backward(w->f.layer, w->pass, &w->b.bwd));
-}
-
-static void free_whole(whole *w)
-{
-    moe_pass_destroy(w->pass), family_batch_free(&w->b), family_free(&w->f);
-    moe_context_destroy(w->context);
-}
-
-/* ---- a rank ----------------------------------------------------------------------------------- */
-
-typedef struct part {
-    const whole *w;
-    moe_world *world;
-    int32_t rank, ranks;
-    int64_t first_token, tokens, first_expert, experts;
-    moe_context *context;
-    moe_comm *comm;
-    family f; /* its objects */
-    void *y, *dx;
-} part;
-
-/* The parameters of the whole layer, of experts those of this rank. */
-static void copy_parameters(part *p)
-{
-    moe_parameter_record to, from;
-    MUST(moe_parameter_record_init(&to, sizeof to));
-    MUST(moe_parameter_record_init(&from, sizeof from));
-    for (int64_t i = 0; i < moe_layer_parameter_count(p->f.layer); i++) {
-        MUST(moe_layer_parameter(p->f.layer, i, &to));
-        MUST(moe_layer_parameter(p->w->f.layer, i, &from));
-        int64_t each = strncmp(to.name, "experts.", 8) == 0 ? to.element_count / p->experts : 0;
-        memcpy(to.data, (const char *)from.data + p->first_expert * each * p->w->element,
-               (size_t)(to.element_count * p->w->element));
-    }
-}
-
-static void make_part(part *p)
-{
-    moe_context_config c;
-    family *f = &p->f;
-    *f = p->w->f;
-    f->gate = NULL, f->experts = f->shared_experts = f->residual_experts = NULL, f->layer = NULL;
-    MUST(moe_context_config_init(&c, sizeof c));
-    c.threads = 1 + p->rank % 2;
-    MUST(moe_context_create(&p->context, &c));
-    MUST(moe_comm_create_in_world(&p->comm, p->world, p->context, p->rank, 30));
-    MUST(moe_gate_create(&f->gate, p->context, &f->g));
-    f->e.num_experts = p->experts;
-    MUST(moe_experts_create(&f->experts, p->context, &f->e));
-    if (f->has_shared) MUST(moe_experts_create(&f->shared_experts, p->context, &f->shared));
-    if (f->has_residual) MUST(moe_experts_create(&f->residual_experts, p->context, &f->residual));
-    f->l.gate = f->gate, f->l.experts = f->experts, f->l.comm = p->comm;
-    f->l.shared = f->shared_experts, f->l.residual = f->residual_experts;
-    MUST(moe_layer_create(&f->layer, &f->l));
-    copy_parameters(p);
-}
-
-/* Its tokens through its layer. */
-static void run_part(part *p)
-{
-    const family_batch *b = &p->w->b;
-    moe_pass *pass = NULL;
-    moe_forward_args fwd = b->fwd;
-    moe_backward_args bwd = b->bwd;
-    int64_t x = p->w->D * p->w->element, o = p->w->O * p->w->element, first = p->first_token;
-    MUST(moe_pass_create(&pass, p->f.layer, NULL));
-    p->y = calloc((size_t)(p->tokens * o) + 1, 1), p->dx = calloc((size_t)(p->tokens * x) + 1, 1);
-    ck_assert(p->y && p->dx);
-    fwd.tokens = p->tokens, fwd.token_first += first, fwd.groups = 1, fwd.group_begin = NULL;
-    fwd.x = (const char *)b->x + first * x, fwd.y = p->y;
-    if (fwd.logits_in)
-        fwd.logits_in = (const char *)fwd.logits_in + first * p->f.g.num_experts * p->w->element;
-    if (fwd.token_key) fwd.token_key += first;
-    if (fwd.token_mask) fwd.token_mask += first;
-    bwd.dy = (const char *)b->dy + first * o, bwd.dx = p->dx;
-    MUST(moe_layer_forward(p->f.layer, pass, &fwd));
-    MUST(moe_layer_backward(p->f.layer, pass, &bwd));
-    MUST(moe_layer_reduce_gradients(p->f.layer, NULL));
-    moe_pass_destroy(pass);
+    moe_comm *comm = NULL;
+    MUST(moe_comm_create_in_world(&comm, p->connection, p->context, p->rank, 30));
+    return comm;
 }
 
 static void *part_thread(void *argument)
 {
-    part *p = argument;
-    make_part(p);
-    run_part(p);
+    part_run(argument);
     return NULL;
-}
-
-static void free_part(part *p)
-{
-    free(p->y), free(p->dx);
-    family_free(&p->f);
-    moe_comm_destroy(p->comm), moe_context_destroy(p->context);
-}
-
-/* ---- comparison ------------------------------------------------------------------------------- */
-
-/* Gradients of experts are the bytes of their range, of replicated parameters those of one rank. */
-static void compare_gradients(const whole *w, part *parts, int32_t ranks)
-{
-    moe_parameter_record want, got;
-    MUST(moe_parameter_record_init(&want, sizeof want));
-    MUST(moe_parameter_record_init(&got, sizeof got));
-    for (int64_t i = 0; i < moe_layer_parameter_count(w->f.layer); i++) {
-        MUST(moe_layer_parameter(w->f.layer, i, &want));
-        if (!want.grad) continue;
-        int shared_out = strncmp(want.name, "experts.", 8) == 0;
-        for (int32_t r = 0; r < ranks && shared_out; r++) {
-            MUST(moe_layer_parameter(parts[r].f.layer, i, &got));
-            int64_t each = got.element_count / parts[r].experts;
-            ck_assert_msg(
-                memcmp(got.grad,
-                       (const char *)want.grad + parts[r].first_expert * each * w->element,
-                       (size_t)(got.element_count * w->element)) == 0,
-                "%s of rank %d, %s", want.name, (int)r, w->f.text);
-        }
-        for (int32_t r = 0; r < ranks && !shared_out; r++) {
-            MUST(moe_layer_parameter(parts[r].f.layer, i, &got));
-            ck_assert_msg(memcmp(got.grad, want.grad, (size_t)(got.element_count * w->element)) ==
-                              0,
-                          "%s of rank %d of %d, %s", want.name, (int)r, (int)ranks, w->f.text);
-        }
-    }
-}
-
-static void compare_parts(const whole *w, part *parts, int32_t ranks)
-{
-    for (int32_t r = 0; r < ranks; r++) {
-        const part *p = &parts[r];
-        int64_t x = w->D * w->element, o = w->O * w->element;
-        int untouched = w->f.l.dropped == MOE_DROPPED_UNTOUCHED;
-        if (!untouched)
-            ck_assert_msg(memcmp(p->y, (const char *)w->b.y + p->first_token * o,
-                                 (size_t)(p->tokens * o)) == 0,
-                          "y of rank %d of %d, %s", (int)r, (int)ranks, w->f.text);
-        ck_assert_msg(
-            memcmp(p->dx, (const char *)w->b.dx + p->first_token * x, (size_t)(p->tokens * x)) == 0,
-            "dx of rank %d of %d, %s", (int)r, (int)ranks, w->f.text);
-    }
-    compare_gradients(w, parts, ranks);
 }
 
 static void run_ranks(int32_t kind, uint64_t number, int32_t ranks)
 {
     whole w;
-    part parts[MOST];
-    pthread_t thread[MOST];
+    part parts[RANKS_MOST];
+    pthread_t thread[RANKS_MOST];
     moe_world *world = NULL;
-    int64_t token = 0, expert = 0;
-    run_whole(&w, kind, number, ranks);
+    whole_make(&w, kind, number, ranks);
     MUST(moe_world_create(&world, w.context, ranks));
-    for (int32_t r = 0; r < ranks; r++) {
-        int64_t left = w.f.g.num_experts - expert, others = ranks - 1 - r;
-        int64_t own = others == 0 ? left : 1 + (int64_t)(number + (uint64_t)r) % (left - others);
-        parts[r] = (part){.w = &w,
-                          .world = world,
-                          .rank = r,
-                          .ranks = ranks,
-                          .first_token = token,
-                          .tokens = TOKENS_OF[ranks][r],
-                          .first_expert = expert,
-                          .experts = own};
-        token += parts[r].tokens, expert += own;
+    if (parts_share(parts, &w, number, ranks)) {
+        for (int32_t r = 0; r < ranks; r++) {
+            parts[r].connect = connect_in_world, parts[r].connection = world;
+            ck_assert_int_eq(pthread_create(&thread[r], NULL, part_thread, &parts[r]), 0);
+        }
+        for (int32_t r = 0; r < ranks; r++) ck_assert_int_eq(pthread_join(thread[r], NULL), 0);
+        whole_run(&w);
+        for (int32_t r = 0; r < ranks; r++) part_compare(&parts[r]);
+        for (int32_t r = 0; r < ranks; r++) part_free(&parts[r]);
     }
-    for (int32_t r = 0; r < ranks; r++)
-        ck_assert_int_eq(pthread_create(&thread[r], NULL, part_thread, &parts[r]), 0);
-    for (int32_t r = 0; r < ranks; r++) ck_assert_int_eq(pthread_join(thread[r], NULL), 0);
-    finish_whole(&w);
-    compare_parts(&w, parts, ranks);
-    for (int32_t r = 0; r < ranks; r++) free_part(&parts[r]);
-    moe_world_destroy(world), free_whole(&w);
+    moe_world_destroy(world), whole_free(&w);
 }
 
 START_TEST(test_ranks_are_one_rank_with_the_same_groups)
 {
+    static const int32_t RANKS[] = {2, 3, 4, 8};
     for (uint64_t number = 0; number < 12; number++)
-        for (int32_t ranks = 2; ranks <= MOST; ranks++) run_ranks(_i, number, ranks);
+        for (size_t i = 0; i < COUNT(RANKS); i++) run_ranks(_i, number, RANKS[i]);
 }
 END_TEST
 
@@ -393,7 +216,7 @@ int main(void)
     Suite *suite = suite_create("ranks");
     TCase *c = tcase_create("ranks");
     tcase_set_timeout(c, 300);
-    tcase_add_loop_test(c, test_ranks_are_one_rank_with_the_same_groups, 0, KINDS);
+    tcase_add_loop_test(c, test_ranks_are_one_rank_with_the_same_groups, 0, RANKS_KINDS);
     tcase_add_test(c, test_ranks_that_differ_are_found_at_creation);
     tcase_add_test(c, test_ranks_end_when_one_fails);
     suite_add_tcase(suite, c);

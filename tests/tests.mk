@@ -81,6 +81,17 @@ $(BUILD)/run_vectors: $(RUNNER) $(wildcard tests/vector_runner/*.h) $(LIB)/libmo
 	@mkdir -p $(@D)
 	$(CC) $(filter-out -Isrc,$(COMMON)) -O1 $(CFLAGS) $(RUNNER) -L$(LIB) -lmoe $(RPATH) -lm -o $@
 
+# Programs of several ranks, by the compiler of each MPI.
+MPI_PROGRAMS := $(foreach f,$(MPIS),$(BUILD)/tests/check_mpi_$(f))
+define MPI_PROGRAM_RULE
+$(BUILD)/tests/check_mpi_$(1): tests/ranks/check_mpi.c $(SUPPORT_OBJECTS) $(LIB)/libmoe_mpi_$(1).a $(LIB)/libmoe.a | \
+    check-have-check
+	@mkdir -p $$(@D)
+	OMPI_CC='$$(CC)' MPICH_CC='$$(CC)' $$(MPICC_$(1)) $$(TEST_FLAGS) $$(MATH) $$(CHECK_CFLAGS) $$< $$(SUPPORT_OBJECTS) \
+	    $(LIB)/libmoe_mpi_$(1).a $(LIB)/libmoe.a $$(CHECK_LIBS) -lm -ldl -o $$@
+endef
+$(foreach f,$(MPIS),$(eval $(call MPI_PROGRAM_RULE,$(f))))
+
 test-programs: check-have-check $(SUITES) $(HOSTS) $(EXAMPLES) $(BUILD)/run_vectors
 
 # Each argument of run_programs.sh is one command; it prints their closing lines and the sum.
@@ -113,6 +124,14 @@ check-abi: $(LIB)/libmoe.so $(LIB)/libmoe.a
 	@$(RUN) "sh tests/abi/check.sh $(LIB)"
 check-install: all
 	@$(RUN) "sh tests/packaging/check_install.sh $(BUILD)"
+
+# Ranks as processes: the first MPI on 2 and 3 ranks; MPI_TESTED="openmpi mpich" RANKS="2 3 4 8" for more.
+MPI_TESTED ?= $(firstword $(MPIS))
+RANKS ?= 2 3
+.PHONY: check-mpi
+check-mpi: $(MPI_PROGRAMS)
+	@test -n '$(MPI_TESTED)' || { echo 'check-mpi needs an MPI: apt-get install libopenmpi-dev openmpi-bin'; exit 1; }
+	@$(RUN) $(foreach f,$(MPI_TESTED),"sh tests/ranks/check_mpi.sh $(BUILD) $(f) $(RANKS)")
 
 # ---- Python and PyTorch -----------------------------------------------------------------------------
 
@@ -190,6 +209,7 @@ check-long:
 	MOE_LONG=1 $(MAKE) check
 	$(MAKE) check-asan check-tsan check-valgrind
 	$(MAKE) CC=clang BUILD=build-clang check-suites
+	NUMBERS=12 $(MAKE) check-mpi MPI_TESTED='$(MPIS)' RANKS='2 3 4 8'
 	$(MAKE) check-mutants bench-scale
 	$(MAKE) check-libtorch check-python check-torch compare-torch check-torch-current
 	for isa in plain avx2; do $(BUILD)/run_vectors --isa $$isa tests/vectors || exit 1; done
@@ -198,7 +218,7 @@ check-long:
 
 FORMATTED := $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] src/io/*.[ch] examples/*.[ch] examples/*.cpp \
     examples/demo/*.[ch] tests/*.c tests/reference/*.[ch] tests/support/*.[ch] tests/hosts/*.[ch] \
-    tests/vector_runner/*.[ch] tests/bench/*.c)
+    tests/vector_runner/*.[ch] tests/bench/*.c tests/ranks/*.c)
 format:
 	$(call NEED,clang-format,clang-format)
 	clang-format -i $(FORMATTED)

@@ -400,15 +400,20 @@ static moe_status duplicate(MPI_Comm from, MPI_Comm *to, double timeout, const c
     return moe__module_fail(MOE_ERROR_TRANSPORT, function, text);
 }
 
-static moe_status check_mpi(MPI_Comm handle, int *level, const char *function)
+static moe_status check_begun(const char *function)
 {
-    int begun = 0, finalized = 0, inter = 0;
+    int begun = 0, finalized = 0;
     (void)MPI_Initialized(&begun);
     (void)MPI_Finalized(&finalized);
-    if (!begun || finalized)
-        return moe__module_fail(MOE_ERROR_INVALID_STATE, function,
-                                begun ? "MPI has been finalised" : "MPI is not initialised");
-    if (handle == MPI_COMM_NULL)
+    if (begun && !finalized) return MOE_OK;
+    return moe__module_fail(MOE_ERROR_INVALID_STATE, function,
+                            begun ? "MPI has been finalised" : "MPI is not initialised");
+}
+
+static moe_status check_handle(MPI_Comm handle, int *level, const char *function)
+{
+    int inter = 0;
+    if (!handle || handle == MPI_COMM_NULL)
         return moe__module_fail(MOE_ERROR_INVALID_ARGUMENT, function, "handle is MPI_COMM_NULL");
     if (MPI_Comm_test_inter(handle, &inter) != MPI_SUCCESS || inter)
         return moe__module_fail(MOE_ERROR_INVALID_ARGUMENT, function,
@@ -453,7 +458,8 @@ static moe_status create(moe_comm **comm, moe_context *context, MPI_Comm handle,
         return moe__module_fail(MOE_ERROR_INVALID_ARGUMENT, function,
                                 comm ? "context is NULL" : "comm is NULL");
     MOE_TRY(read_options(&o, options, function));
-    MOE_TRY(check_mpi(handle, &level, function));
+    MOE_TRY(check_begun(function));
+    MOE_TRY(check_handle(handle, &level, function));
     (void)MPI_Comm_size(handle, &size);
     (void)MPI_Comm_rank(handle, &rank);
     mpi_group *g = make_group(context, size, rank, level);
@@ -493,5 +499,6 @@ moe_status moe_comm_create_mpi(moe_comm **comm, moe_context *context, MPI_Comm h
 moe_status moe_comm_create_mpi_f(moe_comm **comm, moe_context *context, int32_t handle,
                                  const moe_mpi_options *options)
 {
+    MOE_TRY(check_begun(__func__)); /* before that a handle is none */
     return create(comm, context, MPI_Comm_f2c((MPI_Fint)handle), options, __func__);
 }

@@ -32,7 +32,7 @@ typedef struct family_batch {
     moe_backward_args bwd;
     void *x, *dy, *y, *dx;
     int64_t x_bytes, y_bytes;
-    int64_t group_begin[8];
+    int64_t group_begin[9];
     int64_t *key;
     uint8_t *mask;
 } family_batch;

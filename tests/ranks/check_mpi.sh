@@ -1,0 +1,51 @@
+#!/bin/sh
+# check_mpi.sh BUILD MPI RANKS... - runs check_mpi_MPI (openmpi, mpich) on each number of ranks: layers of every
+# kind against one rank, what is refused, and a rank that dies or is silent. NUMBERS=n layers of each kind.
+build=$1
+mpi=$2
+shift 2
+program=$build/tests/check_mpi_$mpi
+out=$(mktemp -d) || exit 1
+trap 'rm -rf "$out"' EXIT
+checks=0
+
+fail() {
+    echo "FAILED: $*"
+    exit 1
+}
+
+root=""
+[ "$(id -u)" -ne 0 ] || root=--allow-run-as-root
+start() { # ranks program and arguments: with recovery, so that a death is the survivors' to notice
+    n=$1
+    shift
+    case $mpi in
+    openmpi) timeout 300 mpirun.openmpi $root --oversubscribe --enable-recovery -n "$n" "$@" ;;
+    mpich) timeout 300 mpiexec.mpich -disable-auto-cleanup -n "$n" "$@" ;;
+    *) timeout 300 ${MPIRUN:-mpirun} -n "$n" "$@" ;;
+    esac
+}
+
+for ranks; do
+    for word in "equal ${NUMBERS:-2}" refuse; do
+        start "$ranks" "$program" $word >"$out/log" 2>&1 || { cat "$out/log"; fail "$word on $ranks ranks"; }
+        grep -q '^100%' "$out/log" || { cat "$out/log"; fail "$word on $ranks ranks said nothing"; }
+        checks=$((checks + 1))
+    done
+    for trouble in before in after silent; do
+        # MPICH's launcher sometimes ends everybody at once in spite of -disable-auto-cleanup.
+        for attempt in 1 2 3 4 5; do
+            begin=$(date +%s)
+            start "$ranks" "$program" $trouble >"$out/log" 2>&1
+            took=$(($(date +%s) - begin))
+            ended=$(grep -c '^survivor' "$out/log")
+            test "$mpi" = mpich && test "$ended" -eq 0 && test "$took" -lt 3 || break
+        done
+        test "$ended" -eq $((ranks - 1)) || {
+            cat "$out/log"
+            fail "rank 1 $trouble: $ended of $((ranks - 1)) survivors ended after $took s"
+        }
+        checks=$((checks + 1))
+    done
+done
+echo "100%: Checks: $checks, Failures: 0, Errors: 0 ($mpi, ranks $*)"
