@@ -1,6 +1,7 @@
 /* version.c - the version, and every public constant by its name. */
 #include "internal.h"
 
+#include <moe/io.h>
 #include <string.h>
 
 #define TEXT2(x) #x
@@ -168,6 +169,24 @@ static const constant constants[] = {
     CONSTANT(MOE_SHARD_REPLICATED),
     CONSTANT(MOE_SHARD_EXPERT),
     CONSTANT(MOE_SHARD_EXPERT_WIDTH),
+    CONSTANT(MOE_FILE_BOOL),
+    CONSTANT(MOE_FILE_U8),
+    CONSTANT(MOE_FILE_I8),
+    CONSTANT(MOE_FILE_U16),
+    CONSTANT(MOE_FILE_I16),
+    CONSTANT(MOE_FILE_U32),
+    CONSTANT(MOE_FILE_U64),
+    CONSTANT(MOE_FILE_F8_E4M3),
+    CONSTANT(MOE_FILE_F8_E5M2),
+    CONSTANT(MOE_FILE_F8_E8M0),
+    CONSTANT(MOE_FILE_C64),
+    CONSTANT(MOE_FILE_MAX_DIMS),
+    CONSTANT(MOE_FILE_ALL),
+    CONSTANT(MOE_FAMILY_MIXTRAL),
+    CONSTANT(MOE_FAMILY_QWEN3_MOE),
+    CONSTANT(MOE_FAMILY_QWEN2_MOE),
+    CONSTANT(MOE_FAMILY_DEEPSEEK_V3),
+    CONSTANT(MOE_FAMILY_GPT_OSS),
 };
 #undef STATUS
 #undef CONSTANT

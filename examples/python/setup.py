@@ -92,7 +92,7 @@ class BuildLibrary(Command):
             out = Path(os.path.realpath(place))
             relative = os.path.relpath(out, root)
             jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-            command = ["make", "-C", str(root), f"-j{jobs}", f"CC={compiler}", "WERROR=0",
+            command = ["make", "-C", str(root), f"-j{jobs}", f"CC={compiler}", "WERROR=0", "NO_MPI=1", "NO_IO=1",
                        f"BUILD={relative}", f"LIB={relative}/lib", f"{relative}/lib/libmoe.so"]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             if done.returncode:

@@ -10,10 +10,10 @@
  * MPI_THREAD_MULTIPLE. Buffers are host memory.
  *
  * A rank that dies takes the others with it in most MPIs unless started otherwise: mpirun
- * --enable-recovery (Open MPI), mpiexec -disable-auto-cleanup and each rank in a shell of its own
- * (MPICH, whose launcher then sends SIGUSR1 to the others: handle it, after MPI_Init). The
- * survivors' calls return MOE_ERROR_TIMEOUT or MOE_ERROR_TRANSPORT; they should leave by _exit, since
- * MPI_Finalize would wait for the dead. */
+ * --enable-recovery (Open MPI); mpiexec -disable-auto-cleanup with each rank in a shell that ignores
+ * SIGUSR1, which the launcher then sends, and a handler for it after MPI_Init (MPICH). The survivors'
+ * calls return MOE_ERROR_TIMEOUT or MOE_ERROR_TRANSPORT; they should leave by _exit, since MPI_Finalize
+ * would wait for the dead. */
 #ifndef MOE_MPI_H
 #define MOE_MPI_H
 

@@ -27,11 +27,22 @@ plain_headers() { # directory
 
 # ---- names ------------------------------------------------------------------------------------------
 
-header_names() { # directory
-    plain_headers "$1" | tr ';' '\n' | sed -n 's/.*MOE_API [^(]*[ *]\(moe_[a-z0-9_]*\) *(.*/\1/p' | sort -u
+# The modules' headers are compared with their own maps and libraries.
+header_names() { # directory or header
+    if test -d "$1"; then
+        mkdir -p "$out/core" && rm -f "$out/core"/* && cp "$1"/*.h "$out/core" && rm -f "$out/core/mpi.h" "$out/core/io.h"
+    else
+        mkdir -p "$out/core" && rm -f "$out/core"/* && cp "$1" "$out/core"
+    fi
+    plain_headers "$out/core" | tr ';' '\n' | sed -n 's/.*MOE_API [^(]*[ *]\(moe_[a-z0-9_]*\) *(.*/\1/p' | sort -u
 }
-map_names() { sed -n 's/^ *\(moe_[a-z0-9_]*\);.*/\1/p' "$1" | sort -u; }
-symbol_names() { nm -D --defined-only "$1" | awk '$2 != "A" { sub(/@.*/, "", $3); print $3 }' | sort -u; }
+# moe__ names are the modules' private interface, under a version node of its own.
+map_names() { sed -n 's/^ *\(moe_[a-z0-9][a-z0-9_]*\);.*/\1/p' "$1" | sort -u; }
+symbol_names() {
+    nm -D --defined-only "$1" | awk '$2 != "A" { sub(/@+LIBMOE_PRIVATE_0$/, "@", $3)
+        if ($3 ~ /^moe__module_[a-z_]*@$/) next
+        sub(/@.*/, "", $3); print $3 }' | sort -u
+}
 
 compare_names() { # headers map library
     header_names "$1" >"$out/headers"
@@ -119,9 +130,9 @@ check_calls() { # archive or object
     test -z "$calls" || { echo "$1 calls" $calls; return 1; }
 }
 
-check_needed() { # library
+check_needed() { # library, what else it may need
     readelf -d "$1" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p' >"$out/needed"
-    more=$(grep -Ev '^(libc|libm|libpthread|ld-linux[a-z0-9_-]*)\.' "$out/needed")
+    more=$(grep -Ev "^(libc|libm|libpthread|ld-linux[a-z0-9_-]*${2:+|$2})\\." "$out/needed")
     test -z "$more" || { echo "$1 needs" $more; return 1; }
 }
 
@@ -168,6 +179,19 @@ structs=$(wc -l <"$out/structs")
 check_calls "$libdir/libmoe.a" || fail "a library never ends, prints, signals or reads the environment"
 check_needed "$lib" || fail "libmoe depends on libc, libm and threads only"
 check_includes src || fail "src"
+modules=0
+check_module() { # name, header, map, libraries it may need
+    test -f "$libdir/$1.so" || return 0
+    compare_names "$2" "$3" "$libdir/$1.so" || fail "$2, $3 and $libdir/$1.so differ"
+    check_map "$3" || fail "$3"
+    check_calls "$libdir/$1.a" || fail "$1: a library never ends, prints, signals or reads the environment"
+    check_needed "$libdir/$1.so" "libmoe|$4" || fail "$1 depends on too much"
+    modules=$((modules + 1))
+}
+for module in openmpi mpich mpi; do
+    check_module libmoe_mpi_$module include/moe/mpi.h src/comm/libmoe_mpi.map 'libmpi|libmpich'
+done
+check_module libmoe_io include/moe/io.h src/io/libmoe_io.map libjansson
 if have_abidiff; then
     compare_abi "$lib" || fail "abidiff found changes; see docs/abi.md"
 else
@@ -245,7 +269,7 @@ must_find "intrinsics in a kernel" check_includes "$bad/src"
 # more it is not, nor with the debug information gone.
 build_core() { # directory of moe/, library
     "$cc" -std=c11 -w -g -O0 -fPIC -shared -fvisibility=hidden -pthread -DNDEBUG -DMOE_BUILD -D_GNU_SOURCE \
-        "-D_Static_assert(condition, text)=struct moe__ignored" -I"$1" -Isrc src/*.c src/comm/*.c \
+        "-D_Static_assert(condition, text)=struct moe__ignored" -I"$1" -Isrc src/*.c src/comm/comm.c src/comm/world.c \
         -Wl,-soname,"libmoe.so.$(cat src/soname)" -Wl,--version-script="$map" -o "$2" || fail "small build"
 }
 if [ -z "$notes" ]; then
@@ -258,4 +282,4 @@ if [ -z "$notes" ]; then
     must_find "a field inserted, by abidiff" compare_abi "$bad/inserted.so" "$bad/moe"
     must_find "other symbols, by abidiff" compare_abi "$out/extra.so"
 fi
-echo "abi: $count functions, $structs structs and $(wc -l <"$out/constants") constants locked, $found bad copies found out$notes"
+echo "abi: $count functions, $modules modules, $structs structs and $(wc -l <"$out/constants") constants locked, $found bad copies found out$notes"

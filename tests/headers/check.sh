@@ -53,7 +53,7 @@ for header in include/moe/*.h; do
     done
     name=${header##*/}
     case $name in
-    moe.h | cuda.h | nccl.h | mpi.h | dlpack.h) ;;
+    moe.h | cuda.h | nccl.h | mpi.h | io.h | dlpack.h) ;;
     *) grep -q "^#include <moe/$name>" include/moe/moe.h || fail "moe.h does not include $name" ;;
     esac
 done

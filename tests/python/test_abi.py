@@ -17,8 +17,9 @@ CC = os.environ.get("CC", "cc").split()
 
 @pytest.fixture(scope="module")
 def headers(root):
-    """All public headers without their comments, conditional parts for Windows left in."""
-    text = "\n".join(path.read_text() for path in sorted((root / "include/moe").glob("*.h")))
+    """All public headers but the modules', without comments, conditional parts for Windows left in."""
+    text = "\n".join(path.read_text() for path in sorted((root / "include/moe").glob("*.h"))
+                     if path.name not in ("io.h", "mpi.h"))
     return re.sub(r"/\*.*?\*/", " ", text, flags=re.S)
 
 
@@ -74,7 +75,7 @@ def test_every_struct_and_field_of_the_headers_is_here(headers):
 
 
 def test_every_function_of_the_map_has_a_prototype(root):
-    exported = re.findall(r"^\s+(moe_\w+);", (root / "src/libmoe.map").read_text(), re.M)
+    exported = re.findall(r"^\s+(moe_(?!_)\w+);", (root / "src/libmoe.map").read_text(), re.M)
     assert sorted(exported) == sorted(PROTOTYPES)
 
 

@@ -35,7 +35,7 @@ for ranks; do
     for trouble in before in after silent; do
         # In a shell: MPICH's launcher ends everybody when a child of its own is killed.
         begin=$(date +%s)
-        start "$ranks" sh -c '"$0" "$@"; exit $?' "$program" $trouble >"$out/log" 2>&1
+        start "$ranks" sh -c 'trap "" USR1; "$0" "$@"; exit $?' "$program" $trouble >"$out/log" 2>&1
         took=$(($(date +%s) - begin))
         ended=$(grep -c '^survivor' "$out/log")
         test "$ended" -eq $((ranks - 1)) || {

@@ -448,7 +448,7 @@ class Collectives(Structure):
         ("timeout", c_double),
         ("exchange_start", CFUNCTYPE(c_int32, c_void_p, POINTER(Exchange), POINTER(c_void_p))),
         ("exchange_test", CFUNCTYPE(c_int32, c_void_p, c_void_p, POINTER(c_int32))),
-        ("exchange_cancel", CFUNCTYPE(None, c_void_p, c_void_p)),
+        ("exchange_cancel", CFUNCTYPE(c_int64, c_void_p, c_void_p)),
         ("missing", CFUNCTYPE(None, c_void_p, c_void_p, POINTER(c_uint8))),
         ("poll", CFUNCTYPE(c_int32, c_void_p)),
         ("abort", CFUNCTYPE(None, c_void_p)),
