@@ -240,23 +240,44 @@ static moe_status count_entries(moe_pass *pass, moe__forward *f, moe__pass_shape
     return MOE_OK;
 }
 
+/* A layer on several ranks takes part in every call, so that the others need not wait for one that
+ * fails here. */
+static moe_status fail_on_ranks(moe_pass *pass, int32_t uses, bool backward, moe_status status,
+                                const char *function)
+{
+    if (status == MOE_OK || !moe__pass_has_ranks(pass, uses)) return status;
+    return moe__ranks_decline(pass, backward, status, function);
+}
+
+/* Everything that can be refused before anything is written. */
+static moe_status prepare_forward(moe_pass *pass, moe__forward *f, const moe_forward_args *args,
+                                  int32_t uses, double weights[MOE_LOSS_SLOTS],
+                                  moe__pass_shape *shape, const char *function)
+{
+    MOE_TRY(moe__forward_check(f, pass, args, uses, function));
+    *shape = forward_shape(pass, f, weights);
+    return moe__pass_make_room(pass, shape, f->own_plan, function);
+}
+
 moe_status moe__run_forward(moe_pass *pass, const moe_forward_args *args, int32_t uses,
                             const char *function)
 {
     moe__forward f;
+    moe__pass_shape shape;
     double weights[MOE_LOSS_SLOTS];
-    MOE_TRY(moe__forward_check(&f, pass, args, uses, function));
-    moe__pass_shape shape = forward_shape(pass, &f, weights);
+    pass->ranks.took_part = pass->ranks.agreed = false;
+    moe_status status = prepare_forward(pass, &f, args, uses, weights, &shape, function);
+    if (status != MOE_OK) return fail_on_ranks(pass, uses, false, status, function);
     const moe__backend *kernels = moe__kernels(pass->context, shape.dtype);
-    MOE_TRY(moe__pass_make_room(pass, &shape, f.own_plan, function));
 
     memcpy(pass->weights, weights, sizeof weights);
     note_arguments(pass, &f);
     name_function(pass, function);
     fenv_t saved;
     moe__fenv_enter(&saved);
-    moe_status status = count_entries(pass, &f, &shape, kernels, function);
+    status = count_entries(pass, &f, &shape, kernels, function);
     if (status == MOE_OK) status = forward_steps(pass, &f, kernels);
+    status = fail_on_ranks(pass, uses, false, status, function);
     if (status == MOE_OK && !f.recompute) write_results(pass, &f.a);
     moe__fenv_leave(&saved);
 
@@ -434,13 +455,21 @@ moe_status moe__run_backward(moe_pass *pass, const moe_backward_args *args, int3
                              const char *function)
 {
     moe_backward_args b;
-    MOE_TRY(moe__backward_check(&b, pass, args, uses, function));
-    MOE_TRY(begin_backward(pass, uses, function));
+    pass->ranks.took_part = pass->ranks.agreed = false;
+    moe_status status = moe__backward_check(&b, pass, args, uses, function);
+    if (status == MOE_OK) status = begin_backward(pass, uses, function);
+    if (status != MOE_OK) return fail_on_ranks(pass, uses, true, status, function);
+    if (moe__pass_has_ranks(pass, uses)) status = moe__ranks_begin_backward(pass, function);
+    if (status != MOE_OK) {
+        end_backward(pass, uses);
+        if (!pass->ranks.agreed) pass->state = MOE__PASS_FAILED;
+        return status;
+    }
     const moe__backend *kernels = moe__kernels(pass->context, pass->plan.a.dtype);
     name_function(pass, function);
     fenv_t saved;
     moe__fenv_enter(&saved);
-    moe_status status = backward_steps(pass, &b, uses, kernels);
+    status = backward_steps(pass, &b, uses, kernels);
     moe__fenv_leave(&saved);
     end_backward(pass, uses);
     if (status != MOE_OK) pass->state = MOE__PASS_FAILED;

@@ -90,6 +90,13 @@ static moe_status pass_create(moe_pass **pass, moe_context *context, moe_layer *
         p->shared.experts = layer->shared;
         p->residual.experts = layer->residual;
     }
+    if (layer && layer->first_expert) {
+        moe_status status = moe__ranks_prepare(p, function);
+        if (status != MOE_OK) {
+            moe__free(context, p, sizeof *p);
+            return status;
+        }
+    }
     moe__context_retain(context);
     if (layer) moe__layer_retain(layer);
     if (gate) moe__gate_retain(gate);

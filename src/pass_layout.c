@@ -381,7 +381,7 @@ static moe_status move_to(moe_pass *pass, int64_t bytes, int64_t keep, const cha
 moe_status moe__pass_trim(moe_pass *pass, const char *function)
 {
     if (pass->state == MOE__PASS_SAVED) return MOE_OK;
-    moe__ranks_free(pass);
+    moe__ranks_trim(pass); /* keeps what it needs to take part */
     if (pass->host_memory) return MOE_OK;
     if (pass->state == MOE__PASS_PLAN) {
         int64_t bytes = plan_bytes(pass);

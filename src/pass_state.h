@@ -59,10 +59,12 @@ typedef struct moe__ranks {
     void *counts_memory, *rows_memory;
     int64_t counts_bytes, rows_bytes;
     int64_t *send_begin, *recv_begin; /* [P+1] rows to and from each rank */
-    int64_t *count_begin;             /* [P+1] of counts_in */
-    int64_t *counts_out;              /* [E] rows of this rank for each expert */
-    int64_t *counts_in;               /* [P,own experts] rows of each rank */
-    moe__plan_arrays plan;            /* of what arrives */
+    int64_t *out_begin, *in_begin;    /* [P+1] words to and from each rank before the rows */
+    int64_t *words_out;    /* for each rank: a header, then the rows of this rank for its experts */
+    int64_t *words_in;     /* of each rank: a header, then its rows for this rank's experts */
+    bool took_part;        /* in this call: the others know how it went here */
+    bool agreed;           /* the failure is known to all ranks */
+    moe__plan_arrays plan; /* of what arrives */
     moe__experts_job job;
     void *x, *dy;       /* [rows,D], [rows,O] in order of arrival */
     void *here, *there; /* rows of this rank's plan; rows that arrived; the wider of D and O */
@@ -241,11 +243,21 @@ static inline bool moe__pass_has_ranks(const moe_pass *pass, int32_t uses)
 /* Makes ranks.here [rows of `plan`, O], the outputs of its rows. */
 moe_status moe__ranks_forward(moe_pass *pass, const moe__plan_arrays *plan, bool save,
                               const moe__backend *kernels, const char *function);
+/* All ranks begin a backward, or none does and nothing has been written. */
+moe_status moe__ranks_begin_backward(moe_pass *pass, const char *function);
 /* What moe__experts_rows_backward makes for `wanted`: parameter gradients on the owners, entry_grad
  * of the pass if wanted, and in ranks.here [rows, D] the dx of the rows. */
 moe_status moe__ranks_backward(moe_pass *pass, const moe__experts_job *wanted, bool want_dx,
                                const moe__backend *kernels);
 void moe__ranks_free(moe_pass *pass);
+/* Gives back the rows. */
+void moe__ranks_trim(moe_pass *pass);
+/* Memory that a pass needs to take part at all. */
+moe_status moe__ranks_prepare(moe_pass *pass, const char *function);
+/* A call that fails with `status` before it has reached the others still takes part, so that all ranks
+ * return an error and none waits. Returns `status`. */
+moe_status moe__ranks_decline(moe_pass *pass, bool backward, moe_status status,
+                              const char *function);
 /* Compares the layers of a group and finds first_expert; on every rank at once. */
 moe_status moe__ranks_join(moe_layer *layer, const char *function);
 /* Experts of the gate or pool of a pass, on all ranks. */

@@ -19,14 +19,21 @@ static int32_t ranks_of(const moe_pass *pass) { return comm_of(pass)->size; }
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
+/* Before the rows every rank tells every rank how it is doing, in a header, and how many rows it has for
+ * each of its experts. */
+enum { HEADER = 4, WORD_CALL = 0, WORD_LAYER = 1, WORD_STATUS = 2, WORD_TOKENS = 3 };
+enum { CALL_FORWARD = 1, CALL_BACKWARD = 2 };
+
 /* The small arrays, whose sizes are known beforehand. */
 static void lay_out_counts(moe__ranks *k, moe__arena *arena, int64_t P, int64_t experts, int64_t E)
 {
+    int64_t words_in = moe__mul(P, moe__add(experts, HEADER));
     k->send_begin = moe__arena_take(arena, P + 1, sizeof *k->send_begin);
     k->recv_begin = moe__arena_take(arena, P + 1, sizeof *k->recv_begin);
-    k->count_begin = moe__arena_take(arena, P + 1, sizeof *k->count_begin);
-    k->counts_out = moe__arena_take(arena, E, sizeof *k->counts_out);
-    k->counts_in = moe__arena_take(arena, moe__mul(P, experts), sizeof *k->counts_in);
+    k->out_begin = moe__arena_take(arena, P + 1, sizeof *k->out_begin);
+    k->in_begin = moe__arena_take(arena, P + 1, sizeof *k->in_begin);
+    k->words_out = moe__arena_take(arena, moe__add(E, P * HEADER), sizeof *k->words_out);
+    k->words_in = moe__arena_take(arena, words_in, sizeof *k->words_in);
 }
 
 /* What depends on how many rows come. */
@@ -59,46 +66,108 @@ static moe_status make_room(moe_pass *pass, void **memory, int64_t *capacity, in
     return MOE_OK;
 }
 
+void moe__ranks_trim(moe_pass *pass)
+{
+    moe__ranks *k = &pass->ranks;
+    const moe_comm *comm = pass->layer ? pass->layer->comm : NULL;
+    moe__comm_free(comm, pass->context, k->rows_memory, k->rows_bytes);
+    k->rows_memory = NULL;
+    k->rows_bytes = 0;
+}
+
 void moe__ranks_free(moe_pass *pass)
 {
     moe__ranks *k = &pass->ranks;
     const moe_comm *comm = pass->layer ? pass->layer->comm : NULL;
+    moe__ranks_trim(pass);
     moe__comm_free(comm, pass->context, k->counts_memory, k->counts_bytes);
-    moe__comm_free(comm, pass->context, k->rows_memory, k->rows_bytes);
     *k = (moe__ranks){0};
 }
 
 /* ---- counts and order ------------------------------------------------------------------------ */
 
-/* Who gets how many of this rank's rows, and who sends how many of which expert. */
-static moe_status exchange_counts(moe_pass *pass, const char *function)
+moe_status moe__ranks_prepare(moe_pass *pass, const char *function)
 {
     moe__ranks *k = &pass->ranks;
-    const moe__plan_arrays *plan = &pass->plan.a;
-    const int64_t *first = pass->layer->first_expert;
     int64_t P = ranks_of(pass), own = pass->experts->config.num_experts;
+    int64_t E = pass->layer->num_experts;
     moe__arena arena = {NULL, 0};
-    lay_out_counts(k, &arena, P, own, plan->num_experts);
+    lay_out_counts(k, &arena, P, own, E);
     MOE_TRY(make_room(pass, &k->counts_memory, &k->counts_bytes, arena.used, function));
     arena = (moe__arena){k->counts_memory, 0};
-    lay_out_counts(k, &arena, P, own, plan->num_experts);
-    for (int64_t e = 0; e < plan->num_experts; e++)
-        k->counts_out[e] = plan->expert_begin[e + 1] - plan->expert_begin[e];
-    for (int64_t p = 0; p <= P; p++) k->count_begin[p] = p * own;
+    lay_out_counts(k, &arena, P, own, E);
+    return MOE_OK;
+}
+
+/* The rows of rank p for expert i of this rank. */
+static int64_t count_in(const moe_pass *pass, int64_t p, int64_t i)
+{
+    return pass->ranks.words_in[pass->ranks.in_begin[p] + HEADER + i];
+}
+
+/* Exchanges headers with `status`, and with `counts` the rows of `plan` (NULL: none) for each expert. The
+ * first rank that failed is everyone's error. */
+static moe_status exchange_words(moe_pass *pass, const moe__plan_arrays *plan, int32_t call,
+                                 moe_status status, const char *function)
+{
+    moe__ranks *k = &pass->ranks;
+    const int64_t *first = pass->layer->first_expert;
+    bool counts = call == CALL_FORWARD;
+    int64_t P = ranks_of(pass), own = counts ? pass->experts->config.num_experts : 0;
+    for (int64_t p = 0; p <= P; p++) {
+        k->out_begin[p] = p * HEADER + (counts ? first[p] : 0);
+        k->in_begin[p] = p * (HEADER + own);
+    }
+    for (int64_t p = 0; p < P; p++) {
+        int64_t *words = k->words_out + k->out_begin[p];
+        words[WORD_CALL] = call;
+        words[WORD_LAYER] = pass->layer->config.layer_id;
+        words[WORD_STATUS] = status;
+        words[WORD_TOKENS] = plan ? plan->tokens : 0;
+        for (int64_t e = first[p]; counts && e < first[p + 1]; e++)
+            words[HEADER + e - first[p]] = plan ? plan->expert_begin[e + 1] - plan->expert_begin[e]
+                                                : 0;
+    }
     moe_exchange e = {.struct_size = sizeof e,
-                      .recv = k->counts_in,
-                      .recv_begin = k->count_begin,
-                      .send = k->counts_out,
-                      .send_begin = first,
-                      .row_bytes = sizeof *k->counts_out};
+                      .recv = k->words_in,
+                      .recv_begin = k->in_begin,
+                      .send = k->words_out,
+                      .send_begin = k->out_begin,
+                      .row_bytes = sizeof *k->words_out};
+    k->took_part = true;
     MOE_TRY(moe_comm_exchange(comm_of(pass), &e));
+    if (status != MOE_OK) {
+        k->agreed = true;
+        return status;
+    }
+    for (int64_t p = 0; p < P; p++) {
+        const int64_t *words = k->words_in + k->in_begin[p];
+        if (words[WORD_CALL] != call || words[WORD_LAYER] != pass->layer->config.layer_id)
+            REFUSE(MOE_ERROR_TRANSPORT,
+                   "rank %lld is in a %s of layer %lld, rank %d in a %s of "
+                   "layer %d",
+                   (ll)p, words[WORD_CALL] == CALL_BACKWARD ? "backward" : "forward",
+                   (ll)words[WORD_LAYER], (int)comm_of(pass)->rank,
+                   call == CALL_BACKWARD ? "backward" : "forward",
+                   (int)pass->layer->config.layer_id);
+        if (words[WORD_STATUS] == MOE_OK) continue;
+        k->agreed = true;
+        REFUSE((moe_status)words[WORD_STATUS], "rank %lld failed: %s", (ll)p,
+               moe_status_text((moe_status)words[WORD_STATUS]));
+    }
+    return MOE_OK;
+}
+
+/* Rows to and from each rank. */
+static moe_status add_up_counts(moe_pass *pass, const moe__plan_arrays *plan, const char *function)
+{
+    moe__ranks *k = &pass->ranks;
+    const int64_t *first = pass->layer->first_expert;
+    int64_t P = ranks_of(pass), own = pass->experts->config.num_experts;
     k->send_begin[0] = k->recv_begin[0] = 0;
     for (int64_t p = 0; p < P; p++) {
         int64_t rows = 0;
-        for (int64_t i = 0; i < own; i++) {
-            int64_t count = k->counts_in[p * own + i];
-            rows = count < 0 ? -1 : moe__add(rows, count);
-        }
+        for (int64_t i = 0; i < own; i++) rows = moe__add(rows, count_in(pass, p, i));
         k->send_begin[p + 1] = plan->expert_begin[first[p + 1]];
         k->recv_begin[p + 1] = moe__add(k->recv_begin[p], rows);
         if (k->recv_begin[p + 1] < 0)
@@ -107,18 +176,26 @@ static moe_status exchange_counts(moe_pass *pass, const char *function)
     return MOE_OK;
 }
 
+moe_status moe__ranks_decline(moe_pass *pass, bool backward, moe_status status,
+                              const char *function)
+{
+    if (pass->ranks.took_part) return status;
+    (void)exchange_words(pass, NULL, backward ? CALL_BACKWARD : CALL_FORWARD, status, function);
+    return status;
+}
+
 /* The plan of what arrives: row order (expert, source, token). */
 static void order_rows(moe_pass *pass)
 {
     moe__ranks *k = &pass->ranks;
     moe__plan_arrays *plan = &k->plan;
     int64_t P = ranks_of(pass), own = plan->num_experts, row = 0;
-    int64_t *next = k->count_begin; /* the next row of each source; the counts are here already */
+    int64_t *next = k->out_begin; /* the next row of each source; the counts are here already */
     for (int64_t p = 0; p < P; p++) next[p] = k->recv_begin[p];
     for (int64_t e = 0; e < own; e++) {
         plan->expert_begin[e] = row;
         for (int64_t p = 0; p < P; p++)
-            for (int64_t n = 0; n < k->counts_in[p * own + e]; n++, row++) {
+            for (int64_t n = 0; n < count_in(pass, p, e); n++, row++) {
                 int64_t at = next[p]++;
                 plan->token_of_row[row] = plan->entry_of_row[row] = at;
                 plan->row_of_entry[at] = row;
@@ -190,16 +267,35 @@ static moe_status send_weights(moe_pass *pass, const moe__plan_arrays *plan)
     return move_rows(pass, k->plan.weight_of_entry, k->weight_here, 1, false);
 }
 
+/* All ranks have memory for the rows that come, or none goes on. */
+static moe_status agree_on_room(moe_pass *pass, moe_status status, const char *function)
+{
+    moe__ranks *k = &pass->ranks;
+    int64_t P = ranks_of(pass);
+    for (int64_t p = 0; p < P; p++) k->words_out[p] = status; /* the counts are in words_in */
+    MOE_TRY(moe_comm_all_to_all(comm_of(pass), k->in_begin, k->words_out, sizeof *k->in_begin));
+    for (int64_t p = 0; p < P && !k->agreed; p++) k->agreed = k->in_begin[p] != MOE_OK;
+    for (int64_t p = 0; p < P && status == MOE_OK; p++)
+        if (k->in_begin[p] != MOE_OK)
+            REFUSE((moe_status)k->in_begin[p], "rank %lld failed: %s", (ll)p,
+                   moe_status_text((moe_status)k->in_begin[p]));
+    int64_t own = pass->experts->config.num_experts;
+    for (int64_t p = 0; p <= P; p++) k->in_begin[p] = p * (HEADER + own);
+    return status;
+}
+
 static moe_status forward_steps(moe_pass *pass, const moe__plan_arrays *plan, bool save,
                                 const moe__backend *kernels, const char *function)
 {
     moe__ranks *k = &pass->ranks;
     const moe__experts_room *room = &pass->experts->room;
     int64_t P = ranks_of(pass);
-    MOE_TRY(exchange_counts(pass, function));
+    MOE_TRY(exchange_words(pass, plan, CALL_FORWARD, MOE_OK, function));
+    MOE_TRY(add_up_counts(pass, plan, function));
     moe__arena arena = {NULL, 0};
     lay_out_rows(k, &arena, room, plan->rows, k->recv_begin[P], 1, save);
-    MOE_TRY(make_room(pass, &k->rows_memory, &k->rows_bytes, arena.used, function));
+    MOE_TRY(agree_on_room(
+        pass, make_room(pass, &k->rows_memory, &k->rows_bytes, arena.used, function), function));
     arena = (moe__arena){k->rows_memory, 0};
     lay_out_rows(k, &arena, room, plan->rows, k->recv_begin[P], 1, save);
     order_rows(pass);
@@ -215,10 +311,10 @@ static moe_status forward_steps(moe_pass *pass, const moe__plan_arrays *plan, bo
     return move_rows(pass, k->here, k->there, room->d_out, true);
 }
 
-/* A rank that cannot go on, for whatever reason, ends the waits of the others. */
+/* A rank that cannot go on for a reason that the others do not know ends their waits. */
 static moe_status end_waits(moe_pass *pass, moe_status status)
 {
-    if (status != MOE_OK) moe_comm_abort(comm_of(pass));
+    if (status != MOE_OK && !pass->ranks.agreed) moe_comm_abort(comm_of(pass));
     return status;
 }
 
@@ -240,6 +336,11 @@ static moe_status fetch_weight_gradients(moe_pass *pass, const moe__plan_arrays 
     for (int64_t r = 0; r < plan->rows; r++)
         copy_element(pass->entry_grad, plan->entry_of_row[r], k->weight_here, r, size);
     return MOE_OK;
+}
+
+moe_status moe__ranks_begin_backward(moe_pass *pass, const char *function)
+{
+    return end_waits(pass, exchange_words(pass, &pass->plan.a, CALL_BACKWARD, MOE_OK, function));
 }
 
 static moe_status backward_steps(moe_pass *pass, const moe__experts_job *wanted, bool want_dx,

@@ -56,18 +56,55 @@ START_TEST(test_ranks_are_one_rank_with_the_same_groups)
 }
 END_TEST
 
+/* ---- norm ------------------------------------------------------------------------------------- */
+
+START_TEST(test_ranks_norm_is_that_of_all_gradients)
+{
+    whole w;
+    moe_parameter_record r;
+    double squared = -1, sum = 0;
+    whole_make(&w, MOE_GATE_TOP_K, 4, 2);
+    whole_run(&w);
+    MUST(moe_parameter_record_init(&r, sizeof r));
+    for (int64_t i = 0; i < moe_layer_parameter_count(w.f.layer); i++) {
+        MUST(moe_layer_parameter(w.f.layer, i, &r));
+        for (int64_t j = 0; r.grad && j < r.element_count; j++) {
+            double g = w.element == 8 ? ((double *)r.grad)[j] : (double)((float *)r.grad)[j];
+            sum += g * g;
+        }
+    }
+    MUST(moe_layer_gradient_norm(w.f.layer, &squared, NULL));
+    ck_assert(sum > 0 && fabs(squared - sum) <= 1e-12 * sum);
+    squared = 7;
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_gradient_norm(NULL, &squared, NULL));
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_gradient_norm(w.f.layer, NULL, NULL));
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_gradient_norm(w.f.layer, &squared, &squared));
+    ck_assert(squared == 7);
+    whole_free(&w);
+}
+END_TEST
+
 /* ---- ranks that fail -------------------------------------------------------------------------- */
 
 /* A small layer of a rank; what goes wrong is the test's. */
 typedef struct lone {
     moe_world *world;
     int32_t rank, ranks, trouble;
-    moe_status created, forward;
+    moe_status created, forward, again, backward, backward_again;
     float first_weight; /* of its first expert */
     char error[256];
 } lone;
 
-enum { NOTHING, OTHER_TOP_K, OTHER_WIDTH, TOO_FEW_EXPERTS, NO_CALL, NO_MEMORY };
+enum {
+    NOTHING,
+    OTHER_TOP_K,
+    OTHER_WIDTH,
+    TOO_FEW_EXPERTS,
+    NO_CALL,
+    NO_MEMORY,
+    BAD_FORWARD,
+    BAD_BACKWARD
+};
 
 static int fail_allocations;     /* of rank 1, from now on */
 static atomic_int other_gave_up; /* rank 0 is through */
@@ -82,6 +119,25 @@ static void failing_free(void *user, void *memory, uint64_t bytes)
 {
     (void)user, (void)bytes;
     free(memory);
+}
+
+/* What all ranks were told is no end: the same call again, and a backward that one rank gets wrong. */
+static void go_on(lone *l, moe_layer *layer, moe_pass *pass, moe_forward_args *f)
+{
+    moe_backward_args b;
+    static const float dy[6 * 3];
+    MUST(moe_backward_args_init(&b, sizeof b));
+    f->tokens = 6;
+    l->again = moe_layer_forward(layer, pass, f);
+    b.dy = l->rank == 1 && l->trouble == BAD_BACKWARD ? NULL : dy;
+    l->backward = moe_layer_backward(layer, pass, &b);
+    if (l->backward != MOE_OK) (void)snprintf(l->error, sizeof l->error, "%s", moe_last_error());
+    b.dy = dy;
+    l->backward_again = moe_layer_backward(layer, pass, &b);
+    f->flags |= MOE_FORWARD_NO_SAVE;
+    MUST(moe_layer_forward(layer, pass, f));
+    MUST(moe_pass_trim(pass));
+    MUST(moe_layer_forward(layer, pass, f));
 }
 
 static void *lone_thread(void *argument)
@@ -128,10 +184,12 @@ static void *lone_thread(void *argument)
         MUST(moe_pass_reserve(pass, T, 1, MOE_FROM_CONFIG));
         f.tokens = T, f.x = x, f.y = y;
         if (odd && l->trouble == NO_MEMORY) fail_allocations = 1;
+        if (odd && l->trouble == BAD_FORWARD) f.tokens = -1;
         if (!odd || l->trouble != NO_CALL) l->forward = moe_layer_forward(layer, pass, &f);
         if (odd) fail_allocations = 0;
     }
     (void)snprintf(l->error, sizeof l->error, "%s", moe_last_error());
+    if (l->trouble >= NO_MEMORY) go_on(l, layer, pass, &f);
     moe_pass_destroy(pass), moe_layer_destroy(layer), moe_gate_destroy(gate);
     moe_experts_destroy(experts);
     if (l->trouble != NO_CALL || !odd) moe_comm_destroy(comm), comm = NULL;
@@ -204,10 +262,26 @@ START_TEST(test_ranks_end_when_one_fails)
     ck_assert_int_eq(l[0].forward, MOE_ERROR_TIMEOUT);
     ck_assert_msg(strstr(l[0].error, "missing ranks: 1") != NULL, "%s", l[0].error);
     run_lone(l, NO_MEMORY);
-    ck_assert_int_eq(l[1].forward, MOE_ERROR_OUT_OF_MEMORY);
-    ck_assert_int_eq(l[0].forward, MOE_ERROR_TRANSPORT);
-    ck_assert_msg(strstr(l[0].error, "rank 1 gave up") || strstr(l[0].error, "has left"), "%s",
-                  l[0].error);
+    for (int r = 0; r < 2; r++) ck_assert_int_eq(l[r].forward, MOE_ERROR_OUT_OF_MEMORY);
+    ck_assert_msg(strstr(l[0].error, "rank 1 failed: ") != NULL, "%s", l[0].error);
+    for (int r = 0; r < 2; r++) ck_assert(l[r].again == MOE_OK && l[r].backward_again == MOE_OK);
+}
+END_TEST
+
+START_TEST(test_ranks_all_hear_of_a_wrong_argument)
+{
+    lone l[2];
+    run_lone(l, BAD_FORWARD);
+    for (int r = 0; r < 2; r++) ck_assert_int_eq(l[r].forward, MOE_ERROR_INVALID_ARGUMENT);
+    ck_assert_msg(strstr(l[0].error, "rank 1 failed: ") != NULL, "%s", l[0].error);
+    ck_assert_msg(strstr(l[1].error, "tokens is -1") != NULL, "%s", l[1].error);
+    for (int r = 0; r < 2; r++) ck_assert(l[r].again == MOE_OK && l[r].backward == MOE_OK);
+    run_lone(l, BAD_BACKWARD);
+    for (int r = 0; r < 2; r++) ck_assert(l[r].forward == MOE_OK && l[r].again == MOE_OK);
+    for (int r = 0; r < 2; r++) ck_assert_int_eq(l[r].backward, MOE_ERROR_INVALID_ARGUMENT);
+    ck_assert_msg(strstr(l[0].error, "rank 1 failed: ") != NULL, "%s", l[0].error);
+    ck_assert_msg(strstr(l[1].error, "dy is NULL") != NULL, "%s", l[1].error);
+    for (int r = 0; r < 2; r++) ck_assert_int_eq(l[r].backward_again, MOE_OK);
 }
 END_TEST
 
@@ -217,8 +291,10 @@ int main(void)
     TCase *c = tcase_create("ranks");
     tcase_set_timeout(c, 300);
     tcase_add_loop_test(c, test_ranks_are_one_rank_with_the_same_groups, 0, RANKS_KINDS);
+    tcase_add_test(c, test_ranks_norm_is_that_of_all_gradients);
     tcase_add_test(c, test_ranks_that_differ_are_found_at_creation);
     tcase_add_test(c, test_ranks_end_when_one_fails);
+    tcase_add_test(c, test_ranks_all_hear_of_a_wrong_argument);
     suite_add_tcase(suite, c);
     return run_suite(suite, 1);
 }

@@ -88,7 +88,8 @@ MOE_API moe_status moe_layer_get_config(const moe_layer *layer, moe_layer_config
  *   MOE_ERROR_TIMEOUT, MOE_ERROR_TRANSPORT  another rank did not come or gave up: likewise
  * With any error but the last three nothing has been written and the pass is as it was; save that
  * MOE_GATE_BALANCED without MOE_FORWARD_TRAIN, and a layer on several ranks, count entries or rows
- * first: if there is no memory for them, the pass is failed, with nothing written. Since 0.1. */
+ * first: if there is no memory for them, or another rank's call fails, the pass is failed, with
+ * nothing written. On several ranks an error of one is an error of all. Since 0.1. */
 MOE_API moe_status moe_layer_forward(moe_layer *layer, moe_pass *pass,
                                      const moe_forward_args *args);
 
@@ -110,6 +111,16 @@ MOE_API moe_status moe_layer_backward(moe_layer *layer, moe_pass *pass,
  * Allocates for the largest gradient while it runs. Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT,
  * MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_TRANSPORT, MOE_ERROR_TIMEOUT. Since 0.1. */
 MOE_API moe_status moe_layer_reduce_gradients(moe_layer *layer, void *stream);
+
+/* The squared Euclidean norm of the layer's gradient over all ranks: the routed experts of all of them,
+ * and once what every rank has. In double, in order of parameter, expert and element: the same bytes
+ * on every rank, and on one rank with the same gradients. Parameters without a gradient count as 0; a
+ * pool that two layers share counts in both. On several ranks every one makes this call, after
+ * moe_layer_reduce_gradients.
+ *   squared  out; untouched on error
+ *   stream   NULL on CPU
+ * Returns as moe_layer_reduce_gradients. Since 0.1. */
+MOE_API moe_status moe_layer_gradient_norm(moe_layer *layer, double *squared, void *stream);
 
 /* A question about cost, answered before anything is allocated. */
 typedef struct moe_cost_query {

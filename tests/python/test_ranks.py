@@ -49,7 +49,7 @@ def test_a_world_of_threads_is_one_rank(context):
             comm.barrier()
             comm.poll()
             gate = layer.parameters["gate.weight"].grad.copy()
-            results[rank] = (comm.size, got, got_dx, gate)
+            results[rank] = (comm.size, got, got_dx, gate, layer.gradient_norm())
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -61,6 +61,7 @@ def test_a_world_of_threads_is_one_rank(context):
     assert np.concatenate([results[0][2], results[1][2]]).tobytes() == dx.tobytes()
     for rank in range(2):
         assert results[rank][3].tobytes() == whole.parameters["gate.weight"].grad.tobytes()
+        assert results[rank][4] == whole.gradient_norm() > 0
 
 
 def test_a_rank_that_gives_up_ends_the_waits(context):

@@ -107,6 +107,7 @@ static void run_part(part *p)
     MUST(moe_layer_forward(p->f.layer, pass, &fwd));
     MUST(moe_layer_backward(p->f.layer, pass, &bwd));
     MUST(moe_layer_reduce_gradients(p->f.layer, NULL));
+    MUST(moe_layer_gradient_norm(p->f.layer, &p->squared, NULL));
     moe_pass_destroy(pass);
 }
 
@@ -157,6 +158,10 @@ void part_compare(const part *p)
         memcmp(p->dx, (const char *)w->b.dx + p->first_token * x, (size_t)(p->tokens * x)) == 0,
         "dx of rank %d of %d, %s", (int)p->rank, (int)p->ranks, w->f.text);
     compare_gradients(p);
+    double squared = -1;
+    MUST(moe_layer_gradient_norm(w->f.layer, &squared, NULL));
+    ck_assert_msg(memcmp(&squared, &p->squared, sizeof squared) == 0,
+                  "norm %.17g, %.17g on rank %d", squared, p->squared, (int)p->rank);
 }
 
 bool parts_share(part *parts, const whole *w, uint64_t number, int32_t ranks)

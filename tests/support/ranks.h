@@ -38,6 +38,7 @@ struct part {
     moe_comm *comm;
     family f; /* its objects */
     void *y, *dx;
+    double squared; /* norm of the gradient over all ranks */
 };
 
 /* The shares of all ranks; false if there are fewer experts than ranks. */

@@ -100,6 +100,7 @@ PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "moe_comm_poll": (_status, [_handle]),
     "moe_comm_abort": (None, [_handle]),
     "moe_comm_pending_bytes": (c_int64, [_handle]),
+    "moe_layer_gradient_norm": (_status, [_handle, POINTER(c_double), c_void_p]),
     "moe_layer_reduce_gradients": (_status, [_handle, c_void_p]),
     "moe_comm_destroy": (None, [_handle]),
     "moe_comm_rank": (c_int32, [_handle]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from . import _abi, _callbacks, _config, _memory, _views
@@ -414,6 +415,12 @@ class Layer(Computing, ParameterOwner):
     def zero_touched_gradients(self) -> None:
         """The same, but of pools those experts alone that were touched since the last time."""
         self._zero("touched_gradients")
+
+    def gradient_norm(self) -> float:
+        """The norm of the gradient over all ranks, after reduce_gradients."""
+        squared = ctypes.c_double()
+        self.call("moe_layer_gradient_norm", ctypes.byref(squared), None)
+        return math.sqrt(squared.value)
 
     def reduce_gradients(self) -> None:
         """Sum the gradients of all but the routed experts over the ranks, in order of rank."""

@@ -1,0 +1,111 @@
+/* norm.c - the squared norm of a layer's gradient over all ranks.
+ *
+ *     sum over parameters, over experts, over elements of gradient^2, each level in order, in double
+ *
+ * The experts of all ranks count, and what every rank has counts once. A rank finds the sums of its
+ * own experts; all gather them and add in order of expert, so that every rank has the same bytes, those
+ * of one rank with the same gradients. */
+#include "pass_state.h"
+
+#include <string.h>
+
+/* A parameter whose experts are summed: sums[e * step], e from 0. */
+typedef struct summing {
+    const moe__parameter *p;
+    double *sums;
+    int64_t step;
+} summing;
+
+static double sum_squares(const moe__parameter *p, int64_t expert)
+{
+    const int64_t *n = p->shape, *s = p->grad_stride, size = moe__dtype_size(p->dtype);
+    const char *part = p->grad_each ? p->grad_each[expert]
+                                    : (const char *)p->grad + expert * s[0] * size;
+    double sum = 0;
+    for (int64_t j = 0; part && j < n[1]; j++)
+        for (int64_t k = 0; k < n[2]; k++) {
+            const void *at = part + (j * s[1] + k * s[2]) * size;
+            double g = p->dtype == MOE_DTYPE_F64 ? *(const double *)at : (double)*(const float *)at;
+            sum += g * g;
+        }
+    return sum;
+}
+
+static void sum_range(void *argument, int64_t begin, int64_t end)
+{
+    const summing *s = argument;
+    for (int64_t e = begin; e < end; e++) s->sums[e * s->step] = sum_squares(s->p, e);
+}
+
+/* sums[e * step] of the first dimension of a parameter; 0 without a gradient. */
+static moe_status sum_parameter(moe_layer *layer, const moe__parameter *p, double *sums,
+                                int64_t step, const char *function)
+{
+    summing s = {p, sums, step};
+    for (int64_t e = 0; e < p->shape[0]; e++) sums[e * step] = 0;
+    if (!p->grad && !p->grad_each) return MOE_OK;
+    return moe__parallel_range(layer->context, p->shape[0], 1, sum_range, &s, function);
+}
+
+/* Whether a parameter is spread over the ranks. */
+static bool is_spread(const moe_layer *layer, const moe__listed *entry)
+{
+    return layer->first_expert && entry->list == &layer->experts->parameters;
+}
+
+/* all[E,count] of the spread parameters, gathered from own[own experts,count]. */
+static moe_status gather(moe_layer *layer, double *all, double *own, int64_t count,
+                         const char *function)
+{
+    int64_t k = 0;
+    for (int64_t i = 0; i < layer->listing.count; i++)
+        if (is_spread(layer, &layer->listing.entry[i]))
+            MOE_TRY(sum_parameter(layer, moe__listed_parameter(&layer->listing, i), own + k++,
+                                  count, function));
+    return moe_comm_all_gather(layer->comm, all, layer->first_expert, own,
+                               count * (int64_t)sizeof *own);
+}
+
+/* Adds up in the order of the listing. `scratch` has room for the largest first dimension. */
+static moe_status add_up(moe_layer *layer, const double *all, int64_t count, double *scratch,
+                         double *squared, const char *function)
+{
+    double total = 0;
+    int64_t k = 0;
+    for (int64_t i = 0; i < layer->listing.count; i++) {
+        const moe__parameter *p = moe__listed_parameter(&layer->listing, i);
+        bool spread = is_spread(layer, &layer->listing.entry[i]);
+        int64_t n = spread ? layer->num_experts : p->shape[0];
+        double sum = 0;
+        if (!spread) MOE_TRY(sum_parameter(layer, p, scratch, 1, function));
+        for (int64_t e = 0; e < n; e++) sum += spread ? all[e * count + k] : scratch[e];
+        k += spread;
+        total += sum;
+    }
+    *squared = total;
+    return MOE_OK;
+}
+
+moe_status moe_layer_gradient_norm(moe_layer *layer, double *squared, void *stream)
+{
+    const char *function = __func__;
+    if (!layer || !squared) REFUSE_ARGUMENT("%s is NULL", layer ? "squared" : "layer");
+    if (stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
+    int64_t count = 0, most = 0, own = layer->experts->config.num_experts;
+    for (int64_t i = 0; i < layer->listing.count; i++) {
+        count += is_spread(layer, &layer->listing.entry[i]);
+        most = moe__max(most, moe__listed_parameter(&layer->listing, i)->shape[0]);
+    }
+    int64_t elements = most + (count ? moe__mul(count, own + layer->num_experts) : 0);
+    int64_t bytes = moe__mul(moe__max(elements, 1), sizeof(double));
+    double *memory = moe__alloc(layer->context, bytes);
+    if (!memory) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for %lld sums", (ll)elements);
+    double *own_sums = memory + most, *all = own_sums + count * own;
+    fenv_t saved;
+    moe__fenv_enter(&saved);
+    moe_status status = count ? gather(layer, all, own_sums, count, function) : MOE_OK;
+    if (status == MOE_OK) status = add_up(layer, all, count, memory, squared, function);
+    moe__fenv_leave(&saved);
+    moe__comm_free(layer->comm, layer->context, memory, bytes);
+    return status;
+}
