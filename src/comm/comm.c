@@ -127,9 +127,7 @@ void moe_comm_destroy(moe_comm *comm)
     for (int i = 0; i < MOE_COMM_REQUESTS; i++)
         if (comm->request[i].used) give_up(comm, &comm->request[i]);
     if (comm->table.release) comm->table.release(comm->table.user);
-    bool kept = false;
-    for (int i = 0; i < MOE_COMM_REQUESTS; i++) kept = kept || comm->request[i].kept;
-    if (!kept) moe__free(context, comm->scratch, scratch_bytes(comm)); /* begins of a request */
+    moe__free(context, comm->scratch, scratch_bytes(comm));
     moe__free(context, comm->missing, comm->size);
     moe__free(context, comm, sizeof *comm);
     moe_context_destroy(context);
