@@ -140,6 +140,7 @@ $(BUILD)/src/comm/mpi.$(1).o: src/comm/mpi.c $(FLAGS_STAMP)
 	@mkdir -p $$(@D)
 	OMPI_CC='$$(CC)' MPICH_CC='$$(CC)' $$(MPICC_$(1)) $$(SHIPPED) -O2 $$(CFLAGS) -MMD -MP -c $$< -o $$@
 $(LIB)/libmoe_mpi_$(1).a: $(BUILD)/src/comm/mpi.$(1).o
+	@mkdir -p $$(@D)
 	rm -f $$@
 	$$(AR) rcs $$@ $$<
 $(LIB)/libmoe_mpi_$(1).so.$(VERSION): $(BUILD)/src/comm/mpi.$(1).o $(LIB)/libmoe.so src/comm/libmoe_mpi.map

@@ -61,16 +61,23 @@ static void print_parameters(const trainer *t)
            (int)t->options->batch, CONTEXT, (int)moe_context_threads(t->context));
 }
 
-/* How the ranks share experts and bytes. */
+/* n things of P ranks, each of which has the smallest or one more. */
+static void print_shares(int64_t n, int64_t P, const char *what)
+{
+    int64_t least = n / P, most = ranks_share(n, P, 1);
+    if (least == most)
+        printf("%lld %s", (long long)least, what);
+    else
+        printf("%lld or %lld %s", (long long)least, (long long)most, what);
+}
+
 static void print_ranks(const options *o, const ranks *r)
 {
     if (r->size == 1) return;
-    int64_t E = o->experts, T = o->batch, P = r->size;
-    printf(
-        "%d ranks: %lld to %lld experts and %lld to %lld bytes of a step each; the same bytes as "
-        "one rank\nwith --groups %d\n",
-        (int)P, (long long)(E / P), (long long)ranks_share(E, P, 1), (long long)(T / P),
-        (long long)ranks_share(T, P, 1), (int)P);
+    printf("%d ranks of ", (int)r->size);
+    print_shares(o->experts, r->size, "experts and ");
+    print_shares(o->batch, r->size, "bytes of a step; results are those of one rank");
+    printf("\nwith --groups %d\n", (int)r->size);
 }
 
 /* The losses exist to prevent this, so it is said aloud. */
@@ -119,7 +126,7 @@ static int print_end(trainer *t)
     if (bad) fprintf(stderr, "out of memory\n");
     if (!bad) bad = trainer_measure(t, FINAL_BATCHES, &held, by_read, by_next) != 0;
     if (!bad && t->used[MOE] && !o->quiet)
-        bad = picture_print(&held, o->top_k, by_read, by_next) != 0;
+        bad = picture_print(&held, o->top_k, by_read, by_next, ranks_terminal(t->ranks)) != 0;
     if (!bad) {
         if (t->used[MOE]) print_balance(o, &held.sharing);
         if (!o->quiet) print_times(t);

@@ -202,7 +202,7 @@ static int make_layer(model *m, network *n, uint64_t seed)
     TRY(moe_layer_config_init(&l, sizeof l));
     l.gate = n->gate;
     l.experts = n->pool;
-    if (n->gate && m->ranks->size > 1) l.comm = m->ranks->comm;
+    if (n->gate) l.comm = m->comm;
     TRY(moe_layer_create(&n->layer, &l));
     TRY(moe_layer_init_parameters(n->layer, seed));
     return make_passes(m, n) != 0 ? -1 : add_layer(m, n);
@@ -234,6 +234,7 @@ static int make_middle(model *m, moe_context *context)
     moe_experts_config e;
     int64_t hidden = o->hidden, experts = o->dense ? 1 : model_experts(m, m->ranks->rank);
     if (gate_config(o, &g) != 0) return -1;
+    m->switch_weight = g.switch_weight;
     if (o->dense && model_dense_hidden(o, &hidden) != 0) return -1;
     if (pool_config(&e, WIDTH, hidden, WIDTH, experts) != 0) return -1;
     if (!o->dense) TRY(moe_gate_create(&m->middle.gate, context, &g));
@@ -274,11 +275,13 @@ static int make_embedding(model *m)
     return add_weights(m, &w) != 0 ? -1 : add_sum(m, &m->parameters[0]);
 }
 
-int model_create(model *m, moe_context *context, const ranks *r, const model_options *options)
+int model_create(model *m, moe_context *context, const ranks *r, moe_comm *comm,
+                 const model_options *options)
 {
     memset(m, 0, sizeof *m);
     m->options = *options;
     m->ranks = r;
+    m->comm = comm;
     m->groups = r->size > 1 ? 1 : options->groups;
     if (make_embedding(m) != 0 || make_middle(m, context) != 0 || make_buffers(m) != 0) return -1;
     if (make_network(m, &m->input, context, CONTEXT * EMBED, WIDTH, options->seed + 1) != 0)
@@ -342,7 +345,7 @@ int model_update(model *m, int64_t step, double rate)
         const weights *w = &m->parameters[i];
         int64_t part = w->count / w->parts;
         for (int64_t e = 0; e < w->parts; e++)
-            if (w->parts == 1 || m->touched[e]) adam(w, e * part, (e + 1) * part, size);
+            if (w->all_parts == 1 || m->touched[e]) adam(w, e * part, (e + 1) * part, size);
     }
     return 0;
 }

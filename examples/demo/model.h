@@ -38,7 +38,7 @@ typedef struct weights {
     float *data, *grad, *mean, *square;
     float *sum; /* of the gradients of groups; NULL where the library sums, or one group */
     int64_t count, parts; /* parts: experts, if each can be left untouched by a step; else 1 */
-    int64_t all_parts;    /* of all ranks */
+    int64_t all_parts;    /* of all ranks; the rank may have one of several */
 } weights;
 
 /* A layer with its passes, one for each group; with a gate there is one, which has all groups.
@@ -57,7 +57,9 @@ enum { MODEL_MAX_PARAMETERS = 16 };
 typedef struct model {
     model_options options;
     const ranks *ranks;
+    moe_comm *comm; /* of layers with a gate; NULL with one rank */
     int64_t groups; /* of this rank */
+    double switch_weight;
     network input, middle, output;
     weights parameters[MODEL_MAX_PARAMETERS];
     int parameter_count;
@@ -88,9 +90,10 @@ typedef struct model_result {
     double balance_loss; /* importance and load, weighted; 0 for the twin */
 } model_result;
 
-/* Return 0, or -1 with a message on stderr. The context may serve several models. Every rank makes
- * every call but model_destroy and the counts. */
-int model_create(model *m, moe_context *context, const ranks *r, const model_options *options);
+/* Return 0, or -1 with a message on stderr. The context may serve several models, and so may
+ * comm, ranks_join's of the context. Every rank makes every call but model_destroy and the counts. */
+int model_create(model *m, moe_context *context, const ranks *r, moe_comm *comm,
+                 const model_options *options);
 /* Also for a model that is all zero, or that could not be made completely. */
 void model_destroy(model *m);
 

@@ -1,4 +1,5 @@
 /* ranks.c - see ranks.h: over moe_comm, whatever is below it. */
+#define _XOPEN_SOURCE 700
 #include "ranks.h"
 
 #include "model.h"
@@ -6,6 +7,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
+
+int ranks_terminal(const ranks *r) { return r->size == 1 && isatty(STDOUT_FILENO); }
 
 int64_t ranks_share(int64_t n, int64_t parts, int64_t part)
 {

@@ -1,7 +1,7 @@
 /* ranks.h - the processes that train together. Each holds a share of the experts and of every batch,
  * and all else alike.
  *
- * Two files make ranks_begin and ranks_end: ranks_none.c, for a program of one process, and
+ * Two files make ranks_begin, ranks_end and ranks_join: ranks_none.c, for a program of one process, and
  * ranks_mpi.c. Every rank makes every call below in the same order; with one rank they cost nothing.
  * Sums are formed in order of rank, so that they are the bytes of one rank that adds the same parts
  * in the same order. */
@@ -23,6 +23,13 @@ typedef struct ranks {
 int ranks_begin(ranks *r, int *argc, char ***argv);
 /* `code` is the program's exit code. Where ranks did not fail together this ends them all. */
 void ranks_end(ranks *r, int code);
+
+/* A communicator of these ranks for the layers of a context; NULL with one rank. Returns 0, or -1 with
+ * a message on stderr. */
+int ranks_join(const ranks *r, moe_context *context, moe_comm **comm);
+
+/* Whether the output is a terminal. Several ranks have none: mpirun may show them one that is a file. */
+int ranks_terminal(const ranks *r);
 
 /* The first of n things that are part `part` of `parts`: contiguous, the first ones one larger where
  * they cannot be equal. begin: [parts+1]. */

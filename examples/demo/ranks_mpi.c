@@ -38,6 +38,13 @@ int ranks_begin(ranks *r, int *argc, char ***argv)
     return bad ? -1 : 0;
 }
 
+int ranks_join(const ranks *r, moe_context *context, moe_comm **comm)
+{
+    *comm = NULL;
+    if (r->size > 1) TRY(moe_comm_create_mpi(comm, context, MPI_COMM_WORLD, NULL));
+    return 0;
+}
+
 /* After a failure the barrier tells whether all ranks are here; if not, waiting for them in
  * MPI_Finalize could last for ever. */
 void ranks_end(ranks *r, int code)

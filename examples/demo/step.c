@@ -132,22 +132,18 @@ static int reduce(const model *m)
 
 /* ---- layers of libmoe ------------------------------------------------------------------------ */
 
-/* On several ranks each has its share of a mean over the groups that have bytes. */
-static void divide_losses(const model *m, const part *p, double *weights)
+/* The weight of the loss that ranks share, a mean over the groups that have bytes. */
+static double shared_loss_weight(const model *m, const part *p)
 {
-    int64_t T = p->batch->tokens, ranks = m->ranks->size;
-    moe_gate_config g;
-    memset(weights, 0, MOE_LOSS_SLOTS * sizeof *weights);
-    if (moe_gate_config_init(&g, sizeof g) == MOE_OK &&
-        moe_gate_get_config(m->middle.gate, &g) == MOE_OK)
-        weights[MOE_LOSS_SWITCH] = g.switch_weight * (1 / (double)(T < ranks ? T : ranks));
+    int64_t T = p->batch->tokens, P = m->ranks->size;
+    return m->switch_weight * (1 / (double)(T < P ? T : P));
 }
 
 /* y = network(x): all at once with a gate, else group by group. */
 static int network_forward(const model *m, const network *n, const part *p, const float *x,
                            float *y)
 {
-    double loss_weights[MOE_LOSS_SLOTS];
+    double loss_weights[MOE_LOSS_SLOTS] = {0};
     moe_forward_args f;
     TRY(moe_forward_args_init(&f, sizeof f));
     f.flags = p->batch->train ? MOE_FORWARD_TRAIN : MOE_FORWARD_NO_SAVE;
@@ -164,7 +160,7 @@ static int network_forward(const model *m, const network *n, const part *p, cons
             f.group_begin = p->group_begin;
         }
         if (n->gate && m->ranks->size > 1) {
-            divide_losses(m, p, loss_weights);
+            loss_weights[MOE_LOSS_SWITCH] = shared_loss_weight(m, p);
             f.loss_weights = loss_weights;
         }
         TRY(moe_layer_forward(n->layer, n->pass[i], &f));

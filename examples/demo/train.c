@@ -1,14 +1,12 @@
 /* train.c - see train.h. A signal only sets a flag; it is looked at between steps, after the report
  * and the log row of the step, so that a run that goes on writes the rows of one that was never
  * interrupted. */
-#define _XOPEN_SOURCE 700
 #include "train.h"
 
 #include "checkpoint.h"
 #include "log.h"
 
 #include <stdio.h>
-#include <unistd.h>
 
 /* When this run began, and at what step and second of the whole training. */
 typedef struct stopwatch {
@@ -25,7 +23,8 @@ static void print_progress(const trainer *t, const held_out *held, const stopwat
     int64_t done = s->step - watch->step_before, left = t->options->steps - s->step;
     double elapsed = trainer_clock() - watch->begin;
     int64_t every = REPORT_EVERY * (1 + t->options->steps / (50 * REPORT_EVERY));
-    int tty = isatty(STDOUT_FILENO), seconds = (int)(elapsed / (double)done * (double)left + 0.5);
+    int tty = ranks_terminal(t->ranks),
+        seconds = (int)(elapsed / (double)done * (double)left + 0.5);
     if (!tty && s->step % every != 0 && left > 0) return;
     printf("%sstep %lld/%lld", tty ? "\r" : "", (long long)s->step, (long long)t->options->steps);
     for (int i = 0; i < MODELS; i++)

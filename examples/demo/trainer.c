@@ -44,6 +44,7 @@ int trainer_create(trainer *t, const options *o, const text *corpus, const ranks
     TRY(moe_context_config_init(&c, sizeof c));
     c.threads = o->threads;
     TRY(moe_context_create(&t->context, &c));
+    if (ranks_join(r, t->context, &t->comm) != 0) return -1;
     for (int i = 0; i < MODELS; i++) {
         model_options m = {.experts = o->experts,
                            .top_k = o->top_k,
@@ -54,7 +55,7 @@ int trainer_create(trainer *t, const options *o, const text *corpus, const ranks
                            .seed = o->seed,
                            .balance = o->balance};
         t->used[i] = o->only == ONLY_BOTH || (o->only == ONLY_MOE) == (i == MOE);
-        if (t->used[i] && model_create(&t->models[i], t->context, r, &m) != 0) return -1;
+        if (t->used[i] && model_create(&t->models[i], t->context, r, t->comm, &m) != 0) return -1;
     }
     return 0;
 }
@@ -62,7 +63,9 @@ int trainer_create(trainer *t, const options *o, const text *corpus, const ranks
 void trainer_destroy(trainer *t)
 {
     for (int i = 0; i < MODELS; i++) model_destroy(&t->models[i]);
+    moe_comm_destroy(t->comm);
     moe_context_destroy(t->context);
+    t->comm = NULL;
     t->context = NULL;
 }
 
@@ -187,7 +190,7 @@ int trainer_measure(trainer *t, int batches, held_out *held, double *by_read, do
     double *counts = calloc((size_t)experts, sizeof *counts);
     int failed = !counts;
     *held = (held_out){0};
-    for (int batch = 0; batch < batches && !failed; batch++) {
+    for (int i = 0; i < batches && !failed; i++) {
         pick_positions(positions, TOKENS, t->text->train_size, t->text->size, &random);
         failed = measure_batch(t, positions, sums, &square) != 0 ||
                  (t->used[MOE] && count_entries(t, positions, counts, by_read, by_next) != 0);

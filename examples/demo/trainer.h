@@ -26,6 +26,7 @@ typedef struct trainer {
     const text *text;
     const ranks *ranks;
     moe_context *context;
+    moe_comm *comm;
     model models[MODELS];
     int used[MODELS]; /* 0: --only asked for the other */
     trainer_state state;
