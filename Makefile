@@ -56,7 +56,7 @@ CORE_OBJECTS := $(CORE:%.c=$(BUILD)/%.o) $(BUILD)/src/cpu/dispatch_isa.o
 KERNEL_OBJECTS := $(foreach v,$(VARIANTS),$(KERNELS:src/cpu/%.c=$(BUILD)/src/cpu/%.$(v).o))
 OBJECTS := $(CORE_OBJECTS) $(KERNEL_OBJECTS)
 
-.PHONY: all help clean install uninstall dist demo demo-long
+.PHONY: all help clean install uninstall dist demo demo-long demo-mpi
 all: $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/pkgconfig/moe.pc mpi io
 	@printf '\n%-24s %s\n' 'built' 'what'
 	@printf '%-24s %s\n' '$(LIB)/libmoe.a' 'static library, $(words $(VARIANTS)) CPU variants: $(VARIANTS)'
@@ -140,6 +140,7 @@ $(BUILD)/src/comm/mpi.$(1).o: src/comm/mpi.c $(FLAGS_STAMP)
 	@mkdir -p $$(@D)
 	OMPI_CC='$$(CC)' MPICH_CC='$$(CC)' $$(MPICC_$(1)) $$(SHIPPED) -O2 $$(CFLAGS) -MMD -MP -c $$< -o $$@
 $(LIB)/libmoe_mpi_$(1).a: $(BUILD)/src/comm/mpi.$(1).o
+	@mkdir -p $$(@D)
 	rm -f $$@
 	$$(AR) rcs $$@ $$<
 $(LIB)/libmoe_mpi_$(1).so.$(VERSION): $(BUILD)/src/comm/mpi.$(1).o $(LIB)/libmoe.so src/comm/libmoe_mpi.map
@@ -274,7 +275,7 @@ dist:
 # Only what the build makes, by name: BUILD and LIB may be anywhere.
 clean:
 	rm -rf $(BUILD)/src $(BUILD)/tests $(BUILD)/examples $(BUILD)/venv $(BUILD)/venv-current
-	rm -f $(BUILD)/demo $(BUILD)/run_vectors $(FLAGS_STAMP) $(OBJECTS_STAMP)
+	rm -f $(BUILD)/demo $(BUILD)/demo_mpi_* $(BUILD)/run_vectors $(FLAGS_STAMP) $(OBJECTS_STAMP)
 	rm -f $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/libmoe.so.* $(LIB)/pkgconfig/moe.pc
 	rm -f $(LIB)/libmoe_mpi_* $(LIB)/pkgconfig/moe-mpi*.pc $(LIB)/libmoe_io.* $(LIB)/pkgconfig/moe-io.pc
 	rm -rf build-asan build-tsan build-clang dist
@@ -282,17 +283,41 @@ clean:
 
 # ---- demo -----------------------------------------------------------------------------------------
 
-DEMO := $(wildcard examples/demo/*.c)
-$(BUILD)/demo: $(DEMO) $(wildcard examples/demo/*.h include/moe/*.h) $(LIB)/libmoe.a
-	$(CC) -std=c11 -O3 -march=native -Wall -Wextra -Iinclude $(SAN) $(CFLAGS) $(DEMO) $(LIB)/libmoe.a $(LDFLAGS) \
-	    -lm -pthread -o $@
+DEMO := $(filter-out %/ranks_mpi.c,$(wildcard examples/demo/*.c))
+DEMO_HEADERS := $(wildcard examples/demo/*.h include/moe/*.h)
+DEMO_FLAGS = -std=c11 -O3 -march=native -Wall -Wextra -Iinclude $(SAN) $(CFLAGS)
+$(BUILD)/demo: $(DEMO) $(DEMO_HEADERS) $(LIB)/libmoe.a
+	$(CC) $(DEMO_FLAGS) $(DEMO) $(LIB)/libmoe.a $(LDFLAGS) -lm -pthread -o $@
 
+# The same with an MPI below it, one for each; MPI= chooses, MPIRUN= starts.
+MPI ?= $(firstword $(MPIS))
+MPIRUN_openmpi = mpirun.openmpi $(if $(filter 0,$(shell id -u)),--allow-run-as-root) --oversubscribe
+MPIRUN_mpich = mpiexec.mpich
+MPIRUN ?= $(or $(MPIRUN_$(MPI)),mpirun)
+DEMO_MPI := $(subst ranks_none,ranks_mpi,$(DEMO))
+define DEMO_MPI_RULE
+$(BUILD)/demo_mpi_$(1): $(DEMO_MPI) $(DEMO_HEADERS) $(LIB)/libmoe.a $(LIB)/libmoe_mpi_$(1).a
+	OMPI_CC='$$(CC)' MPICH_CC='$$(CC)' $$(MPICC_$(1)) $$(DEMO_FLAGS) $(DEMO_MPI) $(LIB)/libmoe_mpi_$(1).a \
+	    $(LIB)/libmoe.a $$(LDFLAGS) -lm -pthread -o $$@
+endef
+$(foreach f,$(MPIS),$(eval $(call DEMO_MPI_RULE,$(f))))
+
+DEMO_ARGS = $(if $(FILE),--file '$(FILE)') $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 demo: $(BUILD)/demo
-	$(BUILD)/demo $(if $(FILE),--file '$(FILE)') $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+	$(BUILD)/demo $(DEMO_ARGS)
+
+demo-mpi: RANKS = 4
+ifneq ($(MPI),)
+demo-mpi: $(BUILD)/demo_mpi_$(MPI)
+	$(MPIRUN) -n $(RANKS) $(BUILD)/demo_mpi_$(MPI) $(DEMO_ARGS)
+else
+demo-mpi:
+	@echo 'demo-mpi needs an MPI: apt-get install libopenmpi-dev openmpi-bin' >&2; exit 1
+endif
 
 # Both models with three learning rates and three seeds: about half an hour on two cores.
 demo-long: $(BUILD)/demo
-	$(BUILD)/demo --sweep $(if $(FILE),--file '$(FILE)') $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+	$(BUILD)/demo --sweep $(DEMO_ARGS)
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -314,6 +339,7 @@ help:
 #: make bench-scale    131,072 experts: peak memory, time per token (16 GiB; ROWS=, STEPS=)
 #: make check-long     everything long
 #: make demo           train a language model and its dense twin (FILE=path, STEPS=n, ARGS=...); demo-long
+#: make demo-mpi       the same on ranks (RANKS=4, MPI=openmpi or mpich, MPIRUN=, and as above)
 #: make install        PREFIX=, DESTDIR=, LIBDIR=, INCLUDEDIR=
 #: make uninstall dist clean
 

@@ -129,9 +129,10 @@ check-install: all
 MPI_TESTED ?= $(firstword $(MPIS))
 RANKS ?= 2 3
 .PHONY: check-mpi
-check-mpi: $(MPI_PROGRAMS)
+check-mpi: $(MPI_PROGRAMS) $(BUILD)/demo $(MPIS:%=$(BUILD)/demo_mpi_%)
 	@test -n '$(MPI_TESTED)' || { echo 'check-mpi needs an MPI: apt-get install libopenmpi-dev openmpi-bin'; exit 1; }
-	@$(RUN) $(foreach f,$(MPI_TESTED),"sh tests/ranks/check_mpi.sh $(BUILD) $(f) $(RANKS)")
+	@$(RUN) $(foreach f,$(MPI_TESTED),"sh tests/ranks/check_mpi.sh $(BUILD) $(f) $(RANKS)" \
+	    "MPI=$(f) sh tests/ranks/check_demo_mpi.sh $(BUILD)")
 
 # ---- Python and PyTorch -----------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ check-long:
 	MOE_LONG=1 $(MAKE) check
 	$(MAKE) check-asan check-tsan check-valgrind
 	$(MAKE) CC=clang BUILD=build-clang check-suites
-	NUMBERS=12 $(MAKE) check-mpi MPI_TESTED='$(MPIS)' RANKS='2 3 4 8'
+	LONG=1 NUMBERS=12 $(MAKE) check-mpi MPI_TESTED='$(MPIS)' RANKS='2 3 4 8'
 	$(MAKE) check-mutants bench-scale
 	$(MAKE) check-libtorch check-python check-torch compare-torch check-torch-current
 	for isa in plain avx2; do $(BUILD)/run_vectors --isa $$isa tests/vectors || exit 1; done

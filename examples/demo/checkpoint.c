@@ -8,6 +8,8 @@
  *     parameters   of the MoE model, then of its twin: for each array data, mean, square as f32
  *     checksum     u64, FNV-1a of everything before
  *
+ * The experts of all ranks are in it in their order, so that any number of ranks can read it.
+ *
  * Wall-clock time is not in it, so that two equal runs have equal files. */
 #define _XOPEN_SOURCE 700
 #include "checkpoint.h"
@@ -53,7 +55,7 @@ static void list_fields(const trainer *t, field *fields)
     const field list[FIELDS] = {{"context", CONTEXT, WHOLE},
                                 {"embedding", EMBED, WHOLE},
                                 {"width", WIDTH, WHOLE},
-                                {"bytes a step", TOKENS, WHOLE},
+                                {"bytes a step", (uint64_t)o->batch, WHOLE},
                                 {"report every", REPORT_EVERY, WHOLE},
                                 {"held-out batches", HELD_BATCHES, WHOLE},
                                 {"--steps", (uint64_t)o->steps, WHOLE},
@@ -131,7 +133,13 @@ static size_t file_size(const trainer *t)
 
 /* ---- saving ---------------------------------------------------------------------------------- */
 
-static void fill(const trainer *t, uint8_t *bytes, size_t size)
+static int out_of_memory(const char *path, size_t size)
+{
+    fprintf(stderr, "%s: no memory for a checkpoint of %zu bytes\n", path, size);
+    return -1;
+}
+
+static uint8_t *put_head(const trainer *t, uint8_t *bytes, size_t size)
 {
     const trainer_state *s = &t->state;
     const uint64_t state[STATE_WORDS] = {(uint64_t)s->step, s->random, bits_of(s->bits[MOE]),
@@ -144,14 +152,36 @@ static void fill(const trainer *t, uint8_t *bytes, size_t size)
     list_fields(t, fields);
     for (int i = 0; i < FIELDS; i++) to = put(to, fields[i].value, 8);
     for (int i = 0; i < STATE_WORDS; i++) to = put(to, state[i], 8);
+    return to;
+}
+
+/* The experts' part of all ranks comes to rank 0; whole: there, [the array of all experts]. */
+static int put_array(const ranks *r, uint8_t **to, const weights *w, const float *values,
+                     float *whole)
+{
+    int64_t begin[MOST_RANKS + 1], part = w->count / w->parts;
+    int shared = w->all_parts != w->parts;
+    ranks_shares(begin, w->all_parts, r->size);
+    if (shared && ranks_gather_to_first(r, whole, begin, values, part * (int64_t)sizeof *whole))
+        return -1;
+    if (*to) *to = put_floats(*to, shared ? whole : values, part * w->all_parts);
+    return 0;
+}
+
+/* bytes, whole: NULL but on rank 0. */
+static int fill(const trainer *t, uint8_t *bytes, size_t size, float *whole)
+{
+    uint8_t *to = bytes ? put_head(t, bytes, size) : NULL;
     for (int i = 0; i < MODELS; i++)
         for (int j = 0; j < t->models[i].parameter_count; j++) {
             const weights *w = &t->models[i].parameters[j];
-            to = put_floats(to, w->data, w->count);
-            to = put_floats(to, w->mean, w->count);
-            to = put_floats(to, w->square, w->count);
+            if (put_array(t->ranks, &to, w, w->data, whole) != 0 ||
+                put_array(t->ranks, &to, w, w->mean, whole) != 0 ||
+                put_array(t->ranks, &to, w, w->square, whole) != 0)
+                return -1;
         }
-    put(to, fnv1a(bytes, size - CHECKSUM_BYTES), 8);
+    if (to) put(to, fnv1a(bytes, size - CHECKSUM_BYTES), 8);
+    return 0;
 }
 
 static int write_all(int file, const uint8_t *bytes, size_t size)
@@ -229,15 +259,18 @@ static int replace(const char *path, const uint8_t *bytes, size_t size)
 
 int checkpoint_save(const trainer *t, const char *path)
 {
+    const ranks *r = t->ranks;
     size_t size = file_size(t);
-    uint8_t *bytes = malloc(size);
-    if (!bytes) {
-        fprintf(stderr, "%s: no memory for a checkpoint of %zu bytes\n", path, size);
-        return -1;
-    }
-    fill(t, bytes, size);
-    int result = replace(path, bytes, size) == 0 ? 0 : cannot_save(path);
+    int first = r->rank == 0;
+    uint8_t *bytes = first ? malloc(size) : NULL;
+    float *whole = first ? malloc(size) : NULL; /* room for the largest array */
+    int result = first && (!bytes || !whole) ? out_of_memory(path, size) : 0;
+    result = ranks_agree(r, result);
+    if (result == 0) result = fill(t, bytes, size, whole);
+    if (result == 0)
+        result = ranks_agree(r, first && replace(path, bytes, size) ? cannot_save(path) : 0);
     free(bytes);
+    free(whole);
     return result;
 }
 
@@ -313,6 +346,16 @@ static int check_fields(const trainer *t, const char *path, const uint8_t *bytes
     return -1;
 }
 
+/* An array of all experts, of which this rank keeps its part. */
+static const uint8_t *get_array(const ranks *r, const uint8_t *from, const weights *w,
+                                float *values)
+{
+    int64_t part = w->count / w->parts, all = part * w->all_parts, skipped = 0;
+    if (w->all_parts != w->parts) skipped = part * ranks_share(w->all_parts, r->size, r->rank);
+    get_floats(from + 4 * skipped, values, w->count);
+    return from + 4 * all;
+}
+
 static void take(trainer *t, const uint8_t *from)
 {
     trainer_state *s = &t->state;
@@ -325,25 +368,43 @@ static void take(trainer *t, const uint8_t *from)
     for (int i = 0; i < MODELS; i++)
         for (int j = 0; j < t->models[i].parameter_count; j++) {
             weights *w = &t->models[i].parameters[j];
-            from = get_floats(from, w->data, w->count);
-            from = get_floats(from, w->mean, w->count);
-            from = get_floats(from, w->square, w->count);
+            from = get_array(t->ranks, from, w, w->data);
+            from = get_array(t->ranks, from, w, w->mean);
+            from = get_array(t->ranks, from, w, w->square);
         }
+}
+
+static int check_step(const trainer *t, const char *path, const uint8_t *bytes)
+{
+    uint64_t step = get(bytes + HEAD_BYTES + 8 * FIELDS, 8);
+    if (step <= (uint64_t)t->options->steps) return 0;
+    fprintf(stderr, "%s: step %llu is after the last, %lld\n", path, (unsigned long long)step,
+            (long long)t->options->steps);
+    return -1;
+}
+
+/* The bytes of a file that this run can go on from; NULL with a message on stderr. */
+static uint8_t *read_checked(const trainer *t, const char *path)
+{
+    size_t size;
+    uint8_t *bytes = read_file(path, &size);
+    if (!bytes) return NULL;
+    if (check_whole(path, bytes, size) == 0 && check_fields(t, path, bytes, size) == 0 &&
+        check_step(t, path, bytes) == 0)
+        return bytes;
+    free(bytes);
+    return NULL;
 }
 
 int checkpoint_load(trainer *t, const char *path)
 {
-    size_t size;
-    uint8_t *bytes = read_file(path, &size);
-    if (!bytes) return -1;
-    int bad = check_whole(path, bytes, size) != 0 || check_fields(t, path, bytes, size) != 0;
-    if (!bad && get(bytes + HEAD_BYTES + 8 * FIELDS, 8) > (uint64_t)t->options->steps) {
-        fprintf(stderr, "%s: step %llu is after the last, %lld\n", path,
-                (unsigned long long)get(bytes + HEAD_BYTES + 8 * FIELDS, 8),
-                (long long)t->options->steps);
-        bad = 1;
-    }
-    if (!bad) take(t, bytes + HEAD_BYTES + 8 * FIELDS);
+    int first = t->ranks->rank == 0;
+    size_t size = file_size(t);
+    uint8_t *bytes = first ? read_checked(t, path) : NULL;
+    if (ranks_agree(t->ranks, first && !bytes ? -1 : 0) != 0) return -1;
+    if (!bytes) bytes = malloc(size);
+    int bad = bytes ? ranks_broadcast(t->ranks, bytes, (int64_t)size) : out_of_memory(path, size);
+    if (bad == 0) take(t, bytes + HEAD_BYTES + 8 * FIELDS);
     free(bytes);
-    return bad ? -1 : 0;
+    return bad;
 }

@@ -58,7 +58,26 @@ static void print_parameters(const trainer *t)
             printf(" %s %.2f M;", i == MOE ? "MoE" : "dense",
                    (double)model_count_parameters(&t->models[i]) / 1e6);
     printf(" %d steps of %d bytes, %d bytes of context, %d threads\n\n", (int)t->options->steps,
-           TOKENS, CONTEXT, (int)moe_context_threads(t->context));
+           (int)t->options->batch, CONTEXT, (int)moe_context_threads(t->context));
+}
+
+/* n things of P ranks, each of which has the smallest or one more. */
+static void print_shares(int64_t n, int64_t P, const char *what)
+{
+    int64_t least = n / P, most = ranks_share(n, P, 1);
+    if (least == most)
+        printf("%lld %s", (long long)least, what);
+    else
+        printf("%lld or %lld %s", (long long)least, (long long)most, what);
+}
+
+static void print_ranks(const options *o, const ranks *r)
+{
+    if (r->size == 1) return;
+    printf("%d ranks of ", (int)r->size);
+    print_shares(o->experts, r->size, "experts and ");
+    print_shares(o->batch, r->size, "bytes of a step; results are those of one rank");
+    printf("\nwith --groups %d\n", (int)r->size);
 }
 
 /* The losses exist to prevent this, so it is said aloud. */
@@ -107,7 +126,7 @@ static int print_end(trainer *t)
     if (bad) fprintf(stderr, "out of memory\n");
     if (!bad) bad = trainer_measure(t, FINAL_BATCHES, &held, by_read, by_next) != 0;
     if (!bad && t->used[MOE] && !o->quiet)
-        bad = picture_print(&held, o->top_k, by_read, by_next) != 0;
+        bad = picture_print(&held, o->top_k, by_read, by_next, ranks_terminal(t->ranks)) != 0;
     if (!bad) {
         if (t->used[MOE]) print_balance(o, &held.sharing);
         if (!o->quiet) print_times(t);
@@ -118,10 +137,10 @@ static int print_end(trainer *t)
     return bad ? TRAIN_FAILED : TRAIN_DONE;
 }
 
-static int train_once(const options *o, const text *corpus)
+static int train_once(const options *o, const text *corpus, const ranks *r)
 {
     trainer t;
-    int result = trainer_create(&t, o, corpus) != 0 ? TRAIN_FAILED : TRAIN_DONE;
+    int result = trainer_create(&t, o, corpus, r) != 0 ? TRAIN_FAILED : TRAIN_DONE;
     if (result == TRAIN_DONE && !o->quiet) print_parameters(&t);
     if (result == TRAIN_DONE) result = train(&t);
     if (result == TRAIN_DONE) result = print_end(&t);
@@ -129,21 +148,54 @@ static int train_once(const options *o, const text *corpus)
     return result;
 }
 
-int main(int argc, char **argv)
+/* Rank 0 reads, and says what is wrong; the others have the same command line. */
+static int read_options(options *o, const ranks *r, int argc, char **argv)
+{
+    int told = ranks_agree(r, r->rank == 0 ? options_read(o, r, argc, argv) : 0);
+    return told != 0 || r->rank == 0 ? told : options_read(o, r, argc, argv);
+}
+
+/* Rank 0 reads the text for all. */
+static int read_text(const options *o, const ranks *r, text *t)
+{
+    if (ranks_agree(r, r->rank == 0 ? text_read(t, o->file, TEXT_LIMIT) : 0) != 0) return -1;
+    uint8_t *bytes = r->rank == 0 ? t->bytes : NULL;
+    if (ranks_broadcast(r, t, sizeof *t) != 0) return -1;
+    t->bytes = bytes ? bytes : malloc(t->size);
+    if (t->bytes) return ranks_broadcast(r, t->bytes, (int64_t)t->size);
+    fprintf(stderr, "out of memory\n");
+    return -1;
+}
+
+/* Returns the exit code. */
+static int run(const ranks *r, int argc, char **argv)
 {
     options o;
-    text t;
-    int told = options_read(&o, argc, argv);
+    text t = {0};
+    int told = read_options(&o, r, argc, argv);
     if (told != 0) return told < 0 ? 2 : 0;
-    if (text_read(&t, o.file, TEXT_LIMIT) != 0) return 1;
+    if (read_text(&o, r, &t) != 0) {
+        text_free(&t);
+        return 1;
+    }
     trainer_catch_signals();
     int result = TRAIN_DONE;
     if (!o.quiet) {
         print_text(&o, &t);
+        print_ranks(&o, r);
         result = print_models(&o);
     }
-    if (result == TRAIN_DONE) result = o.sweep ? sweep(&o, &t) : train_once(&o, &t);
+    if (result == TRAIN_DONE) result = o.sweep ? sweep(&o, &t, r) : train_once(&o, &t, r);
     text_free(&t);
     if (result == TRAIN_INTERRUPTED) return 128 + trainer_signal;
     return result == TRAIN_DONE ? 0 : 1;
+}
+
+int main(int argc, char **argv)
+{
+    ranks r;
+    if (ranks_begin(&r, &argc, &argv) != 0) return 1;
+    int code = run(&r, argc, argv);
+    ranks_end(&r, code);
+    return code;
 }

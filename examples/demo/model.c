@@ -22,6 +22,20 @@ static int out_of_memory(void)
 
 /* ---- configs --------------------------------------------------------------------------------- */
 
+/* The losses that spread the load. The paper's two are of all bytes of a batch, but the library knows
+ * only a rank's own; so several groups have a loss that is a mean over groups, which ranks can divide
+ * among them. Its weight is a power of two, so that dividing it rounds nothing. Once a layer can
+ * take its losses over all ranks, every run has the first two. */
+static void balance_config(const model_options *o, moe_gate_config *g)
+{
+    if (o->groups <= 1) {
+        g->importance_weight = g->load_weight = o->balance;
+    } else {
+        g->switch_weight = o->balance > 0 ? exp2(round(log2(o->balance))) : 0;
+        g->loss_scope = MOE_LOSS_SCOPE_GROUP;
+    }
+}
+
 static int gate_config(const model_options *o, moe_gate_config *g)
 {
     TRY(moe_gate_config_init(g, sizeof *g));
@@ -29,8 +43,8 @@ static int gate_config(const model_options *o, moe_gate_config *g)
     g->num_experts = o->experts;
     g->top_k = o->top_k;
     g->kind = MOE_GATE_NOISY_TOP_K;
-    g->importance_weight = g->load_weight = o->balance;
     g->seed = o->seed;
+    balance_config(o, g);
     return 0;
 }
 
@@ -107,52 +121,99 @@ int model_count_cost(const model_options *o, model_cost *cost)
 int64_t model_count_parameters(const model *m)
 {
     int64_t count = 0;
-    for (int i = 0; i < m->parameter_count; i++) count += m->parameters[i].count;
+    for (int i = 0; i < m->parameter_count; i++) {
+        const weights *w = &m->parameters[i];
+        count += w->count / w->parts * w->all_parts;
+    }
     return count;
 }
 
 /* ---- making it ------------------------------------------------------------------------------- */
 
-static int add_weights(model *m, const char *name, float *data, float *grad, int64_t count,
-                       int64_t parts)
+/* How many experts a rank holds. */
+static int64_t model_experts(const model *m, int32_t rank)
+{
+    int64_t E = m->options.experts, P = m->ranks->size;
+    return ranks_share(E, P, rank + 1) - ranks_share(E, P, rank);
+}
+
+void model_own_bytes(const model *m, int64_t tokens, int64_t *first, int64_t *count)
+{
+    int64_t P = m->ranks->size, rank = m->ranks->rank;
+    *first = ranks_share(tokens, P, rank);
+    *count = ranks_share(tokens, P, rank + 1) - *first;
+}
+
+static int add_weights(model *m, const weights *new)
 {
     if (m->parameter_count == MODEL_MAX_PARAMETERS) {
-        fprintf(stderr, "%s: more than %d parameters\n", name, MODEL_MAX_PARAMETERS);
+        fprintf(stderr, "%s: more than %d parameters\n", new->name, MODEL_MAX_PARAMETERS);
         return -1;
     }
     weights *w = &m->parameters[m->parameter_count++];
-    *w = (weights){.name = name, .data = data, .grad = grad, .count = count, .parts = parts};
-    w->mean = calloc((size_t)count, sizeof *w->mean);
-    w->square = calloc((size_t)count, sizeof *w->square);
+    *w = *new;
+    w->mean = calloc((size_t)w->count, sizeof *w->mean);
+    w->square = calloc((size_t)w->count, sizeof *w->square);
     return w->mean && w->square ? 0 : out_of_memory();
 }
 
-/* Every parameter of a layer joins the list the optimizer walks. */
-static int add_layer(model *m, const network *n)
+/* Room for the sum of the gradients of groups, where there are several. */
+static int add_sum(model *m, weights *w)
 {
+    if (m->groups == 1) return 0;
+    w->sum = calloc((size_t)w->count, sizeof *w->sum);
+    return w->sum ? 0 : out_of_memory();
+}
+
+/* Every parameter of a layer joins the list the optimizer walks. */
+static int add_layer(model *m, network *n)
+{
+    n->first_weights = m->parameter_count;
     for (int64_t i = 0; i < moe_layer_parameter_count(n->layer); i++) {
         moe_parameter_record p;
         TRY(moe_parameter_record_init(&p, sizeof p));
         TRY(moe_layer_parameter(n->layer, i, &p));
-        int of_experts = n->gate && strncmp(p.name, "experts.", 8) == 0;
-        if (add_weights(m, p.name, p.data, p.grad, p.element_count,
-                        of_experts ? m->options.experts : 1) != 0)
-            return -1;
+        weights w = {p.name, p.data, p.grad, .count = p.element_count, .parts = 1, .all_parts = 1};
+        if (n->gate && strncmp(p.name, "experts.", 8) == 0) {
+            w.parts = model_experts(m, m->ranks->rank);
+            w.all_parts = m->options.experts;
+        }
+        if (add_weights(m, &w) != 0) return -1;
+        if (!n->gate && add_sum(m, &m->parameters[m->parameter_count - 1]) != 0) return -1;
     }
+    n->weights_count = m->parameter_count - n->first_weights;
     return 0;
 }
 
-/* The layer of a pool, and of a gate if the network has one. */
+static int make_passes(const model *m, network *n)
+{
+    int64_t count = n->gate ? 1 : m->groups;
+    n->pass = calloc((size_t)count, sizeof *n->pass);
+    if (!n->pass) return out_of_memory();
+    for (; n->passes < count; n->passes++)
+        TRY(moe_pass_create(&n->pass[n->passes], n->layer, NULL));
+    return 0;
+}
+
+/* The layer of a pool, and of a gate if the network has one: then the ranks share its experts. */
 static int make_layer(model *m, network *n, uint64_t seed)
 {
     moe_layer_config l;
     TRY(moe_layer_config_init(&l, sizeof l));
     l.gate = n->gate;
     l.experts = n->pool;
+    if (n->gate) l.comm = m->comm;
     TRY(moe_layer_create(&n->layer, &l));
     TRY(moe_layer_init_parameters(n->layer, seed));
-    TRY(moe_pass_create(&n->pass, n->layer, NULL));
-    return add_layer(m, n);
+    return make_passes(m, n) != 0 ? -1 : add_layer(m, n);
+}
+
+static int make_pool(network *n, moe_context *context, const moe_experts_config *e)
+{
+    n->in = e->d_model;
+    n->out = e->d_out;
+    TRY(moe_experts_create(&n->pool, context, e));
+    return 0;
 }
 
 /* relu(x W1 + b1) W2 + b2, as a pool of one expert. */
@@ -162,8 +223,7 @@ static int make_network(model *m, network *n, moe_context *context, int64_t in, 
     moe_experts_config e;
     if (pool_config(&e, in, WIDTH, out, 1) != 0) return -1;
     e.bias = 1;
-    TRY(moe_experts_create(&n->pool, context, &e));
-    return make_layer(m, n, seed);
+    return make_pool(n, context, &e) != 0 ? -1 : make_layer(m, n, seed);
 }
 
 /* The MoE layer, or one expert of the same cost; neither has biases. */
@@ -172,28 +232,29 @@ static int make_middle(model *m, moe_context *context)
     const model_options *o = &m->options;
     moe_gate_config g;
     moe_experts_config e;
-    int64_t hidden = o->hidden;
+    int64_t hidden = o->hidden, experts = o->dense ? 1 : model_experts(m, m->ranks->rank);
     if (gate_config(o, &g) != 0) return -1;
+    m->switch_weight = g.switch_weight;
     if (o->dense && model_dense_hidden(o, &hidden) != 0) return -1;
-    if (pool_config(&e, WIDTH, hidden, WIDTH, o->dense ? 1 : o->experts) != 0) return -1;
+    if (pool_config(&e, WIDTH, hidden, WIDTH, experts) != 0) return -1;
     if (!o->dense) TRY(moe_gate_create(&m->middle.gate, context, &g));
-    TRY(moe_experts_create(&m->middle.pool, context, &e));
-    return make_layer(m, &m->middle, o->seed);
+    return make_pool(&m->middle, context, &e) != 0 ? -1 : make_layer(m, &m->middle, o->seed);
 }
 
 static float *floats(int64_t count) { return calloc((size_t)count, sizeof(float)); }
 
 static int make_buffers(model *m)
 {
-    int64_t T = m->options.tokens;
+    int64_t T = ranks_share(m->options.tokens, m->ranks->size, 1); /* rank 0's, the most */
     m->touched = calloc((size_t)m->options.experts, 1);
     m->x = floats(T * CONTEXT * EMBED), m->dx = floats(T * CONTEXT * EMBED);
     m->h = floats(T * WIDTH), m->dh = floats(T * WIDTH);
     m->n1 = floats(T * WIDTH), m->dn1 = floats(T * WIDTH), m->mixed = floats(T * WIDTH);
     m->n2 = floats(T * WIDTH), m->dn2 = floats(T * WIDTH);
-    m->logits = floats(T * BYTES), m->dlogits = floats(T * BYTES), m->bits = floats(T);
+    m->logits = floats(T * BYTES), m->dlogits = floats(T * BYTES);
+    m->own_bits = floats(T), m->bits = floats(m->options.tokens);
     return m->touched && m->x && m->dx && m->h && m->dh && m->n1 && m->dn1 && m->mixed && m->n2 &&
-                   m->dn2 && m->logits && m->dlogits && m->bits
+                   m->dn2 && m->logits && m->dlogits && m->own_bits && m->bits
                ? 0
                : out_of_memory();
 }
@@ -209,13 +270,19 @@ static int make_embedding(model *m)
         bits *= 2246822519u;
         m->embedding[i] = (float)((bits >> 8) & 0xffff) / 32768.0f - 1.0f;
     }
-    return add_weights(m, "embedding", m->embedding, m->embedding_grad, BYTES * EMBED, 1);
+    const weights w = {"embedding", m->embedding,  m->embedding_grad, .count = BYTES * EMBED,
+                       .parts = 1,  .all_parts = 1};
+    return add_weights(m, &w) != 0 ? -1 : add_sum(m, &m->parameters[0]);
 }
 
-int model_create(model *m, moe_context *context, const model_options *options)
+int model_create(model *m, moe_context *context, const ranks *r, moe_comm *comm,
+                 const model_options *options)
 {
     memset(m, 0, sizeof *m);
     m->options = *options;
+    m->ranks = r;
+    m->comm = comm;
+    m->groups = r->size > 1 ? 1 : options->groups;
     if (make_embedding(m) != 0 || make_middle(m, context) != 0 || make_buffers(m) != 0) return -1;
     if (make_network(m, &m->input, context, CONTEXT * EMBED, WIDTH, options->seed + 1) != 0)
         return -1;
@@ -224,7 +291,8 @@ int model_create(model *m, moe_context *context, const model_options *options)
 
 static void destroy_network(network *n)
 {
-    moe_pass_destroy(n->pass);
+    for (int64_t g = 0; g < n->passes; g++) moe_pass_destroy(n->pass[g]);
+    free(n->pass);
     moe_layer_destroy(n->layer);
     moe_experts_destroy(n->pool);
     moe_gate_destroy(n->gate);
@@ -232,14 +300,15 @@ static void destroy_network(network *n)
 
 void model_destroy(model *m)
 {
-    float *buffers[] = {
-        m->x,  m->dx,  m->h,      m->dh,      m->n1,   m->dn1,       m->mixed,
-        m->n2, m->dn2, m->logits, m->dlogits, m->bits, m->embedding, m->embedding_grad};
+    float *buffers[] = {m->x,       m->dx,       m->h,    m->dh,        m->n1,
+                        m->dn1,     m->mixed,    m->n2,   m->dn2,       m->logits,
+                        m->dlogits, m->own_bits, m->bits, m->embedding, m->embedding_grad};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
     free(m->touched);
     for (int i = 0; i < m->parameter_count; i++) {
         free(m->parameters[i].mean);
         free(m->parameters[i].square);
+        free(m->parameters[i].sum);
     }
     destroy_network(&m->input);
     destroy_network(&m->middle);
@@ -276,7 +345,7 @@ int model_update(model *m, int64_t step, double rate)
         const weights *w = &m->parameters[i];
         int64_t part = w->count / w->parts;
         for (int64_t e = 0; e < w->parts; e++)
-            if (w->parts == 1 || m->touched[e]) adam(w, e * part, (e + 1) * part, size);
+            if (w->all_parts == 1 || m->touched[e]) adam(w, e * part, (e + 1) * part, size);
     }
     return 0;
 }

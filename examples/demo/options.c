@@ -2,6 +2,8 @@
 #define _XOPEN_SOURCE 700
 #include "options.h"
 
+#include "model.h"
+
 #include <errno.h>
 #include <getopt.h>
 #include <stdio.h>
@@ -18,11 +20,14 @@ static const char USAGE[] =
     "  --experts E      experts of the MoE layer (default %d)\n"
     "  --top-k K        experts a byte visits (default %d)\n"
     "  --hidden F       hidden width of an expert (default %d)\n"
+    "  --batch N        bytes of a step (default %d, the most)\n"
+    "  --groups G       sum gradients by groups of bytes, as G ranks do (default 1, or the ranks)\n"
     "  --rate R         largest learning rate (default %g)\n"
-    "  --balance W      weight of the importance and of the load loss (default %g)\n"
+    "  --balance W      weight of the importance and of the load loss (default %g); with several\n"
+    "                   groups of the Switch loss of each group, to the nearest power of two\n"
     "  --no-balance     the same as --balance 0: watch the experts collapse\n"
     "  --seed N         of parameters, batches and noise (default 1)\n"
-    "  --threads N      0: as many as the machine gives (default)\n"
+    "  --threads N      of each rank; 0: as many as the machine gives, of several ranks 1 (default)\n"
     "  --only moe|dense train one of the two\n"
     "  --log FILE       write a CSV row at every report\n"
     "  --save FILE      write a checkpoint at the end and when interrupted\n"
@@ -37,6 +42,7 @@ static const options DEFAULTS = {
     .experts = 16,
     .top_k = 2,
     .hidden = 256,
+    .batch = TOKENS,
     .seed = 1,
     .rate = 4e-3,
     .balance = 0.02,
@@ -45,7 +51,7 @@ static const options DEFAULTS = {
 static void usage(void)
 {
     printf(USAGE, DEMO_STEPS, SWEEP_STEPS, (int)DEFAULTS.experts, (int)DEFAULTS.top_k,
-           (int)DEFAULTS.hidden, DEFAULTS.rate, DEFAULTS.balance);
+           (int)DEFAULTS.hidden, TOKENS, DEFAULTS.rate, DEFAULTS.balance);
 }
 
 /* A whole number in [low, high]. */
@@ -107,6 +113,8 @@ static int read_option(options *o, int which, const char *value)
     case 'e': return read_number("experts", value, 1, 4096, &o->experts);
     case 'k': return read_number("top-k", value, 1, 4096, &o->top_k);
     case 'n': return read_number("hidden", value, 1, 65536, &o->hidden);
+    case 'c': return read_number("batch", value, 1, TOKENS, &o->batch);
+    case 'g': return read_number("groups", value, 1, MOST_GROUPS, &o->groups);
     case 'r': return read_real("rate", value, 0, 1, 1, &o->rate);
     case 'a': return read_real("balance", value, 0, 1000, 0, &o->balance);
     case 'b': return o->balance = 0, 0;
@@ -141,13 +149,33 @@ static int check(const options *o)
     return 0;
 }
 
-int options_read(options *o, int argc, char **argv)
+/* What the number of ranks decides. */
+static int settle(options *o, const ranks *r)
+{
+    if (r->size > 1 && o->groups != 0 && o->groups != r->size) {
+        fprintf(stderr, "--groups %lld: %d ranks are %d groups\n", (long long)o->groups,
+                (int)r->size, (int)r->size);
+        return -1;
+    }
+    if (o->experts < r->size) {
+        fprintf(stderr, "--experts %lld: each of %d ranks needs at least one\n",
+                (long long)o->experts, (int)r->size);
+        return -1;
+    }
+    if (o->groups == 0) o->groups = r->size;
+    if (o->threads == 0 && r->size > 1) o->threads = 1;
+    return 0;
+}
+
+int options_read(options *o, const ranks *r, int argc, char **argv)
 {
     static const struct option names[] = {{"file", required_argument, NULL, 'f'},
                                           {"steps", required_argument, NULL, 's'},
                                           {"experts", required_argument, NULL, 'e'},
                                           {"top-k", required_argument, NULL, 'k'},
                                           {"hidden", required_argument, NULL, 'n'},
+                                          {"batch", required_argument, NULL, 'c'},
+                                          {"groups", required_argument, NULL, 'g'},
                                           {"threads", required_argument, NULL, 't'},
                                           {"seed", required_argument, NULL, 'd'},
                                           {"rate", required_argument, NULL, 'r'},
@@ -172,5 +200,5 @@ int options_read(options *o, int argc, char **argv)
         return -1;
     }
     if (o->steps == 0) o->steps = o->sweep ? SWEEP_STEPS : DEMO_STEPS;
-    return check(o);
+    return check(o) != 0 ? -1 : settle(o, r);
 }

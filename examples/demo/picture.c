@@ -1,6 +1,5 @@
 /* picture.c - see picture.h: bars for the load, a heat table for the kinds of bytes. At most 100
  * columns of plain ASCII; colour on a terminal only. */
-#define _XOPEN_SOURCE 700
 #include "picture.h"
 
 #include "classes.h"
@@ -9,7 +8,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 enum { BAR = 60, MOST_ROWS = 64 };
 
@@ -128,9 +126,8 @@ static void print_cell(double part, int colour)
 }
 
 static void print_heat(const row *rows, int64_t shown, int64_t experts, const double *table,
-                       const char *what)
+                       const char *what, int colour)
 {
-    int colour = isatty(STDOUT_FILENO);
     printf("\nWhich kinds of bytes each expert takes, by %s\n  %-11s", what, "");
     for (int c = 0; c < CLASSES; c++) printf("  %6s", class_name(c));
     printf("\n");
@@ -149,7 +146,8 @@ static void print_heat(const row *rows, int64_t shown, int64_t experts, const do
         "every row\n  would look like the last one.\n");
 }
 
-int picture_print(const held_out *held, int64_t top_k, const double *by_read, const double *by_next)
+int picture_print(const held_out *held, int64_t top_k, const double *by_read, const double *by_next,
+                  int colour)
 {
     int64_t experts = held->sharing.experts, shown = experts < MOST_ROWS ? experts : MOST_ROWS;
     double read = mutual_information(by_read, experts), next = mutual_information(by_next, experts);
@@ -163,7 +161,7 @@ int picture_print(const held_out *held, int64_t top_k, const double *by_read, co
     print_bars(rows, shown, held, top_k);
     qsort(rows, (size_t)shown, sizeof *rows, by_favourite);
     print_heat(rows, shown, experts, table,
-               read >= next ? "the last byte read" : "the byte to predict");
+               read >= next ? "the last byte read" : "the byte to predict", colour);
     printf(
         "  The choice of expert tells %.2f of the %.2f bits of the kind of the last byte read, and "
         "%.2f of\n  the %.2f of the byte to predict.\n",

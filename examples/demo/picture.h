@@ -5,8 +5,8 @@
 #include "trainer.h"
 
 /* Prints how the experts shared the held-out bytes, and which kinds of bytes each takes. The tables
- * are trainer_measure's. Returns 0, or -1 with a message on stderr. */
-int picture_print(const held_out *held, int64_t top_k, const double *by_read,
-                  const double *by_next);
+ * are trainer_measure's. colour: 1 for a terminal. Returns 0, or -1 with a message on stderr. */
+int picture_print(const held_out *held, int64_t top_k, const double *by_read, const double *by_next,
+                  int colour);
 
 #endif

@@ -7,24 +7,34 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* This rank's part of a batch. */
+typedef struct part {
+    const batch *batch;
+    const uint8_t *text;
+    const int64_t *positions; /* [tokens] */
+    int64_t first, tokens;    /* first: its first byte's number in the batch */
+    int64_t groups, group_begin[MOST_GROUPS + 1];
+} part;
+
 /* ---- parts of our own ------------------------------------------------------------------------ */
 
-/* x[t] = embedding of the CONTEXT bytes before positions[t]; backward adds dx to their
- * gradients. */
-static void embed(const model *m, const uint8_t *text, const int64_t *positions, int64_t T)
+/* x[t] = embedding of the CONTEXT bytes before positions[t]; backward sums dx over the bytes of a
+ * group. */
+static void embed(const model *m, const part *p)
 {
-    for (int64_t t = 0; t < T; t++)
+    for (int64_t t = 0; t < p->tokens; t++)
         for (int c = 0; c < CONTEXT; c++)
             memcpy(m->x + (t * CONTEXT + c) * EMBED,
-                   m->embedding + text[positions[t] - CONTEXT + c] * EMBED, EMBED * sizeof(float));
+                   m->embedding + p->text[p->positions[t] - CONTEXT + c] * EMBED,
+                   EMBED * sizeof(float));
 }
 
-static void embed_backward(model *m, const uint8_t *text, const int64_t *positions, int64_t T)
+static void embed_backward(model *m, const part *p, int64_t group)
 {
     memset(m->embedding_grad, 0, BYTES * EMBED * sizeof(float));
-    for (int64_t t = 0; t < T; t++)
+    for (int64_t t = p->group_begin[group]; t < p->group_begin[group + 1]; t++)
         for (int c = 0; c < CONTEXT; c++) {
-            float *grad = m->embedding_grad + text[positions[t] - CONTEXT + c] * EMBED;
+            float *grad = m->embedding_grad + p->text[p->positions[t] - CONTEXT + c] * EMBED;
             const float *dx = m->dx + (t * CONTEXT + c) * EMBED;
             for (int j = 0; j < EMBED; j++) grad[j] += dx[j];
         }
@@ -56,89 +66,171 @@ static void norm_backward(float *dx, const float *dout, const float *out, const 
     }
 }
 
-/* Cross-entropy in bits, of each byte and their mean; dlogits = (softmax - one hot) / T. */
-static double cross_entropy(model *m, const uint8_t *text, const int64_t *positions, int64_t T)
+/* Cross-entropy in bits, of each byte; dlogits = (softmax - one hot) / bytes of the batch. */
+static void cross_entropy(model *m, const part *p)
 {
-    double bits = 0;
-    for (int64_t t = 0; t < T; t++) {
+    float all = (float)p->batch->tokens;
+    for (int64_t t = 0; t < p->tokens; t++) {
         const float *z = m->logits + t * BYTES;
         float *d = m->dlogits + t * BYTES, max = z[0], sum = 0;
-        uint8_t wanted = text[positions[t]];
+        uint8_t wanted = p->text[p->positions[t]];
         for (int b = 1; b < BYTES; b++) max = z[b] > max ? z[b] : max;
         for (int b = 0; b < BYTES; b++) sum += d[b] = expf(z[b] - max);
-        for (int b = 0; b < BYTES; b++) d[b] /= sum * (float)T;
-        m->bits[t] = (max + logf(sum) - z[wanted]) * 1.44269504f;
-        bits += (double)m->bits[t];
-        d[wanted] -= 1 / (float)T;
+        for (int b = 0; b < BYTES; b++) d[b] /= sum * all;
+        m->own_bits[t] = (max + logf(sum) - z[wanted]) * 1.44269504f;
+        d[wanted] -= 1 / all;
     }
-    return bits / (double)T;
+}
+
+/* Each byte's bits on every rank, and their mean: the same sum for any number of ranks. */
+static int mean_bits(model *m, const part *p, double *mean)
+{
+    int64_t T = p->batch->tokens, begin[MOST_RANKS + 1];
+    double bits = 0;
+    ranks_shares(begin, T, m->ranks->size);
+    if (ranks_gather(m->ranks, m->bits, begin, m->own_bits, sizeof *m->bits) != 0) return -1;
+    for (int64_t t = 0; t < T; t++) bits += (double)m->bits[t];
+    *mean = bits / (double)T;
+    return 0;
+}
+
+/* ---- gradients of groups and ranks ----------------------------------------------------------- */
+
+/* Adds the gradient of a group to those of the groups before it. After the last group the gradient is
+ * their sum. */
+static void add_group(const weights *w, int64_t group, int64_t groups)
+{
+    size_t bytes = (size_t)w->count * sizeof *w->grad;
+    if (!w->sum) return;
+    if (group == 0)
+        memcpy(w->sum, w->grad, bytes);
+    else
+        for (int64_t i = 0; i < w->count; i++) w->sum[i] += w->grad[i];
+    if (group == groups - 1) memcpy(w->grad, w->sum, bytes);
+}
+
+static void add_group_of(const model *m, const network *n, int64_t group)
+{
+    for (int i = 0; i < n->weights_count; i++)
+        add_group(&m->parameters[n->first_weights + i], group, m->groups);
+}
+
+/* Sums over the ranks: those of a layer with a gate by the library, which leaves each rank its own
+ * experts. */
+static int reduce(const model *m)
+{
+    const network *gated = m->middle.gate ? &m->middle : NULL;
+    if (gated) TRY(moe_layer_reduce_gradients(gated->layer, NULL));
+    for (int i = 0; i < m->parameter_count; i++) {
+        const weights *w = &m->parameters[i];
+        if (gated && i >= gated->first_weights && i < gated->first_weights + gated->weights_count)
+            continue;
+        if (ranks_sum_floats(m->ranks, w->grad, w->count) != 0) return -1;
+    }
+    return 0;
 }
 
 /* ---- layers of libmoe ------------------------------------------------------------------------ */
 
-static int network_forward(const network *n, const float *x, float *y, int64_t T, int64_t step,
-                           int train)
+/* The weight of the loss that ranks share, a mean over the groups that have bytes. */
+static double shared_loss_weight(const model *m, const part *p)
 {
+    int64_t T = p->batch->tokens, P = m->ranks->size;
+    return m->switch_weight * (1 / (double)(T < P ? T : P));
+}
+
+/* y = network(x): all at once with a gate, else group by group. */
+static int network_forward(const model *m, const network *n, const part *p, const float *x,
+                           float *y)
+{
+    double loss_weights[MOE_LOSS_SLOTS] = {0};
     moe_forward_args f;
     TRY(moe_forward_args_init(&f, sizeof f));
-    f.flags = train ? MOE_FORWARD_TRAIN : MOE_FORWARD_NO_SAVE;
-    f.tokens = T;
-    f.step = step;
-    f.x = x;
-    f.y = y;
-    TRY(moe_layer_forward(n->layer, n->pass, &f));
+    f.flags = p->batch->train ? MOE_FORWARD_TRAIN : MOE_FORWARD_NO_SAVE;
+    f.step = p->batch->step;
+    for (int64_t i = 0; i < n->passes; i++) {
+        int64_t begin = p->group_begin[i];
+        int64_t end = n->gate ? p->tokens : p->group_begin[i + 1];
+        f.token_first = p->first + begin;
+        f.tokens = end - begin;
+        f.x = x + begin * n->in;
+        f.y = y + begin * n->out;
+        if (n->gate) {
+            f.groups = p->groups;
+            f.group_begin = p->group_begin;
+        }
+        if (n->gate && m->ranks->size > 1) {
+            loss_weights[MOE_LOSS_SWITCH] = shared_loss_weight(m, p);
+            f.loss_weights = loss_weights;
+        }
+        TRY(moe_layer_forward(n->layer, n->pass[i], &f));
+    }
     return 0;
 }
 
-static int network_backward(const network *n, const float *dy, float *dx)
+static int network_backward(const model *m, const network *n, const part *p, const float *dy,
+                            float *dx)
 {
     moe_backward_args b;
     TRY(moe_backward_args_init(&b, sizeof b));
     b.flags = MOE_BACKWARD_OVERWRITE;
-    b.dy = dy;
-    b.dx = dx;
-    TRY(moe_layer_backward(n->layer, n->pass, &b));
+    for (int64_t i = 0; i < n->passes; i++) {
+        b.dy = dy + p->group_begin[i] * n->out;
+        b.dx = dx + p->group_begin[i] * n->in;
+        TRY(moe_layer_backward(n->layer, n->pass[i], &b));
+        add_group_of(m, n, i);
+    }
     return 0;
 }
 
 /* ---- the whole ------------------------------------------------------------------------------- */
 
-static int run_backward(model *m, const uint8_t *text, const int64_t *positions, int64_t T)
+static int run_backward(model *m, const part *p)
 {
-    size_t row_bytes = (size_t)(T * WIDTH) * sizeof(float);
-    if (network_backward(&m->output, m->dlogits, m->dn2) != 0) return -1;
+    size_t row_bytes = (size_t)(p->tokens * WIDTH) * sizeof(float);
+    if (network_backward(m, &m->output, p, m->dlogits, m->dn2) != 0) return -1;
     memset(m->dh, 0, row_bytes);
-    norm_backward(m->dh, m->dn2, m->n2, m->mixed, T); /* mixed holds h' */
+    norm_backward(m->dh, m->dn2, m->n2, m->mixed, p->tokens); /* mixed holds h' */
     /* the gradient by h' is the gradient by the middle's output too */
-    if (network_backward(&m->middle, m->dh, m->dn1) != 0) return -1;
-    norm_backward(m->dh, m->dn1, m->n1, m->h, T);
-    if (network_backward(&m->input, m->dh, m->dx) != 0) return -1;
-    embed_backward(m, text, positions, T);
-    return 0;
+    if (network_backward(m, &m->middle, p, m->dh, m->dn1) != 0) return -1;
+    norm_backward(m->dh, m->dn1, m->n1, m->h, p->tokens);
+    if (network_backward(m, &m->input, p, m->dh, m->dx) != 0) return -1;
+    for (int64_t g = 0; g < m->groups; g++) {
+        embed_backward(m, p, g);
+        add_group(&m->parameters[0], g, m->groups);
+    }
+    return reduce(m);
 }
 
+/* Of all ranks. The last digits of a mean over groups depend on who divides it, so they are cut. */
 static int balance_loss(const model *m, double *loss)
 {
     moe_losses losses;
     *loss = 0;
     if (m->options.dense) return 0;
     TRY(moe_losses_init(&losses, sizeof losses));
-    TRY(moe_pass_losses(m->middle.pass, &losses));
+    TRY(moe_pass_losses(m->middle.pass[0], &losses));
     *loss = losses.total;
+    if (ranks_sum_doubles(m->ranks, loss, 1) != 0) return -1;
+    if (m->options.groups > 1) *loss = (double)(float)*loss;
     return 0;
 }
 
-int model_run(model *m, const uint8_t *text, const int64_t *positions, int64_t tokens, int64_t step,
-              int train, model_result *result)
+int model_run(model *m, const batch *b, model_result *result)
 {
-    embed(m, text, positions, tokens);
-    if (network_forward(&m->input, m->x, m->h, tokens, step, train) != 0) return -1;
-    norm(m->n1, m->h, tokens);
-    if (network_forward(&m->middle, m->n1, m->mixed, tokens, step, train) != 0) return -1;
-    for (int64_t i = 0; i < tokens * WIDTH; i++) m->mixed[i] += m->h[i];
-    norm(m->n2, m->mixed, tokens);
-    if (network_forward(&m->output, m->n2, m->logits, tokens, step, train) != 0) return -1;
-    result->bits = cross_entropy(m, text, positions, tokens);
+    part p = {.batch = b, .text = b->text, .groups = m->groups};
+    model_own_bytes(m, b->tokens, &p.first, &p.tokens);
+    p.positions = b->positions + p.first;
+    ranks_shares(p.group_begin, p.tokens, m->groups);
+    embed(m, &p);
+    if (network_forward(m, &m->input, &p, m->x, m->h) != 0) return -1;
+    norm(m->n1, m->h, p.tokens);
+    if (network_forward(m, &m->middle, &p, m->n1, m->mixed) != 0) return -1;
+    for (int64_t i = 0; i < p.tokens * WIDTH; i++) m->mixed[i] += m->h[i];
+    norm(m->n2, m->mixed, p.tokens);
+    if (network_forward(m, &m->output, &p, m->n2, m->logits) != 0) return -1;
+    cross_entropy(m, &p);
+    if (mean_bits(m, &p, &result->bits) != 0) return -1;
     if (balance_loss(m, &result->balance_loss) != 0) return -1;
-    return train ? run_backward(m, text, positions, tokens) : 0;
+    return b->train ? run_backward(m, &p) : 0;
 }

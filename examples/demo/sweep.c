@@ -37,17 +37,17 @@ static spread spread_of_difference(const double *moe, const double *dense)
     return spread_of(difference);
 }
 
-static int run_one(const options *o, const text *corpus, held_out *held)
+static int run_one(const options *o, const text *corpus, const ranks *r, held_out *held)
 {
     trainer t;
-    int result = trainer_create(&t, o, corpus) != 0 ? TRAIN_FAILED : train(&t);
+    int result = trainer_create(&t, o, corpus, r) != 0 ? TRAIN_FAILED : train(&t);
     if (result == TRAIN_DONE && trainer_measure(&t, FINAL_BATCHES, held, NULL, NULL) != 0)
         result = TRAIN_FAILED;
     trainer_destroy(&t);
     return result;
 }
 
-static int run_all(const options *o, const text *corpus, results bits)
+static int run_all(const options *o, const text *corpus, const ranks *r, results bits)
 {
     printf("\n| rate | seed | MoE | dense twin | dense - MoE | busiest / mean | idle experts |\n"
            "|---:|---:|---:|---:|---:|---:|---:|\n");
@@ -59,7 +59,7 @@ static int run_all(const options *o, const text *corpus, results bits)
             one.seed = o->seed + (uint64_t)seed;
             one.quiet = 1;
             fflush(stdout);
-            int result = run_one(&one, corpus, &held);
+            int result = run_one(&one, corpus, r, &held);
             if (result != TRAIN_DONE) return result;
             for (int i = 0; i < MODELS; i++) bits[i][rate][seed] = held.bits[i];
             printf("| %g | %llu | %.4f | %.4f | %+.4f | %.2f | %lld |\n", one.rate,
@@ -78,10 +78,10 @@ static int best_rate(double bits[RATES][SEEDS])
     return best;
 }
 
-int sweep(const options *o, const text *corpus)
+int sweep(const options *o, const text *corpus, const ranks *r)
 {
     results bits;
-    int result = run_all(o, corpus, bits), best[MODELS];
+    int result = run_all(o, corpus, r, bits), best[MODELS];
     if (result != TRAIN_DONE) return result;
     printf("\n| rate | MoE | dense twin | dense - MoE |\n|---:|---:|---:|---:|\n");
     for (int rate = 0; rate < RATES; rate++) {

@@ -6,6 +6,6 @@
 #include "text.h"
 
 /* Prints Markdown tables as runs finish. Returns as train. */
-int sweep(const options *o, const text *corpus);
+int sweep(const options *o, const text *corpus, const ranks *r);
 
 #endif

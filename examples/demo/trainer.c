@@ -33,26 +33,29 @@ double trainer_clock(void)
     return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
 
-int trainer_create(trainer *t, const options *o, const text *corpus)
+int trainer_create(trainer *t, const options *o, const text *corpus, const ranks *r)
 {
     moe_context_config c;
     memset(t, 0, sizeof *t);
     t->options = o;
     t->text = corpus;
+    t->ranks = r;
     t->state.random = o->seed;
     TRY(moe_context_config_init(&c, sizeof c));
     c.threads = o->threads;
     TRY(moe_context_create(&t->context, &c));
+    if (ranks_join(r, t->context, &t->comm) != 0) return -1;
     for (int i = 0; i < MODELS; i++) {
         model_options m = {.experts = o->experts,
                            .top_k = o->top_k,
                            .hidden = o->hidden,
                            .tokens = TOKENS,
+                           .groups = o->groups,
                            .dense = i == DENSE,
                            .seed = o->seed,
                            .balance = o->balance};
         t->used[i] = o->only == ONLY_BOTH || (o->only == ONLY_MOE) == (i == MOE);
-        if (t->used[i] && model_create(&t->models[i], t->context, &m) != 0) return -1;
+        if (t->used[i] && model_create(&t->models[i], t->context, r, t->comm, &m) != 0) return -1;
     }
     return 0;
 }
@@ -60,7 +63,9 @@ int trainer_create(trainer *t, const options *o, const text *corpus)
 void trainer_destroy(trainer *t)
 {
     for (int i = 0; i < MODELS; i++) model_destroy(&t->models[i]);
+    moe_comm_destroy(t->comm);
     moe_context_destroy(t->context);
+    t->comm = NULL;
     t->context = NULL;
 }
 
@@ -74,9 +79,10 @@ static uint64_t next_random(uint64_t *state)
 }
 
 /* Random places with CONTEXT bytes before them in the same part of the text. */
-static void pick_positions(int64_t *positions, size_t begin, size_t end, uint64_t *state)
+static void pick_positions(int64_t *positions, int64_t count, size_t begin, size_t end,
+                           uint64_t *state)
 {
-    for (int i = 0; i < TOKENS; i++)
+    for (int64_t i = 0; i < count; i++)
         positions[i] = (int64_t)(begin + CONTEXT + next_random(state) % (end - begin - CONTEXT));
 }
 
@@ -92,12 +98,13 @@ int trainer_step(trainer *t)
     int64_t positions[TOKENS];
     trainer_state *s = &t->state;
     model_result result;
-    pick_positions(positions, 0, t->text->train_size, &s->random);
+    const batch b = {t->text->bytes, positions, t->options->batch, s->step, 1};
+    pick_positions(positions, b.tokens, 0, t->text->train_size, &s->random);
     for (int i = 0; i < MODELS; i++) {
         model *m = &t->models[i];
         double begin = trainer_clock();
         if (!t->used[i]) continue;
-        if (model_run(m, t->text->bytes, positions, TOKENS, s->step, 1, &result) != 0 ||
+        if (model_run(m, &b, &result) != 0 ||
             model_update(m, s->step, trainer_rate(t->options, s->step)) != 0)
             return -1;
         s->bits[i] = s->step == 0 ? result.bits : 0.95 * s->bits[i] + 0.05 * result.bits;
@@ -110,17 +117,20 @@ int trainer_step(trainer *t)
 
 /* ---- held-out text --------------------------------------------------------------------------- */
 
+/* Adds where the bytes of this rank went. */
 static int count_entries(trainer *t, const int64_t *positions, double *counts, double *by_read,
                          double *by_next)
 {
     const moe_plan *plan;
     moe_plan_view v;
-    TRY(moe_pass_plan(t->models[MOE].middle.pass, &plan));
+    int64_t first, tokens;
+    model_own_bytes(&t->models[MOE], TOKENS, &first, &tokens);
+    TRY(moe_pass_plan(t->models[MOE].middle.pass[0], &plan));
     TRY(moe_plan_view_init(&v, sizeof v));
     TRY(moe_plan_get(plan, &v));
     for (int64_t token = 0; token < v.tokens; token++) {
-        int read = class_of_byte(t->text->bytes[positions[token] - 1]);
-        int next = class_of_byte(t->text->bytes[positions[token]]);
+        int read = class_of_byte(t->text->bytes[positions[first + token] - 1]);
+        int next = class_of_byte(t->text->bytes[positions[first + token]]);
         for (int64_t i = v.token_begin[token]; i < v.token_begin[token + 1]; i++) {
             int64_t e = v.expert_of_entry[i];
             counts[e]++;
@@ -129,6 +139,15 @@ static int count_entries(trainer *t, const int64_t *positions, double *counts, d
         }
     }
     return 0;
+}
+
+/* What all ranks counted. */
+static int sum_counts(const ranks *r, int64_t experts, double *counts, double *by_read,
+                      double *by_next)
+{
+    if (ranks_sum_doubles(r, counts, experts) != 0) return -1;
+    if (by_read && ranks_sum_doubles(r, by_read, experts * CLASSES) != 0) return -1;
+    return by_next ? ranks_sum_doubles(r, by_next, experts * CLASSES) : 0;
 }
 
 static sharing share(const double *counts, int64_t experts)
@@ -149,10 +168,10 @@ static sharing share(const double *counts, int64_t experts)
 static int measure_batch(trainer *t, const int64_t *positions, double *sums, double *square)
 {
     model_result result;
+    const batch b = {t->text->bytes, positions, TOKENS, 0, 0};
     for (int i = 0; i < MODELS; i++) {
         if (!t->used[i]) continue;
-        if (model_run(&t->models[i], t->text->bytes, positions, TOKENS, 0, 0, &result) != 0)
-            return -1;
+        if (model_run(&t->models[i], &b, &result) != 0) return -1;
         sums[i] += result.bits * TOKENS;
     }
     if (!t->used[MOE] || !t->used[DENSE]) return 0;
@@ -171,11 +190,13 @@ int trainer_measure(trainer *t, int batches, held_out *held, double *by_read, do
     double *counts = calloc((size_t)experts, sizeof *counts);
     int failed = !counts;
     *held = (held_out){0};
-    for (int batch = 0; batch < batches && !failed; batch++) {
-        pick_positions(positions, t->text->train_size, t->text->size, &random);
+    for (int i = 0; i < batches && !failed; i++) {
+        pick_positions(positions, TOKENS, t->text->train_size, t->text->size, &random);
         failed = measure_batch(t, positions, sums, &square) != 0 ||
                  (t->used[MOE] && count_entries(t, positions, counts, by_read, by_next) != 0);
     }
+    if (!failed && t->used[MOE])
+        failed = sum_counts(t->ranks, experts, counts, by_read, by_next) != 0;
     for (int i = 0; i < MODELS; i++) held->bits[i] = sums[i] / bytes;
     double mean = held->bits[DENSE] - held->bits[MOE];
     /* Of a short text the same bytes come again and again, which makes no more evidence. */

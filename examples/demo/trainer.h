@@ -24,7 +24,9 @@ typedef struct trainer_state {
 typedef struct trainer {
     const options *options;
     const text *text;
+    const ranks *ranks;
     moe_context *context;
+    moe_comm *comm;
     model models[MODELS];
     int used[MODELS]; /* 0: --only asked for the other */
     trainer_state state;
@@ -53,8 +55,9 @@ double trainer_clock(void);
 extern volatile sig_atomic_t trainer_signal;
 void trainer_catch_signals(void);
 
-/* Return 0, or -1 with a message on stderr. */
-int trainer_create(trainer *t, const options *o, const text *corpus);
+/* Return 0, or -1 with a message on stderr. Every rank makes every call but trainer_destroy, and has
+ * the same results. */
+int trainer_create(trainer *t, const options *o, const text *corpus, const ranks *r);
 void trainer_destroy(trainer *t);
 
 /* Warm-up, then half a cosine down to a twentieth of the rate: the rate of step `step`. */
