@@ -64,7 +64,7 @@ typedef struct moe_collectives {
     /* Gives a request up after a failure, without waiting long. Returns the bytes of memory that the
      * transport may still touch, of recv, send and its own: 0 if it has let go of all. What it has
      * not let go of is not freed, see moe_comm_pending_bytes; but the two begins may go. NULL: it
-     * lets go of nothing else. */
+     * lets go of nothing. */
     moe_exchange_cancel_fn exchange_cancel;
     /* Which ranks a request still waits for: missing[p] = 1, else 0. For messages; may be NULL. */
     moe_exchange_missing_fn missing;
