@@ -27,9 +27,9 @@ enum {
     MOE__CHOOSE_THRESHOLD = 5  /* the experts whose score is above their threshold */
 };
 
-/* One decision among `width` candidates for each of `rows` rows. A flat gate has one level: its rows
- * are the tokens, its candidates the experts. A hierarchical gate has two: tokens among groups, then
- * the rows of that routing, sorted by group, among the experts of their group. */
+/* One decision among `width` candidates for each of `rows` rows. A flat gate has one level: its
+ * rows are the tokens, its candidates the experts. A hierarchical gate has two: tokens among
+ * groups, then the rows of that routing, sorted by group, among the experts of their group. */
 typedef struct moe__gate_level {
     int64_t rows, width, top_k;
     int64_t parts;               /* 1, or the number of groups: each has weights of its own */
@@ -62,7 +62,8 @@ typedef struct moe__gate_level {
 /* route: logits -> noise -> choice -> weights. src/cpu/route.c, choose.c */
 typedef struct moe__route_job {
     moe__workers workers;
-    const moe_gate_config *config; /* as the steps see it: top_k is the K of this call, see gate.c */
+    const moe_gate_config *config; /* as the steps see it: top_k is the K of this call, see
+                                      gate.c */
     int32_t choose;                /* MOE__CHOOSE_* */
     int32_t levels;                /* 1, or 2 for a hierarchical gate */
     int64_t tokens;                /* T */
@@ -82,9 +83,11 @@ typedef struct moe__route_job {
     const int64_t *group_begin;    /* [G+1] first token of each group */
     const int64_t *valid_begin;    /* [G+1] first of each group among the unmasked tokens */
     const int64_t *valid_token;    /* [valid] their numbers */
-    const int64_t *taken_of_group; /* [G] tokens an expert takes of a group; MOE__CHOOSE_BY_EXPERT */
+    const int64_t *taken_of_group; /* [G] tokens an expert takes of a group;
+                                      MOE__CHOOSE_BY_EXPERT */
     moe__gate_level level[2];
-    moe__plan_arrays *primary; /* [T,A] routing of level 0 if there are two: laid out; filled here */
+    moe__plan_arrays *primary; /* [T,A] routing of level 0 if there are two: laid out; filled
+                                  here */
     /* the plan: written unless given */
     int64_t *token_begin;     /* [T+1]; written where the entries of a token vary */
     int32_t *expert_of_entry; /* [N]; -1 for masked tokens */
@@ -244,8 +247,8 @@ typedef struct moe__experts_job {
     void *out;           /* [R,O] outputs of the experts, after the output function; kept */
     void *weight_of_row; /* [R] kept */
     int64_t *tile_begin; /* scratch [E+1] */
-    const int64_t *segment_begin; /* [E * segments + 1] rows of each expert's token groups: parameter
-                                     gradients are summed group by group; NULL: as one */
+    const int64_t *segment_begin; /* [E * segments + 1] rows of each expert's token groups:
+                                     parameter gradients are summed group by group; NULL: as one */
     int64_t segments;             /* token groups */
     void *x_rows;                 /* [R,D] of the host's experts, kept; else NULL */
     void *workspace;      /* [R,workspace_per_row] bytes from the job's first row on, kept; or

@@ -157,8 +157,8 @@ moe_status moe__branches_forward(moe_pass *pass, const moe__rows_job *to, bool s
 
 /* ---- backward -------------------------------------------------------------------------------- */
 
-/* Every rank has these parameters, so their gradients are summed group by group, as those of a gate:
- * an expert has a row of every token that is not masked, in order. */
+/* Every rank has these parameters, so their gradients are summed group by group, as those of a
+ * gate: an expert has a row of every token that is not masked, in order. */
 static void find_segments(const moe_pass *pass, moe__branch *branch)
 {
     const moe__plan_arrays *plan = &branch->plan;

@@ -384,8 +384,8 @@ struct moe_layer {
 void moe__gate_retain(moe_gate *gate);
 void moe__experts_retain(moe_experts *experts);
 void moe__comm_retain(moe_comm *comm);
-/* Frees memory that exchanges of `comm` (or NULL) may have used, unless the transport may still touch
- * it. */
+/* Frees memory that exchanges of `comm` (or NULL) may have used, unless the transport may still
+ * touch it. */
 void moe__comm_free(const moe_comm *comm, moe_context *context, void *memory, int64_t bytes);
 /* Makes a communicator over a table of the library's own; release is called if this fails. */
 moe_status moe__comm_make(moe_comm **comm, moe_context *context, const moe_collectives *table,

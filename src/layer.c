@@ -5,8 +5,8 @@
  *
  * A gate alone runs the first three steps, a pool alone the last two; all go through
  * moe__run_forward and moe__run_backward. Arguments were checked before (arguments.c), memory is
- * cut by pass_layout.c, shared experts and residual branch are in branch.c, and the arithmetic is the
- * backend's (backend.h). */
+ * cut by pass_layout.c, shared experts and residual branch are in branch.c, and the arithmetic is
+ * the backend's (backend.h). */
 #include "pass_state.h"
 
 #include <string.h>

@@ -1,10 +1,11 @@
 /* norm.c - the squared norm of a layer's gradient over all ranks.
  *
- *     sum over parameters, over experts, over elements of gradient^2, each level in order, in double
+ *     sum over parameters, over experts, over elements of gradient^2, each level in order, in
+ *     double
  *
  * The experts of all ranks count, and what every rank has counts once. A rank finds the sums of its
- * own experts; all gather them and add in order of expert, so that every rank has the same bytes, those
- * of one rank with the same gradients. */
+ * own experts; all gather them and add in order of expert, so that every rank has the same bytes,
+ * those of one rank with the same gradients. */
 #include "pass_state.h"
 
 #include <string.h>

@@ -5,8 +5,8 @@
  *
  *     {purpose 2 << 24 | stream << 16 | tensor, expert, row, column / 4}
  *
- * stream: a gate's stream_id; of a layer's pools 0 for the routed, 1 the shared, 2 the residual one;
- * whatever layout, GLU order or dtype it is stored in: see docs/numerics.md, "Initial
+ * stream: a gate's stream_id; of a layer's pools 0 for the routed, 1 the shared, 2 the residual
+ * one; whatever layout, GLU order or dtype it is stored in: see docs/numerics.md, "Initial
  * parameters". */
 #include "internal.h"
 #include "philox.h"

@@ -97,7 +97,8 @@ static void lay_out_route(moe_pass *pass, moe__arena *arena, const moe__pass_sha
                              : NULL;
 }
 
-/* Of the routing, before everything that depends on how it is used, so that it stays where it is. */
+/* Of the routing, before everything that depends on how it is used, so that it stays where it
+ * is. */
 static void lay_out_primary(moe_pass *pass, moe__arena *arena, const moe__pass_shape *s)
 {
     const moe_gate_config *c = s->gate;

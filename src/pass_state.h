@@ -188,7 +188,8 @@ const char *moe__gate_kind_name(int32_t kind);
 /* Whether its experts take tokens, so that the entries of a token vary. */
 bool moe__gate_takes_tokens(const moe_gate_config *config);
 bool moe__gate_is_noisy(const moe_gate_config *config);
-/* The largest top_k, and the entries of a token with this one: of kinds where they vary their mean. */
+/* The largest top_k, and the entries of a token with this one: of kinds where they vary their
+ * mean. */
 int64_t moe__gate_most_k(const moe_gate_config *config);
 int64_t moe__gate_entries_per_token(const moe_gate_config *config, int64_t top_k);
 /* What the kernels see. */
@@ -215,11 +216,12 @@ void moe__gate_gradients(const moe_gate *gate, moe__route_job *job, moe__gate_ba
 /* branch.c: shared experts, residual branch and their coefficients. */
 /* The entries of every token to every expert, with weight 1. */
 void moe__everyone_entries(moe__plan_arrays *plan);
-/* Finds the coefficients and the branches' plans; *routed is then the plan of the routed experts. */
+/* Finds the coefficients and the branches' plans; *routed is then the plan of the routed
+ * experts. */
 moe_status moe__branches_begin(moe_pass *pass, const moe__forward *f, const moe__backend *kernels,
                                const moe__plan_arrays **routed);
-/* Adds the branches to y, where `routed` has put the routed part; then a sigmoid if asked, and a copy
- * of the result in `saved`, or NULL. */
+/* Adds the branches to y, where `routed` has put the routed part; then a sigmoid if asked, and a
+ * copy of the result in `saved`, or NULL. */
 moe_status moe__branches_forward(moe_pass *pass, const moe__rows_job *routed, bool sigmoid,
                                  void *saved, const moe__backend *kernels);
 /* After the routed experts: adds to dx and to the parameter gradients, and makes entry_grad that by
@@ -254,8 +256,8 @@ void moe__ranks_free(moe_pass *pass);
 void moe__ranks_trim(moe_pass *pass);
 /* Memory that a pass needs to take part at all. */
 moe_status moe__ranks_prepare(moe_pass *pass, const char *function);
-/* A call that fails with `status` before it has reached the others still takes part, so that all ranks
- * return an error and none waits. Returns `status`. */
+/* A call that fails with `status` before it has reached the others still takes part, so that all
+ * ranks return an error and none waits. Returns `status`. */
 moe_status moe__ranks_decline(moe_pass *pass, bool backward, moe_status status,
                               const char *function);
 /* Compares the layers of a group and finds first_expert; on every rank at once. */

@@ -213,7 +213,8 @@ moe_status moe__check_groups(const int64_t *group_begin, int64_t groups, int64_t
     return MOE_OK;
 }
 
-/* What the drop policy reads. Without a capacity there is nothing to drop, and nothing is needed. */
+/* What the drop policy reads. Without a capacity there is nothing to drop, and nothing is
+ * needed. */
 static moe_status check_drop(const moe_plan_args *a, const char *function)
 {
     const int64_t limit = (int64_t)1 << 32; /* words of the counter have 32 bits */

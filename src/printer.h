@@ -1,5 +1,5 @@
-/* printer.h - text into memory of the caller, counted whether it fits or not; the same bytes in every
- * locale. */
+/* printer.h - text into memory of the caller, counted whether it fits or not; the same bytes in
+ * every locale. */
 #ifndef MOE_PRINTER_H
 #define MOE_PRINTER_H
 

@@ -5,8 +5,8 @@
  *              source, token), which is the order that one rank with all tokens would have
  *     back:    results return in the order of arrival, which is the order of the source's rows
  *
- * The owner's view is a plan like any other: a "token" is a row that arrived, with one entry. Rank r
- * holds experts first_expert[r] to first_expert[r + 1] - 1. A gradient by a row, a weight or a
+ * The owner's view is a plan like any other: a "token" is a row that arrived, with one entry. Rank
+ * r holds experts first_expert[r] to first_expert[r + 1] - 1. A gradient by a row, a weight or a
  * parameter is computed from the same numbers in the same order as on one rank, so it is the same
  * bytes. Rows and counts cross in exchanges of the communicator; a failure of one leaves the pass
  * failed. */
@@ -19,8 +19,8 @@ static int32_t ranks_of(const moe_pass *pass) { return comm_of(pass)->size; }
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
-/* Before the rows every rank tells every rank how it is doing, in a header, and how many rows it has for
- * each of its experts. */
+/* Before the rows every rank tells every rank how it is doing, in a header, and how many rows it
+ * has for each of its experts. */
 enum { HEADER = 4, WORD_CALL = 0, WORD_LAYER = 1, WORD_STATUS = 2, WORD_TOKENS = 3 };
 enum { CALL_FORWARD = 1, CALL_BACKWARD = 2 };
 
@@ -105,8 +105,8 @@ static int64_t count_in(const moe_pass *pass, int64_t p, int64_t i)
     return pass->ranks.words_in[pass->ranks.in_begin[p] + HEADER + i];
 }
 
-/* Exchanges headers with `status`, and with `counts` the rows of `plan` (NULL: none) for each expert. The
- * first rank that failed is everyone's error. */
+/* Exchanges headers with `status`, and with `counts` the rows of `plan` (NULL: none) for each
+ * expert. The first rank that failed is everyone's error. */
 static moe_status exchange_words(moe_pass *pass, const moe__plan_arrays *plan, int32_t call,
                                  moe_status status, const char *function)
 {

@@ -1,11 +1,11 @@
 /* reduce.c - gradients of replicated parameters, summed over ranks in order of rank.
  *
- *     every rank: slice p of its gradient to rank p;  rank p: sum of its slices from rank 0 on;  all:
- *     every slice from its rank
+ *     every rank: slice p of its gradient to rank p;  rank p: sum of its slices from rank 0 on;
+ *     all: every slice from its rank
  *
- * Never the transport's own sum, whose order is its own: so the bytes are those of one rank with the
- * same token groups, if each rank had one group and gradients began at 0. A ring would send as many
- * bytes. */
+ * Never the transport's own sum, whose order is its own: so the bytes are those of one rank with
+ * the same token groups, if each rank had one group and gradients began at 0. A ring would send as
+ * many bytes. */
 #include "pass_state.h"
 
 #include <string.h>

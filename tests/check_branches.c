@@ -1,5 +1,5 @@
-/* check_branches.c - a layer's shared experts, residual branch and dropped tokens: y from the parts'
- * own calls and coefficients found here, the parameters a layer has of its own, and what is
+/* check_branches.c - a layer's shared experts, residual branch and dropped tokens: y from the
+ * parts' own calls and coefficients found here, the parameters a layer has of its own, and what is
  * refused. Gradients are check_family's. */
 #include "support/layer_case.h"
 #include "support/suite.h"
@@ -75,7 +75,8 @@ static void bench_end(bench *n)
     moe_experts_destroy(n->residual), moe_context_destroy(n->context);
 }
 
-/* out[T,O] of a layer of the routed experts alone, or of one pool whose experts all tokens visit. */
+/* out[T,O] of a layer of the routed experts alone, or of one pool whose experts all tokens
+ * visit. */
 static void routed_alone(const bench *n, double *out)
 {
     moe_layer *layer = NULL;
@@ -129,7 +130,7 @@ static void compare(const double *got, const double *want)
                       want[i]);
 }
 
-/* ---- values ----------------------------------------------------------------------------------- */
+/* ---- values ---------------------------------------------------------------------------------- */
 
 /* y = c0 routed + c1 residual + s shared with both coefficients, without, and with output. */
 START_TEST(test_branches_are_added_with_their_coefficients)
@@ -166,7 +167,8 @@ START_TEST(test_branches_are_added_with_their_coefficients)
 }
 END_TEST
 
-/* A masked token gets 0 whatever stands beside the routed experts, and NaN in its x goes nowhere. */
+/* A masked token gets 0 whatever stands beside the routed experts, and NaN in its x goes
+ * nowhere. */
 START_TEST(test_branches_leave_masked_tokens_alone)
 {
     bench n;
@@ -233,7 +235,7 @@ START_TEST(test_dropped_tokens_get_what_was_asked)
 }
 END_TEST
 
-/* ---- parameters ------------------------------------------------------------------------------- */
+/* ---- parameters ------------------------------------------------------------------------------ */
 
 START_TEST(test_layer_lists_and_binds_its_own_parameters)
 {
@@ -309,7 +311,7 @@ START_TEST(test_layer_init_makes_its_pools_differ)
 }
 END_TEST
 
-/* ---- refused ---------------------------------------------------------------------------------- */
+/* ---- refused --------------------------------------------------------------------------------- */
 
 static void refuse(bench *n, const char *first, const char *second)
 {

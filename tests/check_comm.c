@@ -1,5 +1,6 @@
-/* check_comm.c - the sentences of comm.h, on worlds of threads and on a host's collectives that fail:
- * what is exchanged, what is refused, who is named, and that nobody waits beyond the deadline. */
+/* check_comm.c - the sentences of comm.h, on worlds of threads and on a host's collectives that
+ * fail: what is exchanged, what is refused, who is named, and that nobody waits beyond the
+ * deadline. */
 #include "support/layer_case.h"
 #include "support/suite.h"
 
@@ -13,7 +14,7 @@
 
 enum { MOST = 16, ROW = 12 };
 
-/* ---- a world, a thread for each rank ---------------------------------------------------------- */
+/* ---- a world, a thread for each rank --------------------------------------------------------- */
 
 typedef struct rank_run rank_run;
 typedef void (*rank_body)(rank_run *r);
@@ -54,7 +55,7 @@ static void run_world(rank_run ranks[MOST], int32_t size, int32_t number, double
     moe_context_destroy(context);
 }
 
-/* ---- rows ------------------------------------------------------------------------------------- */
+/* ---- rows ------------------------------------------------------------------------------------ */
 
 /* Rows that rank `from` has for rank `to` in exchange n; some have none. */
 static int64_t rows_of(int32_t from, int32_t to, int32_t n)
@@ -166,7 +167,7 @@ START_TEST(test_self_is_a_world_of_one)
 }
 END_TEST
 
-/* ---- ranks that fail -------------------------------------------------------------------------- */
+/* ---- ranks that fail ------------------------------------------------------------------------- */
 
 static double now(void)
 {
@@ -246,7 +247,7 @@ START_TEST(test_world_ends_every_wait)
 }
 END_TEST
 
-/* ---- a host's collectives --------------------------------------------------------------------- */
+/* ---- a host's collectives -------------------------------------------------------------------- */
 
 typedef struct host {
     int calls, fail_at, released, aborted;
@@ -322,7 +323,7 @@ START_TEST(test_host_failures_end_the_communicator)
 }
 END_TEST
 
-/* ---- refused ---------------------------------------------------------------------------------- */
+/* ---- refused --------------------------------------------------------------------------------- */
 
 START_TEST(test_comm_calls_refuse)
 {

@@ -1,5 +1,6 @@
 /* check_gate_kinds.c - what each kind of gate chooses and how many rows an expert takes, found here
- * once more from the formulas; random choices by their frequencies. Gradients are check_family's. */
+ * once more from the formulas; random choices by their frequencies. Gradients are
+ * check_family's. */
 #include "philox.h"
 #include "support/layer_case.h"
 #include "support/suite.h"
@@ -9,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- a gate with host logits ------------------------------------------------------------------ */
+/* ---- a gate with host logits ----------------------------------------------------------------- */
 
 /* A gate of width 0, its pass and the view of its last plan. */
 typedef struct routing {
@@ -79,7 +80,7 @@ static int64_t entry_at(const routing *r, int64_t t, int64_t e)
     return -1;
 }
 
-/* ---- hash ------------------------------------------------------------------------------------- */
+/* ---- hash ------------------------------------------------------------------------------------ */
 
 START_TEST(test_hash_experts_depend_on_seed_and_key_alone)
 {
@@ -109,7 +110,8 @@ START_TEST(test_hash_experts_depend_on_seed_and_key_alone)
 }
 END_TEST
 
-/* Draw j is floor(w (E - j) / 2^32) among what is left in ascending order, w of {hash, j / 4, key}. */
+/* Draw j is floor(w (E - j) / 2^32) among what is left in ascending order, w of {hash, j / 4,
+ * key}. */
 START_TEST(test_hash_is_the_documented_function)
 {
     enum { T = 40, E = 9, K = 9 };
@@ -156,7 +158,7 @@ START_TEST(test_hash_weights_come_from_logits_if_there_are_any)
 }
 END_TEST
 
-/* ---- experts that take tokens ----------------------------------------------------------------- */
+/* ---- experts that take tokens ---------------------------------------------------------------- */
 
 /* Whether (value, token) a is among the C first of expert e in tokens [first, last). */
 static int among_best(const routing *r, int64_t t, int64_t e, int64_t first, int64_t last,
@@ -281,7 +283,7 @@ START_TEST(test_balanced_gate_has_any_number_of_entries)
 }
 END_TEST
 
-/* ---- random choices --------------------------------------------------------------------------- */
+/* ---- random choices -------------------------------------------------------------------------- */
 
 /* The largest of logits plus Gumbel noise is e with probability softmax(logits)_e; weights do not
  * see the noise. */
@@ -317,7 +319,7 @@ START_TEST(test_gumbel_noise_chooses_as_often_as_the_softmax_says)
 }
 END_TEST
 
-/* ---- Sinkhorn --------------------------------------------------------------------------------- */
+/* ---- Sinkhorn -------------------------------------------------------------------------------- */
 
 /* d0 = 1 / (T (c d1 + 1e-8)), d1 = 1 / (E (d0 c + 1e-8)) in turn until the mean change of d1 is
  * at most the tolerance; then the largest of c d1. */
@@ -367,7 +369,7 @@ START_TEST(test_sinkhorn_chooses_by_the_balanced_matrix)
 }
 END_TEST
 
-/* ---- capacity --------------------------------------------------------------------------------- */
+/* ---- capacity -------------------------------------------------------------------------------- */
 
 typedef struct rounding {
     int32_t rounding;
@@ -410,7 +412,7 @@ START_TEST(test_capacity_is_rounded_as_asked)
 }
 END_TEST
 
-/* ---- selection bias --------------------------------------------------------------------------- */
+/* ---- selection bias -------------------------------------------------------------------------- */
 
 START_TEST(test_selection_bias_moves_the_choice_and_not_the_weights)
 {
@@ -492,7 +494,7 @@ START_TEST(test_selection_bias_calls_refuse)
 }
 END_TEST
 
-/* ---- two levels ------------------------------------------------------------------------------- */
+/* ---- two levels ------------------------------------------------------------------------------ */
 
 /* The primary plan, its tensors, and which plans a hierarchical gate replays. */
 START_TEST(test_hierarchical_gate_shows_its_primary_routing)
@@ -563,8 +565,8 @@ START_TEST(test_hierarchical_gate_shows_its_primary_routing)
 }
 END_TEST
 
-/* One group is the flat noisy gate, byte for byte: its primary weight is 1, its load that of the flat
- * gate. A group for each expert is that gate with the softmax one level up. */
+/* One group is the flat noisy gate, byte for byte: its primary weight is 1, its load that of the
+ * flat gate. A group for each expert is that gate with the softmax one level up. */
 START_TEST(test_hierarchical_gate_of_one_level_is_the_flat_one)
 {
     enum { T = 15, D = 4, E = 6, K = 2 };
@@ -610,7 +612,7 @@ START_TEST(test_hierarchical_gate_of_one_level_is_the_flat_one)
 }
 END_TEST
 
-/* ---- jitter and splits ------------------------------------------------------------------------ */
+/* ---- jitter and splits ----------------------------------------------------------------------- */
 
 /* logits = (x u) Wg with the documented u; tokens one by one give what the batch gives. */
 START_TEST(test_jitter_multiplies_the_gates_input)
@@ -673,7 +675,7 @@ START_TEST(test_jitter_leaves_the_hosts_logits_alone)
 }
 END_TEST
 
-/* ---- losses of each group --------------------------------------------------------------------- */
+/* ---- losses of each group -------------------------------------------------------------------- */
 
 /* With MOE_LOSS_SCOPE_GROUP the losses are the mean of those of the groups by themselves. */
 START_TEST(test_loss_scope_group_is_the_mean_over_groups)
@@ -710,9 +712,10 @@ START_TEST(test_loss_scope_group_is_the_mean_over_groups)
 }
 END_TEST
 
-/* ---- odd weights ------------------------------------------------------------------------------ */
+/* ---- odd weights ----------------------------------------------------------------------------- */
 
-/* Scores that sum to 0 renormalise to weights 0; a minimum is divided by instead of a smaller sum. */
+/* Scores that sum to 0 renormalise to weights 0; a minimum is divided by instead of a smaller
+ * sum. */
 START_TEST(test_renormalising_nothing_gives_nothing)
 {
     enum { T = 1, E = 3 };
@@ -733,9 +736,10 @@ START_TEST(test_renormalising_nothing_gives_nothing)
 }
 END_TEST
 
-/* ---- corners ---------------------------------------------------------------------------------- */
+/* ---- corners --------------------------------------------------------------------------------- */
 
-/* Priorities are scores: a policy that asks for them is harmless without a limit, refused with one. */
+/* Priorities are scores: a policy that asks for them is harmless without a limit, refused with
+ * one. */
 START_TEST(test_hash_without_logits_has_no_priorities)
 {
     enum { T = 6, E = 4 };
@@ -891,8 +895,8 @@ START_TEST(test_own_primary_routing_is_not_replayed)
 }
 END_TEST
 
-/* What a threshold gate needs is known when it has counted. Without the memory the pass is failed; a
- * smaller batch then goes through. */
+/* What a threshold gate needs is known when it has counted. Without the memory the pass is failed;
+ * a smaller batch then goes through. */
 START_TEST(test_thresholds_in_a_workspace_that_is_too_small)
 {
     enum { T = 64, E = 8 };

@@ -63,7 +63,7 @@ static uint64_t hash_of(const moe_layer *layer)
     return hash;
 }
 
-/* ---- every kind, layout and GLU order ----------------------------------------------------------- */
+/* ---- every kind, layout and GLU order -------------------------------------------------------- */
 
 static const int ACTIVATIONS[] = {MOE_ACTIVATION_RELU, MOE_ACTIVATION_SWIGLU,
                                   MOE_ACTIVATION_GEGLU_ERF};
@@ -116,7 +116,7 @@ START_TEST(test_checkpoint_of_every_kind_comes_back)
 }
 END_TEST
 
-/* ---- names, shapes and order -------------------------------------------------------------------- */
+/* ---- names, shapes and order ----------------------------------------------------------------- */
 
 /* A layer of E experts with biases; shared 1: a shared one, too. */
 static moe_layer *make_layer(moe_context *context, int layout, int glu_order, int32_t dtype,
@@ -187,7 +187,7 @@ START_TEST(test_checkpoint_has_the_documented_names_and_order)
 }
 END_TEST
 
-/* ---- host tensors, values, metadata, dtypes ------------------------------------------------------ */
+/* ---- host tensors, values, metadata, dtypes -------------------------------------------------- */
 
 START_TEST(test_checkpoint_holds_what_belongs_to_training)
 {
@@ -323,7 +323,7 @@ START_TEST(test_checkpoint_of_a_pool_of_parts)
 }
 END_TEST
 
-/* ---- bound memory ------------------------------------------------------------------------------- */
+/* ---- bound memory ---------------------------------------------------------------------------- */
 
 /* Odd strides and a pointer for each expert, by the support of the layer suites. */
 START_TEST(test_checkpoint_honours_bindings)
@@ -366,7 +366,7 @@ START_TEST(test_checkpoint_honours_bindings)
 }
 END_TEST
 
-/* ---- ranks -------------------------------------------------------------------------------------- */
+/* ---- ranks ----------------------------------------------------------------------------------- */
 
 static const int64_t SHARE[MOST + 1][MOST] = {{0}, {9}, {2, 7}, {4, 1, 4}, {1, 3, 2, 3}};
 
@@ -502,7 +502,7 @@ START_TEST(test_checkpoint_has_one_verdict)
 }
 END_TEST
 
-/* ---- what does not fit -------------------------------------------------------------------------- */
+/* ---- what does not fit ----------------------------------------------------------------------- */
 
 static int lines;
 static void count_line(void *user, int32_t level, const char *text)

@@ -1,5 +1,6 @@
-/* check_io_file.c - moe_file: what a safetensors file says is read, converted and found by name, in one
- * file or several; and whatever else it may say is refused with the reason, with nothing written. */
+/* check_io_file.c - moe_file: what a safetensors file says is read, converted and found by name, in
+ * one file or several; and whatever else it may say is refused with the reason, with nothing
+ * written. */
 #include "support/files.h"
 #include "support/layer_case.h"
 #include "support/suite.h"
@@ -26,7 +27,7 @@ static moe_file_record entry(const moe_file *file, const char *name)
     return r;
 }
 
-/* ---- good files ------------------------------------------------------------------------------- */
+/* ---- good files ------------------------------------------------------------------------------ */
 
 START_TEST(test_file_lists_and_reads)
 {
@@ -120,7 +121,7 @@ START_TEST(test_file_calls_refuse)
 }
 END_TEST
 
-/* ---- conversion ------------------------------------------------------------------------------- */
+/* ---- conversion ------------------------------------------------------------------------------ */
 
 /* Every number of 16 bits through f32 and f64 and back. */
 START_TEST(test_file_converts_every_small_number)
@@ -222,7 +223,7 @@ START_TEST(test_file_rounds_to_nearest_even)
 }
 END_TEST
 
-/* ---- hostile files ---------------------------------------------------------------------------- */
+/* ---- hostile files --------------------------------------------------------------------------- */
 
 typedef struct hostile {
     const char *header;
@@ -341,7 +342,7 @@ START_TEST(test_file_refuses_hostile_lengths)
 }
 END_TEST
 
-/* ---- several files ---------------------------------------------------------------------------- */
+/* ---- several files --------------------------------------------------------------------------- */
 
 static void make_shards(void)
 {
@@ -432,7 +433,7 @@ START_TEST(test_index_refuses_what_it_must_not_name)
 }
 END_TEST
 
-/* ---- damage ----------------------------------------------------------------------------------- */
+/* ---- damage ---------------------------------------------------------------------------------- */
 
 static void read_all(const moe_file *file)
 {

@@ -45,7 +45,7 @@ static char *name_of(const char *format, ...)
     return name;
 }
 
-/* ---- families ----------------------------------------------------------------------------------- */
+/* ---- families -------------------------------------------------------------------------------- */
 
 /* Experts 0 to count - 1 with a name for each of three matrices. */
 static void experts(files_maker *m, const char *prefix, const char *w1, const char *w3,
@@ -113,7 +113,7 @@ static void make_gpt_oss(files_maker *m, int mx)
     for (int64_t n = 0; n < E * F * D; n++) x[n] = bf16(number(W2, n / (F * D), n % D, n / D % F));
 }
 
-/* ---- what a layer has --------------------------------------------------------------------------- */
+/* ---- what a layer has ------------------------------------------------------------------------ */
 
 static void check_tensor(const moe_layer *layer, const setup *s, int tensor, int64_t first,
                          int64_t count, int64_t out, int64_t in)
@@ -148,7 +148,7 @@ static void check_layer(const moe_layer *layer, const setup *s, int64_t first, i
     }
 }
 
-/* ---- a forward by plain loops --------------------------------------------------------------------- */
+/* ---- a forward by plain loops ---------------------------------------------------------------- */
 
 /* y += weight times an expert of the numbers: W1, W3, W2 at tensor. */
 static void expert_forward(double *y, const double *x, double weight, int tensor, int64_t e,
@@ -290,7 +290,7 @@ START_TEST(test_import_of_gpt_oss)
 }
 END_TEST
 
-/* ---- quantised ---------------------------------------------------------------------------------- */
+/* ---- quantised ------------------------------------------------------------------------------- */
 
 /* Numbers of four bits with a scale for 32: blocks [E,out,in/32,16] and scales [E,out,in/32]. */
 static const double FOUR[16] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.0, -.5, -1, -1.5, -2, -3, -4, -6};
@@ -396,7 +396,7 @@ START_TEST(test_import_of_f8)
 }
 END_TEST
 
-/* ---- shards, ranks, names of one's own ------------------------------------------------------------ */
+/* ---- shards, ranks, names of one's own ------------------------------------------------------- */
 
 static void make_sharded(void)
 {
@@ -513,7 +513,7 @@ START_TEST(test_names_of_ones_own)
 }
 END_TEST
 
-/* ---- refused ------------------------------------------------------------------------------------ */
+/* ---- refused --------------------------------------------------------------------------------- */
 
 static void not_imported(moe_context *context, const setup *s, int32_t family, const char *why)
 {

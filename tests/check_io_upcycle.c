@@ -1,5 +1,5 @@
-/* check_io_upcycle.c - a dense network made into experts: whole, in slices, from memory in either order or
- * from a file, with noise where it is wanted. */
+/* check_io_upcycle.c - a dense network made into experts: whole, in slices, from memory in either
+ * order or from a file, with noise where it is wanted. */
 #include "support/files.h"
 #include "support/layer_case.h"
 #include "support/model_file.h"

@@ -1,5 +1,5 @@
-/* check_preset.c - each preset by the formulas of its source, computed here in double from a table of
- * its own, and moe_describe. */
+/* check_preset.c - each preset by the formulas of its source, computed here in double from a table
+ * of its own, and moe_describe. */
 #include "support/layer_case.h"
 #include "support/suite.h"
 
@@ -12,7 +12,7 @@
 
 enum { T = 24, D = 8, F = 6, E = 16 };
 
-/* ---- what the sources say --------------------------------------------------------------------- */
+/* ---- what the sources say -------------------------------------------------------------------- */
 
 enum { RELU, GELU, SWIGLU, CLAMPED };
 enum { DROPLESS, BY_TOKEN, BY_CHOICE, AT_RANDOM };
@@ -62,7 +62,7 @@ static const source SOURCES[] = {
     {"llama4", .K = 1, .sigmoid = 1, .activation = SWIGLU, .on_input = 1},
 };
 
-/* ---- a layer of a preset ---------------------------------------------------------------------- */
+/* ---- a layer of a preset --------------------------------------------------------------------- */
 
 typedef struct made {
     const source *s;
@@ -153,7 +153,7 @@ static const double *parameter(const made *m, const char *name)
     return p.data;
 }
 
-/* ---- the formulas ----------------------------------------------------------------------------- */
+/* ---- the formulas ---------------------------------------------------------------------------- */
 
 /* z[n] = x[D] w[D,n] + b */
 static void product(double *z, const double *x, const double *w, const double *b, int64_t rows,
@@ -293,7 +293,7 @@ static void compare(const char *what, const double *got, const double *want, int
                       "%s[%lld] is %.17g, want %.17g", what, (long long)i, got[i], want[i]);
 }
 
-/* ---- the tests -------------------------------------------------------------------------------- */
+/* ---- the tests ------------------------------------------------------------------------------- */
 
 START_TEST(test_preset_computes_the_formulas_of_its_source)
 {
@@ -407,7 +407,7 @@ START_TEST(test_preset_refuses)
 }
 END_TEST
 
-/* ---- describe --------------------------------------------------------------------------------- */
+/* ---- describe -------------------------------------------------------------------------------- */
 
 START_TEST(test_describe_keeps_to_its_size)
 {

@@ -1,6 +1,6 @@
-/* check_ranks.c - a layer on several ranks against one rank that has all tokens and experts, with the
- * same token groups: y, dx and every gradient are the same bytes, for every kind of gate, uneven shards and ranks without tokens. And what ends well when a rank
- * disagrees or leaves. */
+/* check_ranks.c - a layer on several ranks against one rank that has all tokens and experts, with
+ * the same token groups: y, dx and every gradient are the same bytes, for every kind of gate,
+ * uneven shards and ranks without tokens. And what ends well when a rank disagrees or leaves. */
 #include "support/layer_case.h"
 #include "support/ranks.h"
 #include "support/suite.h"
@@ -56,7 +56,7 @@ START_TEST(test_ranks_are_one_rank_with_the_same_groups)
 }
 END_TEST
 
-/* ---- norm ------------------------------------------------------------------------------------- */
+/* ---- norm ------------------------------------------------------------------------------------ */
 
 START_TEST(test_ranks_norm_is_that_of_all_gradients)
 {
@@ -84,7 +84,7 @@ START_TEST(test_ranks_norm_is_that_of_all_gradients)
 }
 END_TEST
 
-/* ---- ranks that fail -------------------------------------------------------------------------- */
+/* ---- ranks that fail ------------------------------------------------------------------------- */
 
 /* A small layer of a rank; what goes wrong is the test's. */
 typedef struct lone {
@@ -121,7 +121,8 @@ static void failing_free(void *user, void *memory, uint64_t bytes)
     free(memory);
 }
 
-/* What all ranks were told is no end: the same call again, and a backward that one rank gets wrong. */
+/* What all ranks were told is no end: the same call again, and a backward that one rank gets
+ * wrong. */
 static void go_on(lone *l, moe_layer *layer, moe_pass *pass, moe_forward_args *f)
 {
     moe_backward_args b;

@@ -8,8 +8,8 @@
  * Returns 0, or -1 with a message on stderr. */
 int checkpoint_probe(const char *path);
 
-/* Rank 0 writes the run to a temporary file beside `path`, which then takes the name `path`: there is
- * always a whole checkpoint or none. The same bytes for any number of ranks that had the same
+/* Rank 0 writes the run to a temporary file beside `path`, which then takes the name `path`: there
+ * is always a whole checkpoint or none. The same bytes for any number of ranks that had the same
  * parameters. Every rank makes this call. Returns 0, or -1 with a message on stderr. */
 int checkpoint_save(const trainer *t, const char *path);
 

@@ -22,10 +22,10 @@ static int out_of_memory(void)
 
 /* ---- configs --------------------------------------------------------------------------------- */
 
-/* The losses that spread the load. The paper's two are of all bytes of a batch, but the library knows
- * only a rank's own; so several groups have a loss that is a mean over groups, which ranks can divide
- * among them. Its weight is a power of two, so that dividing it rounds nothing. Once a layer can
- * take its losses over all ranks, every run has the first two. */
+/* The losses that spread the load. The paper's two are of all bytes of a batch, but the library
+ * knows only a rank's own; so several groups have a loss that is a mean over groups, which ranks
+ * can divide among them. Its weight is a power of two, so that dividing it rounds nothing. Once a
+ * layer can take its losses over all ranks, every run has the first two. */
 static void balance_config(const model_options *o, moe_gate_config *g)
 {
     if (o->groups <= 1) {

@@ -11,9 +11,10 @@
  * the twin's middle are libmoe pools of one expert, so that libmoe computes every product here.
  * norm divides a row by its root mean square.
  *
- * A batch is cut into groups of bytes. A parameter that every byte meets has a gradient for each group,
- * and these are added in order of group; an expert's gradient is one sum over its rows. Several ranks
- * are one group each, so they compute the bytes that one rank computes with as many groups. */
+ * A batch is cut into groups of bytes. A parameter that every byte meets has a gradient for each
+ * group, and these are added in order of group; an expert's gradient is one sum over its rows.
+ * Several ranks are one group each, so they compute the bytes that one rank computes with as many
+ * groups. */
 #ifndef DEMO_MODEL_H
 #define DEMO_MODEL_H
 
@@ -91,7 +92,8 @@ typedef struct model_result {
 } model_result;
 
 /* Return 0, or -1 with a message on stderr. The context may serve several models, and so may
- * comm, ranks_join's of the context. Every rank makes every call but model_destroy and the counts. */
+ * comm, ranks_join's of the context. Every rank makes every call but model_destroy and the
+ * counts. */
 int model_create(model *m, moe_context *context, const ranks *r, moe_comm *comm,
                  const model_options *options);
 /* Also for a model that is all zero, or that could not be made completely. */

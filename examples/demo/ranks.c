@@ -68,8 +68,8 @@ static void add_doubles(void *to, const void *from, int64_t count)
     for (int64_t i = 0; i < count; i++) sum[i] += part[i];
 }
 
-/* Each rank receives its slice of everyone's values, adds them up in order of rank, and hands the sum
- * to all. A transport's own sum would have an order of its own. */
+/* Each rank receives its slice of everyone's values, adds them up in order of rank, and hands the
+ * sum to all. A transport's own sum would have an order of its own. */
 static int sum_slices(const ranks *r, void *values, int64_t count, char *slices, int64_t size,
                       add_fn add)
 {

@@ -1,10 +1,10 @@
-/* ranks.h - the processes that train together. Each holds a share of the experts and of every batch,
- * and all else alike.
+/* ranks.h - the processes that train together. Each holds a share of the experts and of every
+ * batch, and all else alike.
  *
- * Two files make ranks_begin, ranks_end and ranks_join: ranks_none.c, for a program of one process, and
- * ranks_mpi.c. Every rank makes every call below in the same order; with one rank they cost nothing.
- * Sums are formed in order of rank, so that they are the bytes of one rank that adds the same parts
- * in the same order. */
+ * Two files make ranks_begin, ranks_end and ranks_join: ranks_none.c, for a program of one process,
+ * and ranks_mpi.c. Every rank makes every call below in the same order; with one rank they cost
+ * nothing. Sums are formed in order of rank, so that they are the bytes of one rank that adds the
+ * same parts in the same order. */
 #ifndef DEMO_RANKS_H
 #define DEMO_RANKS_H
 
@@ -18,28 +18,30 @@ typedef struct ranks {
     int32_t rank, size;
 } ranks;
 
-/* Before the command line is read: MPI may take words from it. Only rank 0 has an output afterwards.
+/* Before the command line is read: MPI may take words from it. Only rank 0 has an output
+ * afterwards.
  * Returns 0, or -1 with a message on stderr. */
 int ranks_begin(ranks *r, int *argc, char ***argv);
 /* `code` is the program's exit code. Where ranks did not fail together this ends them all. */
 void ranks_end(ranks *r, int code);
 
-/* A communicator of these ranks for the layers of a context; NULL with one rank. Returns 0, or -1 with
- * a message on stderr. */
+/* A communicator of these ranks for the layers of a context; NULL with one rank. Returns 0, or -1
+ * with a message on stderr. */
 int ranks_join(const ranks *r, moe_context *context, moe_comm **comm);
 
-/* Whether the output is a terminal. Several ranks have none: mpirun may show them one that is a file. */
+/* Whether the output is a terminal. Several ranks have none: mpirun may show them one that is a
+ * file. */
 int ranks_terminal(const ranks *r);
 
-/* The first of n things that are part `part` of `parts`: contiguous, the first ones one larger where
- * they cannot be equal. begin: [parts+1]. */
+/* The first of n things that are part `part` of `parts`: contiguous, the first ones one larger
+ * where they cannot be equal. begin: [parts+1]. */
 int64_t ranks_share(int64_t n, int64_t parts, int64_t part);
 void ranks_shares(int64_t *begin, int64_t n, int64_t parts);
 
 /* The rest returns 0, or -1 with a message on stderr. */
 
-/* Rows begin[q] to begin[q+1] - 1 of `all` become those of rank q, on every rank, or, with to_first,
- * on rank 0, where alone `all` is needed then. own: this rank's. */
+/* Rows begin[q] to begin[q+1] - 1 of `all` become those of rank q, on every rank, or, with
+ * to_first, on rank 0, where alone `all` is needed then. own: this rank's. */
 int ranks_gather(const ranks *r, void *all, const int64_t *begin, const void *own,
                  int64_t row_bytes);
 int ranks_gather_to_first(const ranks *r, void *all, const int64_t *begin, const void *own,

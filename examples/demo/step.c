@@ -96,8 +96,8 @@ static int mean_bits(model *m, const part *p, double *mean)
 
 /* ---- gradients of groups and ranks ----------------------------------------------------------- */
 
-/* Adds the gradient of a group to those of the groups before it. After the last group the gradient is
- * their sum. */
+/* Adds the gradient of a group to those of the groups before it. After the last group the gradient
+ * is their sum. */
 static void add_group(const weights *w, int64_t group, int64_t groups)
 {
     size_t bytes = (size_t)w->count * sizeof *w->grad;

@@ -55,8 +55,8 @@ double trainer_clock(void);
 extern volatile sig_atomic_t trainer_signal;
 void trainer_catch_signals(void);
 
-/* Return 0, or -1 with a message on stderr. Every rank makes every call but trainer_destroy, and has
- * the same results. */
+/* Return 0, or -1 with a message on stderr. Every rank makes every call but trainer_destroy, and
+ * has the same results. */
 int trainer_create(trainer *t, const options *o, const text *corpus, const ranks *r);
 void trainer_destroy(trainer *t);
 

@@ -26,8 +26,8 @@ enum {
 enum { MOE_COMM_PENDING = 0, MOE_COMM_DONE = 1 };
 
 /* Rows from every rank to every rank. Row r of rank p's part is at recv + (recv_begin[p] + r) *
- * row_bytes; what is for rank p is rows send_begin[p] to send_begin[p+1] - 1 of send. All of it stays
- * valid and unchanged until the exchange is done. */
+ * row_bytes; what is for rank p is rows send_begin[p] to send_begin[p+1] - 1 of send. All of it
+ * stays valid and unchanged until the exchange is done. */
 typedef struct moe_exchange {
     uint64_t struct_size;
     void *recv;                /* out: [recv_begin[P]] rows */
@@ -61,10 +61,10 @@ typedef struct moe_collectives {
     moe_exchange_start_fn exchange_start;
     /* *done = MOE_COMM_DONE or MOE_COMM_PENDING, without waiting. Required. */
     moe_exchange_test_fn exchange_test;
-    /* Gives a request up after a failure, without waiting long. Returns the bytes of memory that the
-     * transport may still touch, of recv, send and its own: 0 if it has let go of all. What it has
-     * not let go of is not freed, see moe_comm_pending_bytes; but the two begins may go. NULL: it
-     * lets go of nothing. */
+    /* Gives a request up after a failure, without waiting long. Returns the bytes of memory that
+     * the transport may still touch, of recv, send and its own: 0 if it has let go of all. What it
+     * has not let go of is not freed, see moe_comm_pending_bytes; but the two begins may go. NULL:
+     * it lets go of nothing. */
     moe_exchange_cancel_fn exchange_cancel;
     /* Which ranks a request still waits for: missing[p] = 1, else 0. For messages; may be NULL. */
     moe_exchange_missing_fn missing;
@@ -104,7 +104,8 @@ MOE_API moe_status moe_comm_create_self(moe_comm **comm, moe_context *context);
  *   world    out: the new world; untouched on error
  *   context  holds a reference
  *   size     1 to 4096
- * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_SYSTEM. Since 0.1. */
+ * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_SYSTEM. Since
+ * 0.1. */
 MOE_API moe_status moe_world_create(moe_world **world, moe_context *context, int32_t size);
 
 /* Gives up the program's reference; communicators hold theirs. NULL is legal. Since 0.1. */
@@ -165,7 +166,8 @@ MOE_API moe_status moe_comm_all_to_all(moe_comm *comm, void *recv, const void *s
 
 /* Rows of every rank on every rank.
  *   recv        out: [recv_begin[P]] rows
- *   recv_begin  in: [P+1] ascending from 0; recv_begin[r+1] - recv_begin[r] rows are this rank's own
+ *   recv_begin  in: [P+1] ascending from 0; recv_begin[r+1] - recv_begin[r] rows are this rank's
+ *               own
  *   send        in: those
  * Returns as moe_comm_exchange. Since 0.1. */
 MOE_API moe_status moe_comm_all_gather(moe_comm *comm, void *recv, const int64_t *recv_begin,
@@ -174,16 +176,17 @@ MOE_API moe_status moe_comm_all_gather(moe_comm *comm, void *recv, const int64_t
 /* Waits until every rank has made this call. Returns as moe_comm_exchange. Since 0.1. */
 MOE_API moe_status moe_comm_barrier(moe_comm *comm);
 
-/* Returns MOE_OK, or MOE_ERROR_TRANSPORT if the communicator or another rank has failed, as far as is
- * known here. Waits for nothing. Since 0.1. */
+/* Returns MOE_OK, or MOE_ERROR_TRANSPORT if the communicator or another rank has failed, as far as
+ * is known here. Waits for nothing. Since 0.1. */
 MOE_API moe_status moe_comm_poll(moe_comm *comm);
 
-/* Makes the waits of all ranks end with MOE_ERROR_TRANSPORT. Any thread; NULL is legal. Since 0.1. */
+/* Makes the waits of all ranks end with MOE_ERROR_TRANSPORT. Any thread; NULL is legal. Since
+ * 0.1. */
 MOE_API void moe_comm_abort(moe_comm *comm);
 
 /* Returns the bytes of memory that requests given up still own, because the transport cannot
- * withdraw them. Buffers of the library among them stay allocated for good; the host must not free its own
- * before its transport has ended. 0 for NULL. Since 0.1. */
+ * withdraw them. Buffers of the library among them stay allocated for good; the host must not free
+ * its own before its transport has ended. 0 for NULL. Since 0.1. */
 MOE_API int64_t moe_comm_pending_bytes(const moe_comm *comm);
 
 MOE_END_DECLS

@@ -57,8 +57,8 @@ enum {
                                         DeepSpeed's top-2 */
 };
 
-/* Whether the choices after the first get a row. The test is of the weight before dropping. One that
- * gets none is dropped, as for a full expert. */
+/* Whether the choices after the first get a row. The test is of the weight before dropping. One
+ * that gets none is dropped, as for a full expert. */
 enum {
     MOE_SECOND_CHOICE_ALL = 0,
     MOE_SECOND_CHOICE_NONE = 1,

@@ -13,8 +13,8 @@
  * call that refuses one has written nothing. docs/checkpoints.md has formats, names and examples.
  *
  * Ranks: calls on layers with a communicator of several ranks are made by all of its ranks at once,
- * with the same arguments but for the layers' own shards; every rank gets the same verdict, with the
- * message of the first rank that failed. Not while another thread is in a call on the layer.
+ * with the same arguments but for the layers' own shards; every rank gets the same verdict, with
+ * the message of the first rank that failed. Not while another thread is in a call on the layer.
  *
  * Memory for tables comes from malloc. Codes shared by all calls: MOE_ERROR_INVALID_ARGUMENT,
  * MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_OVERFLOW, MOE_ERROR_SYSTEM (the operating system refused an
@@ -173,10 +173,11 @@ MOE_API moe_status moe_save_options_init(moe_save_options *options, size_t size)
  *            untouched otherwise. On several ranks a file system that all of them see
  *   items    in: [count]; structs of one struct_size, one after the other
  *   options  NULL for the defaults
- * The bytes depend on the parameters, names and metadata only: not on the number of ranks, layout or
- * GLU order of the pools, strides, time or place. Each rank writes its own experts, rank 0 all else.
- * Data is on the disk when this returns MOE_OK. After MOE_ERROR_TIMEOUT or MOE_ERROR_TRANSPORT the
- * file is whole, the old one or the new one. Returns MOE_OK, the codes above or
+ * The bytes depend on the parameters, names and metadata only: not on the number of ranks, layout
+ * or GLU order of the pools, strides, time or place. Each rank writes its own experts, rank 0 all
+ * else. Data is on the disk when this returns MOE_OK. After MOE_ERROR_TIMEOUT or
+ * MOE_ERROR_TRANSPORT the file is whole, the old one or the new one. Returns MOE_OK, the codes
+ * above or
  *   MOE_ERROR_INVALID_ARGUMENT  also a name twice; ranks that disagree about the header
  *   MOE_ERROR_INVALID_STATE     a parameter is not bound
  *   MOE_ERROR_NOT_SUPPORTED     opaque storage
@@ -219,7 +220,8 @@ MOE_API moe_status moe_load_report_init(moe_load_report *report, size_t size);
  *   options  NULL for the defaults
  *   report   in: struct_size; out; may be NULL. Written if this returns MOE_OK
  * Each rank reads what it holds. Every name, shape and dtype on every rank is checked before
- * anything is written. Pools are told moe_experts_weights_changed. Returns MOE_OK, the codes above or
+ * anything is written. Pools are told moe_experts_weights_changed. Returns MOE_OK, the codes above
+ * or
  *   MOE_ERROR_INVALID_ARGUMENT  a tensor is missing, left over, or of another shape or dtype: the
  *                               message has its name, what is wanted and what was found
  *   MOE_ERROR_INVALID_STATE     a parameter is not bound, or bound without write_bound
@@ -296,8 +298,8 @@ MOE_API moe_status moe_import_options_init(moe_import_options *options, size_t s
  *   family   MOE_FAMILY_*; not looked at if options have names
  *   block    what {layer} stands for, >= 0
  *   options  NULL for the defaults
- * All is checked before anything is written. Only weights: what the gate does with its logits is the
- * config's business, see moe_preset. Returns as moe_checkpoint_load. Since 0.1. */
+ * All is checked before anything is written. Only weights: what the gate does with its logits is
+ * the config's business, see moe_preset. Returns as moe_checkpoint_load. Since 0.1. */
 MOE_API moe_status moe_import(moe_layer *layer, const moe_file *file, int32_t family, int64_t block,
                               const moe_import_options *options);
 
@@ -340,8 +342,8 @@ typedef struct moe_upcycle_args {
 MOE_API moe_status moe_upcycle_args_init(moe_upcycle_args *args, size_t size);
 
 /* Makes every expert of a layer's pool a copy, or a slice, of a dense network. Gate, shared and
- * residual experts stay as they are. With weights that sum to 1, no slices and no noise the layer then
- * computes what the dense network did.
+ * residual experts stay as they are. With weights that sum to 1, no slices and no noise the layer
+ * then computes what the dense network did.
  *   layer  its feed-forward experts are written; other kinds are passed over
  *   args   required
  * All is checked before anything is written; exchanges nothing, so that it is each rank's own call.

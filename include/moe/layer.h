@@ -103,20 +103,21 @@ MOE_API moe_status moe_layer_forward(moe_layer *layer, moe_pass *pass,
 MOE_API moe_status moe_layer_backward(moe_layer *layer, moe_pass *pass,
                                       const moe_backward_args *args);
 
-/* Sums the gradients of the replicated parameters (all but the routed experts') over the ranks of the
- * layer's group, in order of rank, in place on every rank. If gradients began at 0 and each rank had
- * one token group, the result is the same bytes as on one rank with these groups. Every rank makes
- * this call, after its backward, with the same gradients wanted. On one rank it does nothing.
+/* Sums the gradients of the replicated parameters (all but the routed experts') over the ranks of
+ * the layer's group, in order of rank, in place on every rank. If gradients began at 0 and each
+ * rank had one token group, the result is the same bytes as on one rank with these groups. Every
+ * rank makes this call, after its backward, with the same gradients wanted. On one rank it does
+ * nothing.
  *   stream  NULL on CPU
  * Allocates for the largest gradient while it runs. Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT,
  * MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_TRANSPORT, MOE_ERROR_TIMEOUT. Since 0.1. */
 MOE_API moe_status moe_layer_reduce_gradients(moe_layer *layer, void *stream);
 
-/* The squared Euclidean norm of the layer's gradient over all ranks: the routed experts of all of them,
- * and once what every rank has. In double, in order of parameter, expert and element: the same bytes
- * on every rank, and on one rank with the same gradients. Parameters without a gradient count as 0; a
- * pool that two layers share counts in both. On several ranks every one makes this call, after
- * moe_layer_reduce_gradients.
+/* The squared Euclidean norm of the layer's gradient over all ranks: the routed experts of all of
+ * them, and once what every rank has. In double, in order of parameter, expert and element: the
+ * same bytes on every rank, and on one rank with the same gradients. Parameters without a gradient
+ * count as 0; a pool that two layers share counts in both. On several ranks every one makes this
+ * call, after moe_layer_reduce_gradients.
  *   squared  out; untouched on error
  *   stream   NULL on CPU
  * Returns as moe_layer_reduce_gradients. Since 0.1. */

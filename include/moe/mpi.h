@@ -1,19 +1,19 @@
 /* moe/mpi.h - a group of ranks over MPI.
  *
- * In the library libmoe_mpi, one for each MPI (pkg-config moe-mpi); include <mpi.h> before this header, or leave it out and
- * use the Fortran handle, which is a number in every MPI.
+ * In the library libmoe_mpi, one for each MPI (pkg-config moe-mpi); include <mpi.h> before this
+ * header, or leave it out and use the Fortran handle, which is a number in every MPI.
  *
- * MPI is the host's: it initialises and finalises it, and its communicator is never freed or aborted; the
- * group has duplicates of it. All messages are between two ranks, so that a wait that ends without one can
- * name who is missing. MPI is called only inside calls of the communicator and of layers that have it, on
- * the thread that made the call: with MPI_THREAD_FUNNELED that is the main thread; groups of several threads need
- * MPI_THREAD_MULTIPLE. Buffers are host memory.
+ * MPI is the host's: it initialises and finalises it, and its communicator is never freed or
+ * aborted; the group has duplicates of it. All messages are between two ranks, so that a wait that
+ * ends without one can name who is missing. MPI is called only inside calls of the communicator and
+ * of layers that have it, on the thread that made the call: with MPI_THREAD_FUNNELED that is the
+ * main thread; groups of several threads need MPI_THREAD_MULTIPLE. Buffers are host memory.
  *
  * A rank that dies takes the others with it in most MPIs unless started otherwise: mpirun
- * --enable-recovery (Open MPI); mpiexec -disable-auto-cleanup with each rank in a shell that ignores
- * SIGUSR1, which the launcher then sends, and a handler for it after MPI_Init (MPICH). The survivors'
- * calls return MOE_ERROR_TIMEOUT or MOE_ERROR_TRANSPORT; they should leave by _exit, since MPI_Finalize
- * would wait for the dead. */
+ * --enable-recovery (Open MPI); mpiexec -disable-auto-cleanup with each rank in a shell that
+ * ignores SIGUSR1, which the launcher then sends, and a handler for it after MPI_Init (MPICH). The
+ * survivors' calls return MOE_ERROR_TIMEOUT or MOE_ERROR_TRANSPORT; they should leave by _exit,
+ * since MPI_Finalize would wait for the dead. */
 #ifndef MOE_MPI_H
 #define MOE_MPI_H
 
@@ -32,7 +32,8 @@ typedef struct moe_mpi_options {
 /* Writes every default and the caller's size. Returns as moe_context_config_init. Since 0.1. */
 MOE_API moe_status moe_mpi_options_init(moe_mpi_options *options, size_t size);
 
-/* Creates a communicator over the ranks of an MPI communicator; every one of them must make this call.
+/* Creates a communicator over the ranks of an MPI communicator; every one of them must make this
+ * call.
  *   comm     out: the new communicator; untouched on error
  *   context  holds a reference
  *   handle   MPI_Comm_c2f of an intracommunicator, comm.py2f() of mpi4py; duplicated

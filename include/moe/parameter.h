@@ -165,8 +165,8 @@ MOE_API moe_status moe_layer_zero_touched_gradients(moe_layer *layer, void *stre
  * order, dtype (rounded from f32) or number of ranks: normal numbers of Philox 4x32-10 with key =
  * seed and counter = (stream; expert; row; column/4), see docs/numerics.md.
  * Standard deviation: config's init_std, or if that is MOE_INIT_DEFAULT 1/sqrt(fan_in) for experts,
- * 0 for a noisy or hierarchical gate (Shazeer et al. 2017, appendix A), 0.02 for other gates and for
- * a layer's residual_mix. Biases, thresholds and a layer's shared_gate are 0.
+ * 0 for a noisy or hierarchical gate (Shazeer et al. 2017, appendix A), 0.02 for other gates and
+ * for a layer's residual_mix. Biases, thresholds and a layer's shared_gate are 0.
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT. Since 0.1. */
 MOE_API moe_status moe_gate_init_parameters(moe_gate *gate, uint64_t seed);
 /* As above, for a pool. Since 0.1. */

@@ -2,8 +2,9 @@
  *
  * A preset sets the conventions of a paper or a system: kinds, scores, losses, capacity, K, groups,
  * activation, layout of the arithmetic. It never sets a size (d_model, d_hidden, d_out,
- * num_experts), a dtype, a layout, a seed, a number of a stream or where parameters live: these stay
- * as they are. The meaning of a name is frozen. docs/numerics.md has the table with sources. */
+ * num_experts), a dtype, a layout, a seed, a number of a stream or where parameters live: these
+ * stay as they are. The meaning of a name is frozen. docs/numerics.md has the table with
+ * sources. */
 #ifndef MOE_PRESET_H
 #define MOE_PRESET_H
 
@@ -44,7 +45,8 @@ MOE_API const char *moe_preset_source(int64_t index);
  *   size      out: bytes needed, the 0 included; always written if the arguments are good
  *   gate, experts, layer  in: what to describe; any may be NULL, not all
  * Configs are checked as by create: one that would be refused is refused here with the same code
- * and message, but for what a layer asks of its objects: which it has is all that is looked at. Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED,
+ * and message, but for what a layer asks of its objects: which it has is all that is looked at.
+ * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED,
  * MOE_ERROR_BUFFER_TOO_SMALL with nothing written to text, or an error of a struct's size. Any
  * thread. Since 0.1. */
 MOE_API moe_status moe_describe(char *text, int64_t capacity, int64_t *size,

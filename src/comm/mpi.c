@@ -1,9 +1,9 @@
 /* mpi.c - ranks over MPI: messages between two ranks only, so that silence has a name.
  *
- * An exchange sends every rank a note (its number, rows and bytes of a row) and, if there are rows, the rows. What a rank
- * sends is checked against what is expected here before it counts as received. A rank that gives up sends
- * every other a message without contents on a second duplicate, whose tag is the rank it waited for. No call
- * blocks. */
+ * An exchange sends every rank a note (its number, rows and bytes of a row) and, if there are rows,
+ * the rows. What a rank sends is checked against what is expected here before it counts as
+ * received. A rank that gives up sends every other a message without contents on a second
+ * duplicate, whose tag is the rank it waited for. No call blocks. */
 #include <mpi.h>
 
 #include "internal.h"
@@ -286,7 +286,8 @@ static void mpi_missing(void *user, void *handle, uint8_t *missing)
     }
 }
 
-/* Receives can be withdrawn unless they are under way; sends cannot, but short ones are complete. */
+/* Receives can be withdrawn unless they are under way; sends cannot, but short ones are
+ * complete. */
 static int64_t mpi_cancel(void *user, void *handle)
 {
     mpi_group *g = user;

@@ -1,9 +1,9 @@
 /* world.c - ranks as threads of one process, and the group of one rank, which is a world of one.
  *
- * A rank posts what it sends under the number of the exchange; each of the others copies its part from
- * there into its own buffer and notes that it has. An exchange is done on a rank when it has copied
- * from all and all have copied from it; asking for one makes all of a rank's go on. Copies run outside the lock; giving up waits for those that
- * are on their way. */
+ * A rank posts what it sends under the number of the exchange; each of the others copies its part
+ * from there into its own buffer and notes that it has. An exchange is done on a rank when it has
+ * copied from all and all have copied from it; asking for one makes all of a rank's go on. Copies
+ * run outside the lock; giving up waits for those that are on their way. */
 #include "internal.h"
 
 #include <pthread.h>
@@ -198,8 +198,8 @@ static void say_aborted(world_rank *me)
         (void)snprintf(me->why, sizeof me->why, "rank %d gave up", (int)w->aborter);
 }
 
-/* All of this rank's exchanges go on, whichever is asked for: others may wait for another first. What
- * is complete stays so, whoever gives up after it. */
+/* All of this rank's exchanges go on, whichever is asked for: others may wait for another first.
+ * What is complete stays so, whoever gives up after it. */
 static int32_t world_test(void *user, void *request, int32_t *done)
 {
     world_rank *me = user;

@@ -1,10 +1,11 @@
 /* choose.c - who is chosen: the part of the gate in which the kinds differ.
  *
  *     top            the K first logits in the total order of select.h
- *       by scores    of s + bias, s = softmax or sigmoid over all; only from the best groups of experts,
- *                    a group's score being the sum of its n largest
+ *       by scores    of s + bias, s = softmax or sigmoid over all; only from the best groups of
+ *                    experts, a group's score being the sum of its n largest
  *       with noise   of logits + Gumbel noise
- *       Sinkhorn     of d_e exp(logit - max), d the column factors that make the group's matrix balanced
+ *       Sinkhorn     of d_e exp(logit - max), d the column factors that make the group's matrix
+ *                    balanced
  *     key            K distinct experts from the bits of (seed, key)
  *     by expert      each expert's first C tokens by score; entries of a token in order of expert
  *     above          the experts with score > threshold, in order

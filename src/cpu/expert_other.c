@@ -3,8 +3,8 @@
  *     identity:   out[r] = x[t],  dx_row = weight dy[t]
  *     callback:   the host's forward(x rows) = out rows, backward(weight dy rows) = dx rows
  *
- * t is token_of_row[r]. The host's functions see an expert's rows dense and in order, on the calling
- * thread. */
+ * t is token_of_row[r]. The host's functions see an expert's rows dense and in order, on the
+ * calling thread. */
 #include "cpu/expert_other.h"
 
 #include <fenv.h>

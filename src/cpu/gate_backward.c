@@ -12,8 +12,9 @@
 
 /* ---- weights --------------------------------------------------------------------------------- */
 
-/* dw_j = keep_j (g_j - sum_i g_i w'_i) / S; where S is below the minimum dw_j = keep_j g_j / minimum.
- * Without renormalisation dw_j = keep_j g_j. Importance adds its own: it counts before the drop. */
+/* dw_j = keep_j (g_j - sum_i g_i w'_i) / S; where S is below the minimum dw_j = keep_j g_j /
+ * minimum. Without renormalisation dw_j = keep_j g_j. Importance adds its own: it counts before the
+ * drop. */
 static void drop_backward(const moe__gate_backward_job *job, int64_t t, real *dw)
 {
     const moe__plan_arrays *plan = job->losses->plan;

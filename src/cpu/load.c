@@ -10,8 +10,8 @@
 #define SQRT_2 R(1.41421356237309504880)
 #define ONE_OVER_SQRT_PI R(0.56418958354775628695)
 
-/* d_e = clean_e - thr_e for the candidates of one row. Returns 0 if there are no thresholds, because
- * all were chosen or none. */
+/* d_e = clean_e - thr_e for the candidates of one row. Returns 0 if there are no thresholds,
+ * because all were chosen or none. */
 static int distances(const moe__gate_level *level, int64_t row, real *d)
 {
     const int32_t *ids = level->choice, *kth = level->kth + 2 * row;
@@ -70,8 +70,8 @@ moe_status MOE_KERNEL(level_load)(const moe__losses_job *job, const moe__gate_le
 }
 
 /* With q the quotient inside erf, v its divisor and a_i = d_load_i exp(-q^2) / (sqrt(pi) v):
- * d_clean_i += a_i,  d_sd_i -= a_i sqrt(2) q,  and what each candidate adds is taken from the H that
- * is its threshold. Without noise the load is a count. */
+ * d_clean_i += a_i,  d_sd_i -= a_i sqrt(2) q,  and what each candidate adds is taken from the H
+ * that is its threshold. Without noise the load is a count. */
 void MOE_KERNEL(load_backward_row)(const moe__losses_job *job, const moe__gate_level *level,
                                    int64_t row, real *d_clean, real *d_noisy, real *d_std, real *a)
 {

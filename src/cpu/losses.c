@@ -1,6 +1,7 @@
 /* losses.c - importance, load, the auxiliary losses, and the losses' gradients.
  *
- *     importance_e = sum_t w_te            load_e of load.c; for two levels, X_i the rows of group i:
+ *     importance_e = sum_t w_te            load_e of load.c; for two levels, X_i the rows of
+ *                                          group i:
  *                                          load_ij = load_i load(X_i)_j / |X_i|
  *     P = softmax(clean),  p_e = mean_t P_te,  n_e entries of expert e,  f_e first choices
  *     switch = E sum_e n_e/sum(n) p_e      gshard = E sum_e f_e/T p_e
@@ -238,8 +239,8 @@ static void count_by_group(const moe__losses_job *job, const int32_t *plain, int
         }
 }
 
-/* sequence_scale_g = E / (sum(n_g) T_g groups): what n_ge sum_t s_te/sum(s_t) is multiplied by. 0 for an
- * empty group. */
+/* sequence_scale_g = E / (sum(n_g) T_g groups): what n_ge sum_t s_te/sum(s_t) is multiplied by. 0
+ * for an empty group. */
 static void sequence_scales(const moe__losses_job *job)
 {
     int64_t E = job->plan->num_experts;

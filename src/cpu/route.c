@@ -232,8 +232,8 @@ static moe_status start_second_level(moe__route_job *job)
     return MOE_OK;
 }
 
-/* The plan's entries: experts by their number among all, weights Gp Gs. Those of a replay stay where
- * they are, with weight 0 if the group's has vanished. */
+/* The plan's entries: experts by their number among all, weights Gp Gs. Those of a replay stay
+ * where they are, with weight 0 if the group's has vanished. */
 static void combine_levels(const moe__route_job *job)
 {
     const moe__plan_arrays *p = job->primary;

@@ -1,13 +1,14 @@
 /* rows.c - from entries to rows: who is kept, and the order by expert.
  *
- * An entry asks for a row if it names an expert, its token is not masked, and second_choice lets it.
- * Of each group's entries an expert takes at most the group's capacity:
+ * An entry asks for a row if it names an expert, its token is not masked, and second_choice lets
+ * it. Of each group's entries an expert takes at most the group's capacity:
  *   TOKEN_ORDER     who comes first, in order of token, then of choice
  *   CHOICE          who comes first, in order of choice, then of token
  *   BATCH_PRIORITY  likewise, the tokens in descending order of token_priority
  *   SCORE, RANDOM   the largest weights, or random numbers; slots in order of entry
  * Equal ones stay in order of entry and NaN ranks last. Rows are sorted by (expert, token, entry)
- * with one counting sort. O(N + E) in all, and a merge sort of tokens or of crowded experts' entries.
+ * with one counting sort. O(N + E) in all, and a merge sort of tokens or of crowded experts'
+ * entries.
  *
  * Until the rows are written, their arrays are scratch: row_of_entry holds keys, then the ends of
  * tokens, token_of_row a list of entries, entry_of_row the other half of the merge sort. */

@@ -21,7 +21,7 @@ moe_status moe_tensor_names_init(moe_tensor_names *names, size_t size)
     return moe__module_struct_init(&moe__io_names_info, names, size, __func__);
 }
 
-/* ---- the families ------------------------------------------------------------------------------ */
+/* ---- the families ---------------------------------------------------------------------------- */
 
 #define MLP(rest) "model.layers.{layer}.mlp." rest
 #define SPARSE(rest) "model.layers.{layer}.block_sparse_moe." rest
@@ -64,7 +64,7 @@ moe_status moe_family_names(moe_tensor_names *names, int32_t family)
     return MOE_OK;
 }
 
-/* ---- names ------------------------------------------------------------------------------------- */
+/* ---- names ----------------------------------------------------------------------------------- */
 
 enum { NAME_BYTES = 512 };
 
@@ -117,7 +117,7 @@ static void find_coding(moe__io_entry *e, const moe_file *file)
         e->file_index = e->scale_index = -1;
 }
 
-/* ---- a tensor of a pool -------------------------------------------------------------------------- */
+/* ---- a tensor of a pool ---------------------------------------------------------------------- */
 
 /* One or two parameters (gate and up projection) under one pattern. */
 typedef struct group {
@@ -228,7 +228,7 @@ static moe_status add_group(moe__io_plan *plan, const moe__io_model *m, group *g
     return MOE_OK;
 }
 
-/* ---- what is there and what is not --------------------------------------------------------------- */
+/* ---- what is there and what is not ----------------------------------------------------------- */
 
 /* Refuses a tensor that the file has and the layer has no place for. */
 static moe_status check_absent(const moe__io_model *m, const char *pattern, int64_t expert,
@@ -299,7 +299,7 @@ static moe_status plan_pool(moe__io_plan *plan, const moe__io_model *m, const mo
     return plan_tensor(plan, m, p[IO_B2], n->one[IO_B2], mine, function);
 }
 
-/* ---- gate and the layer's own ---------------------------------------------------------------------- */
+/* ---- gate and the layer's own ---------------------------------------------------------------- */
 
 /* [D,E] as [E,D], or a vector; `loose`: [1,D] and [D] are one. */
 static moe_status plan_replicated(moe__io_plan *plan, const moe__io_model *m,

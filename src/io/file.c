@@ -98,7 +98,7 @@ moe_status moe__io_sort_tensors(moe_file *file, const char *function)
     return MOE_OK;
 }
 
-/* ---- which file a path means ------------------------------------------------------------------- */
+/* ---- which file a path means ----------------------------------------------------------------- */
 
 static bool ends_with(const char *text, const char *end)
 {

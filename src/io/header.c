@@ -83,7 +83,7 @@ static void put_header(text *t, const moe__io_plan *plan, moe__io_entry *const *
     while (t->count % 8) put(t, " ");
 }
 
-/* ---- order ------------------------------------------------------------------------------------- */
+/* ---- order ----------------------------------------------------------------------------------- */
 
 static int by_size(const void *a, const void *b)
 {

@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- before parsing ---------------------------------------------------------------------------- */
+/* ---- before parsing -------------------------------------------------------------------------- */
 
 enum { DEEPEST = 32, BYTES_OF_OBJECT = 24 };
 
@@ -49,7 +49,7 @@ moe_status moe__io_check_json(const char *text, int64_t bytes, int depth, int64_
     return MOE_OK;
 }
 
-/* ---- one tensor -------------------------------------------------------------------------------- */
+/* ---- one tensor ------------------------------------------------------------------------------ */
 
 static moe_status read_shape(moe__io_tensor *t, const json_t *shape, const char *function)
 {
@@ -120,7 +120,7 @@ static moe_status read_tensor(moe_file *file, const char *name, const json_t *va
     return read_offsets(t, json_object_get(value, "data_offsets"), data, function);
 }
 
-/* ---- all of them ------------------------------------------------------------------------------- */
+/* ---- all of them ----------------------------------------------------------------------------- */
 
 static int by_place(const void *a, const void *b)
 {

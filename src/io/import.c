@@ -33,7 +33,7 @@ static moe_status check_block(int64_t block, const char *function)
     return MOE_OK;
 }
 
-/* ---- in ---------------------------------------------------------------------------------------- */
+/* ---- in -------------------------------------------------------------------------------------- */
 
 typedef struct import {
     moe__io_plan plan;
@@ -89,7 +89,7 @@ import x = {.plan = {.store_dtype = MOE_SAME } };
     return status;
 }
 
-/* ---- out --------------------------------------------------------------------------------------- */
+/* ---- out ------------------------------------------------------------------------------------- */
 
 static moe_status plan_export(moe__io_plan *plan, moe__io_layer *l, const moe_layer *layer,
                               int32_t family, int64_t block, const moe_tensor_names *names,

@@ -60,8 +60,8 @@ const char *moe__io_dtype_name(int32_t dtype);   /* "F32" */
 int32_t moe__io_dtype_of_name(const char *name); /* -1: unknown */
 bool moe__io_is_float(int32_t dtype);            /* f32, f64, bf16, f16 */
 bool moe__io_convertible(int32_t to, int32_t from);
-/* n elements; both arrays of their own dtypes, which are convertible and not both alike. Returns -1,
- * or the first element that does not fit (i64 to i32). */
+/* n elements; both arrays of their own dtypes, which are convertible and not both alike. Returns
+ * -1, or the first element that does not fit (i64 to i32). */
 int64_t moe__io_convert(void *to, int32_t to_dtype, const void *from, int32_t from_dtype,
                         int64_t n);
 float moe__io_f8_e4m3(uint8_t bits);
@@ -69,7 +69,7 @@ float moe__io_f8_e4m3(uint8_t bits);
 double moe__io_element(const void *from, int32_t dtype, int64_t i);
 void moe__io_set_element(void *to, int32_t dtype, int64_t i, double value);
 
-/* ---- files (file.c, header_read.c, shards.c) -------------------------------------------------- */
+/* ---- files (file.c, header_read.c, shards.c) ------------------------------------------------- */
 
 typedef struct moe__io_tensor {
     char *name;
@@ -115,13 +115,13 @@ moe_status moe__io_sort_tensors(moe_file *file, const char *function);
 moe_status moe__io_pread(const moe_file *file, int32_t shard, void *to, int64_t bytes,
                          int64_t offset, const char *function);
 
-/* ---- parameters of a layer (layout.c) ---------------------------------------------------------- */
+/* ---- parameters of a layer (layout.c) -------------------------------------------------------- */
 
 enum { IO_GATE, IO_ROUTED, IO_SHARED, IO_RESIDUAL, IO_LAYER };
 enum { IO_W1, IO_W3, IO_W2, IO_B1, IO_B3, IO_B2, IO_POOL_TENSORS };
 
-/* One logical tensor of a layer: a parameter, or half of a fused one. Of a pool: [rows,cols] of each
- * expert, rows the outputs and cols the inputs; vectors have one row. Else all of it is in
+/* One logical tensor of a layer: a parameter, or half of a fused one. Of a pool: [rows,cols] of
+ * each expert, rows the outputs and cols the inputs; vectors have one row. Else all of it is in
  * `record`. */
 typedef struct moe__io_parameter {
     moe_parameter_record record;
@@ -158,7 +158,7 @@ moe_status moe__io_check_memory(const moe__io_layer *description, bool to_write,
 /* Pools of the layer are told that weights changed. */
 moe_status moe__io_weights_changed(const moe__io_layer *description);
 
-/* ---- plans (plan.c) ----------------------------------------------------------------------------- */
+/* ---- plans (plan.c) -------------------------------------------------------------------------- */
 
 enum { IO_PLAIN, IO_MXFP4, IO_F8 };
 
@@ -263,7 +263,7 @@ moe_status moe__io_save(moe__io_plan *plan, const char *path, const moe__io_grou
 moe_status moe__io_read_save_options(moe__io_plan *plan, moe_save_options *known,
                                      const moe_save_options *options, const char *function);
 
-/* ---- the verdict of a group (agree.c) ------------------------------------------------------------ */
+/* ---- the verdict of a group (agree.c) -------------------------------------------------------- */
 
 /* The one group of all items' layers; `comm` of the options if given. */
 moe_status moe__io_find_group(moe__io_group *group, moe_comm *comm,

@@ -1,5 +1,5 @@
-/* layout.c - a layer's parameters as logical tensors, whatever layout, GLU order or strides they are
- * kept in: of a pool W1, W3, W2, b1, b3, b2 of each expert as [out,in] or [out]. */
+/* layout.c - a layer's parameters as logical tensors, whatever layout, GLU order or strides they
+ * are kept in: of a pool W1, W3, W2, b1, b3, b2 of each expert as [out,in] or [out]. */
 #include "io.h"
 
 #include <stdio.h>
@@ -10,7 +10,7 @@ static const char *const TENSOR_NAMES[IO_POOL_TENSORS] = {"w1", "w3", "w2", "b1"
 
 const char *moe__io_tensor_name(int32_t tensor) { return TENSOR_NAMES[tensor]; }
 
-/* ---- names ------------------------------------------------------------------------------------ */
+/* ---- names ----------------------------------------------------------------------------------- */
 
 static const char *const PREFIXES[] = {"gate.", "experts.", "shared.", "residual."};
 
@@ -39,7 +39,7 @@ static int32_t part_of(const char **rest)
     return part;
 }
 
-/* ---- one parameter ------------------------------------------------------------------------------ */
+/* ---- one parameter --------------------------------------------------------------------------- */
 
 static moe__io_parameter *add(moe__io_layer *l, const moe__io_parameter *p)
 {
@@ -153,7 +153,7 @@ static moe_status describe_one(moe__io_layer *l, const moe_layer *layer, int64_t
     return MOE_OK;
 }
 
-/* ---- all ---------------------------------------------------------------------------------------- */
+/* ---- all ------------------------------------------------------------------------------------- */
 
 moe_status moe__io_describe(moe__io_layer *l, const moe_layer *layer, void *const *values,
                             const char *function)

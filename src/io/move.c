@@ -44,7 +44,7 @@ static bool next_range(const moe__io_block *b, range *r)
     return true;
 }
 
-/* ---- views ------------------------------------------------------------------------------------- */
+/* ---- views ----------------------------------------------------------------------------------- */
 
 /* The numbers k with low <= first + k step < low + count, below `most`. */
 static void inside(int64_t first, int64_t step, int64_t most, int64_t low, int64_t count,
@@ -97,7 +97,7 @@ static void move_views(const mover *m, const moe__io_block *b, const range *r, b
         move_view(&m->plan->source[i], m->values, r, size, to_memory);
 }
 
-/* ---- codings ----------------------------------------------------------------------------------- */
+/* ---- codings --------------------------------------------------------------------------------- */
 
 /* 2^(scale - 127) times a number of four bits: sign, two of exponent, one of fraction. The low half
  * of a byte is the first. `at` and n are multiples of 32. */
@@ -141,7 +141,7 @@ static moe_status read_f8(const mover *m, const moe__io_entry *e, int64_t at, in
     return MOE_OK;
 }
 
-/* ---- reading ----------------------------------------------------------------------------------- */
+/* ---- reading --------------------------------------------------------------------------------- */
 
 /* n elements of an entry, from number `at`, into m->values in the memory's dtype. */
 static moe_status read_values(const mover *m, const moe__io_entry *e, int64_t at, int64_t n)
@@ -188,7 +188,7 @@ moe_status moe__io_read_blocks(const moe__io_plan *plan, const moe_file *file, c
     return status;
 }
 
-/* ---- writing ----------------------------------------------------------------------------------- */
+/* ---- writing --------------------------------------------------------------------------------- */
 
 moe_status moe__io_pwrite(int fd, const void *from, int64_t bytes, int64_t offset, const char *path,
                           const char *function)

@@ -26,7 +26,7 @@ moe_status moe_checkpoint_item_init(moe_checkpoint_item *item, size_t size)
 
 enum { NAME_BYTES = 1024 };
 
-/* ---- parameters --------------------------------------------------------------------------------- */
+/* ---- parameters ------------------------------------------------------------------------------ */
 
 /* All of a parameter that every rank has: matrices [rows,cols] after a possible first dimension. */
 static moe_status plan_whole(moe__io_plan *plan, const char *prefix, const moe__io_parameter *p,
@@ -89,7 +89,7 @@ static moe_status plan_layer(moe__io_plan *plan, const char *prefix, const moe__
     return MOE_OK;
 }
 
-/* ---- host tensors ------------------------------------------------------------------------------- */
+/* ---- host tensors ---------------------------------------------------------------------------- */
 
 static moe_status plan_tensor(moe__io_plan *plan, const moe_checkpoint_item *item, bool mine,
                               const char *function)
@@ -117,7 +117,7 @@ static moe_status plan_tensor(moe__io_plan *plan, const moe_checkpoint_item *ite
     return MOE_OK;
 }
 
-/* ---- items -------------------------------------------------------------------------------------- */
+/* ---- items ----------------------------------------------------------------------------------- */
 
 static moe_status check_item_name(const char *name, int64_t index, const char *function)
 {

@@ -29,7 +29,7 @@ moe_status moe_save_options_init(moe_save_options *options, size_t size)
     return moe__module_struct_init(&moe__io_save_info, options, size, __func__);
 }
 
-/* ---- options ----------------------------------------------------------------------------------- */
+/* ---- options --------------------------------------------------------------------------------- */
 
 static moe_status take_metadata(moe__io_plan *plan, const moe_save_options *o, const char *function)
 {
@@ -71,7 +71,7 @@ moe_status moe__io_read_save_options(moe__io_plan *plan, moe_save_options *known
     return take_metadata(plan, known, function);
 }
 
-/* ---- the new file ------------------------------------------------------------------------------ */
+/* ---- the new file ---------------------------------------------------------------------------- */
 
 /* path + ".new-" + number. */
 static void new_name(char *name, size_t size, const char *path, int64_t number)

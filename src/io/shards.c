@@ -13,7 +13,7 @@
 
 enum { MOST_SHARDS = 100000 };
 
-/* ---- what the index says ----------------------------------------------------------------------- */
+/* ---- what the index says --------------------------------------------------------------------- */
 
 static moe_status check_name(const char *tensor, const json_t *value, const char *path,
                              const char *function)
@@ -127,7 +127,7 @@ static moe_status read_index(moe_file *file, json_t *root, const char *path, con
     return status;
 }
 
-/* ---- its text ---------------------------------------------------------------------------------- */
+/* ---- its text -------------------------------------------------------------------------------- */
 
 /* The whole of a text file, malloc'd. */
 static moe_status read_text(char **text, int64_t *bytes, const char *path, const char *function)

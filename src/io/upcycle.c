@@ -4,8 +4,9 @@
  *     b1_e = b1[slice],             b3_e likewise,   b2_e = b2
  *
  * slice: hidden units (e mod G) F to (e mod G + 1) F - 1, G = H / F. The noise of element (in, out)
- * is number out % 4 of Philox with key = seed and counter {200 << 24 | tensor, expert, in, out / 4},
- * and it is there where the uniform number of counter {201 << 24 | ...} is below noise_fraction. */
+ * is number out % 4 of Philox with key = seed and counter {200 << 24 | tensor, expert, in, out /
+ * 4}, and it is there where the uniform number of counter {201 << 24 | ...} is below
+ * noise_fraction. */
 #include "io.h"
 #include "philox.h"
 
@@ -38,7 +39,7 @@ typedef struct dense {
     int32_t dtype;
 } dense;
 
-/* ---- from a file --------------------------------------------------------------------------------- */
+/* ---- from a file ----------------------------------------------------------------------------- */
 
 /* [out,in] of a tensor of the dense network. */
 static void extent(const dense *d, int tensor, int64_t *out, int64_t *in)
@@ -98,7 +99,7 @@ static moe_status read_dense(dense *d, bool gated, const char *function)
     return MOE_OK;
 }
 
-/* ---- checks -------------------------------------------------------------------------------------- */
+/* ---- checks ---------------------------------------------------------------------------------- */
 
 static moe_status check_args(const moe_upcycle_args *a, const char *function)
 {
@@ -143,7 +144,7 @@ static moe_status check_parameter(const dense *d, const moe__io_parameter *p, bo
     return MOE_OK;
 }
 
-/* ---- values -------------------------------------------------------------------------------------- */
+/* ---- values ---------------------------------------------------------------------------------- */
 
 static double noise(const moe_upcycle_args *a, int32_t tensor, int64_t expert, int64_t in,
                     int64_t out)
@@ -212,7 +213,7 @@ static void fill_all(const dense *d, const moe__io_layer *l)
     moe__fenv_leave(&saved);
 }
 
-/* ---- the call ------------------------------------------------------------------------------------ */
+/* ---- the call -------------------------------------------------------------------------------- */
 
 static moe_status upcycle(const moe__io_layer *l, dense *d, const char *function)
 {

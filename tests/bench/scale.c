@@ -1,11 +1,11 @@
-/* scale.c - bench_scale [ROWS [STEPS]]: training steps of a hierarchical layer (Shazeer et al. 2017,
- * appendix B) with 4,096 and with 131,072 experts, D = F = 64, two of each of two groups.
+/* scale.c - bench_scale [ROWS [STEPS]]: training steps of a hierarchical layer (Shazeer et al.
+ * 2017, appendix B) with 4,096 and with 131,072 experts, D = F = 64, two of each of two groups.
  *
- * A step is forward, backward, and an optimizer step on the experts that met a token. The large layer
- * sees ROWS rows an expert; the small one once as many an expert, once as many in all. Each layer
- * runs in a process of its own, whose largest resident memory is compared with what parameters,
- * gradients and pass take by moe_layer_memory. Steps of the three alternate, so that the noise of the
- * machine meets all. */
+ * A step is forward, backward, and an optimizer step on the experts that met a token. The large
+ * layer sees ROWS rows an expert; the small one once as many an expert, once as many in all. Each
+ * layer runs in a process of its own, whose largest resident memory is compared with what
+ * parameters, gradients and pass take by moe_layer_memory. Steps of the three alternate, so that
+ * the noise of the machine meets all. */
 #include <moe/moe.h>
 
 #include <pthread.h>
@@ -59,7 +59,7 @@ static double peak_bytes(void)
     return 1024 * kilobytes;
 }
 
-/* ---- the layer -------------------------------------------------------------------------------- */
+/* ---- the layer ------------------------------------------------------------------------------- */
 
 typedef struct model {
     moe_context *context;
@@ -152,7 +152,8 @@ static int64_t optimizer_step(model *m)
     return touched;
 }
 
-/* Learns to give x back. Nearly all experts have rows, so gradients are set, not zeroed and added to. */
+/* Learns to give x back. Nearly all experts have rows, so gradients are set, not zeroed and added
+ * to. */
 static int64_t step(model *m, int64_t number)
 {
     moe_forward_args f;
@@ -167,7 +168,7 @@ static int64_t step(model *m, int64_t number)
     return optimizer_step(m);
 }
 
-/* ---- two processes ---------------------------------------------------------------------------- */
+/* ---- two processes --------------------------------------------------------------------------- */
 
 static void child_main(const side *s, int64_t T, int ask, int out)
 {

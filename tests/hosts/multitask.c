@@ -1,6 +1,6 @@
-/* multitask.c - several tasks in one batch over one pool, as MultiModel has it (Kaiser et al. 2017): 240
- * experts for all tasks, 60 for one, preset "multimodel". Routing, y and dx of a task are the
- * bytes of that task alone; the losses are balanced over the whole batch. */
+/* multitask.c - several tasks in one batch over one pool, as MultiModel has it (Kaiser et al.
+ * 2017): 240 experts for all tasks, 60 for one, preset "multimodel". Routing, y and dx of a task
+ * are the bytes of that task alone; the losses are balanced over the whole batch. */
 #include "host.h"
 
 enum { TASKS = 4, TOKENS = 30, ALL = TASKS * TOKENS };

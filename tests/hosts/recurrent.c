@@ -1,7 +1,7 @@
-/* recurrent.c - the convolutional use of Shazeer et al. 2017 (section 3.1): a recurrent network runs
- * over all its time steps first, then one layer is applied to all of them at once, as one large
- * batch. That gives the bytes of applying it step by step, and one step of the experts instead of
- * many. */
+/* recurrent.c - the convolutional use of Shazeer et al. 2017 (section 3.1): a recurrent network
+ * runs over all its time steps first, then one layer is applied to all of them at once, as one
+ * large batch. That gives the bytes of applying it step by step, and one step of the experts
+ * instead of many. */
 #include "host.h"
 
 #include <math.h>

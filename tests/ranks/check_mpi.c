@@ -2,7 +2,8 @@
  *
  *     check_mpi equal NUMBERS    layers of every kind are the bytes of one rank
  *     check_mpi refuse           what is refused, and ranks that disagree
- *     check_mpi TROUBLE          rank 1 is killed "before", "in" or "after" a forward, or is "silent": the
+ *     check_mpi TROUBLE          rank 1 is killed "before", "in" or "after" a forward, or is
+ *     "silent": the
  *                                others' calls end and name it
  *
  * Each rank ends with 0 if all is well; a survivor of a trouble says so in one line. */
@@ -42,7 +43,7 @@ static moe_comm *join(moe_context *context, double timeout)
     return comm;
 }
 
-/* ---- equal ------------------------------------------------------------------------------------ */
+/* ---- equal ----------------------------------------------------------------------------------- */
 
 static moe_comm *connect_mpi(part *p) { return join(p->context, 60); }
 
@@ -86,7 +87,7 @@ static int run_equal(void)
     return failed;
 }
 
-/* ---- a small layer ---------------------------------------------------------------------------- */
+/* ---- a small layer --------------------------------------------------------------------------- */
 
 enum { T = 6, D = 3 };
 
@@ -161,7 +162,7 @@ static moe_status step(small *s, int backward)
                     : moe_layer_forward(s->layer, s->pass, &f);
 }
 
-/* ---- troubles --------------------------------------------------------------------------------- */
+/* ---- troubles -------------------------------------------------------------------------------- */
 
 /* Rank 1 is in trouble in the third step; every other rank's calls end with an error that names a
  * rank, and everything can be freed. */
@@ -194,7 +195,7 @@ static int run_trouble(const char *trouble)
     _exit(0); /* MPI_Finalize would wait for the dead */
 }
 
-/* ---- refused ---------------------------------------------------------------------------------- */
+/* ---- refused --------------------------------------------------------------------------------- */
 
 /* Ranks that expect different numbers of rows. */
 static void disagree_about_rows(void)

@@ -1,5 +1,5 @@
-/* family.h - layers drawn at random from the whole family: every kind of gate with every option that
- * goes with it, shared experts, residual branch, and what a dropped token yields. */
+/* family.h - layers drawn at random from the whole family: every kind of gate with every option
+ * that goes with it, shared experts, residual branch, and what a dropped token yields. */
 #ifndef FAMILY_H
 #define FAMILY_H
 

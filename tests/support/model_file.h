@@ -12,7 +12,7 @@
 
 enum { D = 64, F = 32, E = 4, K = 2, T = 5 };
 
-/* ---- a layer and its numbers in one order ------------------------------------------------------- */
+/* ---- a layer and its numbers in one order ---------------------------------------------------- */
 
 typedef struct setup {
     int layout, glu_order, bias, gate_bias, selection_bias, shared, shared_gate, activation;
@@ -68,7 +68,7 @@ static inline uint16_t bf16(float x)
     return (uint16_t)(u >> 16);
 }
 
-/* ---- what a layer has --------------------------------------------------------------------------- */
+/* ---- what a layer has ------------------------------------------------------------------------ */
 
 /* Element [out,in] of an expert's logical tensor in the layer, found from its config by itself. */
 static inline double element(const moe_layer *layer, const setup *s, int tensor, int64_t e,

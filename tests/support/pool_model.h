@@ -46,7 +46,8 @@ typedef struct pool_model {
 } pool_model;
 
 /* Draws contents, makes the library's objects (context: NULL: a new one of two threads; a
- * reference is not taken) and fills the arguments. m->T, D, O, K, dtype, parts and part[] are set. */
+ * reference is not taken) and fills the arguments. m->T, D, O, K, dtype, parts and part[] are
+ * set. */
 void pool_model_make(pool_model *m, moe_context *context, uint64_t seed);
 void pool_model_free(pool_model *m);
 

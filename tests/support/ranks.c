@@ -48,7 +48,7 @@ void whole_free(whole *w)
     moe_context_destroy(w->context);
 }
 
-/* ---- a rank ----------------------------------------------------------------------------------- */
+/* ---- a rank ---------------------------------------------------------------------------------- */
 
 /* The parameters of the whole layer, of experts those of this rank. */
 static void copy_parameters(part *p)
@@ -124,7 +124,7 @@ void part_free(part *p)
     moe_comm_destroy(p->comm), moe_context_destroy(p->context);
 }
 
-/* ---- comparison ------------------------------------------------------------------------------- */
+/* ---- comparison ------------------------------------------------------------------------------ */
 
 /* Gradients of experts are the bytes of their range, of replicated parameters those of one rank. */
 static void compare_gradients(const part *p)

@@ -1,5 +1,5 @@
-/* ranks.h - one rank with all tokens and experts, and the same work shared out: what test programs on
- * threads and on processes compare. */
+/* ranks.h - one rank with all tokens and experts, and the same work shared out: what test programs
+ * on threads and on processes compare. */
 #ifndef TESTS_SUPPORT_RANKS_H
 #define TESTS_SUPPORT_RANKS_H
 

@@ -4,8 +4,8 @@
 
 #include <check.h>
 
-/* Runs a suite, each test in a process of its own unless `fork` is 0, prints Check's closing line and
- * returns what main returns. */
+/* Runs a suite, each test in a process of its own unless `fork` is 0, prints Check's closing line
+ * and returns what main returns. */
 static inline int run_suite(Suite *suite, int fork)
 {
     SRunner *runner = srunner_create(suite);
