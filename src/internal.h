@@ -381,6 +381,12 @@ struct moe_layer {
     int64_t *first_expert;          /* [P+1] of each rank; NULL: one rank */
 };
 
+/* Whether a listed parameter is spread over the ranks: all others are the same on every rank. */
+static inline bool moe__is_spread(const moe_layer *layer, const moe__listed *entry)
+{
+    return layer->first_expert && entry->list == &layer->experts->parameters;
+}
+
 void moe__gate_retain(moe_gate *gate);
 void moe__experts_retain(moe_experts *experts);
 void moe__comm_retain(moe_comm *comm);

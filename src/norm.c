@@ -8,8 +8,6 @@
  * those of one rank with the same gradients. */
 #include "pass_state.h"
 
-#include <string.h>
-
 /* A parameter whose experts are summed: sums[e * step], e from 0. */
 typedef struct summing {
     const moe__parameter *p;
@@ -48,19 +46,13 @@ static moe_status sum_parameter(moe_layer *layer, const moe__parameter *p, doubl
     return moe__parallel_range(layer->context, p->shape[0], 1, sum_range, &s, function);
 }
 
-/* Whether a parameter is spread over the ranks. */
-static bool is_spread(const moe_layer *layer, const moe__listed *entry)
-{
-    return layer->first_expert && entry->list == &layer->experts->parameters;
-}
-
 /* all[E,count] of the spread parameters, gathered from own[own experts,count]. */
 static moe_status gather(moe_layer *layer, double *all, double *own, int64_t count,
                          const char *function)
 {
     int64_t k = 0;
     for (int64_t i = 0; i < layer->listing.count; i++)
-        if (is_spread(layer, &layer->listing.entry[i]))
+        if (moe__is_spread(layer, &layer->listing.entry[i]))
             MOE_TRY(sum_parameter(layer, moe__listed_parameter(&layer->listing, i), own + k++,
                                   count, function));
     return moe_comm_all_gather(layer->comm, all, layer->first_expert, own,
@@ -75,7 +67,7 @@ static moe_status add_up(moe_layer *layer, const double *all, int64_t count, dou
     int64_t k = 0;
     for (int64_t i = 0; i < layer->listing.count; i++) {
         const moe__parameter *p = moe__listed_parameter(&layer->listing, i);
-        bool spread = is_spread(layer, &layer->listing.entry[i]);
+        bool spread = moe__is_spread(layer, &layer->listing.entry[i]);
         int64_t n = spread ? layer->num_experts : p->shape[0];
         double sum = 0;
         if (!spread) MOE_TRY(sum_parameter(layer, p, scratch, 1, function));
@@ -94,7 +86,7 @@ moe_status moe_layer_gradient_norm(moe_layer *layer, double *squared, void *stre
     if (stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
     int64_t count = 0, most = 0, own = layer->experts->config.num_experts;
     for (int64_t i = 0; i < layer->listing.count; i++) {
-        count += is_spread(layer, &layer->listing.entry[i]);
+        count += moe__is_spread(layer, &layer->listing.entry[i]);
         most = moe__max(most, moe__listed_parameter(&layer->listing, i)->shape[0]);
     }
     int64_t elements = most + (count ? moe__mul(count, own + layer->num_experts) : 0);

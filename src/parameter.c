@@ -372,7 +372,7 @@ moe_status moe_layer_parameter(const moe_layer *layer, int64_t index, moe_parame
     if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
     MOE_TRY(check_index(index, layer->listing.count, __func__));
     const moe__listed *entry = &layer->listing.entry[index];
-    bool spread = layer->first_expert && entry->list == &layer->experts->parameters;
+    bool spread = moe__is_spread(layer, entry);
     return write_record(moe__listed_parameter(&layer->listing, index), entry->name,
                         spread ? layer->first_expert[layer->comm->rank] : 0,
                         spread ? layer->num_experts : 0, record, __func__);

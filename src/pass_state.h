@@ -62,6 +62,7 @@ typedef struct moe__ranks {
     int64_t *out_begin, *in_begin;    /* [P+1] words to and from each rank before the rows */
     int64_t *words_out;    /* for each rank: a header, then the rows of this rank for its experts */
     int64_t *words_in;     /* of each rank: a header, then its rows for this rank's experts */
+    int64_t *verdict;      /* [2,P] whether there is memory: here, for each rank; on each rank */
     bool took_part;        /* in this call: the others know how it went here */
     bool agreed;           /* the failure is known to all ranks */
     moe__plan_arrays plan; /* of what arrives */
@@ -257,7 +258,7 @@ void moe__ranks_trim(moe_pass *pass);
 /* Memory that a pass needs to take part at all. */
 moe_status moe__ranks_prepare(moe_pass *pass, const char *function);
 /* A call that fails with `status` before it has reached the others still takes part, so that all
- * ranks return an error and none waits. Returns `status`. */
+ * ranks return an error and none waits. Returns `status`, or why the others were not told. */
 moe_status moe__ranks_decline(moe_pass *pass, bool backward, moe_status status,
                               const char *function);
 /* Compares the layers of a group and finds first_expert; on every rank at once. */

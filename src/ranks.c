@@ -21,7 +21,7 @@ static int32_t ranks_of(const moe_pass *pass) { return comm_of(pass)->size; }
 
 /* Before the rows every rank tells every rank how it is doing, in a header, and how many rows it
  * has for each of its experts. */
-enum { HEADER = 4, WORD_CALL = 0, WORD_LAYER = 1, WORD_STATUS = 2, WORD_TOKENS = 3 };
+enum { HEADER = 3, WORD_CALL = 0, WORD_LAYER = 1, WORD_STATUS = 2 };
 enum { CALL_FORWARD = 1, CALL_BACKWARD = 2 };
 
 /* The small arrays, whose sizes are known beforehand. */
@@ -34,6 +34,7 @@ static void lay_out_counts(moe__ranks *k, moe__arena *arena, int64_t P, int64_t 
     k->in_begin = moe__arena_take(arena, P + 1, sizeof *k->in_begin);
     k->words_out = moe__arena_take(arena, moe__add(E, P * HEADER), sizeof *k->words_out);
     k->words_in = moe__arena_take(arena, words_in, sizeof *k->words_in);
+    k->verdict = moe__arena_take(arena, 2 * P, sizeof *k->verdict);
 }
 
 /* What depends on how many rows come. */
@@ -105,8 +106,16 @@ static int64_t count_in(const moe_pass *pass, int64_t p, int64_t i)
     return pass->ranks.words_in[pass->ranks.in_begin[p] + HEADER + i];
 }
 
-/* Exchanges headers with `status`, and with `counts` the rows of `plan` (NULL: none) for each
- * expert. The first rank that failed is everyone's error. */
+/* Another rank's failure, which all ranks know of. */
+static moe_status failed_elsewhere(moe_pass *pass, int64_t rank, moe_status status,
+                                   const char *function)
+{
+    pass->ranks.agreed = true;
+    REFUSE(status, "rank %lld failed: %s", (ll)rank, moe_status_text(status));
+}
+
+/* Exchanges headers with `status`, in a forward followed by the rows of `plan` (NULL: none) for
+ * each expert. Every rank fails if one does: this one with its own status if it has one. */
 static moe_status exchange_words(moe_pass *pass, const moe__plan_arrays *plan, int32_t call,
                                  moe_status status, const char *function)
 {
@@ -123,7 +132,6 @@ static moe_status exchange_words(moe_pass *pass, const moe__plan_arrays *plan, i
         words[WORD_CALL] = call;
         words[WORD_LAYER] = pass->layer->config.layer_id;
         words[WORD_STATUS] = status;
-        words[WORD_TOKENS] = plan ? plan->tokens : 0;
         for (int64_t e = first[p]; counts && e < first[p + 1]; e++)
             words[HEADER + e - first[p]] = plan ? plan->expert_begin[e + 1] - plan->expert_begin[e]
                                                 : 0;
@@ -144,16 +152,13 @@ static moe_status exchange_words(moe_pass *pass, const moe__plan_arrays *plan, i
         const int64_t *words = k->words_in + k->in_begin[p];
         if (words[WORD_CALL] != call || words[WORD_LAYER] != pass->layer->config.layer_id)
             REFUSE(MOE_ERROR_TRANSPORT,
-                   "rank %lld is in a %s of layer %lld, rank %d in a %s of "
-                   "layer %d",
-                   (ll)p, words[WORD_CALL] == CALL_BACKWARD ? "backward" : "forward",
+                   "rank %lld is in a %s of layer %lld, rank %d in a %s of layer %d", (ll)p,
+                   words[WORD_CALL] == CALL_BACKWARD ? "backward" : "forward",
                    (ll)words[WORD_LAYER], (int)comm_of(pass)->rank,
                    call == CALL_BACKWARD ? "backward" : "forward",
                    (int)pass->layer->config.layer_id);
-        if (words[WORD_STATUS] == MOE_OK) continue;
-        k->agreed = true;
-        REFUSE((moe_status)words[WORD_STATUS], "rank %lld failed: %s", (ll)p,
-               moe_status_text((moe_status)words[WORD_STATUS]));
+        if (words[WORD_STATUS] != MOE_OK)
+            return failed_elsewhere(pass, p, (moe_status)words[WORD_STATUS], function);
     }
     return MOE_OK;
 }
@@ -180,8 +185,7 @@ moe_status moe__ranks_decline(moe_pass *pass, bool backward, moe_status status,
                               const char *function)
 {
     if (pass->ranks.took_part) return status;
-    (void)exchange_words(pass, NULL, backward ? CALL_BACKWARD : CALL_FORWARD, status, function);
-    return status;
+    return exchange_words(pass, NULL, backward ? CALL_BACKWARD : CALL_FORWARD, status, function);
 }
 
 /* The plan of what arrives: row order (expert, source, token). */
@@ -271,16 +275,12 @@ static moe_status send_weights(moe_pass *pass, const moe__plan_arrays *plan)
 static moe_status agree_on_room(moe_pass *pass, moe_status status, const char *function)
 {
     moe__ranks *k = &pass->ranks;
-    int64_t P = ranks_of(pass);
-    for (int64_t p = 0; p < P; p++) k->words_out[p] = status; /* the counts are in words_in */
-    MOE_TRY(moe_comm_all_to_all(comm_of(pass), k->in_begin, k->words_out, sizeof *k->in_begin));
-    for (int64_t p = 0; p < P && !k->agreed; p++) k->agreed = k->in_begin[p] != MOE_OK;
+    int64_t P = ranks_of(pass), *there = k->verdict + P;
+    for (int64_t p = 0; p < P; p++) k->verdict[p] = status;
+    MOE_TRY(moe_comm_all_to_all(comm_of(pass), there, k->verdict, sizeof *there));
+    k->agreed = status != MOE_OK;
     for (int64_t p = 0; p < P && status == MOE_OK; p++)
-        if (k->in_begin[p] != MOE_OK)
-            REFUSE((moe_status)k->in_begin[p], "rank %lld failed: %s", (ll)p,
-                   moe_status_text((moe_status)k->in_begin[p]));
-    int64_t own = pass->experts->config.num_experts;
-    for (int64_t p = 0; p <= P; p++) k->in_begin[p] = p * (HEADER + own);
+        if (there[p] != MOE_OK) status = failed_elsewhere(pass, p, (moe_status)there[p], function);
     return status;
 }
 
@@ -340,7 +340,7 @@ static moe_status fetch_weight_gradients(moe_pass *pass, const moe__plan_arrays 
 
 moe_status moe__ranks_begin_backward(moe_pass *pass, const char *function)
 {
-    return end_waits(pass, exchange_words(pass, &pass->plan.a, CALL_BACKWARD, MOE_OK, function));
+    return end_waits(pass, exchange_words(pass, NULL, CALL_BACKWARD, MOE_OK, function));
 }
 
 static moe_status backward_steps(moe_pass *pass, const moe__experts_job *wanted, bool want_dx,

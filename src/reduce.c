@@ -77,7 +77,7 @@ static moe_status reduce_all(moe_layer *layer, reduction *r)
     for (int64_t i = 0; i < layer->listing.count; i++) {
         const moe__listed *entry = &layer->listing.entry[i];
         const moe__parameter *p = moe__listed_parameter(&layer->listing, i);
-        if (strncmp(entry->name, "experts.", 8) == 0) continue; /* each rank has its own */
+        if (moe__is_spread(layer, entry)) continue; /* each rank has its own */
         if (p->grad || p->grad_each) MOE_TRY(reduce_one(r, p));
     }
     return MOE_OK;

@@ -103,7 +103,8 @@ enum {
     NO_CALL,
     NO_MEMORY,
     BAD_FORWARD,
-    BAD_BACKWARD
+    BAD_BACKWARD,
+    OTHER_ORDER
 };
 
 static int fail_allocations;     /* of rank 1, from now on */
@@ -150,8 +151,8 @@ static void *lone_thread(void *argument)
     moe_comm *comm = NULL;
     moe_gate *gate = NULL;
     moe_experts *experts = NULL;
-    moe_layer *layer = NULL;
-    moe_pass *pass = NULL;
+    moe_layer *layer = NULL, *other = NULL;
+    moe_pass *pass = NULL, *other_pass = NULL;
     moe_context_config k;
     moe_gate_config g;
     moe_experts_config e;
@@ -186,13 +187,21 @@ static void *lone_thread(void *argument)
         f.tokens = T, f.x = x, f.y = y;
         if (odd && l->trouble == NO_MEMORY) fail_allocations = 1;
         if (odd && l->trouble == BAD_FORWARD) f.tokens = -1;
-        if (!odd || l->trouble != NO_CALL) l->forward = moe_layer_forward(layer, pass, &f);
+        if (l->trouble == OTHER_ORDER) { /* the same but for its number */
+            c.layer_id = 1;
+            MUST(moe_layer_create(&other, &c));
+            MUST(moe_pass_create(&other_pass, other, NULL));
+        }
+        if (odd && other)
+            l->forward = moe_layer_forward(other, other_pass, &f);
+        else if (!odd || l->trouble != NO_CALL)
+            l->forward = moe_layer_forward(layer, pass, &f);
         if (odd) fail_allocations = 0;
     }
     (void)snprintf(l->error, sizeof l->error, "%s", moe_last_error());
-    if (l->trouble >= NO_MEMORY) go_on(l, layer, pass, &f);
+    if (l->trouble >= NO_MEMORY && l->trouble <= BAD_BACKWARD) go_on(l, layer, pass, &f);
     moe_pass_destroy(pass), moe_layer_destroy(layer), moe_gate_destroy(gate);
-    moe_experts_destroy(experts);
+    moe_pass_destroy(other_pass), moe_layer_destroy(other), moe_experts_destroy(experts);
     if (l->trouble != NO_CALL || !odd) moe_comm_destroy(comm), comm = NULL;
     if (!odd) atomic_store(&other_gave_up, 1);
     while (comm && !atomic_load(&other_gave_up)) { /* stays, silent */
@@ -266,6 +275,14 @@ START_TEST(test_ranks_end_when_one_fails)
     for (int r = 0; r < 2; r++) ck_assert_int_eq(l[r].forward, MOE_ERROR_OUT_OF_MEMORY);
     ck_assert_msg(strstr(l[0].error, "rank 1 failed: ") != NULL, "%s", l[0].error);
     for (int r = 0; r < 2; r++) ck_assert(l[r].again == MOE_OK && l[r].backward_again == MOE_OK);
+    run_lone(l, OTHER_ORDER);
+    for (int r = 0; r < 2; r++) ck_assert_int_eq(l[r].forward, MOE_ERROR_TRANSPORT);
+    ck_assert_msg(strstr(l[0].error, "rank 1 is in a forward of layer 1, rank 0 in a forward of "
+                                     "layer 0") ||
+                      strstr(l[0].error, "rank 1 gave up"),
+                  "%s", l[0].error);
+    ck_assert_msg(strstr(l[0].error, "of layer") || strstr(l[1].error, "of layer"), "%s",
+                  l[1].error);
 }
 END_TEST
 

@@ -1,7 +1,7 @@
 /* moe/comm.h - a group of ranks and its collectives.
  *
  * A communicator is a table of collectives with a deadline. There is the group of one rank, a world
- * of threads in one process, and groups over the host's own collectives.
+ * of threads in one process, groups over MPI (moe/mpi.h), and over the host's own collectives.
  *
  * Every rank of a group makes the same calls in the same order; no call waits longer than the
  * group's timeout. After a failure a communicator has failed for good: its later calls return
