@@ -105,7 +105,8 @@ typedef struct moe__route_job {
 } moe__route_job;
 
 /* losses and statistics, and their gradients. src/cpu/losses.c, load.c */
-typedef struct moe__losses_job {
+typedef struct moe__losses_job moe__losses_job;
+struct moe__losses_job {
     moe__route_job *route;        /* everything that forward made */
     const moe__plan_arrays *plan; /* after dropping */
     const double *weights;        /* [MOE_LOSS_SLOTS] of this call */
@@ -124,14 +125,26 @@ typedef struct moe__losses_job {
     double *sequence_sum;         /* out: [G,E] sum_t s/sum s; NULL if off */
     int64_t *sequence_counts;     /* out: [G,E]; NULL if off */
     double *sequence_scale;       /* out: [G]; NULL if off */
-    int64_t *above_threshold;     /* out: [E] tokens above the threshold; NULL if off */
-    double *value;                /* out: [MOE_LOSS_SLOTS] weighted */
-    double *stats;                /* out: [MOE_STAT_SLOTS] */
-    void *columns;                /* scratch [most rows x width] real; NULL if no loss needs it */
-    double *token_value;          /* scratch [T] */
-    int32_t *plain_ids;           /* scratch [T,K] for sequence counts by plain scores; NULL if
+    int64_t *over_taken;          /* out: [E] entries less tokens above the threshold, of this
+                                     rank; NULL if off */
+    int64_t *rows_of_expert;      /* [E] in: rows of the plan; out: of all ranks */
+    double *part_rows;            /* out: [A] rows of each group of a hierarchical gate, or NULL */
+    double tokens, groups;        /* out: unmasked tokens; groups that have some */
+    double rows;                  /* out: of the plan */
+    double z_sum, threshold_sum, entropy_sum; /* out: over tokens */
+    /* Makes sums over this rank's tokens those over all ranks: once all are there; and, with
+     * `partial`, what of losses is formed group by group, once these are. NULL: one rank, or each
+     * by itself. share.c */
+    moe_status (*share)(moe__losses_job *job, bool partial);
+    void *share_user;
+    double *shared;      /* scratch of share */
+    double *value;       /* out: [MOE_LOSS_SLOTS] weighted */
+    double *stats;       /* out: [MOE_STAT_SLOTS] */
+    void *columns;       /* scratch [most rows x width] real; NULL if no loss needs it */
+    double *token_value; /* scratch [T] */
+    int32_t *plain_ids;  /* scratch [T,K] for sequence counts by plain scores; NULL if
                                      the routed experts are counted */
-} moe__losses_job;
+};
 
 /* Gradient of the gate. src/cpu/gate_backward.c, losses.c, load.c */
 typedef struct moe__gate_backward_job {
@@ -250,6 +263,7 @@ typedef struct moe__experts_job {
     const int64_t *segment_begin; /* [E * segments + 1] rows of each expert's token groups:
                                      parameter gradients are summed group by group; NULL: as one */
     int64_t segments;             /* token groups */
+    const moe__dw_carry *carry;   /* [3] of w1, w3, w2: rows come in several calls; or NULL */
     void *x_rows;                 /* [R,D] of the host's experts, kept; else NULL */
     void *workspace;      /* [R,workspace_per_row] bytes from the job's first row on, kept; or
                             NULL */

@@ -128,11 +128,19 @@ moe_status moe__branches_begin(moe_pass *pass, const moe__forward *f, const moe_
     return mix_weights(pass, mask, kernels);
 }
 
+moe_status moe__branches_work(moe_pass *pass, const moe__backend *kernels)
+{
+    moe__branch *branch[2] = {&pass->residual, &pass->shared};
+    for (int i = 0; i < 2; i++)
+        if (branch[i]->experts)
+            MOE_TRY(moe__experts_rows_forward(branch[i]->experts, &branch[i]->job, kernels));
+    return MOE_OK;
+}
+
 /* Adds one branch to y; sigmoid and saved are of the last. */
 static moe_status add_branch(moe__branch *branch, const moe__rows_job *to, bool sigmoid,
                              void *saved, const moe__backend *kernels)
 {
-    MOE_TRY(moe__experts_rows_forward(branch->experts, &branch->job, kernels));
     if (!to->tokens_out) return MOE_OK; /* a recompute that wants no y */
     moe__rows_job combine = {.workers = to->workers,
                              .tokens_out = to->tokens_out,
@@ -171,13 +179,11 @@ static void find_segments(const moe_pass *pass, moe__branch *branch)
     branch->job.segments = G;
 }
 
-static moe_status branch_backward(moe_pass *pass, moe__branch *branch, const moe_backward_args *b,
-                                  const moe__backend *kernels)
+static moe_status work_backward(moe_pass *pass, moe__branch *branch, bool want_dx,
+                                const moe__backend *kernels)
 {
     const moe__experts_job *routed = &pass->experts_job;
     moe__experts_job *job = &branch->job;
-    int64_t D = branch->experts->config.d_model;
-    bool want_dx = b->dx && !(b->flags & MOE_BACKWARD_SKIP_DX);
     job->workers = routed->workers;
     job->x = routed->x;
     job->x_stride = routed->x_stride;
@@ -187,12 +193,27 @@ static moe_status branch_backward(moe_pass *pass, moe__branch *branch, const moe
     job->dy_stride = routed->dy_stride;
     job->entry_weight_grad = branch->entry_grad;
     find_segments(pass, branch);
-    MOE_TRY(moe__experts_rows_backward(branch->experts, job, want_dx, kernels));
-    if (!want_dx) return MOE_OK;
-    moe__rows_job dispatch = {.workers = routed->workers,
+    return moe__experts_rows_backward(branch->experts, job, want_dx, kernels);
+}
+
+moe_status moe__branches_work_backward(moe_pass *pass, bool want_dx, const moe__backend *kernels)
+{
+    moe__branch *branch[2] = {&pass->residual, &pass->shared};
+    for (int i = 0; i < 2; i++)
+        if (branch[i]->experts) MOE_TRY(work_backward(pass, branch[i], want_dx, kernels));
+    return MOE_OK;
+}
+
+/* Adds its share to dx. */
+static moe_status add_dx(moe_pass *pass, moe__branch *branch, const moe_backward_args *b,
+                         const moe__backend *kernels)
+{
+    int64_t D = branch->experts->config.d_model;
+    if (!b->dx || (b->flags & MOE_BACKWARD_SKIP_DX)) return MOE_OK;
+    moe__rows_job dispatch = {.workers = pass->experts_job.workers,
                               .plan = &branch->plan,
                               .width = D,
-                              .rows_in = job->dx_rows,
+                              .rows_in = branch->job.dx_rows,
                               .rows_in_stride = D,
                               .tokens_out = b->dx,
                               .tokens_out_stride = b->dx_stride,
@@ -220,7 +241,7 @@ moe_status moe__branches_backward(moe_pass *pass, const moe_backward_args *b,
     bool wanted = !(b->flags & MOE_BACKWARD_SKIP_PARAMETERS);
     moe__mix_job *two = &pass->residual_mix, *one = &pass->shared_mix;
     if (pass->residual.experts) {
-        MOE_TRY(branch_backward(pass, &pass->residual, b, kernels));
+        MOE_TRY(add_dx(pass, &pass->residual, b, kernels));
         if (mix_of(pass, &pass->residual)) {
             two->weight_matrix = own(pass, "residual_mix", false);
             two->d_weight_matrix = wanted ? own(pass, "residual_mix", true) : none;
@@ -231,7 +252,7 @@ moe_status moe__branches_backward(moe_pass *pass, const moe_backward_args *b,
         }
     }
     if (!pass->shared.experts) return MOE_OK;
-    MOE_TRY(branch_backward(pass, &pass->shared, b, kernels));
+    MOE_TRY(add_dx(pass, &pass->shared, b, kernels));
     if (!mix_of(pass, &pass->shared)) return MOE_OK;
     one->weight_matrix = own(pass, "shared_gate", false);
     one->d_weight_matrix = wanted ? own(pass, "shared_gate", true) : none;

@@ -246,7 +246,7 @@ moe_status moe_check_gradients(moe_layer *layer, const moe_gradient_check *asked
     fenv_t saved;
     memset(&c, 0, sizeof c);
     if (!layer) REFUSE_ARGUMENT("layer is NULL");
-    if (layer->first_expert)
+    if (layer->where)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "the layer's experts live on %d ranks",
                (int)layer->comm->size);
     MOE_TRY(moe__struct_read(&moe__gradient_check_info, &c.asked, asked, true, function));

@@ -6,16 +6,17 @@
 
 /* ---- life ------------------------------------------------------------------------------------ */
 
-/* Touched experts: a byte each, and the list of their numbers. */
+/* Touched experts: a byte each, and the list of their numbers. No experts: one of each. */
+static int64_t mark_bytes(int64_t num_experts) { return moe__max(num_experts, 1); }
 static int64_t touched_bytes(int64_t num_experts)
 {
-    return moe__mul(num_experts, (int64_t)sizeof(int32_t));
+    return moe__mul(mark_bytes(num_experts), (int64_t)sizeof(int32_t));
 }
 
 static moe_status make_touched(moe_experts *e, const char *function)
 {
     int64_t E = e->config.num_experts;
-    e->touched = moe__alloc_zeroed(e->context, E);
+    e->touched = moe__alloc_zeroed(e->context, mark_bytes(E));
     e->touched_list = moe__alloc_zeroed(e->context, touched_bytes(E));
     if (!e->touched || !e->touched_list)
         REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for %lld experts", (ll)E);
@@ -29,7 +30,7 @@ static void free_pool(moe_experts *e)
     int64_t E = e->config.num_experts;
     moe__listing_free(&e->listing, context);
     moe__parameters_free(&e->parameters);
-    moe__free(context, e->touched, E);
+    moe__free(context, e->touched, mark_bytes(E));
     moe__free(context, e->touched_list, touched_bytes(E));
     moe__free(context, e, sizeof *e);
 }
@@ -90,6 +91,7 @@ static moe_status check_part(moe_experts *const *parts, int64_t i, const char *f
     const moe_experts *p = parts[i], *first = parts[0];
     if (!p) REFUSE_ARGUMENT("parts[%lld] is NULL", (ll)i);
     if (p->made_of_parts) REFUSE_ARGUMENT("parts[%lld] is made of parts itself", (ll)i);
+    if (p->config.num_experts == 0) REFUSE_ARGUMENT("parts[%lld] has no experts", (ll)i);
     for (int64_t j = 0; j < i; j++)
         if (parts[j] == p) REFUSE_ARGUMENT("parts[%lld] is parts[%lld] again", (ll)i, (ll)j);
     if (p->context != first->context)
@@ -227,11 +229,20 @@ moe_status moe_experts_touched(const moe_experts *experts, uint8_t *touched, int
 
 /* ---- what the steps ask ---------------------------------------------------------------------- */
 
+static void forget_part(moe_experts *part)
+{
+    for (int64_t i = 0; i < part->touched_count; i++) part->touched[part->touched_list[i]] = 0;
+    part->touched_count = 0;
+}
+
+void moe__experts_forget_touched(moe_experts *experts)
+{
+    for (int64_t i = 0; i < experts->parts; i++) forget_part(experts->part[i]);
+}
+
 static void note_part(moe_experts *part, const int64_t *begin, bool overwrite)
 {
-    for (int64_t i = 0; overwrite && i < part->touched_count; i++)
-        part->touched[part->touched_list[i]] = 0;
-    if (overwrite) part->touched_count = 0;
+    if (overwrite) forget_part(part);
     for (int64_t e = 0; e < part->config.num_experts; e++) {
         if (part->touched[e] || begin[e + 1] == begin[e]) continue;
         part->touched[e] = 1;

@@ -41,7 +41,8 @@ static moe_status check_supported(const moe_experts_config *c, const char *funct
 /* Fields of integers: each in its range, whatever the kind. */
 static moe_status check_ranges(const moe_experts_config *c, const char *function)
 {
-    MOE_TRY(moe__check_range("num_experts", c->num_experts, 1, INT32_MAX, function));
+    if (c->num_experts != MOE_NO_EXPERTS)
+        MOE_TRY(moe__check_range("num_experts", c->num_experts, 1, INT32_MAX, function));
     MOE_TRY(moe__check_range("d_model", c->d_model, 1, INT64_MAX, function));
     MOE_TRY(moe__check_range("d_out", c->d_out, 1, INT64_MAX, function));
     MOE_TRY(moe__check_range("kind", c->kind, 0, MOE_EXPERTS_CALLBACK, function));
@@ -147,6 +148,7 @@ moe_status moe__experts_config_check(moe_experts_config *c, moe_expert_callbacks
     else
         MOE_TRY(check_no_network(c, function));
     if (c->kind == MOE_EXPERTS_CALLBACK) MOE_TRY(read_callbacks(c, callbacks, function));
+    if (c->num_experts == MOE_NO_EXPERTS) c->num_experts = 0;
     return check_supported(c, function);
 }
 

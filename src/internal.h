@@ -21,6 +21,9 @@ __attribute__((format(printf, 3, 4)))
 #endif
 moe_status
 moe__fail(moe_status status, const char *function, const char *format, ...);
+enum { MOE__MESSAGE_SIZE = 512 };
+/* Makes a copy of moe_last_error() the message again. */
+void moe__restore_message(const char message[MOE__MESSAGE_SIZE]);
 
 /* For functions that are told whom they check for: const char *function. */
 #define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
@@ -378,21 +381,26 @@ struct moe_layer {
     moe__parameter_list parameters; /* its own: shared_gate, residual_mix, residual_mix_bias */
     moe__listing listing;           /* "gate.weight", ... */
     int64_t num_experts;            /* of all ranks */
-    int64_t *first_expert;          /* [P+1] of each rank; NULL: one rank */
+    int64_t *placement;             /* copy of the config's, or NULL */
+    struct moe__placement *where;   /* NULL: the experts are all here, and no exchange is needed */
 };
 
 /* Whether a listed parameter is spread over the ranks: all others are the same on every rank. */
 static inline bool moe__is_spread(const moe_layer *layer, const moe__listed *entry)
 {
-    return layer->first_expert && entry->list == &layer->experts->parameters;
+    return layer->where && entry->list == &layer->experts->parameters;
 }
 
+/* Seconds of a clock that never goes back. comm.c */
+double moe__seconds(void);
 void moe__gate_retain(moe_gate *gate);
 void moe__experts_retain(moe_experts *experts);
 void moe__comm_retain(moe_comm *comm);
 /* Frees memory that exchanges of `comm` (or NULL) may have used, unless the transport may still
  * touch it. */
 void moe__comm_free(const moe_comm *comm, moe_context *context, void *memory, int64_t bytes);
+/* Gives up an exchange that is in flight, which ends the communicator. */
+void moe__comm_give_up(moe_comm *comm, int32_t request);
 /* Makes a communicator over a table of the library's own; release is called if this fails. */
 moe_status moe__comm_make(moe_comm **comm, moe_context *context, const moe_collectives *table,
                           const char *(*why)(void *user), const char *function);
@@ -415,6 +423,9 @@ bool moe__experts_begin_backward(moe_experts *experts);
 void moe__experts_end_backward(moe_experts *experts);
 /* Remembers the experts that have rows as touched, and if `overwrite` forgets the others. */
 void moe__experts_note_touched(moe_experts *experts, const moe__plan_arrays *plan, bool overwrite);
+
+/* Forgets all. */
+void moe__experts_forget_touched(moe_experts *experts);
 
 static inline bool moe__is_gated(int32_t activation) { return activation >= MOE_ACTIVATION_SWIGLU; }
 

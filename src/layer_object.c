@@ -1,9 +1,11 @@
 /* layer_object.c - the layer object: its config and its life. Its steps are in layer.c. */
 #include "pass_state.h"
 
+#include <string.h>
+
 static void layer_defaults(void *instance)
 {
-    *(moe_layer_config *)instance = (moe_layer_config){0};
+    *(moe_layer_config *)instance = (moe_layer_config){.expert_slices = 1};
 }
 
 const moe__struct_info moe__layer_config_info = {"moe_layer_config", sizeof(moe_layer_config),
@@ -15,6 +17,21 @@ moe_status moe_layer_config_init(moe_layer_config *config, size_t size)
     return moe__struct_init(&moe__layer_config_info, config, size, __func__);
 }
 
+/* Slices of an expert are summed, so nothing may come after them. */
+static moe_status check_slices(const moe_layer_config *c, const char *function)
+{
+    const moe_experts_config *e = &c->experts->config;
+    if (c->expert_slices == 1) return MOE_OK;
+    if (e->kind != MOE_EXPERTS_FEED_FORWARD || c->experts->made_of_parts)
+        REFUSE_ARGUMENT("expert_slices is %lld; the experts are not feed-forward networks",
+                        (ll)c->expert_slices);
+    if (e->bias || e->output != MOE_OUTPUT_LINEAR)
+        REFUSE_ARGUMENT("expert_slices %lld clashes with %s %d of the experts",
+                        (ll)c->expert_slices, e->bias ? "bias" : "output",
+                        e->bias ? (int)e->bias : (int)e->output);
+    return MOE_OK;
+}
+
 static moe_status check_objects(const moe_layer_config *c, const char *function)
 {
     const moe_gate *g = c->gate;
@@ -22,7 +39,9 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
     if (!e) REFUSE_ARGUMENT("experts is NULL");
     if (g && g->context != e->context)
         REFUSE_ARGUMENT("gate and experts are of different contexts");
-    bool alone = !c->comm || c->comm->size == 1;
+    if (!c->comm && e->config.num_experts == 0)
+        REFUSE_ARGUMENT("experts has no experts, and comm is NULL");
+    bool alone = !c->comm || (c->comm->size == 1 && c->expert_slices == 1 && !c->placement);
     if (g && alone && g->config.num_experts != e->config.num_experts)
         REFUSE_ARGUMENT("the gate has %lld experts, the pool has %lld", (ll)g->config.num_experts,
                         (ll)e->config.num_experts);
@@ -34,7 +53,7 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
     if (c->comm && c->comm->size > 1 && e->made_of_parts)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "a pool of parts on %d ranks is not available",
                (int)c->comm->size);
-    return MOE_OK;
+    return check_slices(c, function);
 }
 
 /* Whether two pools are one, or have a part in common. */
@@ -98,6 +117,35 @@ static moe_status check_branches(const moe_layer_config *c, const char *function
     return MOE_OK;
 }
 
+/* The fields that are for a comm. */
+static moe_status check_ranks(const moe_layer_config *c, const char *function)
+{
+    MOE_TRY(moe__check_range("expert_slices", c->expert_slices, 1, INT32_MAX, function));
+    MOE_TRY(moe__check_range("max_received", c->max_received, 0, INT64_MAX / 4, function));
+    MOE_TRY(moe__check_range("exchange", c->exchange, 0, MOE_EXCHANGE_PADDED, function));
+    MOE_TRY(moe__check_range("received", c->received, 0, MOE_RECEIVED_CHUNK, function));
+    MOE_TRY(moe__check_range("loss_batch", c->loss_batch, 0, MOE_BATCH_GLOBAL, function));
+    MOE_TRY(moe__check_range("reserved", c->reserved, 0, 0, function));
+    bool padded = c->exchange == MOE_EXCHANGE_PADDED;
+    MOE_TRY(moe__check_range("padded_rows", c->padded_rows, padded, padded ? INT64_MAX / 4 : 0,
+                             function));
+    if (padded && (c->max_received > 0 || c->received))
+        REFUSE_ARGUMENT("exchange MOE_EXCHANGE_PADDED clashes with %s %lld",
+                        c->received ? "received" : "max_received",
+                        c->received ? (ll)c->received : (ll)c->max_received);
+    bool drops = c->received == MOE_RECEIVED_DROP_POSITION ||
+                 c->received == MOE_RECEIVED_DROP_SCORE;
+    if (drops && c->expert_slices > 1)
+        REFUSE_ARGUMENT("received %d clashes with expert_slices %lld", (int)c->received,
+                        (ll)c->expert_slices);
+    if (!c->comm && (c->expert_slices > 1 || c->placement || c->max_received > 0 || padded))
+        REFUSE_ARGUMENT("%s is given, comm is NULL", c->expert_slices > 1  ? "expert_slices"
+                                                     : c->placement        ? "placement"
+                                                     : c->max_received > 0 ? "max_received"
+                                                                           : "exchange");
+    return MOE_OK;
+}
+
 moe_status moe__layer_config_check(const moe_layer_config *c, const char *function)
 {
     if (c->output < 0 || c->output > MOE_OUTPUT_SIGMOID)
@@ -108,6 +156,7 @@ moe_status moe__layer_config_check(const moe_layer_config *c, const char *functi
     MOE_TRY(moe__check_range("residual_mix", c->residual_mix, 0, 1, function));
     MOE_TRY(moe__check_range("dropped", c->dropped, 0, MOE_DROPPED_UNTOUCHED, function));
     MOE_TRY(moe__check_range("parameters", c->parameters, 0, MOE_PARAMETERS_BOUND, function));
+    MOE_TRY(check_ranks(c, function));
     if (c->dropped && c->output != MOE_OUTPUT_LINEAR)
         REFUSE_ARGUMENT("dropped %d clashes with output %d", (int)c->dropped, (int)c->output);
     if (c->dropped && c->residual_mix)
@@ -115,34 +164,76 @@ moe_status moe__layer_config_check(const moe_layer_config *c, const char *functi
     return MOE_OK;
 }
 
+static moe_status check_config(const moe_layer_config *c, const char *function)
+{
+    MOE_TRY(moe__layer_config_check(c, function));
+    MOE_TRY(check_objects(c, function));
+    return check_branches(c, function);
+}
+
+/* The layer's own copy of its placement. */
+static moe_status copy_placement(moe_layer *l, const char *function)
+{
+    int64_t count = l->config.experts->config.num_experts;
+    if (!l->config.placement) return MOE_OK;
+    l->placement = moe__alloc(l->context, moe__max(count, 1) * (int64_t)sizeof *l->placement);
+    if (!l->placement) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for %lld experts", (ll)count);
+    memcpy(l->placement, l->config.placement, (size_t)count * sizeof *l->placement);
+    l->config.placement = l->placement;
+    return MOE_OK;
+}
+
+static void free_parts(moe_layer *l)
+{
+    int64_t count = l->config.experts->config.num_experts;
+    moe__ranks_leave(l);
+    moe__listing_free(&l->listing, l->context);
+    moe__parameters_free(&l->parameters);
+    moe__free(l->context, l->placement, moe__max(count, 1) * (int64_t)sizeof *l->placement);
+    moe__free(l->context, l, sizeof *l);
+}
+
+/* Everything but what concerns other ranks. */
+static moe_status make_layer(moe_layer **layer, const moe_layer_config *c, const char *function)
+{
+    MOE_TRY(check_config(c, function));
+    moe_layer *l = moe__alloc_zeroed(c->experts->context, sizeof *l);
+    if (!l) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for the layer");
+    l->context = c->experts->context;
+    l->config = *c;
+    l->gate = c->gate;
+    l->experts = c->experts;
+    l->shared = c->shared;
+    l->residual = c->residual;
+    l->comm = c->comm;
+    l->num_experts = l->experts->config.num_experts;
+    moe__layer_parameters_describe(l);
+    moe_status status = copy_placement(l, function);
+    if (status == MOE_OK)
+        status = moe__parameters_allocate(&l->parameters, c->parameters, function);
+    if (status == MOE_OK) status = moe__layer_list_parameters(l, function);
+    if (status == MOE_OK)
+        *layer = l;
+    else
+        free_parts(l);
+    return status;
+}
+
 moe_status moe_layer_create(moe_layer **layer, const moe_layer_config *config)
 {
     moe_layer_config c;
+    moe_layer *l = NULL;
     if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
     MOE_TRY(moe__struct_read(&moe__layer_config_info, &c, config, false, __func__));
-    MOE_TRY(moe__layer_config_check(&c, __func__));
-    MOE_TRY(check_objects(&c, __func__));
-    MOE_TRY(check_branches(&c, __func__));
-    moe_context *context = c.experts->context;
-    moe_layer *l = moe__alloc_zeroed(context, sizeof *l);
-    if (!l) return moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for the layer");
-    l->context = context;
-    l->config = c;
-    l->gate = c.gate;
-    l->experts = c.experts;
-    l->shared = c.shared;
-    l->residual = c.residual;
-    l->comm = c.comm;
-    moe__layer_parameters_describe(l);
-    moe_status status = moe__parameters_allocate(&l->parameters, c.parameters, __func__);
-    if (status != MOE_OK) goto free_layer;
-    status = moe__layer_list_parameters(l, __func__);
-    if (status != MOE_OK) goto free_parameters;
-    l->num_experts = l->experts->config.num_experts;
-    if (l->comm && l->comm->size > 1) status = moe__ranks_join(l, __func__);
-    if (status != MOE_OK) goto free_listing;
+    moe_status status = make_layer(&l, &c, __func__);
+    if (status != MOE_OK) return moe__ranks_join_failed(&c, status, __func__);
+    status = moe__ranks_join(l, __func__);
+    if (status != MOE_OK) {
+        free_parts(l);
+        return status;
+    }
     atomic_init(&l->references, 1);
-    moe__context_retain(context);
+    moe__context_retain(l->context);
     moe__experts_retain(l->experts);
     if (l->shared) moe__experts_retain(l->shared);
     if (l->residual) moe__experts_retain(l->residual);
@@ -150,14 +241,6 @@ moe_status moe_layer_create(moe_layer **layer, const moe_layer_config *config)
     if (l->comm) moe__comm_retain(l->comm);
     *layer = l;
     return MOE_OK;
-
-free_listing:
-    moe__listing_free(&l->listing, context);
-free_parameters:
-    moe__parameters_free(&l->parameters);
-free_layer:
-    moe__free(context, l, sizeof *l);
-    return status;
 }
 
 void moe__layer_retain(moe_layer *layer) { atomic_fetch_add(&layer->references, 1); }
@@ -165,19 +248,14 @@ void moe__layer_retain(moe_layer *layer) { atomic_fetch_add(&layer->references, 
 void moe_layer_destroy(moe_layer *layer)
 {
     if (!layer || atomic_fetch_sub(&layer->references, 1) != 1) return;
-    moe_context *context = layer->context;
-    moe_gate_destroy(layer->gate);
-    moe_experts_destroy(layer->experts);
-    moe_experts_destroy(layer->shared);
-    moe_experts_destroy(layer->residual);
-    if (layer->first_expert)
-        moe__free(context, layer->first_expert,
-                  ((int64_t)layer->comm->size + 1) * (int64_t)sizeof *layer->first_expert);
-    moe_comm_destroy(layer->comm);
-    moe__listing_free(&layer->listing, context);
-    moe__parameters_free(&layer->parameters);
-    moe__free(context, layer, sizeof *layer);
-    moe_context_destroy(context);
+    moe_layer held = *layer;
+    free_parts(layer);
+    moe_gate_destroy(held.gate);
+    moe_experts_destroy(held.experts);
+    moe_experts_destroy(held.shared);
+    moe_experts_destroy(held.residual);
+    moe_comm_destroy(held.comm);
+    moe_context_destroy(held.context);
 }
 
 moe_status moe_layer_get_config(const moe_layer *layer, moe_layer_config *config)

@@ -46,7 +46,7 @@ static moe_status sum_parameter(moe_layer *layer, const moe__parameter *p, doubl
     return moe__parallel_range(layer->context, p->shape[0], 1, sum_range, &s, function);
 }
 
-/* all[E,count] of the spread parameters, gathered from own[own experts,count]. */
+/* all[slots,count] of the spread parameters, gathered from own[own experts,count]. */
 static moe_status gather(moe_layer *layer, double *all, double *own, int64_t count,
                          const char *function)
 {
@@ -55,7 +55,7 @@ static moe_status gather(moe_layer *layer, double *all, double *own, int64_t cou
         if (moe__is_spread(layer, &layer->listing.entry[i]))
             MOE_TRY(sum_parameter(layer, moe__listed_parameter(&layer->listing, i), own + k++,
                                   count, function));
-    return moe_comm_all_gather(layer->comm, all, layer->first_expert, own,
+    return moe_comm_all_gather(layer->comm, all, layer->where->first_slot, own,
                                count * (int64_t)sizeof *own);
 }
 
@@ -68,10 +68,12 @@ static moe_status add_up(moe_layer *layer, const double *all, int64_t count, dou
     for (int64_t i = 0; i < layer->listing.count; i++) {
         const moe__parameter *p = moe__listed_parameter(&layer->listing, i);
         bool spread = moe__is_spread(layer, &layer->listing.entry[i]);
-        int64_t n = spread ? layer->num_experts : p->shape[0];
+        const moe__placement *w = layer->where;
+        int64_t n = spread ? w->numbers : p->shape[0];
         double sum = 0;
         if (!spread) MOE_TRY(sum_parameter(layer, p, scratch, 1, function));
-        for (int64_t e = 0; e < n; e++) sum += spread ? all[e * count + k] : scratch[e];
+        for (int64_t e = 0; e < n; e++)
+            sum += spread ? all[w->first_holder[e] * count + k] : scratch[e];
         k += spread;
         total += sum;
     }
@@ -89,7 +91,7 @@ moe_status moe_layer_gradient_norm(moe_layer *layer, double *squared, void *stre
         count += moe__is_spread(layer, &layer->listing.entry[i]);
         most = moe__max(most, moe__listed_parameter(&layer->listing, i)->shape[0]);
     }
-    int64_t elements = most + (count ? moe__mul(count, own + layer->num_experts) : 0);
+    int64_t elements = most + (count ? moe__mul(count, own + layer->where->slots) : 0);
     int64_t bytes = moe__mul(moe__max(elements, 1), sizeof(double));
     double *memory = moe__alloc(layer->context, bytes);
     if (!memory) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for %lld sums", (ll)elements);

@@ -3,7 +3,7 @@
  *
  * A parameter is [E,rows,cols] or [E,cols] in a pool, [rows,cols] or [cols] in a gate. Data and
  * gradient each live at a base with strides, or (pools only) at one pointer per expert. */
-#include "internal.h"
+#include "pass_state.h"
 
 #include <string.h>
 
@@ -252,6 +252,7 @@ moe_status moe__parameters_allocate(moe__parameter_list *list, int32_t parameter
             break;
         }
         if (parameters == MOE_PARAMETERS_BOUND) continue;
+        p->own_bytes = moe__max(p->own_bytes, 1); /* a pool without experts has an address too */
         bool grad = parameters == MOE_PARAMETERS_OWNED && p->kind != MOE_KIND_BUFFER;
         p->own_data = moe__alloc_zeroed(list->context, p->own_bytes);
         if (p->own_data && grad) p->own_grad = moe__alloc_zeroed(list->context, p->own_bytes);
@@ -367,6 +368,16 @@ moe_status moe_experts_parameter(const moe_experts *experts, int64_t index,
                         experts->listing.entry[index].name, 0, 0, record, __func__);
 }
 
+/* Where this rank's experts begin among all, or -1 if they are not a range. */
+static int64_t first_number(const moe_layer *layer)
+{
+    int64_t count = layer->experts->config.num_experts;
+    int64_t first = count > 0 ? moe__expert_number(layer, 0) : 0;
+    for (int64_t i = 1; i < count; i++)
+        if (moe__expert_number(layer, i) != first + i) return -1;
+    return first;
+}
+
 moe_status moe_layer_parameter(const moe_layer *layer, int64_t index, moe_parameter_record *record)
 {
     if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
@@ -374,8 +385,8 @@ moe_status moe_layer_parameter(const moe_layer *layer, int64_t index, moe_parame
     const moe__listed *entry = &layer->listing.entry[index];
     bool spread = moe__is_spread(layer, entry);
     return write_record(moe__listed_parameter(&layer->listing, index), entry->name,
-                        spread ? layer->first_expert[layer->comm->rank] : 0,
-                        spread ? layer->num_experts : 0, record, __func__);
+                        spread ? first_number(layer) : 0, spread ? layer->where->numbers : 0,
+                        record, __func__);
 }
 
 /* ---- bind ------------------------------------------------------------------------------------ */

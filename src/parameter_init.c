@@ -8,7 +8,7 @@
  * stream: a gate's stream_id; of a layer's pools 0 for the routed, 1 the shared, 2 the residual
  * one; whatever layout, GLU order or dtype it is stored in: see docs/numerics.md, "Initial
  * parameters". */
-#include "internal.h"
+#include "pass_state.h"
 #include "philox.h"
 
 #include <string.h>
@@ -18,8 +18,8 @@ typedef struct fill {
     const moe__parameter *p;
     uint64_t seed;
     uint32_t stream_id;
-    int64_t rows, cols; /* logical, of one expert's matrix as stored: inputs and outputs */
-    int64_t first;      /* number of the pool's first expert on all ranks */
+    int64_t rows, cols;     /* logical, of one expert's matrix as stored: inputs and outputs */
+    const int64_t *numbers; /* of the pool's experts on all ranks; NULL: 0 and on */
 } fill;
 
 enum { UP_AFTER_GATE = 2 }; /* tensor number of W3 minus that of W1 */
@@ -49,7 +49,8 @@ static float first_value(const fill *f, int64_t expert, int64_t row, int64_t col
     float four[4];
     column = logical_column(f, column, &tensor);
     moe__counter(counter, moe__stream(tensor, f->stream_id, MOE__PURPOSE_INIT),
-                 (uint32_t)(f->first + expert), (uint32_t)row, (uint32_t)(column / 4));
+                 (uint32_t)(f->numbers ? f->numbers[expert] : expert), (uint32_t)row,
+                 (uint32_t)(column / 4));
     moe__philox(f->seed, counter, bits);
     moe__normal4(bits, four);
     return (float)(f->p->init_std * (double)four[column % 4]);
@@ -73,7 +74,7 @@ static void fill_range(void *argument, int64_t begin, int64_t end)
 }
 
 static moe_status init_one(const moe__parameter_list *list, const moe__parameter *p, uint64_t seed,
-                           int32_t stream_id, int64_t first_expert, const char *function)
+                           int32_t stream_id, const int64_t *numbers, const char *function)
 {
     int matrix_dims = p->dims - p->per_expert;
     int64_t experts = p->per_expert ? p->shape[0] : 1;
@@ -88,7 +89,7 @@ static moe_status init_one(const moe__parameter_list *list, const moe__parameter
               .p = p,
               .seed = seed,
               .stream_id = (uint32_t)stream_id,
-              .first = first_expert,
+              .numbers = numbers,
               .rows = out_in ? second : first,
               .cols = out_in ? first : second};
     return moe__parallel_range(list->context, experts * first, moe__max(1, 4096 / second),
@@ -96,13 +97,13 @@ static moe_status init_one(const moe__parameter_list *list, const moe__parameter
 }
 
 static moe_status init_all(const moe__parameter_list *list, uint64_t seed, int32_t stream_id,
-                           int64_t first_expert, const char *function)
+                           const int64_t *numbers, const char *function)
 {
     fenv_t saved;
     moe_status status = MOE_OK;
     moe__fenv_enter(&saved);
     for (int64_t i = 0; i < list->count && status == MOE_OK; i++)
-        status = init_one(list, &list->p[i], seed, stream_id, first_expert, function);
+        status = init_one(list, &list->p[i], seed, stream_id, numbers, function);
     moe__fenv_leave(&saved);
     return status;
 }
@@ -110,33 +111,34 @@ static moe_status init_all(const moe__parameter_list *list, uint64_t seed, int32
 moe_status moe_gate_init_parameters(moe_gate *gate, uint64_t seed)
 {
     if (!gate) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "gate is NULL");
-    return init_all(&gate->parameters, seed, gate->config.stream_id, 0, __func__);
+    return init_all(&gate->parameters, seed, gate->config.stream_id, NULL, __func__);
 }
 
 /* stream_id: 0 for a pool by itself and for the routed one, so that a layer's pools differ. */
 static moe_status init_pool(moe_experts *experts, uint64_t seed, int32_t stream_id,
-                            int64_t first_expert, const char *function)
+                            const int64_t *numbers, const char *function)
 {
     for (int64_t i = 0; i < experts->parts; i++)
-        MOE_TRY(init_all(&experts->part[i]->parameters, seed, stream_id, first_expert, function));
+        MOE_TRY(init_all(&experts->part[i]->parameters, seed, stream_id, numbers, function));
     return MOE_OK;
 }
 
 moe_status moe_experts_init_parameters(moe_experts *experts, uint64_t seed)
 {
     if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
-    return init_pool(experts, seed, 0, 0, __func__);
+    return init_pool(experts, seed, 0, NULL, __func__);
 }
 
 moe_status moe_layer_init_parameters(moe_layer *layer, uint64_t seed)
 {
     if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
     if (layer->gate) MOE_TRY(moe_gate_init_parameters(layer->gate, seed));
-    int64_t first = layer->first_expert ? layer->first_expert[layer->comm->rank] : 0;
-    MOE_TRY(init_pool(layer->experts, seed, 0, first, __func__));
-    if (layer->shared) MOE_TRY(init_pool(layer->shared, seed, 1, 0, __func__));
-    if (layer->residual) MOE_TRY(init_pool(layer->residual, seed, 2, 0, __func__));
-    return init_all(&layer->parameters, seed, 0, 0, __func__);
+    const moe__placement *w = layer->where;
+    const int64_t *numbers = w ? w->number_of_slot + w->first_slot[layer->comm->rank] : NULL;
+    MOE_TRY(init_pool(layer->experts, seed, 0, numbers, __func__));
+    if (layer->shared) MOE_TRY(init_pool(layer->shared, seed, 1, NULL, __func__));
+    if (layer->residual) MOE_TRY(init_pool(layer->residual, seed, 2, NULL, __func__));
+    return init_all(&layer->parameters, seed, 0, NULL, __func__);
 }
 
 /* ---- zero ------------------------------------------------------------------------------------ */

@@ -17,6 +17,7 @@ static void backward_defaults(void *instance)
 static void config_defaults(void *instance) { *(moe_pass_config *)instance = (moe_pass_config){0}; }
 static void losses_defaults(void *instance) { *(moe_losses *)instance = (moe_losses){0}; }
 static void stats_defaults(void *instance) { *(moe_stats *)instance = (moe_stats){0}; }
+static void report_defaults(void *instance) { *(moe_pass_report *)instance = (moe_pass_report){0}; }
 static void view_defaults(void *instance) { *(moe_tensor_view *)instance = (moe_tensor_view){0}; }
 
 /* What came after the first fields begins at noise_primary, and at x_stride. */
@@ -29,6 +30,7 @@ const moe__struct_info moe__backward_args_info = {"moe_backward_args", sizeof(mo
 const moe__struct_info moe__pass_config_info = MOE__STRUCT_INFO(moe_pass_config, config_defaults);
 const moe__struct_info moe__losses_info = MOE__STRUCT_INFO(moe_losses, losses_defaults);
 const moe__struct_info moe__stats_info = MOE__STRUCT_INFO(moe_stats, stats_defaults);
+const moe__struct_info moe__pass_report_info = MOE__STRUCT_INFO(moe_pass_report, report_defaults);
 const moe__struct_info moe__tensor_view_info = MOE__STRUCT_INFO(moe_tensor_view, view_defaults);
 
 moe_status moe_forward_args_init(moe_forward_args *args, size_t size)
@@ -50,6 +52,10 @@ moe_status moe_losses_init(moe_losses *losses, size_t size)
 moe_status moe_stats_init(moe_stats *stats, size_t size)
 {
     return moe__struct_init(&moe__stats_info, stats, size, __func__);
+}
+moe_status moe_pass_report_init(moe_pass_report *report, size_t size)
+{
+    return moe__struct_init(&moe__pass_report_info, report, size, __func__);
 }
 moe_status moe_tensor_view_init(moe_tensor_view *view, size_t size)
 {
@@ -90,7 +96,7 @@ static moe_status pass_create(moe_pass **pass, moe_context *context, moe_layer *
         p->shared.experts = layer->shared;
         p->residual.experts = layer->residual;
     }
-    if (layer && layer->first_expert) {
+    if (layer && layer->where) {
         moe_status status = moe__ranks_prepare(p, function);
         if (status != MOE_OK) {
             moe__free(context, p, sizeof *p);
@@ -134,6 +140,7 @@ void moe_pass_destroy(moe_pass *pass)
 {
     if (!pass) return;
     moe_context *context = pass->context;
+    moe__backward_abandon(pass);
     if (!pass->host_memory) moe__free(context, pass->memory, pass->capacity);
     moe__ranks_free(pass);
     moe_layer_destroy(pass->layer);
@@ -166,6 +173,7 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     const char *function = __func__;
     double weights[MOE_LOSS_SLOTS] = {0};
     if (!pass) REFUSE_ARGUMENT("pass is NULL");
+    MOE_TRY(moe__pass_check_idle(pass, function));
     const moe_gate_config *gate = pass->gate ? &pass->gate->config : NULL;
     const moe__experts_room *experts = pass->experts ? &pass->experts->room : NULL;
     if (max_tokens < 0) REFUSE_ARGUMENT("max_tokens is %lld", (ll)max_tokens);
@@ -181,7 +189,8 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
                                                true, true, MOE_FORWARD_TRAIN);
     if (pass->layer) {
         moe__pass_shape_branches(&shape, pass);
-        shape.ranks = pass->layer->first_expert != NULL;
+        shape.ranks = pass->layer->where != NULL;
+        shape.share_ranks = moe__share_ranks(pass->layer);
         shape.num_experts = pass->layer->num_experts;
     }
     shape.tokens = max_tokens;
@@ -201,13 +210,15 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
 moe_status moe_pass_trim(moe_pass *pass)
 {
     if (!pass) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "pass is NULL");
+    MOE_TRY(moe__pass_check_idle(pass, __func__));
     return moe__pass_trim(pass, __func__);
 }
 
 int64_t moe_pass_bytes(const moe_pass *pass)
 {
     if (!pass) return 0;
-    int64_t of_ranks = pass->ranks.counts_bytes + pass->ranks.rows_bytes;
+    const moe__ranks *k = &pass->ranks;
+    int64_t of_ranks = k->counts_bytes + k->rows_bytes + k->keep_bytes;
     return of_ranks + (pass->host_memory ? pass->used : pass->capacity);
 }
 
@@ -218,6 +229,7 @@ static moe_status check_has_forward(const moe_pass *pass, const void *out, const
 {
     if (!pass) REFUSE_ARGUMENT("pass is NULL");
     if (!out) REFUSE_ARGUMENT("%s is NULL", name);
+    MOE_TRY(moe__pass_check_idle(pass, function));
     if (pass->uses == 0) REFUSE(MOE_ERROR_INVALID_STATE, "the pass has had no forward");
     if (pass->state == MOE__PASS_FAILED)
         REFUSE(MOE_ERROR_INVALID_STATE, "the pass failed in the middle of a call");
@@ -259,6 +271,14 @@ moe_status moe_pass_stats(const moe_pass *pass, moe_stats *stats)
     MOE_TRY(moe__struct_check_out(&moe__stats_info, stats, __func__));
     memcpy(known.value, pass->stats, sizeof known.value);
     moe__struct_write(&moe__stats_info, stats, &known);
+    return MOE_OK;
+}
+
+moe_status moe_pass_get_report(const moe_pass *pass, moe_pass_report *report)
+{
+    MOE_TRY(check_has_forward(pass, report, "report", __func__));
+    MOE_TRY(moe__struct_check_out(&moe__pass_report_info, report, __func__));
+    moe__struct_write(&moe__pass_report_info, report, &pass->report);
     return MOE_OK;
 }
 

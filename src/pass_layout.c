@@ -136,8 +136,14 @@ static void lay_out_losses(moe_pass *pass, moe__arena *arena, const moe__pass_sh
     l->plain_ids = s->plain_counts
                        ? moe__arena_take(arena, moe__mul(s->tokens, s->top_k), sizeof *l->plain_ids)
                        : NULL;
-    l->above_threshold = s->threshold ? moe__arena_take(arena, E, sizeof *l->above_threshold)
-                                      : NULL;
+    l->over_taken = s->threshold ? moe__arena_take(arena, E, sizeof *l->over_taken) : NULL;
+    int64_t parts = two ? s->gate->expert_groups : 0;
+    l->part_rows = two ? moe__arena_take(arena, parts, sizeof *l->part_rows) : NULL;
+    l->rows_of_expert = pass->rows_of_expert;
+    l->shared = s->share_ranks > 0
+                    ? moe__arena_take(arena, moe__share_numbers(s->share_ranks, E, parts),
+                                      sizeof *l->shared)
+                    : NULL;
     if (s->columns) {
         level_size size[2];
         find_levels(s, size);

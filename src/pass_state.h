@@ -6,6 +6,7 @@
 #define MOE_PASS_STATE_H
 
 #include "backend.h"
+#include "ranks.h"
 
 /* Every flag of a forward. */
 enum {
@@ -28,6 +29,7 @@ typedef struct moe__pass_shape {
     int32_t output_sigmoid;            /* of the layer */
     int32_t shared_gate, residual_mix; /* likewise */
     int32_t ranks;          /* 1: experts live on several ranks: their rows are in moe__ranks */
+    int32_t share_ranks;    /* P if losses are of all ranks' tokens, else 0 */
     int32_t plain_counts;   /* 1: plain_ids are needed */
     int32_t columns;        /* 1: a loss, the load or the choice needs columns */
     int32_t priority;       /* 1: token_priority is needed */
@@ -54,24 +56,31 @@ typedef struct moe__branch {
     int64_t *segment_begin; /* [E G + 1] rows of each expert's token groups */
 } moe__branch;
 
-/* Rows of other ranks: ranks.c. */
-typedef struct moe__ranks {
-    void *counts_memory, *rows_memory;
-    int64_t counts_bytes, rows_bytes;
-    int64_t *send_begin, *recv_begin; /* [P+1] rows to and from each rank */
-    int64_t *out_begin, *in_begin;    /* [P+1] words to and from each rank before the rows */
-    int64_t *words_out;    /* for each rank: a header, then the rows of this rank for its experts */
-    int64_t *words_in;     /* of each rank: a header, then its rows for this rank's experts */
-    int64_t *verdict;      /* [2,P] whether there is memory: here, for each rank; on each rank */
-    bool took_part;        /* in this call: the others know how it went here */
-    bool agreed;           /* the failure is known to all ranks */
-    moe__plan_arrays plan; /* of what arrives */
-    moe__experts_job job;
-    void *x, *dy;       /* [rows,D], [rows,O] in order of arrival */
-    void *here, *there; /* rows of this rank's plan; rows that arrived; the wider of D and O */
-    void *weight_here;  /* [rows of the plan] */
-    void *entry_grad;   /* [rows that arrived] */
-} moe__ranks;
+/* Checked arguments of a forward: strides and defaults resolved. */
+typedef struct moe__forward {
+    moe_forward_args a;
+    const double *weights; /* of the losses */
+    int64_t top_k;
+    int64_t entries; /* -1: known when the gate has run, see moe__run_forward */
+    int32_t uses;    /* MOE__USE_* */
+    bool route;      /* the gate runs */
+    bool replay;     /* the plan is there already: handed in, or kept for a recompute */
+    bool own_plan;   /* it is the pass's own */
+    bool everyone;   /* no gate and no plan: every token to the one expert */
+    bool recompute;
+} moe__forward;
+
+/* How far a call is. */
+enum { MOE__PHASE_NONE = 0, MOE__PHASE_STARTED = 1, MOE__PHASE_WORKED = 2 };
+
+/* The call that a pass is in. */
+typedef struct moe__call {
+    moe__forward f;      /* of the last forward */
+    moe_backward_args b; /* of the last backward */
+    const moe__backend *kernels;
+    int32_t phase; /* MOE__PHASE_* */
+    int32_t save;  /* activations are kept */
+} moe__call;
 
 struct moe_pass {
     moe_context *context;
@@ -99,6 +108,10 @@ struct moe_pass {
     moe__branch shared, residual;
     moe__mix_job shared_mix, residual_mix;
     moe__ranks ranks;
+    moe__call call;
+    bool backward; /* the call is one */
+    moe_pass_report report;
+    double lap_from;
     moe__plan_arrays mixed; /* the plan with weights times the routed part's coefficient */
     const void *x;
     int64_t x_stride;
@@ -132,31 +145,41 @@ moe_status moe__pass_make_room(moe_pass *pass, const moe__pass_shape *shape, boo
 /* Leaves the pass the memory of its plan, or none if it keeps no plan. Nothing changes on error. */
 moe_status moe__pass_trim(moe_pass *pass, const char *function);
 
-/* Checked arguments of a forward: strides and defaults resolved. */
-typedef struct moe__forward {
-    moe_forward_args a;
-    const double *weights; /* of the losses */
-    int64_t top_k;
-    int64_t entries; /* -1: known when the gate has run, see moe__run_forward */
-    int32_t uses;    /* MOE__USE_* */
-    bool route;      /* the gate runs */
-    bool replay;     /* the plan is there already: handed in, or kept for a recompute */
-    bool own_plan;   /* it is the pass's own */
-    bool everyone;   /* no gate and no plan: every token to the one expert */
-    bool recompute;
-} moe__forward;
-
 /* arguments.c: everything that can be wrong is found here, before anything is written. */
 moe_status moe__forward_check(moe__forward *f, const moe_pass *pass, const moe_forward_args *args,
                               int32_t uses, const char *function);
 moe_status moe__backward_check(moe_backward_args *b, const moe_pass *pass,
                                const moe_backward_args *args, int32_t uses, const char *function);
 
-/* layer.c: the steps of a forward and a backward over gate, experts or both. */
+/* forward.c, backward.c: the steps over gate, experts or both, in phases or at once. A pass between
+ * them is in pass->call. */
+moe_status moe__forward_start(moe_pass *pass, const moe_forward_args *args, int32_t uses,
+                              const char *function);
+moe_status moe__forward_work(moe_pass *pass, const char *function);
+moe_status moe__forward_finish(moe_pass *pass, const char *function);
 moe_status moe__run_forward(moe_pass *pass, const moe_forward_args *args, int32_t uses,
                             const char *function);
+moe_status moe__backward_start(moe_pass *pass, const moe_backward_args *args, int32_t uses,
+                               const char *function);
+moe_status moe__backward_work(moe_pass *pass, const char *function);
+moe_status moe__backward_finish(moe_pass *pass, const char *function);
 moe_status moe__run_backward(moe_pass *pass, const moe_backward_args *args, int32_t uses,
                              const char *function);
+/* Of a pass that is destroyed in the middle of one: gate and pools are free again. */
+void moe__backward_abandon(moe_pass *pass);
+
+/* layer.c: what they share. */
+/* MOE_ERROR_INVALID_STATE in the middle of a call. */
+moe_status moe__pass_check_idle(const moe_pass *pass, const char *function);
+/* For the messages of the steps. */
+void moe__name_function(moe_pass *pass, const char *function);
+moe_status moe__fail_on_ranks(moe_pass *pass, int32_t uses, moe_status status,
+                              const char *function);
+/* The report: begins a call, goes on after the host had its turn, and gives the time since the last
+ * of these to MOE_TIME_*. */
+void moe__begin_report(moe_pass *pass);
+void moe__continue_report(moe_pass *pass);
+void moe__lap(moe_pass *pass, int slot);
 
 /* The shape for a batch; weights are the losses'. layer NULL: the defaults. pass_layout.c */
 moe__pass_shape moe__pass_shape_of(const moe_gate_config *gate, const moe__experts_room *experts,
@@ -221,10 +244,14 @@ void moe__everyone_entries(moe__plan_arrays *plan);
  * experts. */
 moe_status moe__branches_begin(moe_pass *pass, const moe__forward *f, const moe__backend *kernels,
                                const moe__plan_arrays **routed);
+/* Runs their experts. */
+moe_status moe__branches_work(moe_pass *pass, const moe__backend *kernels);
 /* Adds the branches to y, where `routed` has put the routed part; then a sigmoid if asked, and a
  * copy of the result in `saved`, or NULL. */
 moe_status moe__branches_forward(moe_pass *pass, const moe__rows_job *routed, bool sigmoid,
                                  void *saved, const moe__backend *kernels);
+/* Runs their experts' backward. */
+moe_status moe__branches_work_backward(moe_pass *pass, bool want_dx, const moe__backend *kernels);
 /* After the routed experts: adds to dx and to the parameter gradients, and makes entry_grad that by
  * the plan's weights. */
 moe_status moe__branches_backward(moe_pass *pass, const moe_backward_args *b,
@@ -238,31 +265,76 @@ static inline bool moe__pass_has_branches(const moe_pass *pass, int32_t uses)
 void moe__lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__experts_room *c,
                           int64_t entries, bool save, int64_t real_size);
 
-/* ranks.c: experts on several ranks. */
+/* Experts on several ranks. A function that fails has told the others, or ended their waits. */
 static inline bool moe__pass_has_ranks(const moe_pass *pass, int32_t uses)
 {
-    return (uses & MOE__USE_LAYER) && pass->layer->first_expert;
+    return (uses & MOE__USE_LAYER) && pass->layer->where;
 }
-/* Makes ranks.here [rows of `plan`, O], the outputs of its rows. */
-moe_status moe__ranks_forward(moe_pass *pass, const moe__plan_arrays *plan, bool save,
-                              const moe__backend *kernels, const char *function);
-/* All ranks begin a backward, or none does and nothing has been written. */
-moe_status moe__ranks_begin_backward(moe_pass *pass, const char *function);
-/* What moe__experts_rows_backward makes for `wanted`: parameter gradients on the owners, entry_grad
- * of the pass if wanted, and in ranks.here [rows, D] the dx of the rows. */
-moe_status moe__ranks_backward(moe_pass *pass, const moe__experts_job *wanted, bool want_dx,
-                               const moe__backend *kernels);
-void moe__ranks_free(moe_pass *pass);
-/* Gives back the rows. */
-void moe__ranks_trim(moe_pass *pass);
+static inline moe_comm *moe__pass_comm(const moe_pass *pass) { return pass->layer->comm; }
+
+/* ranks_words.c: before rows move. */
 /* Memory that a pass needs to take part at all. */
 moe_status moe__ranks_prepare(moe_pass *pass, const char *function);
+/* All ranks go on with a forward, or none does. *dropped: slot_of_entry of some entries is -1 now,
+ * for which there was no room. save: a backward will come */
+moe_status moe__ranks_agree(moe_pass *pass, bool save, bool *dropped, const char *function);
+/* The counts of the plan, which is another now. */
+void moe__ranks_count(moe_pass *pass);
+/* All ranks begin a backward, or none does and nothing has been written. */
+moe_status moe__ranks_agree_backward(moe_pass *pass, const char *function);
 /* A call that fails with `status` before it has reached the others still takes part, so that all
  * ranks return an error and none waits. Returns `status`, or why the others were not told. */
 moe_status moe__ranks_decline(moe_pass *pass, bool backward, moe_status status,
                               const char *function);
-/* Compares the layers of a group and finds first_expert; on every rank at once. */
+moe_status moe__ranks_decline_padded(moe_pass *pass, bool backward, moe_status status,
+                                     const char *function);
+/* What a rank says first, and whether what another said is good. */
+void moe__ranks_header(const moe_pass *pass, bool backward, moe_status status, int64_t *words);
+moe_status moe__ranks_check_header(moe_pass *pass, int64_t rank, bool backward,
+                                   const int64_t *words, const char *function);
+
+/* ranks.c: the rows. A forward makes ranks.rows, the outputs of the plan's rows; a backward makes
+ * what moe__experts_rows_backward does for experts_job, in ranks.rows the dx of the rows. */
+moe_status moe__ranks_send(moe_pass *pass);
+moe_status moe__ranks_work(moe_pass *pass, const moe__backend *kernels, const char *function);
+moe_status moe__ranks_receive(moe_pass *pass);
+moe_status moe__ranks_send_backward(moe_pass *pass);
+moe_status moe__ranks_check_backward(moe_pass *pass, const char *function);
+moe_status moe__ranks_work_backward(moe_pass *pass, bool want_dx, const moe__backend *kernels,
+                                    const char *function);
+moe_status moe__ranks_receive_backward(moe_pass *pass, bool want_dx);
+/* Ends the waits of the others after a failure that they do not know of. */
+moe_status moe__ranks_end(moe_pass *pass, moe_status status);
+/* Likewise, and gives up what is in flight. */
+moe_status moe__ranks_stop(moe_pass *pass, moe_status status);
+
+/* ranks_rows.c */
+void moe__ranks_free(moe_pass *pass);
+/* Gives back the rows. */
+void moe__ranks_trim(moe_pass *pass);
+
+/* share.c: losses and statistics of all ranks' tokens. */
+/* Numbers of scratch for P ranks, E experts and `parts` groups of a hierarchical gate; or -1. */
+int64_t moe__share_numbers(int64_t P, int64_t E, int64_t parts);
+/* Ranks that share, or 0. */
+int32_t moe__share_ranks(const moe_layer *layer);
+/* Makes the job share, if the layer does. */
+void moe__share_losses(moe_pass *pass, int32_t uses);
+
+/* ranks_join.c */
+/* Compares the layers of a group and finds where the experts are; on every rank at once. */
 moe_status moe__ranks_join(moe_layer *layer, const char *function);
+/* A layer that is not made after all tells the others. Returns `status`. */
+moe_status moe__ranks_join_failed(const moe_layer_config *config, moe_status status,
+                                  const char *function);
+void moe__ranks_leave(moe_layer *layer);
+/* The number of this rank's expert `index` among those of all ranks. */
+static inline int64_t moe__expert_number(const moe_layer *layer, int64_t index)
+{
+    const moe__placement *w = layer->where;
+    return w ? w->number_of_slot[w->first_slot[layer->comm->rank] + index] : index;
+}
+
 /* Experts of the gate or pool of a pass, on all ranks. */
 static inline int64_t moe__pass_experts(const moe_pass *pass)
 {

@@ -88,7 +88,7 @@ moe_status moe_layer_reduce_gradients(moe_layer *layer, void *stream)
     const char *function = __func__;
     if (!layer) REFUSE_ARGUMENT("layer is NULL");
     if (stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
-    if (!layer->first_expert) return MOE_OK;
+    if (!layer->where || layer->comm->size == 1) return MOE_OK;
     int64_t most = 0, P = layer->comm->size;
     for (int64_t i = 0; i < layer->listing.count; i++)
         most = moe__max(most, moe__parameter_elements(moe__listed_parameter(&layer->listing, i)));

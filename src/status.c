@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { MESSAGE_SIZE = 512 };
+enum { MESSAGE_SIZE = MOE__MESSAGE_SIZE };
 
 static _Thread_local char last_error[MESSAGE_SIZE];
 
@@ -34,6 +34,11 @@ const char *moe_status_text(moe_status status)
 const char *moe_last_error(void) { return last_error; }
 
 void moe_clear_last_error(void) { last_error[0] = 0; }
+
+void moe__restore_message(const char message[MOE__MESSAGE_SIZE])
+{
+    memcpy(last_error, message, MOE__MESSAGE_SIZE);
+}
 
 moe_status moe__fail(moe_status status, const char *function, const char *format, ...)
 {

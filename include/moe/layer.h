@@ -26,20 +26,45 @@ enum {
     MOE_DROPPED_UNTOUCHED = 2     /* y is not written */
 };
 
+/* How rows travel between ranks. */
+enum {
+    MOE_EXCHANGE_EXACT = 0, /* as many as there are: counts go first, memory grows with them */
+    MOE_EXCHANGE_PADDED = 1 /* `padded_rows` from each rank to each expert, used or not: blocks of
+                               one size, nothing goes first, memory is known beforehand */
+};
+
+/* What happens when more than max_received rows come to a rank. */
+enum {
+    MOE_RECEIVED_ERROR = 0,         /* MOE_ERROR_BUFFER_TOO_SMALL on every rank */
+    MOE_RECEIVED_DROP_POSITION = 1, /* of each source and expert the first n stay, with the largest
+                                       n for all that fits, and what room is left goes to the
+                                       experts in order; the rest is dropped as for capacity */
+    MOE_RECEIVED_DROP_SCORE = 2,    /* the largest weights stay; equal ones in order of expert,
+                                       source and token */
+    MOE_RECEIVED_CHUNK = 3 /* nothing is dropped: they come in rounds. A backward of more than one
+                              round sends x again and computes its experts anew */
+};
+
+/* What losses and statistics are of. */
+enum {
+    MOE_BATCH_LOCAL = 0, /* this rank's tokens */
+    MOE_BATCH_GLOBAL = 1 /* the tokens of all ranks: the same numbers on every rank */
+};
+
 /* How a layer is made. Fill with moe_layer_config_init, then set gate and experts. */
 typedef struct moe_layer_config {
     uint64_t struct_size;
     moe_gate *gate;        /* holds a reference; NULL: every forward brings a plan with weights, or
                               none to a pool of one expert: a plain feed-forward network */
     moe_experts *experts;  /* holds a reference; required. Its dtype and context must be the
-                              gate's, and its E; on several ranks the E of all ranks' pools
-                              together, in order of rank: rank 0 has the first */
+                              gate's, and its E; with a comm the E of all ranks' pools together
+                              are the gate's E times expert_slices: see placement */
     moe_experts *shared;   /* experts every token visits, with weight 1; holds a reference; NULL:
                               none. D, O, dtype and context as the pool's; another pool */
     moe_experts *residual; /* DeepSpeed-MoE's residual branch (arXiv 2201.05596); likewise */
     moe_comm *comm;        /* holds a reference; NULL: one rank. A group of several: each rank has
-                              its own tokens, some of the experts, and all else alike; not with a
-                              pool of parts; see moe/comm.h */
+                              its own tokens, some of the experts or none, and all else alike; not
+                              with a pool of parts; see moe/comm.h */
     int32_t output;        /* MOE_OUTPUT_*, of the layer's y; default linear. Not with
                               MOE_FORWARD_ADD */
     int32_t layer_id;      /* number of this layer in the noise counter, 0 to 65535; default 0 */
@@ -51,6 +76,27 @@ typedef struct moe_layer_config {
     int32_t dropped;       /* MOE_DROPPED_*; default zero. Others clash with an output function and
                               residual_mix, MOE_DROPPED_UNTOUCHED with shared and residual too */
     int32_t parameters;    /* MOE_PARAMETERS_* of the layer's own; default owned */
+    /* From here on with comm only, and the same on every rank unless said otherwise. */
+    int64_t expert_slices;    /* S >= 1; default 1. Above 1 an expert is the sum of S narrow ones,
+                                 which may live on different ranks: slice s has the hidden units
+                                 s F to (s + 1) F - 1 of an expert of S F, F the pool's d_hidden.
+                                 The pools of all ranks have E S slices, slice s of expert e being
+                                 number e S + s. Feed-forward without bias and output function */
+    const int64_t *placement; /* [E of the pool] the number of each of this rank's experts (or
+                                 slices), copied; NULL: in order of rank. Every number lives
+                                 somewhere. One on several ranks has replicas: a rank sends to its
+                                 own, else to replica number rank mod count; then forwards need
+                                 MOE_FORWARD_NO_SAVE, and there is no backward */
+    int64_t max_received;     /* most rows that this rank's experts take at once, its own with them;
+                                 default 0: no bound. May differ between ranks; not with
+                                 MOE_EXCHANGE_PADDED */
+    int64_t padded_rows;      /* rows from a rank to an expert (slice) of MOE_EXCHANGE_PADDED, >= 1;
+                                 a call with more is refused with MOE_ERROR_BUFFER_TOO_SMALL on
+                                 every rank. Else 0 */
+    int32_t exchange;         /* MOE_EXCHANGE_*; default exact */
+    int32_t received;         /* MOE_RECEIVED_*; default error. Dropping not with slices */
+    int32_t loss_batch;       /* MOE_BATCH_*; default local. May be global without comm */
+    int32_t reserved;         /* 0 */
 } moe_layer_config;
 
 /* Writes every default and the caller's size. Returns as moe_context_config_init. Since 0.1. */
@@ -102,6 +148,44 @@ MOE_API moe_status moe_layer_forward(moe_layer *layer, moe_pass *pass,
  * is running. Since 0.1. */
 MOE_API moe_status moe_layer_backward(moe_layer *layer, moe_pass *pass,
                                       const moe_backward_args *args);
+
+/* A forward in three calls, so that the host has other work done while rows travel: another pass's
+ * calls between them, or its own.
+ *
+ *     start    routes and sends this rank's rows
+ *     work     the shared experts and residual branch; waits for rows, runs their experts, sends the
+ *              results back
+ *     finish   waits for the results and writes y and what else was asked for
+ *
+ * moe_layer_forward is these three in turn, and does the same to the byte. What args point to stays
+ * valid and unchanged until finish; work may be left out, then finish does it. Between start and
+ * finish the pass takes no other call but these and moe_pass_destroy, which ends the group as a
+ * failure does. All ranks make the calls of all passes in the same order; at most MOE_COMM_REQUESTS
+ * passes of a group are between start and finish. With MOE_RECEIVED_CHUNK work waits for all rounds
+ * but the last's results. On one rank the calls work likewise. Errors are those of
+ * moe_layer_forward; after one the call is over; MOE_ERROR_INVALID_STATE also without a start.
+ * Since 0.1. */
+MOE_API moe_status moe_layer_forward_start(moe_layer *layer, moe_pass *pass,
+                                           const moe_forward_args *args);
+/* As above: the experts. Since 0.1. */
+MOE_API moe_status moe_layer_forward_work(moe_layer *layer, moe_pass *pass);
+/* As above: the end. Since 0.1. */
+MOE_API moe_status moe_layer_forward_finish(moe_layer *layer, moe_pass *pass);
+
+/* A backward in three calls, as the forward: start sends dy, work runs the experts' backward and
+ * sends dx back, finish writes all gradients but the experts', which work has written. The gate and
+ * the pools are taken from start to finish, so there is one at a time per gate and per pool. Since
+ * 0.1. */
+MOE_API moe_status moe_layer_backward_start(moe_layer *layer, moe_pass *pass,
+                                            const moe_backward_args *args);
+/* As above: the experts. Since 0.1. */
+MOE_API moe_status moe_layer_backward_work(moe_layer *layer, moe_pass *pass);
+/* As above: the end. Since 0.1. */
+MOE_API moe_status moe_layer_backward_finish(moe_layer *layer, moe_pass *pass);
+
+/* The number among all ranks' experts of this rank's expert `index`; with slices that of the slice.
+ * Returns -1 for NULL or an index that there is not. Since 0.1. */
+MOE_API int64_t moe_layer_expert_number(const moe_layer *layer, int64_t index);
 
 /* Sums the gradients of the replicated parameters (all but the routed experts') over the ranks of
  * the layer's group, in order of rank, in place on every rank. If gradients began at 0 and each

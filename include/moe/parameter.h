@@ -49,7 +49,9 @@ typedef struct moe_parameter_record {
     int64_t element_count;        /* elements of the local data, product of shape */
     int64_t shape[MOE_MAX_DIMS];  /* local; dims beyond `dims` are 1 */
     int64_t global_shape[MOE_MAX_DIMS];  /* over all ranks */
-    int64_t global_offset[MOE_MAX_DIMS]; /* of the local part in the global one */
+    int64_t global_offset[MOE_MAX_DIMS]; /* of the local part in the global one; [0] is -1 if this
+                                            rank's experts are none in a row: see
+                                            moe_layer_expert_number */
     int64_t data_stride[MOE_MAX_DIMS];   /* in elements; 0 beyond `dims`; all 0 if opaque */
     int64_t grad_stride[MOE_MAX_DIMS];
     int32_t dims;       /* used dimensions, 1 to MOE_MAX_DIMS */

@@ -253,6 +253,38 @@ MOE_API moe_status moe_pass_losses(const moe_pass *pass, moe_losses *losses);
 /* As above, for the statistics. Since 0.1. */
 MOE_API moe_status moe_pass_stats(const moe_pass *pass, moe_stats *stats);
 
+/* Where the time of a call goes, as indices of the arrays below. */
+enum {
+    MOE_TIME_GATE = 0,     /* routing, losses, statistics; their gradients */
+    MOE_TIME_PACK = 1,     /* rows into and out of what travels */
+    MOE_TIME_EXCHANGE = 2, /* waiting for other ranks, counts and rows */
+    MOE_TIME_EXPERTS = 3,  /* routed, shared and residual experts */
+    MOE_TIME_COMBINE = 4,  /* y, or dx, from the rows */
+    MOE_TIME_SLOTS = 8     /* length of both arrays, for good; unused slots are 0 */
+};
+
+/* What the last forward, and the last backward after it, took. */
+typedef struct moe_pass_report {
+    uint64_t struct_size;
+    double forward_seconds[MOE_TIME_SLOTS];  /* wall time, by a monotonic clock */
+    double backward_seconds[MOE_TIME_SLOTS]; /* 0 without a backward */
+    int64_t rows_sent;               /* of the forward, to experts on other ranks; 0 on one rank */
+    int64_t rows_received;           /* from other ranks for this rank's experts */
+    int64_t rounds;                  /* exchanges of rows each way; 0 on one rank */
+    int64_t forward_bytes_sent;      /* to other ranks, counts, padding and results included */
+    int64_t backward_bytes_sent;     /* likewise */
+    int64_t forward_bytes_received;  /* from other ranks */
+    int64_t backward_bytes_received; /* likewise */
+} moe_pass_report;
+
+/* Writes every default (0) and the caller's size. Returns as moe_context_config_init. Since 0.1. */
+MOE_API moe_status moe_pass_report_init(moe_pass_report *report, size_t size);
+
+/* Copies the report of the last calls.
+ *   report  in: struct_size; out: the rest
+ * Returns as moe_pass_stats. Since 0.1. */
+MOE_API moe_status moe_pass_get_report(const moe_pass *pass, moe_pass_report *report);
+
 /* What else a pass can show of its last forward. [shape] dtype; "real" is the layer's dtype. */
 enum {
     MOE_TENSOR_LOGITS = 0,       /* [T,E] real: clean logits, before noise */

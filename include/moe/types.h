@@ -76,6 +76,7 @@ enum {
 enum {
     MOE_FROM_CONFIG = -1, /* in per-call structs: what the object's config says */
     MOE_SAME = -1,        /* in configs: the same as the dimension it normally equals */
+    MOE_NO_EXPERTS = -2,  /* num_experts of a pool: a rank without experts */
     MOE_MAX_DIMS = 4      /* most dimensions of a parameter */
 };
 

@@ -241,7 +241,7 @@ static moe_status test(moe_comm *c, int32_t request, int32_t *done, const char *
     return MOE_OK;
 }
 
-static double seconds(void)
+double moe__seconds(void)
 {
     struct timespec t;
     (void)clock_gettime(CLOCK_MONOTONIC, &t);
@@ -252,11 +252,11 @@ static double seconds(void)
 static moe_status finish(moe_comm *c, int32_t request, const char *function)
 {
     int32_t done = MOE_COMM_PENDING;
-    double begin = seconds();
+    double begin = moe__seconds();
     for (int64_t turn = 0;; turn++) {
         MOE_TRY(test(c, request, &done, function));
         if (done) return MOE_OK;
-        if (seconds() - begin > c->table.timeout)
+        if (moe__seconds() - begin > c->table.timeout)
             return time_is_up(c, &c->request[request], function);
         struct timespec pause = {0, turn < 100 ? 2000 : 200000};
         (void)nanosleep(&pause, NULL);
@@ -334,6 +334,12 @@ moe_status moe_comm_poll(moe_comm *comm)
     MOE_TRY(check_alive(comm, __func__));
     int32_t answer = comm->table.poll ? comm->table.poll(comm->table.user) : 0;
     return answer ? fail(comm, MOE_ERROR_TRANSPORT, "poll", answer, __func__) : MOE_OK;
+}
+
+void moe__comm_give_up(moe_comm *comm, int32_t request)
+{
+    moe_comm_abort(comm);
+    if (comm->request[request].used) give_up(comm, &comm->request[request]);
 }
 
 void moe_comm_abort(moe_comm *comm)

@@ -127,7 +127,8 @@ static void dz_range(void *argument, int64_t begin, int64_t end)
 
 /* dw[k,n] (=|+=) a^T g over each expert's rows, and dbias[n] (=|+=) their column sums. */
 static moe_status weight_gradient(const moe__experts_job *job, int64_t k, int64_t n, moe__rows a,
-                                  moe__rows g, const moe__matrices *dw, const moe__matrices *dbias)
+                                  moe__rows g, const moe__matrices *dw, const moe__matrices *dbias,
+                                  int weight)
 {
     bool grouped = job->segment_begin != NULL;
     if (!has(dw) && !has(dbias)) return MOE_OK;
@@ -142,6 +143,7 @@ static moe_status weight_gradient(const moe__experts_job *job, int64_t k, int64_
                              .dw = *dw,
                              .dbias = *dbias,
                              .overwrite = job->overwrite,
+                             .carry = job->carry ? &job->carry[weight] : NULL,
                              .tile_begin = job->tile_begin};
     return run_gemm_dw(&job->workers, &gemm);
 }
@@ -224,9 +226,9 @@ static moe_status ffn_backward(moe__experts_job *job)
     MOE_TRY(MOE_KERNEL(activation_backward)(
         w, c, rows * F, first_row(job, job->dh, F), first_row(job, job->dz3, F),
         first_row(job, job->h, F), first_row(job, job->z1, F), first_row(job, job->z3, F)));
-    MOE_TRY(weight_gradient(job, F, O, h, dz, &job->dw2, &job->db2));
-    MOE_TRY(weight_gradient(job, D, F, x, dz1, &job->dw1, &job->db1));
-    if (job->z3) MOE_TRY(weight_gradient(job, D, F, x, dz3, &job->dw3, &job->db3));
+    MOE_TRY(weight_gradient(job, F, O, h, dz, &job->dw2, &job->db2, 2));
+    MOE_TRY(weight_gradient(job, D, F, x, dz1, &job->dw1, &job->db1, 0));
+    if (job->z3) MOE_TRY(weight_gradient(job, D, F, x, dz3, &job->dw3, &job->db3, 1));
     return job->dx_rows ? input_gradient(job, dz1, dz3) : MOE_OK;
 }
 

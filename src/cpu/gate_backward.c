@@ -353,11 +353,10 @@ static void threshold_gradient(const moe__gate_backward_job *job)
     const moe__losses_job *losses = job->losses;
     const moe__matrices *d = &job->d_threshold;
     double factor = job->loss_factor[MOE_LOSS_THRESHOLD];
-    if (factor == 0 || !d->base || !losses->above_threshold) return;
+    if (factor == 0 || !d->base || !losses->over_taken) return;
     for (int64_t e = 0; e < losses->plan->num_experts; e++) {
-        int64_t more = losses->counts[e] - losses->above_threshold[e];
         real *to = (real *)d->base + d->offset + e * d->stride_col;
-        *to = *to + (real)(factor * (double)more);
+        *to = *to + (real)(factor * (double)losses->over_taken[e]);
     }
 }
 

@@ -418,9 +418,10 @@ typedef struct place {
     int64_t e, i, m, j, n;
 } place;
 
-/* One chain over rows r .. r+count-1 of a[:,i..]^T g[:,j..], to `to` or, NULL, left in s->chain. */
+/* One chain over rows r .. r+count-1 of a[:,i..]^T g[:,j..], from +0 or from s->chain, to `to` or,
+ * NULL, left in s->chain. */
 static void dw_chain(const moe__gemm_dw_job *job, tile_scratch *s, const place *at, int64_t r,
-                     int64_t count, const sink *to)
+                     int64_t count, int fresh, const sink *to)
 {
     int64_t p = 0;
     do { /* once for no rows: the chains are +0 */
@@ -430,18 +431,17 @@ static void dw_chain(const moe__gemm_dw_job *job, tile_scratch *s, const place *
             int64_t width = moe__min(TILE_N, at->n - l);
             pack_g(s->b, &job->g, r + p, k, at->j + l, width);
             micro_job work = {.k = k, .b = s->b, .b_stride = TILE_N, .ahead = {s->b, 0, 0}};
-            run_panel(s, work, at->m, l, width, p == 0, p + k == count ? to : NULL);
+            run_panel(s, work, at->m, l, width, fresh && p == 0, p + k == count ? to : NULL);
         }
         p += BLOCK_K;
     } while (p < count);
 }
 
-/* The same for the bias: chain[n] = sum of rows r .. r+count-1 of g[:,j..], added to +0 in
- * order. */
+/* The same for the bias: chain[n] = sum of rows r .. r+count-1 of g[:,j..], added in order. */
 static void bias_chain(const moe__gemm_dw_job *job, tile_scratch *s, const place *at, int64_t r,
-                       int64_t count)
+                       int64_t count, int fresh)
 {
-    memset(s->chain, 0, BLOCK_N * sizeof *s->chain);
+    if (fresh) memset(s->chain, 0, BLOCK_N * sizeof *s->chain);
     for (int64_t p = r; p < r + count; p++) {
         const real *from = row_of(&job->g, p) + at->j;
         real scale = scale_of(&job->g, p);
@@ -467,13 +467,68 @@ static void sum_segments(const moe__gemm_dw_job *job, tile_scratch *s, const pla
         int64_t begin = job->segment_begin[first + g], end = job->segment_begin[first + g + 1];
         for (int64_t r = begin; r < end; r += SUM_ROWS) {
             if (at->m == 0)
-                bias_chain(job, s, at, r, moe__min(SUM_ROWS, end - r));
+                bias_chain(job, s, at, r, moe__min(SUM_ROWS, end - r), 1);
             else
-                dw_chain(job, s, at, r, moe__min(SUM_ROWS, end - r), NULL);
+                dw_chain(job, s, at, r, moe__min(SUM_ROWS, end - r), 1, NULL);
             add_chains(s->segment, s->chain, m, r == begin);
         }
         if (end > begin) add_chains(s->sum, s->segment, m, !any++);
     }
+}
+
+/* ---- dW of rows that come in several calls --------------------------------------------------- */
+
+/* A tile's sums to or from where they wait. */
+static void carry_tile(real *of_matrix, int64_t width, const place *at, real *of_tile, int out)
+{
+    int64_t m = moe__max(1, at->m);
+    for (int64_t i = 0; i < m; i++) {
+        real *there = of_matrix + (at->i + i) * width + at->j, *here = of_tile + i * BLOCK_N;
+        memcpy(out ? there : here, out ? here : there, (size_t)at->n * sizeof *here);
+    }
+}
+
+static void carry(const moe__gemm_dw_job *job, tile_scratch *s, const place *at, int out)
+{
+    const moe__dw_carry *c = job->carry;
+    carry_tile(at->m ? c->chain : c->bias_chain, job->n, at, s->chain, out);
+    carry_tile(at->m ? c->ended : c->bias_ended, job->n, at, s->segment, out);
+}
+
+/* Whether rows of expert e went before, or will come. */
+static int went_before(const moe__gemm_dw_job *job, int64_t e)
+{
+    return job->carry && job->carry->before > 0 && job->segment_begin[e] == job->segment_begin[0];
+}
+static int will_come(const moe__gemm_dw_job *job, int64_t e)
+{
+    return job->carry && job->carry->after > 0 &&
+           job->segment_begin[e + 1] == job->segment_begin[job->experts];
+}
+
+/* As sum_segments over the rows that are here, from where the last call stopped: the same blocks.
+ * Returns whether these were the last. */
+static int sum_on(const moe__gemm_dw_job *job, tile_scratch *s, const place *at)
+{
+    int begun = went_before(job, at->e), more = will_come(job, at->e);
+    int64_t r = job->segment_begin[at->e], end = job->segment_begin[at->e + 1];
+    int64_t row = begun ? job->carry->before : 0, m = moe__max(1, at->m);
+    if (begun) carry(job, s, at, 0);
+    while (r < end) {
+        int64_t phase = row % SUM_ROWS, count = moe__min(SUM_ROWS - phase, end - r);
+        if (at->m == 0)
+            bias_chain(job, s, at, r, count, phase == 0);
+        else
+            dw_chain(job, s, at, r, count, phase == 0, NULL);
+        r += count, row += count;
+        if (row % SUM_ROWS == 0 || (r == end && !more))
+            add_chains(s->segment, s->chain, m, row <= SUM_ROWS);
+    }
+    if (more)
+        carry(job, s, at, 1);
+    else
+        memcpy(s->sum, s->segment, (size_t)(m * BLOCK_N) * sizeof *s->sum);
+    return !more;
 }
 
 static void store_sum(const tile_scratch *s, const sink *to, int64_t m, int64_t n)
@@ -494,11 +549,13 @@ void MOE_KERNEL(gemm_dw_tile)(const moe__gemm_dw_job *job, int64_t tile, void *s
     int64_t i = number / columns * BLOCK_M, j = number % columns * BLOCK_N;
     int64_t n = moe__min(BLOCK_N, job->n - j), rows = rows_of_expert(job, e);
     real *dw = matrix_of(&job->dw, e), *dbias = matrix_of(&job->dbias, e);
+    int cut = went_before(job, e) || will_come(job, e);
     if (dbias && i == 0) {
         int64_t col = job->dbias.stride_col;
-        sum_segments(job, s, &(place){e, 0, 0, j, n});
-        store_sum(s, &(sink){.out = dbias + j * col, .stride_col = col, .add = !job->overwrite}, 1,
-                  n);
+        const place of_bias = {e, 0, 0, j, n};
+        const sink bias = {.out = dbias + j * col, .stride_col = col, .add = !job->overwrite};
+        if (!cut) sum_segments(job, s, &of_bias);
+        if (!cut || sum_on(job, s, &of_bias)) store_sum(s, &bias, 1, n);
     }
     if (!dw || job->k == 0) return;
     const place at = {e, i, moe__min(BLOCK_M, job->k - i), j, n};
@@ -507,8 +564,10 @@ void MOE_KERNEL(gemm_dw_tile)(const moe__gemm_dw_job *job, int64_t tile, void *s
                      .stride_row = row,
                      .stride_col = col,
                      .add = !job->overwrite};
-    if (job->segments_per_expert == 1 && rows <= SUM_ROWS) {
-        dw_chain(job, s, &at, job->segment_begin[e], rows, &to);
+    if (cut) {
+        if (sum_on(job, s, &at)) store_sum(s, &to, at.m, n);
+    } else if (job->segments_per_expert == 1 && rows <= SUM_ROWS) {
+        dw_chain(job, s, &at, job->segment_begin[e], rows, 1, &to);
     } else {
         sum_segments(job, s, &at);
         store_sum(s, &to, at.m, n);

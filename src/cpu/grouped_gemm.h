@@ -45,6 +45,14 @@ typedef struct moe__gemm_rows_job {
     int64_t *tile_begin;      /* [experts+1] of the caller */
 } moe__gemm_rows_job;
 
+/* Where sums over rows wait that are computed in several calls: what a tile has of the chain it is
+ * in, and of the chains that have ended, of [k,n] and of [n]. */
+typedef struct moe__dw_carry {
+    void *chain, *ended, *bias_chain, *bias_ended;
+    int64_t before; /* rows of the first expert with rows that earlier calls have had */
+    int64_t after;  /* rows of the last one that later calls have */
+} moe__dw_carry;
+
 /* Expert e sums segments e * segments_per_expert and on; segment s is the rows segment_begin[s] to
  * segment_begin[s+1] - 1. */
 typedef struct moe__gemm_dw_job {
@@ -56,7 +64,9 @@ typedef struct moe__gemm_dw_job {
     moe__matrices dw;    /* [k,n], or not there */
     moe__matrices dbias; /* [n] by stride_col, or not there */
     int32_t overwrite;   /* 1: set, 0 where an expert has no rows; 0: add, and leave those alone */
-    int64_t *tile_begin; /* [experts+1] of the caller */
+    const moe__dw_carry *carry; /* with one segment and without overwrite; NULL: all rows are here.
+                                   The sum of an expert is written by the call with its last row */
+    int64_t *tile_begin;        /* [experts+1] of the caller */
 } moe__gemm_dw_job;
 
 #endif

@@ -9,8 +9,8 @@
  *     z = mean_t lse(clean_t)^2            threshold = sum_te (above_te - taken_te) (P_te - thr_e)
  *
  * switch and gshard are of all tokens, or the mean over the token groups of that of each. Sums over
- * tokens are formed in double, token by token within a group, then group by group. T counts the
- * unmasked tokens; a masked token's row of `columns` is 0. */
+ * tokens are formed in double, token by token within a group, then group by group, and if they are
+ * shared rank by rank. T counts the unmasked tokens; a masked token's row of `columns` is 0. */
 #include "cpu/route.h"
 #include "cpu/select.h"
 #include "cpu/statistics.h"
@@ -244,12 +244,11 @@ static void count_by_group(const moe__losses_job *job, const int32_t *plain, int
 static void sequence_scales(const moe__losses_job *job)
 {
     int64_t E = job->plan->num_experts;
-    double groups = nonempty_groups(job);
     for (int64_t g = 0; g < job->plan->groups; g++) {
         double entries = (double)sum_counts(job->sequence_counts + g * E, E);
         double tokens = (double)valid_in_group(job, g);
         bool empty = entries <= 0 || tokens <= 0;
-        job->sequence_scale[g] = empty ? 0 : (double)E / entries / tokens / groups;
+        job->sequence_scale[g] = empty ? 0 : (double)E / entries / tokens / job->groups;
     }
 }
 
@@ -269,11 +268,11 @@ static double sequence_loss(const moe__losses_job *job)
 /* Unmasked tokens of a scope, and the share of its mean in the loss. */
 static double scope_tokens(const moe__losses_job *job, int64_t scope)
 {
-    return (double)(job->scopes == 1 ? job->valid_tokens : valid_in_group(job, scope));
+    return job->scopes == 1 ? job->tokens : (double)valid_in_group(job, scope);
 }
 static double scope_share(const moe__losses_job *job)
 {
-    double groups = job->scopes == 1 ? 1 : nonempty_groups(job);
+    double groups = job->scopes == 1 ? 1 : job->groups;
     return groups > 0 ? 1 / groups : 0;
 }
 
@@ -298,15 +297,21 @@ static double weighted_sum(const int64_t *counts, const double *sums, int64_t n)
     return sum;
 }
 
-static moe_status softmax_losses(moe__losses_job *job)
+static moe_status softmax_sums(moe__losses_job *job)
 {
-    double *value = job->value;
-    int64_t E = job->plan->num_experts;
     bool by_group = job->scopes != 1;
     MOE_TRY(fill_columns(job, fill_softmax));
     MOE_TRY(MOE_KERNEL(sum_columns)(job, &job->route->level[0], by_group ? NULL : job->score_sum,
                                     by_group ? job->score_sum : NULL));
     if (by_group) count_by_group(job, NULL, job->scope_counts, job->scope_first);
+    job->z_sum = MOE_KERNEL(sum_tokens)(job);
+    return MOE_OK;
+}
+
+static void softmax_losses(moe__losses_job *job)
+{
+    double *value = job->value;
+    int64_t E = job->plan->num_experts;
     for (int64_t s = 0; s < job->scopes; s++) {
         const double *sum = job->score_sum + s * E;
         value[MOE_LOSS_SWITCH] += switch_scale(job, s) *
@@ -314,9 +319,7 @@ static moe_status softmax_losses(moe__losses_job *job)
         value[MOE_LOSS_GSHARD] += gshard_scale(job, s) *
                                   weighted_sum(job->scope_first + s * E, sum, E);
     }
-    if (job->valid_tokens > 0)
-        value[MOE_LOSS_Z] = MOE_KERNEL(sum_tokens)(job) / (double)job->valid_tokens;
-    return MOE_OK;
+    if (job->tokens > 0) value[MOE_LOSS_Z] = job->z_sum / job->tokens;
 }
 
 static void count_above_range(void *argument, int64_t begin, int64_t end)
@@ -324,72 +327,108 @@ static void count_above_range(void *argument, int64_t begin, int64_t end)
     const moe__losses_job *job = argument;
     const moe__route_job *route = job->route;
     int64_t E = job->plan->num_experts;
-    for (int64_t e = begin; e < end; e++) job->above_threshold[e] = 0;
+    for (int64_t e = begin; e < end; e++) job->over_taken[e] = job->counts[e];
     for (int64_t t = 0; t < job->plan->tokens; t++) {
         if (is_masked(route->token_mask, t)) continue;
         const real *p = (const real *)job->columns + t * E;
         for (int64_t e = begin; e < end; e++)
-            job->above_threshold[e] += p[e] > vector_at(&route->threshold, e);
+            job->over_taken[e] -= p[e] > vector_at(&route->threshold, e);
     }
 }
 
-static moe_status threshold_loss(moe__losses_job *job)
+static moe_status threshold_sums(moe__losses_job *job)
 {
     const moe__workers *w = &job->route->workers;
     MOE_TRY(fill_columns(job, fill_threshold));
-    job->value[MOE_LOSS_THRESHOLD] = MOE_KERNEL(sum_tokens)(job);
+    job->threshold_sum = MOE_KERNEL(sum_tokens)(job);
     return moe__parallel_range(w->context, job->plan->num_experts, 64, count_above_range, job,
                                w->function);
 }
 
-/* Load of the levels; of two: load_ij = load_i load(X_i)_j / |X_i|. */
-static moe_status find_load(const moe__losses_job *job)
+/* Load of the levels. */
+static moe_status load_sums(const moe__losses_job *job)
 {
     const moe__gate_level *first = &job->route->level[0], *second = &job->route->level[1];
     if (!first->kth) return MOE_OK;
     if (job->route->levels == 1) return MOE_KERNEL(level_load)(job, first, job->load);
     MOE_TRY(MOE_KERNEL(level_load)(job, first, job->primary_load));
-    MOE_TRY(MOE_KERNEL(level_load)(job, second, job->part_load));
-    for (int64_t e = 0; e < job->plan->num_experts; e++) {
-        int64_t i = e / second->width, rows = second->part_begin[i + 1] - second->part_begin[i];
-        job->load[e] = rows == 0 ? 0 : job->primary_load[i] * job->part_load[e] / (double)rows;
-    }
-    return MOE_OK;
+    for (int64_t i = 0; i < first->width; i++)
+        job->part_rows[i] = (double)(second->part_begin[i + 1] - second->part_begin[i]);
+    return MOE_KERNEL(level_load)(job, second, job->part_load);
 }
 
-/* value[] from the logits; importance and load come from count_entries and here. */
-static moe_status logit_losses(moe__losses_job *job)
+/* load_ij = load_i load(X_i)_j / |X_i| */
+static void join_loads(const moe__losses_job *job)
+{
+    int64_t width = job->route->level[1].width;
+    if (!job->route->level[0].kth || job->route->levels == 1) return;
+    for (int64_t e = 0; e < job->plan->num_experts; e++) {
+        double rows = job->part_rows[e / width], first = job->primary_load[e / width];
+        job->load[e] = rows == 0 ? 0 : first * job->part_load[e] / rows;
+    }
+}
+
+static bool has_softmax_losses(const moe__losses_job *job)
 {
     const double *weight = job->weights;
-    if (weight[MOE_LOSS_SWITCH] != 0 || weight[MOE_LOSS_GSHARD] != 0 || weight[MOE_LOSS_Z] != 0)
-        MOE_TRY(softmax_losses(job));
-    if (weight[MOE_LOSS_SEQUENCE] != 0) {
-        MOE_TRY(fill_columns(job, fill_sequence));
-        MOE_TRY(MOE_KERNEL(sum_columns)(job, &job->route->level[0], NULL, job->sequence_sum));
-        count_by_group(job, job->plain_ids, job->sequence_counts, NULL);
+    return weight[MOE_LOSS_SWITCH] != 0 || weight[MOE_LOSS_GSHARD] != 0 || weight[MOE_LOSS_Z] != 0;
+}
+
+/* What is summed over tokens. */
+static moe_status sums(moe__losses_job *job)
+{
+    const double *weight = job->weights;
+    job->z_sum = job->threshold_sum = job->rows = 0;
+    job->tokens = (double)job->valid_tokens;
+    job->groups = nonempty_groups(job);
+    count_entries(job);
+    for (int64_t e = 0; e < job->plan->num_experts; e++) {
+        job->load[e] = (double)job->counts[e];
+        job->rows += (double)job->rows_of_expert[e];
+    }
+    if (job->route->level[0].logits) {
+        if (has_softmax_losses(job)) MOE_TRY(softmax_sums(job));
+        if (weight[MOE_LOSS_SEQUENCE] != 0) {
+            MOE_TRY(fill_columns(job, fill_sequence));
+            MOE_TRY(MOE_KERNEL(sum_columns)(job, &job->route->level[0], NULL, job->sequence_sum));
+            count_by_group(job, job->plain_ids, job->sequence_counts, NULL);
+        }
+        if (weight[MOE_LOSS_THRESHOLD] != 0 && job->over_taken) MOE_TRY(threshold_sums(job));
+        MOE_TRY(load_sums(job));
+    }
+    return MOE_KERNEL(sum_entropy)(job);
+}
+
+/* value[] of the sums. */
+static moe_status losses(moe__losses_job *job)
+{
+    const double *weight = job->weights;
+    int32_t ddof = job->route->config->cv_ddof;
+    int64_t E = job->plan->num_experts;
+    bool sequence = weight[MOE_LOSS_SEQUENCE] != 0;
+    if (has_softmax_losses(job)) softmax_losses(job);
+    if (sequence) {
         sequence_scales(job);
         job->value[MOE_LOSS_SEQUENCE] = sequence_loss(job);
     }
-    if (weight[MOE_LOSS_THRESHOLD] != 0 && job->above_threshold) MOE_TRY(threshold_loss(job));
-    return find_load(job);
+    if (job->share && (sequence || job->scopes != 1)) MOE_TRY(job->share(job, true));
+    job->value[MOE_LOSS_THRESHOLD] = job->threshold_sum;
+    job->value[MOE_LOSS_IMPORTANCE] = moe__cv2(job->importance, E, ddof, 0, NULL);
+    if (job->route->level[0].kth) job->value[MOE_LOSS_LOAD] = moe__cv2(job->load, E, ddof, 0, NULL);
+    return MOE_OK;
 }
 
 moe_status MOE_KERNEL(losses_forward)(moe__losses_job *job)
 {
-    int32_t ddof = job->route->config->cv_ddof;
-    int64_t E = job->plan->num_experts;
     for (int64_t i = 0; i < MOE_LOSS_SLOTS; i++) job->value[i] = 0;
-    count_entries(job);
-    for (int64_t e = 0; e < E; e++) job->load[e] = (double)job->counts[e];
-    if (job->route->level[0].logits) {
-        MOE_TRY(logit_losses(job));
-        job->value[MOE_LOSS_IMPORTANCE] = moe__cv2(job->importance, E, ddof, 0, NULL);
-        if (job->route->level[0].kth)
-            job->value[MOE_LOSS_LOAD] = moe__cv2(job->load, E, ddof, 0, NULL);
-    }
+    MOE_TRY(sums(job));
+    if (job->share) MOE_TRY(job->share(job, false));
+    join_loads(job);
+    if (job->route->level[0].logits) MOE_TRY(losses(job));
     for (int64_t i = 0; i < MOE_LOSS_SLOTS; i++)
         job->value[i] = job->weights[i] != 0 ? job->weights[i] * job->value[i] : 0;
-    return MOE_KERNEL(statistics)(job);
+    MOE_KERNEL(statistics)(job);
+    return MOE_OK;
 }
 
 /* ---- backward -------------------------------------------------------------------------------- */
@@ -404,7 +443,7 @@ static void split_load(const moe__gate_backward_job *job)
     for (int64_t e = 0; losses->route->levels == 1 && first->d_load && e < E; e++)
         first->d_load[e] = job->d_load[e];
     for (int64_t i = 0; losses->route->levels == 2 && i < first->width; i++) {
-        double rows = (double)(second->part_begin[i + 1] - second->part_begin[i]);
+        double rows = losses->part_rows[i];
         first->d_load[i] = 0;
         for (int64_t e = i * second->width; e < (i + 1) * second->width; e++) {
             double d = rows > 0 ? job->d_load[e] / rows : 0;
@@ -450,7 +489,7 @@ static void softmax_losses_row(const moe__gate_backward_job *job, int64_t t, con
     const real *d_score = (const real *)job->d_score + scope * E;
     real max, sum = exp_shifted(p, clean, E, &max);
     double lse = (double)max + (double)r_log(sum);
-    double by_z = job->loss_factor[MOE_LOSS_Z] * 2 * lse / (double)losses->valid_tokens;
+    double by_z = job->loss_factor[MOE_LOSS_Z] * 2 * lse / losses->tokens;
     for (int64_t i = 0; i < E; i++) p[i] = p[i] / sum;
     real dot = lane_dot(p, d_score, E);
     real rest = (real)(by_z - (double)dot);
@@ -508,6 +547,6 @@ void MOE_KERNEL(losses_backward_row)(const moe__gate_backward_job *job, int64_t 
     if (factor[MOE_LOSS_SWITCH] != 0 || factor[MOE_LOSS_GSHARD] != 0 || factor[MOE_LOSS_Z] != 0)
         softmax_losses_row(job, token, clean, d_clean, p);
     if (factor[MOE_LOSS_SEQUENCE] != 0) sequence_loss_row(job, token, clean, d_clean, p);
-    if (factor[MOE_LOSS_THRESHOLD] != 0 && job->losses->above_threshold)
+    if (factor[MOE_LOSS_THRESHOLD] != 0 && job->losses->over_taken)
         threshold_loss_row(job, token, clean, d_clean, p);
 }

@@ -19,10 +19,18 @@ static void fill_entropy(void *argument, int64_t begin, int64_t end)
     }
 }
 
-moe_status MOE_KERNEL(statistics)(const moe__losses_job *job)
+moe_status MOE_KERNEL(sum_entropy)(moe__losses_job *job)
+{
+    const moe__workers *w = &job->route->workers;
+    MOE_TRY(
+        moe__parallel_range(w->context, job->plan->tokens, 256, fill_entropy, job, w->function));
+    job->entropy_sum = MOE_KERNEL(sum_tokens)(job);
+    return MOE_OK;
+}
+
+void MOE_KERNEL(statistics)(const moe__losses_job *job)
 {
     const moe__plan_arrays *plan = job->plan;
-    const moe__workers *w = &job->route->workers;
     int32_t ddof = job->route->config->cv_ddof;
     int64_t E = plan->num_experts, most = 0;
     double *stats = job->stats, entries = (double)sum_counts(job->counts, E), entropy = 0;
@@ -31,19 +39,15 @@ moe_status MOE_KERNEL(statistics)(const moe__losses_job *job)
         double share = entries > 0 ? (double)job->counts[e] / entries : 0;
         if (share > 0) entropy -= share * moe__log_f64(share);
         most = moe__max(most, job->counts[e]);
-        stats[MOE_STAT_TOUCHED] += plan->expert_begin[e + 1] > plan->expert_begin[e];
+        stats[MOE_STAT_TOUCHED] += job->rows_of_expert[e] > 0;
     }
-    stats[MOE_STAT_TOKENS] = (double)job->valid_tokens;
+    stats[MOE_STAT_TOKENS] = job->tokens;
     stats[MOE_STAT_ENTRIES] = entries;
-    stats[MOE_STAT_ROWS] = (double)plan->rows;
-    stats[MOE_STAT_DROPPED] = entries - (double)plan->rows;
+    stats[MOE_STAT_ROWS] = job->rows;
+    stats[MOE_STAT_DROPPED] = entries - job->rows;
     stats[MOE_STAT_CV_IMPORTANCE] = __builtin_sqrt(moe__cv2(job->importance, E, ddof, 0, NULL));
     stats[MOE_STAT_CV_LOAD] = __builtin_sqrt(moe__cv2(job->load, E, ddof, 0, NULL));
     stats[MOE_STAT_MAX_OVER_MEAN] = entries > 0 ? (double)most * (double)E / entries : 0;
     stats[MOE_STAT_LOAD_ENTROPY] = entropy;
-    MOE_TRY(moe__parallel_range(w->context, plan->tokens, 256, fill_entropy, (void *)(uintptr_t)job,
-                                w->function));
-    if (job->valid_tokens > 0)
-        stats[MOE_STAT_GATE_ENTROPY] = MOE_KERNEL(sum_tokens)(job) / (double)job->valid_tokens;
-    return MOE_OK;
+    if (job->tokens > 0) stats[MOE_STAT_GATE_ENTROPY] = job->entropy_sum / job->tokens;
 }

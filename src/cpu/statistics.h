@@ -6,8 +6,10 @@
 #include "cpu/real.h"
 #include "numeric.h"
 
-/* statistics.c: job->stats; importance, load and counts are there. Uses token_value. */
-moe_status MOE_KERNEL(statistics)(const moe__losses_job *job);
+/* statistics.c: job->entropy_sum, by token_value. */
+moe_status MOE_KERNEL(sum_entropy)(moe__losses_job *job);
+/* job->stats; importance, load, counts and all sums are there. */
+void MOE_KERNEL(statistics)(const moe__losses_job *job);
 /* losses.c: sum of token_value in canonical order. */
 double MOE_KERNEL(sum_tokens)(const moe__losses_job *job);
 

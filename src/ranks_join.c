@@ -1,0 +1,353 @@
+/* ranks_join.c - the layers of a group become one: what must be alike is compared, and every rank
+ * learns where the experts are. */
+#include "pass_state.h"
+
+#include <string.h>
+
+/* ---- what must be alike ---------------------------------------------------------------------- */
+
+/* A number of a config that must be the same on every rank. */
+typedef struct field {
+    const char *name;
+    size_t offset;
+    char type; /* i, l, d: int32_t, int64_t, double */
+} field;
+
+enum { FIELDS = 96, STATUS = 0, SLOTS = 1, COMPARED = 2 }; /* words of a rank */
+
+#define OF_GATE(type, name)                          \
+    {                                                \
+#name, offsetof(moe_gate_config, name), type \
+    }
+static const field GATE[] = {{"gate num_experts", offsetof(moe_gate_config, num_experts), 'l'},
+                             {"gate kind", offsetof(moe_gate_config, kind), 'i'},
+                             {"gate d_model", offsetof(moe_gate_config, d_model), 'l'},
+                             OF_GATE('l', top_k),
+                             OF_GATE('i', score),
+                             OF_GATE('i', order),
+                             OF_GATE('i', renormalize),
+                             OF_GATE('d', renormalize_epsilon),
+                             OF_GATE('d', route_scale),
+                             OF_GATE('i', bias),
+                             OF_GATE('i', selection_bias),
+                             OF_GATE('l', expert_groups),
+                             OF_GATE('l', top_groups),
+                             OF_GATE('i', group_score),
+                             OF_GATE('d', noise_epsilon),
+                             OF_GATE('d', cdf_guard),
+                             OF_GATE('d', jitter),
+                             OF_GATE('l', seed),
+                             OF_GATE('i', stream_id),
+                             OF_GATE('i', cv_ddof),
+                             OF_GATE('d', importance_weight),
+                             OF_GATE('d', load_weight),
+                             OF_GATE('d', switch_weight),
+                             OF_GATE('d', gshard_weight),
+                             OF_GATE('d', z_weight),
+                             OF_GATE('d', sequence_weight),
+                             OF_GATE('i', sequence_score),
+                             OF_GATE('i', sequence_counts),
+                             OF_GATE('i', capacity_kind),
+                             OF_GATE('i', capacity_rounding),
+                             OF_GATE('l', capacity),
+                             OF_GATE('d', capacity_factor),
+                             OF_GATE('l', capacity_minimum),
+                             OF_GATE('i', drop_policy),
+                             OF_GATE('i', renormalize_after_drop),
+                             OF_GATE('d', threshold_weight),
+                             OF_GATE('d', renormalize_minimum),
+                             OF_GATE('d', capacity_factor_eval),
+                             OF_GATE('l', capacity_multiple),
+                             OF_GATE('d', second_threshold),
+                             OF_GATE('d', sinkhorn_tolerance),
+                             OF_GATE('i', sinkhorn_iterations),
+                             OF_GATE('i', choice_noise),
+                             OF_GATE('i', second_choice),
+                             OF_GATE('i', loss_scope)};
+
+/* Experts of one rank may be wider than another's, unless they are slices. */
+#define OF_POOL(type, name)                             \
+    {                                                   \
+#name, offsetof(moe_experts_config, name), type \
+    }
+static const field POOL[] = {OF_POOL('l', d_model), OF_POOL('l', d_out), OF_POOL('i', dtype),
+                             OF_POOL('i', weight_position)};
+static const field SLICE[] = {OF_POOL('l', d_hidden), OF_POOL('i', activation)};
+#define OF_BRANCH(type, name)                                                    \
+    {                                                                            \
+#name " of shared or residual", offsetof(moe_experts_config, name), type \
+    }
+static const field BRANCH[] = {OF_BRANCH('l', num_experts), OF_BRANCH('l', d_hidden),
+                               OF_BRANCH('i', activation), OF_BRANCH('i', kind),
+                               OF_BRANCH('i', weight_position)};
+
+#define OF_LAYER(type, name)                          \
+    {                                                 \
+#name, offsetof(moe_layer_config, name), type \
+    }
+static const field LAYER[] = {OF_LAYER('i', output),      OF_LAYER('i', layer_id),
+                              OF_LAYER('i', shared_gate), OF_LAYER('i', residual_mix),
+                              OF_LAYER('i', dropped),     OF_LAYER('l', expert_slices),
+                              OF_LAYER('l', padded_rows), OF_LAYER('i', exchange),
+                              OF_LAYER('i', received),    OF_LAYER('i', loss_batch)};
+
+/* The words of a rank, and what they are called. */
+typedef struct description {
+    const field *field[FIELDS];
+    int64_t *word;
+    int count;
+} description;
+
+/* from NULL: not there. */
+static void describe(description *d, const field *f, size_t n, const void *from)
+{
+    for (size_t i = 0; i < n; i++) {
+        const char *at = from ? (const char *)from + f[i].offset : NULL;
+        int64_t value = -1;
+        int32_t small;
+        if (at && f[i].type == 'i') memcpy(&small, at, sizeof small), value = small;
+        if (at && f[i].type != 'i') memcpy(&value, at, sizeof value);
+        d->field[d->count] = &f[i];
+        d->word[d->count++] = value;
+    }
+}
+#define DESCRIBE(d, fields, from) describe(d, fields, sizeof(fields) / sizeof(fields)[0], from)
+
+_Static_assert(COMPARED + sizeof GATE / sizeof *GATE + sizeof POOL / sizeof *POOL +
+                       sizeof SLICE / sizeof *SLICE + 2 * sizeof BRANCH / sizeof *BRANCH +
+                       sizeof LAYER / sizeof *LAYER <=
+                   FIELDS,
+               "a rank's words have room for all");
+
+static void describe_layer(description *d, const moe_layer_config *c)
+{
+    const moe_experts_config *e = &c->experts->config;
+    DESCRIBE(d, GATE, c->gate ? &c->gate->config : NULL);
+    DESCRIBE(d, POOL, e);
+    DESCRIBE(d, SLICE, c->expert_slices > 1 ? e : NULL);
+    DESCRIBE(d, LAYER, c);
+    DESCRIBE(d, BRANCH, c->shared ? &c->shared->config : NULL);
+    DESCRIBE(d, BRANCH, c->residual ? &c->residual->config : NULL);
+}
+
+static moe_status refuse_difference(const field *f, int64_t there, int32_t rank, int64_t first,
+                                    const char *function)
+{
+    double a, b;
+    memcpy(&a, &there, sizeof a), memcpy(&b, &first, sizeof b);
+    if (f->type == 'd')
+        REFUSE_ARGUMENT("%s is %.17g on rank %d and %.17g on rank 0", f->name, a, (int)rank, b);
+    REFUSE_ARGUMENT("%s is %lld on rank %d and %lld on rank 0", f->name, (ll)there, (int)rank,
+                    (ll)first);
+}
+
+/* all [P,FIELDS] */
+static moe_status compare(const int64_t *all, const description *d, int32_t P, const char *function)
+{
+    for (int32_t p = 0; p < P; p++) {
+        moe_status status = (moe_status)all[p * FIELDS + STATUS];
+        if (status != MOE_OK) REFUSE(status, "rank %d failed: %s", (int)p, moe_status_text(status));
+    }
+    for (int32_t p = 1; p < P; p++)
+        for (int i = 0; i < d->count; i++) {
+            int64_t there = all[p * FIELDS + COMPARED + i], first = all[COMPARED + i];
+            if (there != first) return refuse_difference(d->field[i], there, p, first, function);
+        }
+    return MOE_OK;
+}
+
+/* ---- where the experts are ------------------------------------------------------------------- */
+
+static void lay_out(moe__placement *w, moe__arena *arena, int64_t P)
+{
+    (void)moe__arena_take(arena, 1, sizeof *w);
+    w->first_slot = moe__arena_take(arena, P + 1, sizeof *w->first_slot);
+    w->number_of_slot = moe__arena_take(arena, w->slots, sizeof *w->number_of_slot);
+    w->slot_of_number = moe__arena_take(arena, w->numbers, sizeof *w->slot_of_number);
+    w->first_holder = moe__arena_take(arena, w->numbers, sizeof *w->first_holder);
+}
+
+/* One block for the struct and its arrays, or NULL. */
+static moe__placement *make(moe_context *context, int64_t slots, int64_t numbers, int64_t P)
+{
+    moe__placement sizes = {.slots = slots, .numbers = numbers};
+    moe__arena arena = {NULL, 0};
+    lay_out(&sizes, &arena, P);
+    moe__placement *w = moe__alloc(context, arena.used);
+    if (!w) return NULL;
+    *w = sizes;
+    w->bytes = arena.used;
+    arena = (moe__arena){(char *)w, 0};
+    lay_out(w, &arena, P);
+    return w;
+}
+
+/* Who holds what, from number_of_slot: this rank sends to itself, else to replica rank mod count.
+ * Until a number's slot is known slot_of_number counts: its slots, then -2 - how many to pass by. */
+static void find_holders(moe__placement *w, int32_t rank)
+{
+    int64_t *of = w->slot_of_number;
+    for (int64_t v = 0; v < w->numbers; v++) of[v] = 0, w->first_holder[v] = -1;
+    for (int64_t s = 0; s < w->slots; s++) {
+        int64_t v = w->number_of_slot[s];
+        if (of[v]++ == 0) w->first_holder[v] = s;
+        w->replicas = w->replicas || of[v] > 1;
+    }
+    for (int64_t v = 0; v < w->numbers; v++) of[v] = of[v] > 0 ? -2 - rank % of[v] : -1;
+    for (int64_t s = 0; s < w->slots; s++) {
+        int64_t v = w->number_of_slot[s];
+        if (of[v] == -2)
+            of[v] = s;
+        else if (of[v] < -2)
+            of[v]++;
+    }
+    for (int64_t s = w->first_slot[rank + 1] - 1; s >= w->first_slot[rank]; s--)
+        of[w->number_of_slot[s]] = s;
+}
+
+static moe_status check_numbers(const moe__placement *w, int32_t P, const char *function)
+{
+    for (int32_t p = 0; p < P; p++)
+        for (int64_t s = w->first_slot[p]; s < w->first_slot[p + 1]; s++)
+            if (w->number_of_slot[s] < 0 || w->number_of_slot[s] >= w->numbers)
+                REFUSE_ARGUMENT("placement[%lld] of rank %d is %lld; there are %lld experts%s",
+                                (ll)(s - w->first_slot[p]), (int)p, (ll)w->number_of_slot[s],
+                                (ll)w->numbers, w->slices > 1 ? " or slices" : "");
+    return MOE_OK;
+}
+
+static moe_status check_holders(const moe__placement *w, const char *function)
+{
+    for (int64_t v = 0; v < w->numbers; v++)
+        if (w->slot_of_number[v] < 0) REFUSE_ARGUMENT("no rank's placement has expert %lld", (ll)v);
+    return MOE_OK;
+}
+
+/* The header of a block of MOE_EXCHANGE_PADDED is some whole rows, whichever way they travel. */
+static int64_t header_rows(const moe__placement *w, const moe_experts_config *e)
+{
+    int64_t size = moe__dtype_size(e->dtype), word = (int64_t)sizeof(int64_t);
+    int64_t there = (e->d_model + 1) * size, back = e->d_out * size;
+    int64_t words = (MOE__RANKS_HEADER + w->most_slots) * word, few = MOE__RANKS_HEADER * word;
+    return moe__max((words + there - 1) / there, (few + back - 1) / back);
+}
+
+static moe_status find_places(moe_layer *layer, const int64_t *all, const char *function)
+{
+    const moe_layer_config *c = &layer->config;
+    int32_t P = c->comm->size, rank = c->comm->rank;
+    int64_t slots = 0, own = c->experts->config.num_experts;
+    for (int32_t p = 0; p < P; p++) slots = moe__add(slots, all[p * FIELDS + SLOTS]);
+    int64_t E = c->gate ? c->gate->config.num_experts : slots / c->expert_slices;
+    moe__placement *w = make(layer->context, slots, moe__mul(E, c->expert_slices), P);
+    int64_t *numbers = moe__alloc(layer->context, moe__max(own, 1) * (int64_t)sizeof *numbers);
+    moe_status status = MOE_OK;
+    if (!w || !numbers)
+        status = moe__fail(MOE_ERROR_OUT_OF_MEMORY, function, "no memory for %lld experts",
+                           (ll)slots);
+    if (status != MOE_OK) {
+        moe_comm_abort(c->comm); /* the others wait for this rank's numbers */
+        goto done;
+    }
+    w->slices = c->expert_slices;
+    w->first_slot[0] = 0;
+    for (int32_t p = 0; p < P; p++) {
+        w->first_slot[p + 1] = w->first_slot[p] + all[p * FIELDS + SLOTS];
+        w->most_slots = moe__max(w->most_slots, all[p * FIELDS + SLOTS]);
+    }
+    for (int64_t i = 0; i < own; i++)
+        numbers[i] = c->placement ? c->placement[i] : w->first_slot[rank] + i;
+    status = moe_comm_all_gather(c->comm, w->number_of_slot, w->first_slot, numbers,
+                                 (int64_t)sizeof *numbers);
+    if (status != MOE_OK) goto done;
+    if (c->gate && slots < w->numbers)
+        status = moe__fail(MOE_ERROR_INVALID_ARGUMENT, function,
+                           "the gate has %lld experts%s, the pools of all ranks have %lld", (ll)E,
+                           w->slices > 1 ? " in slices" : "", (ll)slots);
+    if (status == MOE_OK) status = check_numbers(w, P, function);
+    if (status == MOE_OK) find_holders(w, rank);
+    if (status == MOE_OK) status = check_holders(w, function);
+    w->in_order = w->slices == 1 && slots == w->numbers;
+    for (int64_t s = 0; s < slots && w->in_order; s++) w->in_order = w->number_of_slot[s] == s;
+    w->header_rows = c->exchange == MOE_EXCHANGE_PADDED ? header_rows(w, &c->experts->config) : 0;
+done:
+    moe__comm_free(c->comm, layer->context, numbers, moe__max(own, 1) * (int64_t)sizeof *numbers);
+    if (status != MOE_OK) {
+        if (w) moe__comm_free(c->comm, layer->context, w, w->bytes);
+        return status;
+    }
+    layer->where = w;
+    layer->num_experts = E;
+    return MOE_OK;
+}
+
+/* ---- joining --------------------------------------------------------------------------------- */
+
+/* Whether the layer's rows go through an exchange. */
+static bool travels(const moe_layer_config *c)
+{
+    return c->comm && (c->comm->size > 1 || c->expert_slices > 1 || c->placement ||
+                       c->max_received > 0 || c->exchange == MOE_EXCHANGE_PADDED);
+}
+
+/* own: [FIELDS] after all: [P,FIELDS] */
+static moe_status gather(moe_comm *comm, int64_t *all, int64_t *begin)
+{
+    for (int32_t p = 0; p <= comm->size; p++) begin[p] = p;
+    return moe_comm_all_gather(comm, all, begin, all + (int64_t)comm->size * FIELDS,
+                               FIELDS * (int64_t)sizeof *all);
+}
+
+/* With a status that is none of success this rank only says so. */
+static moe_status join(moe_comm *comm, moe_context *context, moe_layer *layer, moe_status own,
+                       const char *function)
+{
+    int32_t P = comm->size;
+    description d = {.count = 0};
+    int64_t bytes = (int64_t)(P + 1) * (int64_t)sizeof(int64_t);
+    int64_t *all = moe__alloc_zeroed(context, bytes * FIELDS), *begin = moe__alloc(context, bytes);
+    moe_status status = own;
+    if (!all || !begin) {
+        if (status == MOE_OK)
+            status = moe__fail(MOE_ERROR_OUT_OF_MEMORY, function, "no memory for %d ranks", (int)P);
+        moe_comm_abort(comm);
+    } else {
+        int64_t *words = all + (int64_t)P * FIELDS;
+        words[STATUS] = own;
+        if (layer) words[SLOTS] = layer->config.experts->config.num_experts;
+        d.word = words + COMPARED;
+        if (layer) describe_layer(&d, &layer->config);
+        moe_status sent = gather(comm, all, begin);
+        if (status == MOE_OK) status = sent;
+        if (status == MOE_OK) status = compare(all, &d, P, function);
+        if (status == MOE_OK) status = find_places(layer, all, function);
+    }
+    moe__comm_free(comm, context, all, bytes * FIELDS);
+    moe__comm_free(comm, context, begin, bytes);
+    return status;
+}
+
+moe_status moe__ranks_join(moe_layer *layer, const char *function)
+{
+    if (!travels(&layer->config)) return MOE_OK;
+    return join(layer->config.comm, layer->context, layer, MOE_OK, function);
+}
+
+/* The message is that of the failure, also when telling the others fails. */
+moe_status moe__ranks_join_failed(const moe_layer_config *c, moe_status status,
+                                  const char *function)
+{
+    char message[MOE__MESSAGE_SIZE];
+    if (status == MOE_OK || !c->comm || c->comm->size == 1) return status;
+    memcpy(message, moe_last_error(), sizeof message);
+    (void)join(c->comm, c->comm->context, NULL, status, function);
+    moe__restore_message(message);
+    return status;
+}
+
+void moe__ranks_leave(moe_layer *layer)
+{
+    if (layer->where)
+        moe__comm_free(layer->comm, layer->context, layer->where, layer->where->bytes);
+    layer->where = NULL;
+}

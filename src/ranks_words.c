@@ -1,0 +1,493 @@
+/* ranks_words.c - what ranks tell each other before rows move.
+ *
+ *     words     to every rank: which call this is, of which layer, how it is going here; in a
+ *               forward also this rank's rows for each of the receiver's slots
+ *     scores    MOE_RECEIVED_DROP_SCORE: the weights of these rows
+ *     answers   from each owner: whether it has memory, its rounds, and for each slot where the
+ *               first of the asker's rows is among all of its rows, or how many of them stay
+ *     keeps     MOE_RECEIVED_DROP_SCORE: a byte for each row
+ *
+ * A rank that cannot go on says so in words or answers: every rank then ends the call with an
+ * error and the group lives on. MOE_EXCHANGE_PADDED puts the words into the blocks of rows. */
+#include "pass_state.h"
+#include "ranks_rows.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { WORD_CALL = 0, WORD_LAYER = 1, WORD_STATUS = 2 };
+enum { CALL_FORWARD = 1, CALL_BACKWARD = 2 };
+enum { ANSWER = 3, ANSWER_STATUS = 0, ANSWER_ROUNDS = 1, ANSWER_LIMIT = 2 };
+
+static int64_t own_slots(const moe_pass *pass) { return pass->experts->config.num_experts; }
+
+/* ---- memory ---------------------------------------------------------------------------------- */
+
+/* The small arrays, whose sizes are known beforehand. */
+static void lay_out_counts(moe_pass *pass, moe__arena *arena)
+{
+    moe__ranks *k = &pass->ranks;
+    const moe__placement *w = pass->layer->where;
+    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass), word = (int64_t)sizeof(int64_t);
+    int64_t from_all = moe__mul(P, own);
+    k->out_begin = moe__arena_take(arena, P + 1, word);
+    k->in_begin = moe__arena_take(arena, P + 1, word);
+    k->words_out = moe__arena_take(arena, moe__add(w->slots, P * MOE__RANKS_HEADER), word);
+    k->words_in = moe__arena_take(arena, moe__add(from_all, P * MOE__RANKS_HEADER), word);
+    k->answer_out = moe__arena_take(arena, moe__add(from_all, P * ANSWER), word);
+    k->answer_in = moe__arena_take(arena, moe__add(w->slots, P * ANSWER), word);
+    k->count = moe__arena_take(arena, w->slots, word);
+    k->place = moe__arena_take(arena, w->slots, word);
+    k->limit = moe__arena_take(arena, P, word);
+    k->in_count = moe__arena_take(arena, from_all, word);
+    k->in_place = moe__arena_take(arena, from_all, word);
+    k->send = moe__arena_take(arena, w->slots, sizeof *k->send);
+    k->come = moe__arena_take(arena, from_all, sizeof *k->come);
+    k->sent_at = moe__arena_take(arena, w->slots, word);
+    k->came_at = moe__arena_take(arena, from_all, word);
+    k->send_begin = moe__arena_take(arena, P + 1, word);
+    k->recv_begin = moe__arena_take(arena, P + 1, word);
+    k->all_at = moe__arena_take(arena, w->slots + 1, word);
+}
+
+moe_status moe__ranks_prepare(moe_pass *pass, const char *function)
+{
+    moe__ranks *k = &pass->ranks;
+    moe__arena arena = {NULL, 0};
+    lay_out_counts(pass, &arena);
+    MOE_TRY(moe__ranks_room(pass, &k->counts_memory, &k->counts_bytes, arena.used, function));
+    memset(k->counts_memory, 0, (size_t)k->counts_bytes);
+    arena = (moe__arena){k->counts_memory, 0};
+    lay_out_counts(pass, &arena);
+    k->rounds = 1;
+    if (pass->layer->config.exchange != MOE_EXCHANGE_PADDED) return MOE_OK;
+    return moe__ranks_lay_out(pass, true, function); /* their sizes are known too */
+}
+
+/* What MOE_RECEIVED_DROP_SCORE looks at. */
+static void lay_out_scores(moe_pass *pass, moe__arena *arena)
+{
+    moe__ranks *k = &pass->ranks;
+    int64_t size = moe__dtype_size(pass->plan.a.dtype), sent = pass->plan.a.rows;
+    k->keep_here = moe__arena_take(arena, sent, 1);
+    k->keep_there = moe__arena_take(arena, k->in_rows, 1);
+    k->score_here = moe__arena_take(arena, sent, size);
+    k->score_there = moe__arena_take(arena, k->in_rows, size);
+    k->order = moe__arena_take(arena, k->in_rows, (int64_t)sizeof *k->order);
+}
+
+/* ---- words ----------------------------------------------------------------------------------- */
+
+void moe__ranks_count(moe_pass *pass)
+{
+    const moe__placement *w = pass->layer->where;
+    const moe__plan_arrays *plan = &pass->plan.a;
+    for (int64_t s = 0; s < w->slots; s++) {
+        int64_t v = w->number_of_slot[s], e = v / w->slices;
+        bool here = w->slot_of_number[v] == s;
+        pass->ranks.count[s] = here ? plan->expert_begin[e + 1] - plan->expert_begin[e] : 0;
+    }
+}
+
+void moe__ranks_header(const moe_pass *pass, bool backward, moe_status status, int64_t *words)
+{
+    words[WORD_CALL] = backward ? CALL_BACKWARD : CALL_FORWARD;
+    words[WORD_LAYER] = pass->layer->config.layer_id;
+    words[WORD_STATUS] = status;
+}
+
+/* Another rank's failure, which all ranks know of. */
+static moe_status failed_elsewhere(moe_pass *pass, int64_t rank, moe_status status,
+                                   const char *function)
+{
+    pass->ranks.agreed = true;
+    REFUSE(status, "rank %lld failed: %s", (ll)rank, moe_status_text(status));
+}
+
+moe_status moe__ranks_check_header(moe_pass *pass, int64_t p, bool backward, const int64_t *words,
+                                   const char *function)
+{
+    int32_t call = backward ? CALL_BACKWARD : CALL_FORWARD, layer = pass->layer->config.layer_id;
+    if (words[WORD_CALL] != call || words[WORD_LAYER] != layer)
+        REFUSE(MOE_ERROR_TRANSPORT,
+               "rank %lld is in a %s of layer %lld, rank %d in a %s of layer %d", (ll)p,
+               words[WORD_CALL] == CALL_BACKWARD ? "backward" : "forward", (ll)words[WORD_LAYER],
+               (int)moe__pass_comm(pass)->rank, backward ? "backward" : "forward", (int)layer);
+    if (words[WORD_STATUS] != MOE_OK)
+        return failed_elsewhere(pass, p, (moe_status)words[WORD_STATUS], function);
+    return MOE_OK;
+}
+
+/* Exchanges headers with `status`, and if `counts` the rows for each slot. Every rank fails if one
+ * does: this one with its own status if it has one. */
+static moe_status exchange_words(moe_pass *pass, bool backward, bool counts, moe_status status,
+                                 const char *function)
+{
+    moe__ranks *k = &pass->ranks;
+    const int64_t *first = pass->layer->where->first_slot;
+    int64_t P = moe__pass_comm(pass)->size, own = counts ? own_slots(pass) : 0;
+    for (int64_t p = 0; p <= P; p++) {
+        k->out_begin[p] = p * MOE__RANKS_HEADER + (counts ? first[p] : 0);
+        k->in_begin[p] = p * (MOE__RANKS_HEADER + own);
+    }
+    for (int64_t p = 0; p < P; p++) {
+        int64_t *words = k->words_out + k->out_begin[p];
+        moe__ranks_header(pass, backward, status, words);
+        for (int64_t s = first[p]; counts && s < first[p + 1]; s++)
+            words[MOE__RANKS_HEADER + s - first[p]] = status == MOE_OK ? k->count[s] : 0;
+    }
+    moe_exchange e = {.struct_size = sizeof e,
+                      .recv = k->words_in,
+                      .recv_begin = k->in_begin,
+                      .send = k->words_out,
+                      .send_begin = k->out_begin,
+                      .row_bytes = (int64_t)sizeof *k->words_out};
+    k->took_part = true;
+    MOE_TRY(moe__ranks_exchange(pass, &e));
+    if (status != MOE_OK) {
+        k->agreed = true;
+        return status;
+    }
+    for (int64_t p = 0; p < P; p++)
+        MOE_TRY(moe__ranks_check_header(pass, p, backward, k->words_in + k->in_begin[p], function));
+    return MOE_OK;
+}
+
+/* Rows from each rank for each slot, out of the words. */
+static moe_status read_counts(moe_pass *pass, const char *function)
+{
+    moe__ranks *k = &pass->ranks;
+    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass), rows = 0;
+    for (int64_t p = 0; p < P; p++)
+        for (int64_t i = 0; i < own; i++) {
+            int64_t n = k->words_in[k->in_begin[p] + MOE__RANKS_HEADER + i];
+            if (n < 0) REFUSE(MOE_ERROR_TRANSPORT, "rank %lld has %lld rows", (ll)p, (ll)n);
+            k->in_count[p * own + i] = n;
+            rows = moe__add(rows, n);
+        }
+    if (rows < 0) REFUSE(MOE_ERROR_TRANSPORT, "the rows of all ranks do not fit in 63 bits");
+    k->in_rows = rows;
+    return MOE_OK;
+}
+
+/* Where each source's rows are among all of this rank: by slot, then source. */
+static void find_in_places(moe_pass *pass)
+{
+    moe__ranks *k = &pass->ranks;
+    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass), at = 0;
+    for (int64_t i = 0; i < own; i++)
+        for (int64_t p = 0; p < P; p++) {
+            k->in_place[p * own + i] = at;
+            at += k->in_count[p * own + i];
+        }
+    k->in_rows = at;
+}
+
+/* ---- what a bound leaves --------------------------------------------------------------------- */
+
+static int64_t rows_up_to(const moe__ranks *k, int64_t n, int64_t each)
+{
+    int64_t rows = 0;
+    for (int64_t i = 0; i < n; i++) rows += moe__min(k->in_count[i], each);
+    return rows;
+}
+
+/* in_count becomes what stays of each: at most `each` for the largest that fits, and one more where
+ * there is room. */
+static void keep_by_position(moe_pass *pass, int64_t room)
+{
+    moe__ranks *k = &pass->ranks;
+    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass), low = 0, high = room;
+    if (k->in_rows <= room) return;
+    while (low < high) {
+        int64_t middle = low + (high - low + 1) / 2;
+        if (rows_up_to(k, P * own, middle) <= room)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    int64_t left = room - rows_up_to(k, P * own, low);
+    for (int64_t i = 0; i < own; i++)
+        for (int64_t p = 0; p < P; p++) {
+            int64_t *n = &k->in_count[p * own + i];
+            bool one_more = *n > low && left > 0;
+            left -= one_more;
+            *n = moe__min(*n, low + one_more);
+        }
+}
+
+/* A row that may stay: its weight, and its number by slot, source and order. */
+typedef struct candidate {
+    double score;
+    int64_t number;
+} candidate;
+
+/* The largest first, NaN last, equal ones by number. */
+static int by_score(const void *a, const void *b)
+{
+    const candidate *x = a, *y = b;
+    bool x_none = x->score != x->score, y_none = y->score != y->score;
+    if (x_none != y_none) return x_none ? 1 : -1;
+    if (x->score != y->score && !x_none) return x->score > y->score ? -1 : 1;
+    return x->number < y->number ? -1 : x->number > y->number;
+}
+
+/* keep_there of what arrived by source and slot, and in_count of what stays. */
+static moe_status keep_by_score(moe_pass *pass, int64_t room, const char *function)
+{
+    moe__ranks *k = &pass->ranks;
+    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass), at = 0;
+    bool f64 = pass->plan.a.dtype == MOE_DTYPE_F64;
+    memset(k->keep_there, 1, (size_t)k->in_rows);
+    if (room == 0 || k->in_rows <= room) return MOE_OK;
+    int64_t bytes = moe__mul(k->in_rows, (int64_t)sizeof(candidate));
+    candidate *all = moe__alloc(pass->context, bytes);
+    if (!all) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for %lld scores", (ll)k->in_rows);
+    for (int64_t p = 0; p < P; p++) /* at: in order of arrival; number: in the owner's order */
+        for (int64_t i = 0; i < own; i++)
+            for (int64_t n = 0; n < k->in_count[p * own + i]; n++, at++) {
+                int64_t number = k->in_place[p * own + i] + n;
+                double score = f64 ? ((const double *)k->score_there)[at]
+                                   : (double)((const float *)k->score_there)[at];
+                k->order[number] = at;
+                all[number] = (candidate){score, number};
+            }
+    qsort(all, (size_t)k->in_rows, sizeof *all, by_score);
+    for (int64_t c = room; c < k->in_rows; c++) k->keep_there[k->order[all[c].number]] = 0;
+    moe__free(pass->context, all, bytes);
+    at = 0;
+    for (int64_t i = 0; i < P * own; i++) {
+        int64_t stay = 0;
+        for (int64_t n = 0; n < k->in_count[i]; n++) stay += k->keep_there[at++];
+        k->in_count[i] = stay;
+    }
+    return MOE_OK;
+}
+
+/* Bytes or weights of rows in slot order, to the owners or back. */
+static moe_status exchange_rows(moe_pass *pass, void *recv, const void *send, int64_t size,
+                                bool back)
+{
+    moe__ranks *k = &pass->ranks;
+    const int64_t *first = pass->layer->where->first_slot;
+    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass);
+    k->send_begin[0] = k->recv_begin[0] = 0;
+    for (int64_t p = 0; p < P; p++) {
+        k->send_begin[p + 1] = k->send_begin[p];
+        k->recv_begin[p + 1] = k->recv_begin[p];
+        for (int64_t s = first[p]; s < first[p + 1]; s++) k->send_begin[p + 1] += k->count[s];
+        for (int64_t i = 0; i < own; i++)
+            k->recv_begin[p + 1] +=
+                k->words_in[p * (MOE__RANKS_HEADER + own) + MOE__RANKS_HEADER + i];
+    }
+    moe_exchange e = {.struct_size = sizeof e,
+                      .recv = recv,
+                      .recv_begin = back ? k->send_begin : k->recv_begin,
+                      .send = send,
+                      .send_begin = back ? k->recv_begin : k->send_begin,
+                      .row_bytes = size};
+    return moe__ranks_exchange(pass, &e);
+}
+
+/* Every rank has memory for scores, or the call ends. */
+static moe_status agree(moe_pass *pass, moe_status status, const char *function)
+{
+    moe__ranks *k = &pass->ranks;
+    int64_t P = moe__pass_comm(pass)->size;
+    for (int64_t p = 0; p < P; p++) k->answer_out[p] = status, k->out_begin[p] = p;
+    k->out_begin[P] = P;
+    moe_exchange e = {.struct_size = sizeof e,
+                      .recv = k->answer_in,
+                      .recv_begin = k->out_begin,
+                      .send = k->answer_out,
+                      .send_begin = k->out_begin,
+                      .row_bytes = (int64_t)sizeof *k->answer_in};
+    MOE_TRY(moe__ranks_exchange(pass, &e));
+    k->agreed = status != MOE_OK;
+    for (int64_t p = 0; p < P && status == MOE_OK; p++)
+        if (k->answer_in[p] != MOE_OK)
+            status = failed_elsewhere(pass, p, (moe_status)k->answer_in[p], function);
+    return status;
+}
+
+/* The weights of all rows at their owners. */
+static moe_status fetch_scores(moe_pass *pass, const char *function)
+{
+    moe__ranks *k = &pass->ranks;
+    const moe__placement *w = pass->layer->where;
+    const moe__plan_arrays *plan = &pass->plan.a;
+    int64_t size = moe__dtype_size(plan->dtype), at = 0;
+    moe__arena arena = {NULL, 0};
+    lay_out_scores(pass, &arena);
+    MOE_TRY(agree(pass,
+                  moe__ranks_room(pass, &k->keep_memory, &k->keep_bytes, arena.used, function),
+                  function));
+    arena = (moe__arena){k->keep_memory, 0};
+    lay_out_scores(pass, &arena);
+    for (int64_t s = 0; s < w->slots; s++) {
+        int64_t row = plan->expert_begin[w->number_of_slot[s]];
+        for (int64_t n = 0; n < k->count[s]; n++)
+            memcpy((char *)k->score_here + at++ * size,
+                   (const char *)plan->weight_of_entry + plan->entry_of_row[row + n] * size,
+                   (size_t)size);
+    }
+    return exchange_rows(pass, k->score_there, k->score_here, size, false);
+}
+
+/* What this owner makes of the rows that would come. */
+static moe_status bound(moe_pass *pass, const char *function)
+{
+    moe__ranks *k = &pass->ranks;
+    const moe_layer_config *c = &pass->layer->config;
+    int64_t room = c->max_received;
+    k->limit[moe__pass_comm(pass)->rank] = c->received == MOE_RECEIVED_CHUNK ? room : 0;
+    if (room == 0 && c->received != MOE_RECEIVED_DROP_SCORE) return MOE_OK;
+    if (c->received == MOE_RECEIVED_DROP_POSITION) keep_by_position(pass, room);
+    if (c->received == MOE_RECEIVED_DROP_SCORE) MOE_TRY(keep_by_score(pass, room, function));
+    if (c->received == MOE_RECEIVED_ERROR && k->in_rows > room)
+        REFUSE(MOE_ERROR_BUFFER_TOO_SMALL, "%lld rows come to rank %d, max_received is %lld",
+               (ll)k->in_rows, (int)moe__pass_comm(pass)->rank, (ll)room);
+    return MOE_OK;
+}
+
+/* ---- answers --------------------------------------------------------------------------------- */
+
+static void write_answers(moe_pass *pass, moe_status status)
+{
+    moe__ranks *k = &pass->ranks;
+    const moe_layer_config *c = &pass->layer->config;
+    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass);
+    int64_t limit = k->limit[moe__pass_comm(pass)->rank];
+    bool kept = c->received == MOE_RECEIVED_DROP_POSITION;
+    for (int64_t p = 0; p < P; p++) {
+        int64_t *words = k->answer_out + p * (ANSWER + own);
+        words[ANSWER_STATUS] = status;
+        words[ANSWER_ROUNDS] = limit > 0 ? k->in_rows / limit + (k->in_rows % limit != 0) : 1;
+        words[ANSWER_LIMIT] = limit;
+        for (int64_t i = 0; i < own; i++)
+            words[ANSWER + i] = kept ? k->in_count[p * own + i] : k->in_place[p * own + i];
+    }
+}
+
+/* Takes what the owners said; keep_here of rows by slot is not looked at here. */
+static moe_status read_answers(moe_pass *pass, moe_status status, const char *function)
+{
+    moe__ranks *k = &pass->ranks;
+    const int64_t *first = pass->layer->where->first_slot;
+    int64_t P = moe__pass_comm(pass)->size;
+    k->agreed = status != MOE_OK;
+    k->rounds = 1;
+    for (int64_t p = 0; p < P && status == MOE_OK; p++) {
+        const int64_t *words = k->answer_in + k->in_begin[p];
+        if (words[ANSWER_STATUS] != MOE_OK)
+            return failed_elsewhere(pass, p, (moe_status)words[ANSWER_STATUS], function);
+        if (words[ANSWER_ROUNDS] < 0 || words[ANSWER_LIMIT] < 0)
+            REFUSE(MOE_ERROR_TRANSPORT, "rank %lld answered %lld rounds of %lld rows", (ll)p,
+                   (ll)words[ANSWER_ROUNDS], (ll)words[ANSWER_LIMIT]);
+        k->rounds = moe__max(k->rounds, words[ANSWER_ROUNDS]);
+        k->limit[p] = words[ANSWER_LIMIT];
+        for (int64_t s = first[p]; s < first[p + 1]; s++)
+            k->place[s] = words[ANSWER + s - first[p]];
+    }
+    return status;
+}
+
+static moe_status exchange_answers(moe_pass *pass, moe_status status, const char *function)
+{
+    moe__ranks *k = &pass->ranks;
+    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass);
+    write_answers(pass, status);
+    for (int64_t p = 0; p <= P; p++) {
+        k->out_begin[p] = p * (ANSWER + own);
+        k->in_begin[p] = p * ANSWER + pass->layer->where->first_slot[p];
+    }
+    moe_exchange e = {.struct_size = sizeof e,
+                      .recv = k->answer_in,
+                      .recv_begin = k->in_begin,
+                      .send = k->answer_out,
+                      .send_begin = k->out_begin,
+                      .row_bytes = (int64_t)sizeof *k->answer_out};
+    MOE_TRY(moe__ranks_exchange(pass, &e));
+    return read_answers(pass, status, function);
+}
+
+/* Entries whose row does not stay lose their slot. Returns whether there are any. */
+static bool drop(moe_pass *pass, bool by_score)
+{
+    moe__ranks *k = &pass->ranks;
+    const moe__placement *w = pass->layer->where;
+    const moe__plan_arrays *plan = &pass->plan.a;
+    bool any = false;
+    for (int64_t s = 0, at = 0; s < w->slots; s++) {
+        int64_t row = plan->expert_begin[w->number_of_slot[s]];
+        for (int64_t n = 0; n < k->count[s]; n++, at++) {
+            if (by_score ? k->keep_here[at] : n < k->place[s]) continue;
+            plan->slot_of_entry[plan->entry_of_row[row + n]] = -1;
+            any = true;
+        }
+    }
+    return any;
+}
+
+/* ---- the steps ------------------------------------------------------------------------------- */
+
+/* MOE_EXCHANGE_PADDED: nothing to ask, but this rank's own rows must fit. */
+static moe_status check_padded(moe_pass *pass, const char *function)
+{
+    const moe__placement *w = pass->layer->where;
+    int64_t most = pass->layer->config.padded_rows;
+    for (int64_t s = 0; s < w->slots; s++)
+        if (pass->ranks.count[s] > most)
+            REFUSE(MOE_ERROR_BUFFER_TOO_SMALL,
+                   "rank %d has %lld rows for expert %lld, padded_rows is %lld",
+                   (int)moe__pass_comm(pass)->rank, (ll)pass->ranks.count[s],
+                   (ll)(w->number_of_slot[s] / w->slices), (ll)most);
+    if (pass->layer->config.loss_batch != MOE_BATCH_GLOBAL) return MOE_OK;
+    return exchange_words(pass, false, false, MOE_OK, function);
+}
+
+static moe_status agree_on_rows(moe_pass *pass, bool save, bool *dropped, const char *function)
+{
+    moe__ranks *k = &pass->ranks;
+    int32_t policy = pass->layer->config.received;
+    bool by_score = policy == MOE_RECEIVED_DROP_SCORE;
+    moe__ranks_count(pass);
+    if (pass->layer->config.exchange == MOE_EXCHANGE_PADDED) return check_padded(pass, function);
+    MOE_TRY(exchange_words(pass, false, true, MOE_OK, function));
+    MOE_TRY(read_counts(pass, function));
+    find_in_places(pass);
+    if (by_score) MOE_TRY(fetch_scores(pass, function));
+    moe_status status = bound(pass, function);
+    find_in_places(pass);
+    if (status == MOE_OK) status = moe__ranks_lay_out(pass, save, function);
+    MOE_TRY(exchange_answers(pass, status, function));
+    if (by_score) MOE_TRY(exchange_rows(pass, k->keep_here, k->keep_there, 1, true));
+    if (by_score || policy == MOE_RECEIVED_DROP_POSITION) *dropped = drop(pass, by_score);
+    return MOE_OK;
+}
+
+moe_status moe__ranks_agree(moe_pass *pass, bool save, bool *dropped, const char *function)
+{
+    *dropped = false;
+    if (pass->layer->where->replicas && save)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED,
+               "experts have replicas: a forward needs MOE_FORWARD_NO_SAVE");
+    return moe__ranks_end(pass, agree_on_rows(pass, save, dropped, function));
+}
+
+moe_status moe__ranks_agree_backward(moe_pass *pass, const char *function)
+{
+    if (pass->layer->config.exchange == MOE_EXCHANGE_PADDED) return MOE_OK; /* in the blocks */
+    return moe__ranks_end(pass, exchange_words(pass, true, false, MOE_OK, function));
+}
+
+moe_status moe__ranks_decline(moe_pass *pass, bool backward, moe_status status,
+                              const char *function)
+{
+    const moe_layer_config *c = &pass->layer->config;
+    if (pass->ranks.took_part) return status;
+    if (c->exchange == MOE_EXCHANGE_PADDED && (backward || c->loss_batch != MOE_BATCH_GLOBAL))
+        return moe__ranks_decline_padded(pass, backward, status, function);
+    return exchange_words(pass, backward, !backward && c->exchange != MOE_EXCHANGE_PADDED, status,
+                          function);
+}

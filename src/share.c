@@ -1,0 +1,121 @@
+/* share.c - losses and statistics over the tokens of all ranks.
+ *
+ *     every rank: its sums to every rank;  every rank: adds them in order of rank
+ *
+ * so that all have the same bytes, those of one rank with the same token groups if each rank has
+ * one. Gradients then come right by themselves: a rank's logits act on the shared sums through its
+ * own tokens alone. */
+#include "ranks_rows.h"
+
+enum { SINGLE = 6, PER_EXPERT = 6, PER_PART = 2, PARTIAL = 3 };
+
+/* Of one rank. */
+static int64_t numbers(int64_t E, int64_t parts)
+{
+    return moe__add(SINGLE, moe__add(moe__mul(E, PER_EXPERT), moe__mul(parts, PER_PART)));
+}
+
+int64_t moe__share_numbers(int64_t P, int64_t E, int64_t parts)
+{
+    return moe__mul(P + 1, numbers(E, parts));
+}
+
+int32_t moe__share_ranks(const moe_layer *layer)
+{
+    bool global = layer->config.loss_batch == MOE_BATCH_GLOBAL;
+    return global && layer->where && layer->comm->size > 1 ? layer->comm->size : 0;
+}
+
+/* A number that is taken, or put back as a sum. */
+typedef struct cursor {
+    double *at;
+    bool put;
+} cursor;
+
+static void one(cursor *c, double *value)
+{
+    if (c->put)
+        *value = *c->at++;
+    else
+        *c->at++ = *value;
+}
+static void reals(cursor *c, double *values, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) one(c, &values[i]);
+}
+static void counts(cursor *c, int64_t *values, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        double value = (double)values[i]; /* exact below 2^53 */
+        one(c, &value);
+        values[i] = (int64_t)value;
+    }
+}
+
+static void walk_sums(moe__losses_job *job, cursor *c)
+{
+    int64_t E = job->plan->num_experts;
+    bool two = job->part_rows && job->route->level[0].kth;
+    int64_t parts = two ? job->route->level[0].width : 0;
+    one(c, &job->tokens), one(c, &job->groups), one(c, &job->rows);
+    one(c, &job->z_sum), one(c, &job->threshold_sum), one(c, &job->entropy_sum);
+    reals(c, job->importance, E);
+    reals(c, two ? job->part_load : job->load, E);
+    reals(c, job->primary_load, parts);
+    reals(c, job->part_rows, parts);
+    counts(c, job->counts, E);
+    counts(c, job->first_counts, E);
+    counts(c, job->rows_of_expert, E);
+    if (job->score_sum && job->scopes == 1) reals(c, job->score_sum, E);
+}
+
+static void walk_partial(moe__losses_job *job, cursor *c)
+{
+    if (job->scopes != 1) {
+        one(c, &job->value[MOE_LOSS_SWITCH]);
+        one(c, &job->value[MOE_LOSS_GSHARD]);
+    }
+    one(c, &job->value[MOE_LOSS_SEQUENCE]);
+}
+
+/* all [P,n] of every rank; own [n] after it. */
+static moe_status gather(moe_pass *pass, double *all, const double *own, int64_t n)
+{
+    moe__ranks *k = &pass->ranks;
+    const int64_t once[2] = {0, 1};
+    for (int64_t p = 0; p <= moe__pass_comm(pass)->size; p++) k->in_begin[p] = p;
+    moe_exchange e = {.struct_size = sizeof e,
+                      .recv = all,
+                      .recv_begin = k->in_begin,
+                      .send = own,
+                      .send_begin = once,
+                      .row_bytes = n * (int64_t)sizeof *own,
+                      .to_all = 1};
+    return moe__ranks_exchange(pass, &e);
+}
+
+static moe_status share(moe__losses_job *job, bool partial)
+{
+    moe_pass *pass = job->share_user;
+    int64_t P = moe__pass_comm(pass)->size, parts = job->part_rows ? job->route->level[0].width : 0;
+    int64_t most = numbers(job->plan->num_experts, parts);
+    double *all = job->shared, *own = all + P * most;
+    cursor take = {own, false}, put = {own, true};
+    partial ? walk_partial(job, &take) : walk_sums(job, &take);
+    int64_t n = take.at - own;
+    MOE_TRY(moe__ranks_end(pass, gather(pass, all, own, n)));
+    for (int64_t i = 0; i < n; i++) {
+        double sum = all[i];
+        for (int64_t p = 1; p < P; p++) sum += all[p * n + i];
+        own[i] = sum;
+    }
+    partial ? walk_partial(job, &put) : walk_sums(job, &put);
+    return MOE_OK;
+}
+
+void moe__share_losses(moe_pass *pass, int32_t uses)
+{
+    bool shares = (uses & MOE__USE_LAYER) && moe__share_ranks(pass->layer) > 0;
+    pass->losses.share = shares ? share : NULL;
+    pass->losses.share_user = pass;
+}
