@@ -118,15 +118,16 @@ struct moe__losses_job {
     double *part_load;            /* out: [E] load of each expert among the rows of its group */
     int64_t *counts;              /* out: [E] before dropping */
     int64_t *first_counts;        /* out: [E] */
-    int64_t scopes;               /* 1, or G: what switch and gshard take their means over */
+    bool scoped;                  /* switch and gshard are means over the groups */
+    int64_t scopes;               /* G if scoped, else 1 */
     double *score_sum;            /* out: [scopes,E] sum_t P; NULL if off */
-    int64_t *scope_counts;        /* out: [scopes,E]; = counts for one scope */
-    int64_t *scope_first;         /* out: [scopes,E]; = first_counts for one scope */
+    int64_t *scope_counts;        /* out: [scopes,E]; = counts if not scoped */
+    int64_t *scope_first;         /* out: [scopes,E]; = first_counts if not scoped */
     double *sequence_sum;         /* out: [G,E] sum_t s/sum s; NULL if off */
     int64_t *sequence_counts;     /* out: [G,E]; NULL if off */
     double *sequence_scale;       /* out: [G]; NULL if off */
-    int64_t *over_taken;          /* out: [E] entries less tokens above the threshold, of this
-                                     rank; NULL if off */
+    int64_t *over_taken;          /* out: [E] entries less tokens above the threshold; of all
+                                     ranks on rank 0, and then 0 elsewhere; NULL if off */
     int64_t *rows_of_expert;      /* [E] in: rows of the plan; out: of all ranks */
     double *part_rows;            /* out: [A] rows of each group of a hierarchical gate, or NULL */
     double tokens, groups;        /* out: unmasked tokens; groups that have some */

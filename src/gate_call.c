@@ -320,7 +320,7 @@ void moe__gate_fill_losses(moe_pass *pass, const moe__forward *f)
     l->valid_begin = pass->valid_begin;
     l->valid_tokens = pass->valid_begin[pass->plan.a.groups];
     l->valid_token = f->a.token_mask ? pass->valid_token : NULL;
-    if (l->scopes == 1) {
+    if (!l->scoped) {
         l->scope_counts = l->counts;
         l->scope_first = l->first_counts;
     }

@@ -99,6 +99,7 @@ static moe_status pass_create(moe_pass **pass, moe_context *context, moe_layer *
     if (layer && layer->where) {
         moe_status status = moe__ranks_prepare(p, function);
         if (status != MOE_OK) {
+            moe__ranks_free(p);
             moe__free(context, p, sizeof *p);
             return status;
         }

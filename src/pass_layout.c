@@ -121,6 +121,7 @@ static void lay_out_losses(moe_pass *pass, moe__arena *arena, const moe__pass_sh
     l->primary_load = two ? moe__arena_take(arena, s->gate->expert_groups, sizeof *l->primary_load)
                           : NULL;
     l->part_load = two ? moe__arena_take(arena, E, sizeof *l->part_load) : NULL;
+    l->scoped = scoped;
     l->scopes = scoped ? s->groups : 1;
     l->scope_counts = scoped ? moe__arena_take(arena, by_group, sizeof *l->scope_counts) : NULL;
     l->scope_first = scoped ? moe__arena_take(arena, by_group, sizeof *l->scope_first) : NULL;

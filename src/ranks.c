@@ -187,7 +187,9 @@ static void find_carry(moe_pass *pass)
         before = moe__max(begin - k->in_place[first], 0);
         after = moe__max(end - (begin + limit), 0);
     }
-    for (int i = 0; i < 3; i++) k->carry[i].before = before, k->carry[i].after = after;
+    for (int i = 0; i < 3; i++)
+        k->carry[i] = (moe__dw_carry){k->sums[k->round % 2][i], k->sums[(k->round + 1) % 2][i],
+                                      before, after};
     k->job.carry = limit > 0 ? k->carry : NULL;
 }
 

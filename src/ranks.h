@@ -53,7 +53,8 @@ typedef struct moe__ranks {
     bool agreed;           /* the failure is known to all ranks */
     moe__plan_arrays plan; /* of what came: a token is a position */
     moe__experts_job job;
-    moe__dw_carry carry[3];
+    moe__dw_carry carry[3];          /* of w1, w3, w2 */
+    moe__dw_sums sums[2][3];         /* what they go between */
     int64_t x_width;                 /* elements of a row of x */
     void *x;                         /* [positions,x_width] that came: x, weight, and dy if they
                                           came together */

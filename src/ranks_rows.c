@@ -66,13 +66,24 @@ void moe__ranks_free(moe_pass *pass)
     *k = (moe__ranks){0};
 }
 
-static void lay_out_carry(moe__dw_carry *carry, moe__arena *arena, int64_t rows, int64_t cols,
-                          int64_t size)
+static void lay_out_sums(moe__dw_sums *sums, moe__arena *arena, int64_t rows, int64_t cols,
+                         int64_t size)
 {
-    carry->chain = moe__arena_take(arena, moe__mul(rows, cols), size);
-    carry->ended = moe__arena_take(arena, moe__mul(rows, cols), size);
-    carry->bias_chain = moe__arena_take(arena, cols, size);
-    carry->bias_ended = moe__arena_take(arena, cols, size);
+    sums->chain = moe__arena_take(arena, moe__mul(rows, cols), size);
+    sums->ended = moe__arena_take(arena, moe__mul(rows, cols), size);
+    sums->bias_chain = moe__arena_take(arena, cols, size);
+    sums->bias_ended = moe__arena_take(arena, cols, size);
+}
+
+/* Of w1, w3 and w2, twice: they go from one to the other and back. */
+static void lay_out_carry(moe__ranks *k, moe__arena *arena, const moe__experts_room *room)
+{
+    int64_t size = moe__dtype_size(room->dtype), D = room->d_model, F = room->d_hidden;
+    for (int i = 0; i < 3; i++)
+        for (int turn = 0; turn < 2; turn++)
+            if (F > 0 && (i != 1 || room->gated))
+                lay_out_sums(&k->sums[turn][i], arena, i == 2 ? F : D, i == 2 ? room->d_out : F,
+                             size);
 }
 
 /* Numbers of rows that memory is laid out for. */
@@ -107,7 +118,7 @@ static void lay_out_rows(moe_pass *pass, moe__arena *arena, const row_counts *n,
     const moe_layer_config *c = &pass->layer->config;
     const moe__experts_room *room = &pass->experts->room;
     int64_t size = moe__dtype_size(room->dtype), D = room->d_model, O = room->d_out;
-    int64_t F = room->d_hidden, back = save ? moe__max(O, D + 1) : O;
+    int64_t back = save ? moe__max(O, D + 1) : O;
     bool chunked = c->received == MOE_RECEIVED_CHUNK, again = chunked && save;
     int64_t widest = D + 1 + (again ? O : 0);
     moe__plan_layout(&k->plan, arena, n->came, n->came, room->num_experts, 1, room->dtype);
@@ -121,9 +132,7 @@ static void lay_out_rows(moe_pass *pass, moe__arena *arena, const row_counts *n,
                     ? NULL
                     : moe__arena_take(arena, moe__mul(n->plan, back), size);
     k->entry_grad = save ? moe__arena_take(arena, n->came, size) : NULL;
-    for (int i = 0; i < 3; i++)
-        if (again && F > 0 && (i != 1 || room->gated))
-            lay_out_carry(&k->carry[i], arena, i == 2 ? F : D, i == 2 ? O : F, size);
+    if (again) lay_out_carry(k, arena, room);
     moe__lay_out_experts(&k->job, arena, room, n->rows, save, size);
 }
 

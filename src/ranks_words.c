@@ -61,7 +61,9 @@ moe_status moe__ranks_prepare(moe_pass *pass, const char *function)
     lay_out_counts(pass, &arena);
     k->rounds = 1;
     if (pass->layer->config.exchange != MOE_EXCHANGE_PADDED) return MOE_OK;
-    return moe__ranks_lay_out(pass, true, function); /* their sizes are known too */
+    MOE_TRY(moe__ranks_lay_out(pass, true, function)); /* their sizes are known too */
+    memset(k->rows_memory, 0, (size_t)k->rows_bytes);  /* unused rows of blocks travel as well */
+    return MOE_OK;
 }
 
 /* What MOE_RECEIVED_DROP_SCORE looks at. */
@@ -381,13 +383,17 @@ static moe_status read_answers(moe_pass *pass, moe_status status, const char *fu
         const int64_t *words = k->answer_in + k->in_begin[p];
         if (words[ANSWER_STATUS] != MOE_OK)
             return failed_elsewhere(pass, p, (moe_status)words[ANSWER_STATUS], function);
-        if (words[ANSWER_ROUNDS] < 0 || words[ANSWER_LIMIT] < 0)
+        int64_t rounds = words[ANSWER_ROUNDS], limit = words[ANSWER_LIMIT], most = INT64_MAX / 4;
+        if (rounds < 0 || limit < 0 || rounds > most / moe__max(limit, 1))
             REFUSE(MOE_ERROR_TRANSPORT, "rank %lld answered %lld rounds of %lld rows", (ll)p,
-                   (ll)words[ANSWER_ROUNDS], (ll)words[ANSWER_LIMIT]);
-        k->rounds = moe__max(k->rounds, words[ANSWER_ROUNDS]);
-        k->limit[p] = words[ANSWER_LIMIT];
-        for (int64_t s = first[p]; s < first[p + 1]; s++)
+                   (ll)rounds, (ll)limit);
+        k->rounds = moe__max(k->rounds, rounds);
+        k->limit[p] = limit;
+        for (int64_t s = first[p]; s < first[p + 1]; s++) {
             k->place[s] = words[ANSWER + s - first[p]];
+            if (k->place[s] < 0 || k->place[s] > most)
+                REFUSE(MOE_ERROR_TRANSPORT, "rank %lld answered row %lld", (ll)p, (ll)k->place[s]);
+        }
     }
     return status;
 }

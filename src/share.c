@@ -7,7 +7,7 @@
  * own tokens alone. */
 #include "ranks_rows.h"
 
-enum { SINGLE = 6, PER_EXPERT = 6, PER_PART = 2, PARTIAL = 3 };
+enum { SINGLE = 6, PER_EXPERT = 7, PER_PART = 2, PARTIAL = 3 };
 
 /* Of one rank. */
 static int64_t numbers(int64_t E, int64_t parts)
@@ -66,12 +66,13 @@ static void walk_sums(moe__losses_job *job, cursor *c)
     counts(c, job->counts, E);
     counts(c, job->first_counts, E);
     counts(c, job->rows_of_expert, E);
-    if (job->score_sum && job->scopes == 1) reals(c, job->score_sum, E);
+    if (job->score_sum && !job->scoped) reals(c, job->score_sum, E);
+    if (job->over_taken) counts(c, job->over_taken, E);
 }
 
 static void walk_partial(moe__losses_job *job, cursor *c)
 {
-    if (job->scopes != 1) {
+    if (job->scoped) {
         one(c, &job->value[MOE_LOSS_SWITCH]);
         one(c, &job->value[MOE_LOSS_GSHARD]);
     }
@@ -110,6 +111,9 @@ static moe_status share(moe__losses_job *job, bool partial)
         own[i] = sum;
     }
     partial ? walk_partial(job, &put) : walk_sums(job, &put);
+    /* A gradient by itself, not through a rank's tokens: rank 0 adds that of all. */
+    for (int64_t e = 0; e < job->plan->num_experts && !partial && job->over_taken; e++)
+        if (moe__pass_comm(pass)->rank > 0) job->over_taken[e] = 0;
     return MOE_OK;
 }
 

@@ -33,25 +33,24 @@ static void run_ranks(int32_t kind, uint64_t number, int32_t ranks)
     part parts[RANKS_MOST];
     pthread_t thread[RANKS_MOST];
     moe_world *world = NULL;
-    whole_make(&w, kind, number, ranks);
+    whole_make(&w, kind, number, ranks, ranks_way(kind, number));
     MUST(moe_world_create(&world, w.context, ranks));
-    if (parts_share(parts, &w, number, ranks)) {
-        for (int32_t r = 0; r < ranks; r++) {
-            parts[r].connect = connect_in_world, parts[r].connection = world;
-            ck_assert_int_eq(pthread_create(&thread[r], NULL, part_thread, &parts[r]), 0);
-        }
-        for (int32_t r = 0; r < ranks; r++) ck_assert_int_eq(pthread_join(thread[r], NULL), 0);
-        whole_run(&w);
-        for (int32_t r = 0; r < ranks; r++) part_compare(&parts[r]);
-        for (int32_t r = 0; r < ranks; r++) part_free(&parts[r]);
+    parts_share(parts, &w, number, ranks);
+    for (int32_t r = 0; r < ranks; r++) {
+        parts[r].connect = connect_in_world, parts[r].connection = world;
+        ck_assert_int_eq(pthread_create(&thread[r], NULL, part_thread, &parts[r]), 0);
     }
+    for (int32_t r = 0; r < ranks; r++) ck_assert_int_eq(pthread_join(thread[r], NULL), 0);
+    whole_run(&w);
+    for (int32_t r = 0; r < ranks; r++) part_compare(&parts[r]);
+    for (int32_t r = 0; r < ranks; r++) part_free(&parts[r]);
     moe_world_destroy(world), whole_free(&w);
 }
 
 START_TEST(test_ranks_are_one_rank_with_the_same_groups)
 {
-    static const int32_t RANKS[] = {2, 3, 4, 8};
-    for (uint64_t number = 0; number < 12; number++)
+    static const int32_t RANKS[] = {2, 3, 4, 8, 16};
+    for (uint64_t number = 0; number < 2 * RANKS_WAYS; number++)
         for (size_t i = 0; i < COUNT(RANKS); i++) run_ranks(_i, number, RANKS[i]);
 }
 END_TEST
@@ -63,7 +62,7 @@ START_TEST(test_ranks_norm_is_that_of_all_gradients)
     whole w;
     moe_parameter_record r;
     double squared = -1, sum = 0;
-    whole_make(&w, MOE_GATE_TOP_K, 4, 2);
+    whole_make(&w, MOE_GATE_TOP_K, 4, 2, WAY_SHARDS);
     whole_run(&w);
     MUST(moe_parameter_record_init(&r, sizeof r));
     for (int64_t i = 0; i < moe_layer_parameter_count(w.f.layer); i++) {

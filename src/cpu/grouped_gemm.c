@@ -478,7 +478,7 @@ static void sum_segments(const moe__gemm_dw_job *job, tile_scratch *s, const pla
 
 /* ---- dW of rows that come in several calls --------------------------------------------------- */
 
-/* A tile's sums to or from where they wait. */
+/* Rows of a matrix that is `width` wide, and of a tile. */
 static void carry_tile(real *of_matrix, int64_t width, const place *at, real *of_tile, int out)
 {
     int64_t m = moe__max(1, at->m);
@@ -488,9 +488,10 @@ static void carry_tile(real *of_matrix, int64_t width, const place *at, real *of
     }
 }
 
+/* A tile's sums from where they waited, or to where they wait. */
 static void carry(const moe__gemm_dw_job *job, tile_scratch *s, const place *at, int out)
 {
-    const moe__dw_carry *c = job->carry;
+    const moe__dw_sums *c = out ? &job->carry->to : &job->carry->from;
     carry_tile(at->m ? c->chain : c->bias_chain, job->n, at, s->chain, out);
     carry_tile(at->m ? c->ended : c->bias_ended, job->n, at, s->segment, out);
 }

@@ -45,10 +45,16 @@ typedef struct moe__gemm_rows_job {
     int64_t *tile_begin;      /* [experts+1] of the caller */
 } moe__gemm_rows_job;
 
-/* Where sums over rows wait that are computed in several calls: what a tile has of the chain it is
- * in, and of the chains that have ended, of [k,n] and of [n]. */
-typedef struct moe__dw_carry {
+/* Sums over rows that wait for more rows: what a tile has of the chain it is in, and of the chains
+ * that have ended, of [k,n] and of [n]. */
+typedef struct moe__dw_sums {
     void *chain, *ended, *bias_chain, *bias_ended;
+} moe__dw_sums;
+
+/* Sums that are computed in several calls. An expert may be the last of one call while another is
+ * its first, so they come from one place and go to another. */
+typedef struct moe__dw_carry {
+    moe__dw_sums from, to;
     int64_t before; /* rows of the first expert with rows that earlier calls have had */
     int64_t after;  /* rows of the last one that later calls have */
 } moe__dw_carry;

@@ -268,11 +268,11 @@ static double sequence_loss(const moe__losses_job *job)
 /* Unmasked tokens of a scope, and the share of its mean in the loss. */
 static double scope_tokens(const moe__losses_job *job, int64_t scope)
 {
-    return job->scopes == 1 ? job->tokens : (double)valid_in_group(job, scope);
+    return !job->scoped ? job->tokens : (double)valid_in_group(job, scope);
 }
 static double scope_share(const moe__losses_job *job)
 {
-    double groups = job->scopes == 1 ? 1 : job->groups;
+    double groups = !job->scoped ? 1 : job->groups;
     return groups > 0 ? 1 / groups : 0;
 }
 
@@ -299,7 +299,7 @@ static double weighted_sum(const int64_t *counts, const double *sums, int64_t n)
 
 static moe_status softmax_sums(moe__losses_job *job)
 {
-    bool by_group = job->scopes != 1;
+    bool by_group = job->scoped;
     MOE_TRY(fill_columns(job, fill_softmax));
     MOE_TRY(MOE_KERNEL(sum_columns)(job, &job->route->level[0], by_group ? NULL : job->score_sum,
                                     by_group ? job->score_sum : NULL));
@@ -411,7 +411,7 @@ static moe_status losses(moe__losses_job *job)
         sequence_scales(job);
         job->value[MOE_LOSS_SEQUENCE] = sequence_loss(job);
     }
-    if (job->share && (sequence || job->scopes != 1)) MOE_TRY(job->share(job, true));
+    if (job->share && (sequence || job->scoped)) MOE_TRY(job->share(job, true));
     job->value[MOE_LOSS_THRESHOLD] = job->threshold_sum;
     job->value[MOE_LOSS_IMPORTANCE] = moe__cv2(job->importance, E, ddof, 0, NULL);
     if (job->route->level[0].kth) job->value[MOE_LOSS_LOAD] = moe__cv2(job->load, E, ddof, 0, NULL);
@@ -485,7 +485,7 @@ static void softmax_losses_row(const moe__gate_backward_job *job, int64_t t, con
 {
     const moe__losses_job *losses = job->losses;
     int64_t E = losses->plan->num_experts;
-    int64_t scope = losses->scopes == 1 ? 0 : group_of_token(losses->plan, t);
+    int64_t scope = !losses->scoped ? 0 : group_of_token(losses->plan, t);
     const real *d_score = (const real *)job->d_score + scope * E;
     real max, sum = exp_shifted(p, clean, E, &max);
     double lse = (double)max + (double)r_log(sum);

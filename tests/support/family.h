@@ -13,7 +13,7 @@ typedef struct family {
     int has_shared, has_residual;
     int64_t T, G; /* of a batch */
     int train, masked;
-    char text[256]; /* what it is, for messages */
+    char text[320]; /* what it is, for messages */
     /* objects */
     moe_gate *gate;
     moe_experts *experts, *shared_experts, *residual_experts;
@@ -32,7 +32,7 @@ typedef struct family_batch {
     moe_backward_args bwd;
     void *x, *dy, *y, *dx;
     int64_t x_bytes, y_bytes;
-    int64_t group_begin[9];
+    int64_t group_begin[17];
     int64_t *key;
     uint8_t *mask;
 } family_batch;

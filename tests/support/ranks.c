@@ -3,35 +3,62 @@
 #include "support/layer_case.h"
 
 #include <check.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+int32_t ranks_way(int32_t kind, uint64_t number)
+{
+    return (int32_t)((number + 2 * (uint64_t)kind) % RANKS_WAYS);
+}
+
 int64_t ranks_tokens(int32_t ranks, int32_t rank)
 {
-    static const int64_t TOKENS[RANKS_MOST + 1][RANKS_MOST] = {[1] = {19},
-                                                               [2] = {12, 7},
-                                                               [3] = {0, 13, 6},
-                                                               [4] = {5, 0, 11, 3},
-                                                               [8] = {2, 0, 5, 1, 0, 4, 3, 4}};
+    static const int64_t TOKENS[RANKS_MOST + 1][RANKS_MOST] = {
+        [1] = {19},
+        [2] = {12, 7},
+        [3] = {0, 13, 6},
+        [4] = {5, 0, 11, 3},
+        [8] = {2, 0, 5, 1, 0, 4, 3, 4},
+        [16] = {1, 0, 3, 0, 2, 1, 0, 0, 4, 1, 0, 2, 0, 3, 1, 1}};
     return TOKENS[ranks][rank];
 }
 
-/* Losses are of a rank's own tokens, so they are off. */
-void whole_make(whole *w, int32_t kind, uint64_t number, int32_t ranks)
+static bool sliced(int32_t way) { return way == WAY_SLICES || way == WAY_ALL_AT_ONCE; }
+static bool chunked(int32_t way) { return way == WAY_CHUNKS || way == WAY_ALL_AT_ONCE; }
+static bool global(int32_t way) { return way == WAY_GLOBAL || way == WAY_ALL_AT_ONCE; }
+
+/* ---- the whole ------------------------------------------------------------------------------- */
+
+/* Losses of a rank's own tokens are not those of the whole, so they are off. */
+static void losses_off(moe_gate_config *g)
+{
+    g->importance_weight = g->load_weight = g->switch_weight = g->gshard_weight = 0;
+    g->z_weight = g->sequence_weight = g->threshold_weight = 0;
+}
+
+void whole_make(whole *w, int32_t kind, uint64_t number, int32_t ranks, int32_t way)
 {
     memset(w, 0, sizeof *w);
     w->context = new_context();
-    family_draw(&w->f, kind, number, number % 2 ? MOE_DTYPE_F32 : MOE_DTYPE_F64);
-    moe_gate_config *g = &w->f.g;
-    g->importance_weight = g->load_weight = g->switch_weight = g->gshard_weight = 0;
-    g->z_weight = g->sequence_weight = g->threshold_weight = 0;
-    w->f.T = RANKS_TOKENS, w->f.G = ranks;
-    family_make(&w->f, w->context);
-    family_batch_make(&w->b, &w->f);
+    w->way = way;
+    family *f = &w->f;
+    family_draw(f, kind, number, number % 2 ? MOE_DTYPE_F32 : MOE_DTYPE_F64);
+    if (!global(way)) losses_off(&f->g);
+    if (sliced(way)) {
+        MUST(moe_comm_create_self(&w->comm, w->context));
+        f->l.comm = w->comm, f->l.expert_slices = 2;
+        f->e.num_experts *= 2, f->e.bias = 0;
+    }
+    f->T = RANKS_TOKENS, f->G = ranks;
+    family_make(f, w->context);
+    family_batch_make(&w->b, f);
     for (int32_t r = 0; r < ranks; r++)
         w->b.group_begin[r + 1] = w->b.group_begin[r] + ranks_tokens(ranks, r);
-    w->D = w->f.e.d_model, w->O = w->b.y_bytes / RANKS_TOKENS;
-    w->element = w->f.g.dtype == MOE_DTYPE_F64 ? 8 : 4;
+    size_t used = strlen(f->text);
+    (void)snprintf(f->text + used, sizeof f->text - used, " way %d", (int)way);
+    w->D = f->e.d_model, w->O = w->b.y_bytes / RANKS_TOKENS;
+    w->element = f->g.dtype == MOE_DTYPE_F64 ? 8 : 4;
     w->O /= w->element;
 }
 
@@ -45,10 +72,12 @@ void whole_run(whole *w)
 void whole_free(whole *w)
 {
     moe_pass_destroy(w->pass), family_batch_free(&w->b), family_free(&w->f);
-    moe_context_destroy(w->context);
+    moe_comm_destroy(w->comm), moe_context_destroy(w->context);
 }
 
 /* ---- a rank ---------------------------------------------------------------------------------- */
+
+static bool is_spread(const char *name) { return strncmp(name, "experts.", 8) == 0; }
 
 /* The parameters of the whole layer, of experts those of this rank. */
 static void copy_parameters(part *p)
@@ -59,10 +88,31 @@ static void copy_parameters(part *p)
     for (int64_t i = 0; i < moe_layer_parameter_count(p->f.layer); i++) {
         MUST(moe_layer_parameter(p->f.layer, i, &to));
         MUST(moe_layer_parameter(p->w->f.layer, i, &from));
-        int64_t each = strncmp(to.name, "experts.", 8) == 0 ? to.element_count / p->experts : 0;
-        memcpy(to.data, (const char *)from.data + p->first_expert * each * p->w->element,
-               (size_t)(to.element_count * p->w->element));
+        if (!is_spread(to.name)) {
+            memcpy(to.data, from.data, (size_t)(to.element_count * p->w->element));
+            continue;
+        }
+        ck_assert_int_eq(to.global_shape[0], p->w->f.e.num_experts);
+        int64_t each = from.element_count / p->w->f.e.num_experts * p->w->element;
+        for (int64_t e = 0; e < p->experts; e++) {
+            ck_assert_int_eq(moe_layer_expert_number(p->f.layer, e), p->numbers[e]);
+            memcpy((char *)to.data + e * each, (const char *)from.data + p->numbers[e] * each,
+                   (size_t)each);
+        }
     }
+}
+
+static void configure(part *p)
+{
+    moe_layer_config *l = &p->f.l;
+    int32_t way = p->w->way;
+    l->placement = way == WAY_SHARDS || way == WAY_PADDED ? NULL : p->numbers;
+    if (chunked(way)) {
+        l->received = MOE_RECEIVED_CHUNK;
+        l->max_received = 1 + (int64_t)(p->number + (uint64_t)p->rank) % 7;
+    }
+    if (way == WAY_PADDED) l->exchange = MOE_EXCHANGE_PADDED, l->padded_rows = 4 * RANKS_TOKENS;
+    if (global(way)) l->loss_batch = MOE_BATCH_GLOBAL;
 }
 
 static void make_part(part *p)
@@ -76,14 +126,34 @@ static void make_part(part *p)
     MUST(moe_context_create(&p->context, &c));
     p->comm = p->connect(p);
     MUST(moe_gate_create(&f->gate, p->context, &f->g));
-    f->e.num_experts = p->experts;
+    f->e.num_experts = p->experts > 0 ? p->experts : MOE_NO_EXPERTS;
     MUST(moe_experts_create(&f->experts, p->context, &f->e));
     if (f->has_shared) MUST(moe_experts_create(&f->shared_experts, p->context, &f->shared));
     if (f->has_residual) MUST(moe_experts_create(&f->residual_experts, p->context, &f->residual));
     f->l.gate = f->gate, f->l.experts = f->experts, f->l.comm = p->comm;
     f->l.shared = f->shared_experts, f->l.residual = f->residual_experts;
+    configure(p);
     MUST(moe_layer_create(&f->layer, &f->l));
     copy_parameters(p);
+}
+
+/* In phases, or at once. */
+static void run_steps(part *p, moe_pass *pass, const moe_forward_args *fwd,
+                      const moe_backward_args *bwd)
+{
+    moe_layer *layer = p->f.layer;
+    bool phases = p->w->way == WAY_PHASES || p->w->way == WAY_ALL_AT_ONCE;
+    if (!phases) {
+        MUST(moe_layer_forward(layer, pass, fwd));
+        MUST(moe_layer_backward(layer, pass, bwd));
+        return;
+    }
+    MUST(moe_layer_forward_start(layer, pass, fwd));
+    if (p->number % 3) MUST(moe_layer_forward_work(layer, pass));
+    MUST(moe_layer_forward_finish(layer, pass));
+    MUST(moe_layer_backward_start(layer, pass, bwd));
+    if (p->number % 2) MUST(moe_layer_backward_work(layer, pass));
+    MUST(moe_layer_backward_finish(layer, pass));
 }
 
 /* Its tokens through its layer. */
@@ -104,8 +174,11 @@ static void run_part(part *p)
     if (fwd.token_key) fwd.token_key += first;
     if (fwd.token_mask) fwd.token_mask += first;
     bwd.dy = (const char *)b->dy + first * o, bwd.dx = p->dx;
-    MUST(moe_layer_forward(p->f.layer, pass, &fwd));
-    MUST(moe_layer_backward(p->f.layer, pass, &bwd));
+    run_steps(p, pass, &fwd, &bwd);
+    MUST(moe_losses_init(&p->losses, sizeof p->losses));
+    MUST(moe_stats_init(&p->stats, sizeof p->stats));
+    MUST(moe_pass_losses(pass, &p->losses));
+    MUST(moe_pass_stats(pass, &p->stats));
     MUST(moe_layer_reduce_gradients(p->f.layer, NULL));
     MUST(moe_layer_gradient_norm(p->f.layer, &p->squared, NULL));
     moe_pass_destroy(pass);
@@ -126,7 +199,13 @@ void part_free(part *p)
 
 /* ---- comparison ------------------------------------------------------------------------------ */
 
-/* Gradients of experts are the bytes of their range, of replicated parameters those of one rank. */
+static void same(const part *p, const char *what, const void *got, const void *want, int64_t bytes)
+{
+    ck_assert_msg(memcmp(got, want, (size_t)bytes) == 0, "%s of rank %d of %d, %s", what,
+                  (int)p->rank, (int)p->ranks, p->w->f.text);
+}
+
+/* Gradients of experts are the bytes of theirs, of replicated parameters those of one rank. */
 static void compare_gradients(const part *p)
 {
     const whole *w = p->w;
@@ -137,13 +216,32 @@ static void compare_gradients(const part *p)
         MUST(moe_layer_parameter(w->f.layer, i, &want));
         MUST(moe_layer_parameter(p->f.layer, i, &got));
         if (!want.grad) continue;
-        int64_t first = 0;
-        if (strncmp(want.name, "experts.", 8) == 0)
-            first = p->first_expert * (got.element_count / p->experts);
-        ck_assert_msg(memcmp(got.grad, (const char *)want.grad + first * w->element,
-                             (size_t)(got.element_count * w->element)) == 0,
-                      "%s of rank %d of %d, %s", want.name, (int)p->rank, (int)p->ranks, w->f.text);
+        if (!is_spread(want.name)) {
+            same(p, want.name, got.grad, want.grad, got.element_count * w->element);
+            continue;
+        }
+        int64_t each = want.element_count / w->f.e.num_experts * w->element;
+        for (int64_t e = 0; e < p->experts; e++)
+            same(p, want.name, (const char *)got.grad + e * each,
+                 (const char *)want.grad + p->numbers[e] * each, each);
     }
+}
+
+static void compare_shared(const part *p)
+{
+    moe_losses losses;
+    moe_stats stats;
+    MUST(moe_losses_init(&losses, sizeof losses));
+    MUST(moe_stats_init(&stats, sizeof stats));
+    MUST(moe_pass_losses(p->w->pass, &losses));
+    MUST(moe_pass_stats(p->w->pass, &stats));
+    for (int i = 0; i < MOE_LOSS_SLOTS; i++)
+        ck_assert_msg(losses.value[i] == p->losses.value[i], "loss %d: %.17g, %.17g on rank %d, %s",
+                      i, losses.value[i], p->losses.value[i], (int)p->rank, p->w->f.text);
+    for (int i = 0; i < MOE_STAT_SLOTS; i++)
+        ck_assert_msg(stats.value[i] == p->stats.value[i],
+                      "statistic %d: %.17g, %.17g on rank %d, %s", i, stats.value[i],
+                      p->stats.value[i], (int)p->rank, p->w->f.text);
 }
 
 void part_compare(const part *p)
@@ -151,34 +249,62 @@ void part_compare(const part *p)
     const whole *w = p->w;
     int64_t x = w->D * w->element, o = w->O * w->element;
     if (w->f.l.dropped != MOE_DROPPED_UNTOUCHED)
-        ck_assert_msg(
-            memcmp(p->y, (const char *)w->b.y + p->first_token * o, (size_t)(p->tokens * o)) == 0,
-            "y of rank %d of %d, %s", (int)p->rank, (int)p->ranks, w->f.text);
-    ck_assert_msg(
-        memcmp(p->dx, (const char *)w->b.dx + p->first_token * x, (size_t)(p->tokens * x)) == 0,
-        "dx of rank %d of %d, %s", (int)p->rank, (int)p->ranks, w->f.text);
+        same(p, "y", p->y, (const char *)w->b.y + p->first_token * o, p->tokens * o);
+    same(p, "dx", p->dx, (const char *)w->b.dx + p->first_token * x, p->tokens * x);
     compare_gradients(p);
+    if (global(w->way)) compare_shared(p);
     double squared = -1;
     MUST(moe_layer_gradient_norm(w->f.layer, &squared, NULL));
     ck_assert_msg(memcmp(&squared, &p->squared, sizeof squared) == 0,
-                  "norm %.17g, %.17g on rank %d", squared, p->squared, (int)p->rank);
+                  "norm %.17g, %.17g on rank %d of %d, %s", squared, p->squared, (int)p->rank,
+                  (int)p->ranks, w->f.text);
 }
 
-bool parts_share(part *parts, const whole *w, uint64_t number, int32_t ranks)
+/* ---- shares ---------------------------------------------------------------------------------- */
+
+/* In order: at least one each where there are enough, and of any sizes. */
+static void share_in_order(part *parts, int64_t count, uint64_t number, int32_t ranks)
 {
-    int64_t token = 0, expert = 0;
-    if (w->f.g.num_experts < ranks) return false;
+    int64_t next = 0;
     for (int32_t r = 0; r < ranks; r++) {
-        int64_t left = w->f.g.num_experts - expert, others = ranks - 1 - r;
-        int64_t own = others == 0 ? left : 1 + (int64_t)(number + (uint64_t)r) % (left - others);
+        int64_t left = count - next, others = count >= ranks ? ranks - 1 - r : 0;
+        int64_t most = left - others, own = r == ranks - 1 ? left : 0;
+        if (r < ranks - 1 && most > 0 && count >= ranks)
+            own = 1 + (int64_t)(number + (uint64_t)r) % most;
+        if (r < ranks - 1 && most > 0 && count < ranks) own = (int64_t)(number + (uint64_t)r) % 2;
+        for (int64_t i = 0; i < own; i++) parts[r].numbers[i] = next++;
+        parts[r].experts = own;
+    }
+}
+
+/* Each to some rank, the last numbers first. */
+static void share_anyhow(part *parts, int64_t count, uint64_t number, int32_t ranks)
+{
+    uint64_t state = number + 77;
+    for (int64_t v = count - 1; v >= 0; v--) {
+        part *p = &parts[(int32_t)(random_uniform(&state) * ranks)];
+        p->numbers[p->experts++] = v;
+    }
+}
+
+void parts_share(part *parts, const whole *w, uint64_t number, int32_t ranks)
+{
+    int64_t token = 0, count = w->f.e.num_experts;
+    for (int32_t r = 0; r < ranks; r++) {
         parts[r] = (part){.w = w,
                           .rank = r,
                           .ranks = ranks,
                           .first_token = token,
                           .tokens = ranks_tokens(ranks, r),
-                          .first_expert = expert,
-                          .experts = own};
-        token += parts[r].tokens, expert += own;
+                          .number = number};
+        token += parts[r].tokens;
     }
-    return true;
+    if (w->way == WAY_SHARDS || w->way == WAY_PADDED) {
+        share_in_order(parts, count, number, ranks);
+    } else if (w->way == WAY_ONE_OWNER) {
+        for (int64_t v = 0; v < count; v++) parts[ranks - 1].numbers[v] = v;
+        parts[ranks - 1].experts = count;
+    } else {
+        share_anyhow(parts, count, number, ranks);
+    }
 }

@@ -1,0 +1,605 @@
+/* check_ranks_bounds.c - max_received and its policies, padded blocks, replicas, phases and the
+ * report of a layer on ranks. */
+#include "support/crew.h"
+#include "support/family.h"
+#include "support/layer_case.h"
+#include "support/suite.h"
+
+#include <check.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { T = 6, E = 4, D = CREW_D };
+
+/* Tokens of a rank, drawn from their global number, so that one rank can have all. */
+static void draw(double *x, int64_t first, int64_t count, uint64_t seed)
+{
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t state = seed + 1000 * (uint64_t)(first + i);
+        x[i] = random_normal(&state);
+    }
+}
+
+/* ---- what the tests look at ------------------------------------------------------------------ */
+
+typedef struct step {
+    double x[T * D], y[T * D], dy[T * D], dx[T * D];
+    double stats[MOE_STAT_SLOTS];
+    int64_t rows[E];       /* kept of each expert */
+    int64_t row_of[T * 2]; /* of each entry */
+    double weight[T * 2];  /* of each entry */
+    int32_t expert_of[T * 2];
+    moe_pass_report report;
+} step;
+
+static void take_plan(member *m, step *s)
+{
+    const moe_plan *plan;
+    moe_plan_view v;
+    MUST(moe_plan_view_init(&v, sizeof v));
+    MUST(moe_pass_plan(m->pass, &plan));
+    MUST(moe_plan_get(plan, &v));
+    for (int e = 0; e < E; e++) s->rows[e] = v.expert_begin[e + 1] - v.expert_begin[e];
+    memcpy(s->row_of, v.row_of_entry, sizeof s->row_of);
+    memcpy(s->weight, v.weight_of_entry, sizeof s->weight);
+    memcpy(s->expert_of, v.expert_of_entry, sizeof s->expert_of);
+}
+
+static void forward(member *m, step *s)
+{
+    draw(s->x, m->rank * T * D, T * D, 3), draw(s->dy, m->rank * T * D, T * D, 9);
+    m->f.tokens = T, m->f.x = s->x, m->f.y = s->y, m->f.stats_out = s->stats;
+    m->f.token_first = m->rank * T;
+    m->b.dy = s->dy, m->b.dx = s->dx;
+    (void)member_note(m, moe_layer_forward(m->layer, m->pass, &m->f));
+}
+
+static void run_step(member *m)
+{
+    step *s = (step *)m->own;
+    if (member_make(m, E) != MOE_OK) return;
+    forward(m, s);
+    if (m->status != MOE_OK) return;
+    take_plan(m, s);
+    MUST(moe_pass_report_init(&s->report, sizeof s->report));
+    if (!(m->f.flags & MOE_FORWARD_NO_SAVE))
+        (void)member_note(m, moe_layer_backward(m->layer, m->pass, &m->b));
+    MUST(moe_pass_get_report(m->pass, &s->report));
+}
+
+static void run(int32_t ranks, void (*configure)(member *), member *m, step *s)
+{
+    crew c = {.ranks = ranks, .run = run_step, .configure = configure};
+    memset(m, 0, (size_t)ranks * sizeof *m), memset(s, 0, (size_t)ranks * sizeof *s);
+    for (int32_t r = 0; r < ranks; r++) m[r].own = &s[r];
+    crew_run(&c, m);
+}
+
+static int64_t dropped_of(const step *s) { return (int64_t)s->stats[MOE_STAT_DROPPED]; }
+
+/* ---- bounds ---------------------------------------------------------------------------------- */
+
+static void bound_error(member *m) { m->l.max_received = m->rank == 1 ? 5 : 0; }
+
+START_TEST(test_bound_error_is_on_every_rank)
+{
+    member m[3];
+    step s[3];
+    run(3, bound_error, m, s);
+    for (int r = 0; r < 3; r++) ck_assert_int_eq(m[r].status, MOE_ERROR_BUFFER_TOO_SMALL);
+    ck_assert_msg(strstr(m[1].error, "rows come to rank 1, max_received is 5") != NULL, "%s",
+                  m[1].error);
+    ck_assert_msg(strstr(m[0].error, "rank 1 failed: ") != NULL, "%s", m[0].error);
+}
+END_TEST
+
+/* Two ranks with two experts each; rank 0 takes 9 rows. */
+static void bound_position(member *m)
+{
+    m->l.received = MOE_RECEIVED_DROP_POSITION;
+    m->l.max_received = m->rank == 0 ? 9 : 0;
+}
+
+/* Of each (source, expert) of rank 0 the first n stay, at most one more of some, 9 in all. */
+START_TEST(test_bound_drops_by_position)
+{
+    member m[2];
+    step free[2], s[2];
+    int64_t kept = 0, least = T, most = 0;
+    run(2, NULL, m, free);
+    run(2, bound_position, m, s);
+    for (int r = 0; r < 2; r++) {
+        ck_assert_int_eq(m[r].status, MOE_OK);
+        ck_assert(s[r].rows[2] == free[r].rows[2] && s[r].rows[3] == free[r].rows[3]);
+        for (int e = 0; e < 2; e++) {
+            kept += s[r].rows[e];
+            if (s[r].rows[e] < free[r].rows[e]) {
+                if (s[r].rows[e] < least) least = s[r].rows[e];
+            }
+            if (s[r].rows[e] > most) most = s[r].rows[e];
+            int64_t seen = 0; /* the first of them stay */
+            for (int n = 0; n < T * 2; n++) {
+                if (s[r].expert_of[n] != e) continue;
+                ck_assert_int_eq(s[r].row_of[n] >= 0, seen++ < s[r].rows[e]);
+            }
+        }
+        int64_t lost = free[r].rows[0] + free[r].rows[1] - s[r].rows[0] - s[r].rows[1];
+        ck_assert_int_eq(dropped_of(&s[r]), lost);
+    }
+    ck_assert_int_eq(kept, 9);
+    ck_assert_int_le(most, least + 1);
+}
+END_TEST
+
+static void bound_score(member *m)
+{
+    m->l.received = MOE_RECEIVED_DROP_SCORE;
+    m->l.max_received = m->rank == 0 ? 9 : 0;
+}
+
+START_TEST(test_bound_drops_by_score)
+{
+    member m[2];
+    step free[2], s[2];
+    double least_kept = 2, most_lost = -1;
+    int64_t kept = 0;
+    run(2, NULL, m, free);
+    run(2, bound_score, m, s);
+    for (int r = 0; r < 2; r++) {
+        ck_assert_int_eq(m[r].status, MOE_OK);
+        for (int n = 0; n < T * 2; n++) {
+            ck_assert_int_eq(s[r].expert_of[n], free[r].expert_of[n]);
+            if (s[r].expert_of[n] >= 2) {
+                ck_assert_int_ge(s[r].row_of[n], 0);
+                continue;
+            }
+            double w = free[r].weight[n];
+            bool stays = s[r].row_of[n] >= 0;
+            kept += stays;
+            if (stays && w < least_kept) least_kept = w;
+            if (!stays && w > most_lost) most_lost = w;
+            ck_assert(s[r].weight[n] == (stays ? w : 0));
+        }
+    }
+    ck_assert_int_eq(kept, 9);
+    ck_assert(least_kept >= most_lost);
+}
+END_TEST
+
+/* What was dropped has no part in y: the output is that of a plan without it. */
+START_TEST(test_bound_dropped_rows_are_gone)
+{
+    member m[2];
+    step free[2], s[2];
+    int touched = 0;
+    run(2, NULL, m, free);
+    run(2, bound_position, m, s);
+    for (int r = 0; r < 2; r++)
+        for (int t = 0; t < T; t++) {
+            bool lost = s[r].row_of[2 * t] < 0 || s[r].row_of[2 * t + 1] < 0;
+            bool same = memcmp(s[r].y + t * D, free[r].y + t * D, D * sizeof(double)) == 0;
+            ck_assert_int_eq(same, !lost);
+            touched += lost;
+            bool all = s[r].row_of[2 * t] < 0 && s[r].row_of[2 * t + 1] < 0;
+            for (int i = 0; all && i < D; i++) ck_assert(s[r].y[t * D + i] == 0);
+        }
+    ck_assert_int_gt(touched, 0);
+}
+END_TEST
+
+/* ---- rounds of many rows --------------------------------------------------------------------- */
+
+/* One expert with more rows than a chain of the sums over rows is long, whatever cuts them. */
+enum { MANY = 9001 };
+
+typedef struct many {
+    int64_t limit;
+    double *x, *dy, *grad;
+    int64_t grads;
+} many;
+
+static void configure_many(member *m)
+{
+    const many *a = (const many *)m->own;
+    m->g.top_k = 1;
+    m->e.bias = 1;
+    m->l.received = MOE_RECEIVED_CHUNK;
+    m->l.max_received = a->limit;
+}
+
+static void take_gradients(member *m, many *a)
+{
+    moe_parameter_record r;
+    MUST(moe_parameter_record_init(&r, sizeof r));
+    a->grad = calloc(1000, sizeof(double)), a->grads = 0;
+    ck_assert_ptr_nonnull(a->grad);
+    for (int64_t i = 0; i < moe_layer_parameter_count(m->layer); i++) {
+        MUST(moe_layer_parameter(m->layer, i, &r));
+        ck_assert_int_le(a->grads + r.element_count, 1000);
+        memcpy(a->grad + a->grads, r.grad, (size_t)r.element_count * sizeof(double));
+        a->grads += r.element_count;
+    }
+}
+
+static void run_many(member *m)
+{
+    many *a = (many *)m->own;
+    MUST(member_make(m, 2));
+    double *y = calloc(MANY * D, sizeof *y);
+    a->x = calloc(MANY * D, sizeof *y), a->dy = calloc(MANY * D, sizeof *y);
+    ck_assert(y && a->x && a->dy);
+    draw(a->x, 0, MANY * D, 1), draw(a->dy, 0, MANY * D, 2);
+    m->f.tokens = MANY, m->f.x = a->x, m->f.y = y;
+    m->b.dy = a->dy, m->b.dx = y, m->b.flags = MOE_BACKWARD_OVERWRITE;
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+    m->b.flags = 0; /* and added once more */
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+    take_gradients(m, a);
+    free(y), free(a->x), free(a->dy);
+}
+
+START_TEST(test_rounds_sum_as_one)
+{
+    static const int64_t LIMIT[] = {0, 1000, 4096, 2048, 5000};
+    many all[COUNT(LIMIT)];
+    memset(all, 0, sizeof all);
+    for (size_t i = 0; i < COUNT(LIMIT); i++) {
+        crew c = {.ranks = 1, .run = run_many, .configure = configure_many};
+        member m = {.own = &all[i]};
+        all[i].limit = LIMIT[i];
+        crew_run(&c, &m);
+        ck_assert_int_eq(all[i].grads, all[0].grads);
+        ck_assert_msg(memcmp(all[i].grad, all[0].grad, (size_t)all[0].grads * sizeof(double)) == 0,
+                      "limit %d", (int)LIMIT[i]);
+    }
+    for (size_t i = 0; i < COUNT(LIMIT); i++) free(all[i].grad);
+}
+END_TEST
+
+static void chunk_small(member *m)
+{
+    m->l.received = MOE_RECEIVED_CHUNK;
+    m->l.max_received = 2 + m->rank;
+}
+
+START_TEST(test_rounds_are_counted)
+{
+    member m[2];
+    step s[2];
+    run(2, chunk_small, m, s);
+    int64_t to_0 = s[0].rows[0] + s[0].rows[1] + s[1].rows[0] + s[1].rows[1];
+    int64_t to_1 = 4 * T - to_0, rounds_0 = (to_0 + 1) / 2, rounds_1 = (to_1 + 2) / 3;
+    for (int r = 0; r < 2; r++) {
+        ck_assert_int_eq(m[r].status, MOE_OK);
+        ck_assert_int_eq(s[r].report.rounds, rounds_0 > rounds_1 ? rounds_0 : rounds_1);
+    }
+}
+END_TEST
+
+/* ---- padded ---------------------------------------------------------------------------------- */
+
+static void padded_tight(member *m)
+{
+    m->l.exchange = MOE_EXCHANGE_PADDED;
+    m->l.padded_rows = 1;
+}
+
+START_TEST(test_padded_rows_that_do_not_fit)
+{
+    member m[2];
+    step s[2];
+    run(2, padded_tight, m, s);
+    for (int r = 0; r < 2; r++) ck_assert_int_eq(m[r].status, MOE_ERROR_BUFFER_TOO_SMALL);
+    ck_assert_msg(strstr(m[0].error, "padded_rows is 1") || strstr(m[0].error, "rank 1 failed"),
+                  "%s", m[0].error);
+}
+END_TEST
+
+/* ---- replicas -------------------------------------------------------------------------------- */
+
+static const int64_t EVERYWHERE[E] = {0, 1, 2, 3};
+
+static void replicas_everywhere(member *m)
+{
+    m->e.num_experts = E;
+    m->l.placement = EVERYWHERE;
+    if (m->crew->test) m->f.flags = MOE_FORWARD_NO_SAVE;
+}
+
+START_TEST(test_replicas_give_the_same_outputs)
+{
+    member m[3];
+    step want[3], s[3];
+    crew c = {.ranks = 3, .run = run_step, .configure = replicas_everywhere, .test = &c};
+    run(3, NULL, m, want);
+    memset(m, 0, sizeof m), memset(s, 0, sizeof s);
+    for (int r = 0; r < 3; r++) m[r].own = &s[r];
+    crew_run(&c, m);
+    for (int r = 0; r < 3; r++) {
+        ck_assert_int_eq(m[r].status, MOE_OK);
+        ck_assert_int_eq(memcmp(s[r].y, want[r].y, sizeof s[r].y), 0);
+        ck_assert_int_eq(s[r].report.rows_sent, 0); /* all at home */
+    }
+    run(3, replicas_everywhere, m, s);
+    for (int r = 0; r < 3; r++) {
+        ck_assert_int_eq(m[r].status, MOE_ERROR_NOT_SUPPORTED);
+        ck_assert_msg(strstr(m[r].error, "replicas") || strstr(m[r].error, "failed"), "%s",
+                      m[r].error);
+    }
+}
+END_TEST
+
+/* ---- placement that is none ------------------------------------------------------------------ */
+
+static const int64_t TWICE[2] = {0, 0}, BEYOND[2] = {0, 4}, OTHERS[2] = {2, 3};
+
+static void place_twice(member *m) { m->l.placement = m->rank ? OTHERS : TWICE; }
+static void place_beyond(member *m) { m->l.placement = m->rank ? OTHERS : BEYOND; }
+
+START_TEST(test_placement_is_checked_on_every_rank)
+{
+    member m[2];
+    step s[2];
+    run(2, place_twice, m, s);
+    for (int r = 0; r < 2; r++) {
+        ck_assert_int_eq(m[r].status, MOE_ERROR_INVALID_ARGUMENT);
+        ck_assert_msg(strstr(m[r].error, "no rank's placement has expert 1"), "%s", m[r].error);
+    }
+    run(2, place_beyond, m, s);
+    for (int r = 0; r < 2; r++) {
+        ck_assert_int_eq(m[r].status, MOE_ERROR_INVALID_ARGUMENT);
+        ck_assert_msg(strstr(m[r].error, "placement[1] of rank 0 is 4; there are 4 experts"), "%s",
+                      m[r].error);
+    }
+}
+END_TEST
+
+static void bad_layer_on_one(member *m)
+{
+    if (m->rank == 1) m->l.dropped = 9;
+}
+
+START_TEST(test_layer_refused_on_one_rank_is_refused_on_all)
+{
+    member m[3];
+    step s[3];
+    run(3, bad_layer_on_one, m, s);
+    for (int r = 0; r < 3; r++) ck_assert_int_eq(m[r].status, MOE_ERROR_INVALID_ARGUMENT);
+    ck_assert_msg(strstr(m[1].error, "dropped is 9"), "%s", m[1].error);
+    ck_assert_msg(strstr(m[0].error, "rank 1 failed"), "%s", m[0].error);
+}
+END_TEST
+
+static void other_capacity_factor(member *m)
+{
+    m->g.capacity_kind = MOE_CAPACITY_FACTOR, m->g.capacity_factor = m->rank == 2 ? 1.5 : 1.25;
+}
+
+START_TEST(test_layer_fields_are_compared)
+{
+    member m[3];
+    step s[3];
+    run(3, other_capacity_factor, m, s);
+    for (int r = 0; r < 3; r++) {
+        ck_assert_int_eq(m[r].status, MOE_ERROR_INVALID_ARGUMENT);
+        ck_assert_msg(strstr(m[r].error, "capacity_factor is 1.5 on rank 2 and 1.25 on rank 0"),
+                      "%s", m[r].error);
+    }
+}
+END_TEST
+
+/* ---- fields without a comm ------------------------------------------------------------------- */
+
+START_TEST(test_fields_that_need_a_comm)
+{
+    moe_context *context = new_context();
+    moe_experts *experts = NULL;
+    moe_experts_config e;
+    moe_layer *layer = NULL;
+    MUST(moe_experts_config_init(&e, sizeof e));
+    e.d_model = D, e.d_hidden = 2, e.num_experts = 1;
+    MUST(moe_experts_create(&experts, context, &e));
+    for (int i = 0; i < 8; i++) {
+        moe_layer_config c;
+        MUST(moe_layer_config_init(&c, sizeof c));
+        c.experts = experts;
+        switch (i) {
+        case 0: c.expert_slices = 2; break;
+        case 1: c.placement = EVERYWHERE; break;
+        case 2: c.max_received = 3; break;
+        case 3: c.exchange = MOE_EXCHANGE_PADDED, c.padded_rows = 1; break;
+        case 4: c.exchange = 2; break;
+        case 5: c.received = -1; break;
+        case 6: c.padded_rows = 1; break;
+        default: c.loss_batch = 2; break;
+        }
+        REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_create(&layer, &c));
+        ck_assert_ptr_null(layer);
+    }
+    moe_experts_destroy(experts);
+    e.num_experts = MOE_NO_EXPERTS;
+    MUST(moe_experts_create(&experts, context, &e));
+    moe_layer_config c;
+    MUST(moe_layer_config_init(&c, sizeof c));
+    c.experts = experts;
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_create(&layer, &c));
+    MUST(moe_experts_get_config(experts, &e));
+    ck_assert_int_eq(e.num_experts, 0);
+    moe_experts_destroy(experts), moe_context_destroy(context);
+}
+END_TEST
+
+/* ---- phases ---------------------------------------------------------------------------------- */
+
+/* Two passes in flight at once do what they do one after the other. */
+static void run_two(member *m)
+{
+    step *s = (step *)m->own;
+    moe_pass *second = NULL;
+    moe_forward_args f2;
+    moe_backward_args b2;
+    MUST(member_make(m, E));
+    MUST(moe_pass_create(&second, m->layer, NULL));
+    double y2[T * D], dx2[T * D];
+    draw(s->x, m->rank * T * D, T * D, 3), draw(s->dy, m->rank * T * D, T * D, 9);
+    m->f.tokens = T, m->f.x = s->x, m->f.y = s->y, m->b.dy = s->dy, m->b.dx = s->dx;
+    f2 = m->f, b2 = m->b, f2.y = y2, b2.dx = dx2;
+    f2.tokens = T / 2;
+    MUST(moe_layer_forward_start(m->layer, m->pass, &m->f));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_forward(m->layer, m->pass, &m->f));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_backward(m->layer, m->pass, &m->b));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_pass_reserve(m->pass, 1, 1, 1));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_pass_trim(m->pass));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_backward_finish(m->layer, m->pass));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_forward_work(m->layer, second));
+    MUST(moe_layer_forward_start(m->layer, second, &f2));
+    MUST(moe_layer_forward_work(m->layer, m->pass));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_forward_work(m->layer, m->pass));
+    MUST(moe_layer_forward_work(m->layer, second));
+    MUST(moe_layer_forward_finish(m->layer, m->pass));
+    MUST(moe_layer_forward_finish(m->layer, second));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_forward_finish(m->layer, second));
+    MUST(moe_layer_backward_start(m->layer, m->pass, &m->b));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_forward_finish(m->layer, m->pass));
+    MUST(moe_layer_backward_finish(m->layer, m->pass));
+    double y1[T * D], dx1[T * D], want_y2[T * D], want_dx2[T * D];
+    memcpy(y1, s->y, sizeof y1), memcpy(dx1, s->dx, sizeof dx1);
+    MUST(moe_layer_backward(m->layer, second, &b2));
+    memcpy(want_y2, y2, sizeof y2), memcpy(want_dx2, dx2, sizeof dx2);
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+    MUST(moe_layer_forward(m->layer, second, &f2));
+    MUST(moe_layer_backward(m->layer, second, &b2));
+    ck_assert_int_eq(memcmp(y1, s->y, sizeof y1), 0);
+    ck_assert_int_eq(memcmp(dx1, s->dx, sizeof dx1), 0);
+    ck_assert_int_eq(memcmp(want_y2, y2, T / 2 * D * sizeof(double)), 0);
+    ck_assert_int_eq(memcmp(want_dx2, dx2, T / 2 * D * sizeof(double)), 0);
+    moe_pass_destroy(second);
+}
+
+START_TEST(test_phases_of_two_passes)
+{
+    member m[3];
+    step s[3];
+    crew c = {.ranks = 3, .run = run_two};
+    memset(m, 0, sizeof m), memset(s, 0, sizeof s);
+    for (int r = 0; r < 3; r++) m[r].own = &s[r];
+    crew_run(&c, m);
+}
+END_TEST
+
+/* A pass that is destroyed in the middle ends the group; nobody waits. */
+static void run_abandoned(member *m)
+{
+    step *s = (step *)m->own;
+    MUST(member_make(m, E));
+    draw(s->x, 0, T * D, 3);
+    m->f.tokens = T, m->f.x = s->x, m->f.y = s->y;
+    (void)member_note(m, moe_layer_forward_start(m->layer, m->pass, &m->f));
+    if (m->rank == 1) {
+        moe_pass_destroy(m->pass), m->pass = NULL;
+        return;
+    }
+    if (m->status == MOE_OK) (void)member_note(m, moe_layer_forward_finish(m->layer, m->pass));
+}
+
+START_TEST(test_phases_abandoned)
+{
+    member m[2];
+    step s[2];
+    crew c = {.ranks = 2, .run = run_abandoned};
+    memset(m, 0, sizeof m), memset(s, 0, sizeof s);
+    for (int r = 0; r < 2; r++) m[r].own = &s[r];
+    crew_run(&c, m);
+    ck_assert_int_eq(m[0].status, MOE_ERROR_TRANSPORT);
+}
+END_TEST
+
+START_TEST(test_phases_on_one_rank)
+{
+    family f;
+    family_batch b;
+    moe_context *context = new_context();
+    moe_pass *pass = NULL;
+    for (uint64_t number = 0; number < 6; number++) {
+        family_draw(&f, MOE_GATE_TOP_K, number, MOE_DTYPE_F64);
+        family_make(&f, context), family_batch_make(&b, &f);
+        MUST(moe_pass_create(&pass, f.layer, NULL));
+        MUST(moe_layer_forward(f.layer, pass, &b.fwd));
+        MUST(moe_layer_backward(f.layer, pass, &b.bwd));
+        uint64_t want = family_hash(&f, &b, pass);
+        MUST(moe_layer_zero_gradients(f.layer, NULL));
+        MUST(moe_layer_forward_start(f.layer, pass, &b.fwd));
+        if (number % 2) MUST(moe_layer_forward_work(f.layer, pass));
+        MUST(moe_layer_forward_finish(f.layer, pass));
+        MUST(moe_layer_backward_start(f.layer, pass, &b.bwd));
+        REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_backward(f.layer, pass, &b.bwd));
+        MUST(moe_layer_backward_finish(f.layer, pass));
+        ck_assert(family_hash(&f, &b, pass) == want);
+        MUST(moe_layer_backward_start(f.layer, pass, &b.bwd));
+        moe_pass_destroy(pass); /* gives gate and pool back */
+        MUST(moe_pass_create(&pass, f.layer, NULL));
+        MUST(moe_layer_forward(f.layer, pass, &b.fwd));
+        MUST(moe_layer_backward(f.layer, pass, &b.bwd));
+        moe_pass_destroy(pass), family_batch_free(&b), family_free(&f);
+    }
+    moe_context_destroy(context);
+}
+END_TEST
+
+/* ---- report ---------------------------------------------------------------------------------- */
+
+START_TEST(test_report_counts_rows_and_bytes)
+{
+    member m[2];
+    step s[2];
+    int64_t row = (D + 1) * 8, back = D * 8, words = 8;
+    run(2, NULL, m, s);
+    for (int r = 0; r < 2; r++) {
+        int64_t there = s[r].rows[2 * (1 - r)] + s[r].rows[2 * (1 - r) + 1];
+        int64_t here = s[1 - r].rows[2 * r] + s[1 - r].rows[2 * r + 1];
+        const moe_pass_report *p = &s[r].report;
+        double seconds = 0;
+        ck_assert_int_eq(p->rows_sent, there);
+        ck_assert_int_eq(p->rows_received, here);
+        ck_assert_int_eq(p->rounds, 1);
+        /* header and counts, answers, rows; results */
+        ck_assert_int_eq(p->forward_bytes_sent,
+                         (3 + 2 + 3 + 2) * words + there * row + here * back);
+        ck_assert_int_eq(p->forward_bytes_received,
+                         (3 + 2 + 3 + 2) * words + here * row + there * back);
+        ck_assert_int_eq(p->backward_bytes_sent, 3 * words + there * back + here * row);
+        for (int i = 0; i < MOE_TIME_SLOTS; i++) {
+            ck_assert(p->forward_seconds[i] >= 0 && p->backward_seconds[i] >= 0);
+            seconds += p->forward_seconds[i];
+        }
+        ck_assert(seconds > 0);
+    }
+}
+END_TEST
+
+int main(void)
+{
+    Suite *suite = suite_create("ranks, bounds");
+    TCase *c = tcase_create("bounds");
+    tcase_set_timeout(c, 300);
+    tcase_add_test(c, test_bound_error_is_on_every_rank);
+    tcase_add_test(c, test_bound_drops_by_position);
+    tcase_add_test(c, test_bound_drops_by_score);
+    tcase_add_test(c, test_bound_dropped_rows_are_gone);
+    tcase_add_test(c, test_rounds_sum_as_one);
+    tcase_add_test(c, test_rounds_are_counted);
+    tcase_add_test(c, test_padded_rows_that_do_not_fit);
+    tcase_add_test(c, test_replicas_give_the_same_outputs);
+    tcase_add_test(c, test_placement_is_checked_on_every_rank);
+    tcase_add_test(c, test_layer_refused_on_one_rank_is_refused_on_all);
+    tcase_add_test(c, test_layer_fields_are_compared);
+    tcase_add_test(c, test_fields_that_need_a_comm);
+    tcase_add_test(c, test_phases_of_two_passes);
+    tcase_add_test(c, test_phases_abandoned);
+    tcase_add_test(c, test_phases_on_one_rank);
+    tcase_add_test(c, test_report_counts_rows_and_bytes);
+    suite_add_tcase(suite, c);
+    return run_suite(suite, 1);
+}

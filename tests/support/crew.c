@@ -1,0 +1,81 @@
+/* crew.c - see crew.h. */
+#include "support/crew.h"
+#include "support/layer_case.h"
+#include "support/suite.h"
+
+#include <check.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+
+int64_t member_share(int32_t rank, int32_t ranks, int64_t experts)
+{
+    return experts / ranks + (rank < experts % ranks);
+}
+
+moe_status member_note(member *m, moe_status status)
+{
+    m->status = status;
+    (void)snprintf(m->error, sizeof m->error, "%s", status == MOE_OK ? "" : moe_last_error());
+    return status;
+}
+
+static void *member_thread(void *argument)
+{
+    member *m = argument;
+    double timeout = m->crew->timeout > 0 ? m->crew->timeout : 60;
+    if (m->context_config.struct_size == 0) {
+        MUST(moe_context_config_init(&m->context_config, sizeof m->context_config));
+        m->context_config.threads = 1;
+    }
+    MUST(moe_context_create(&m->context, &m->context_config));
+    MUST(moe_comm_create_in_world(&m->comm, m->crew->world, m->context, m->rank, timeout));
+    m->crew->run(m);
+    member_free(m);
+    return NULL;
+}
+
+void crew_run(crew *c, member *members)
+{
+    moe_context *context = NULL;
+    pthread_t thread[CREW_MOST];
+    MUST(moe_context_create(&context, NULL));
+    MUST(moe_world_create(&c->world, context, c->ranks));
+    for (int32_t r = 0; r < c->ranks; r++) {
+        members[r].crew = c, members[r].rank = r;
+        ck_assert_int_eq(pthread_create(&thread[r], NULL, member_thread, &members[r]), 0);
+    }
+    for (int32_t r = 0; r < c->ranks; r++) ck_assert_int_eq(pthread_join(thread[r], NULL), 0);
+    moe_world_destroy(c->world), moe_context_destroy(context);
+}
+
+moe_status member_make(member *m, int64_t experts)
+{
+    int64_t own = member_share(m->rank, m->crew->ranks, experts);
+    MUST(moe_gate_config_init(&m->g, sizeof m->g));
+    MUST(moe_experts_config_init(&m->e, sizeof m->e));
+    MUST(moe_layer_config_init(&m->l, sizeof m->l));
+    MUST(moe_forward_args_init(&m->f, sizeof m->f));
+    MUST(moe_backward_args_init(&m->b, sizeof m->b));
+    m->g.d_model = m->e.d_model = CREW_D, m->e.d_hidden = CREW_F;
+    m->g.dtype = m->e.dtype = MOE_DTYPE_F64;
+    m->g.num_experts = experts, m->g.top_k = 2;
+    m->e.num_experts = own > 0 ? own : MOE_NO_EXPERTS;
+    m->l.comm = m->comm;
+    if (m->crew->configure) m->crew->configure(m);
+    MUST(moe_gate_create(&m->gate, m->context, &m->g));
+    MUST(moe_experts_create(&m->experts, m->context, &m->e));
+    m->l.gate = m->gate, m->l.experts = m->experts;
+    if (m->crew->ready) m->crew->ready(m);
+    if (member_note(m, moe_layer_create(&m->layer, &m->l)) != MOE_OK) return m->status;
+    MUST(moe_layer_init_parameters(m->layer, 5));
+    return member_note(m, moe_pass_create(&m->pass, m->layer, NULL));
+}
+
+void member_free(member *m)
+{
+    moe_pass_destroy(m->pass), moe_layer_destroy(m->layer), moe_gate_destroy(m->gate);
+    moe_experts_destroy(m->experts), moe_comm_destroy(m->comm), moe_context_destroy(m->context);
+    m->pass = NULL, m->layer = NULL, m->gate = NULL, m->experts = NULL, m->comm = NULL;
+    m->context = NULL;
+}

@@ -1,0 +1,55 @@
+/* crew.h - small layers on the ranks of a world of threads, each with a function of the test. */
+#ifndef TESTS_SUPPORT_CREW_H
+#define TESTS_SUPPORT_CREW_H
+
+#include <moe/moe.h>
+
+#include <stdbool.h>
+
+enum { CREW_MOST = 16, CREW_D = 3, CREW_F = 4 };
+
+typedef struct member member;
+
+/* What all have in common. */
+typedef struct crew {
+    int32_t ranks;
+    void (*run)(member *m);       /* on each rank's thread, with its communicator made */
+    void (*configure)(member *m); /* before gate and pool are made; may be NULL */
+    void (*ready)(member *m);     /* before the layer is made; may be NULL */
+    void *test;
+    double timeout; /* seconds; 0: 60 */
+    moe_world *world;
+} crew;
+
+struct member {
+    crew *crew;
+    int32_t rank;
+    moe_context_config context_config;
+    moe_context *context;
+    moe_comm *comm;
+    moe_gate_config g;
+    moe_experts_config e;
+    moe_layer_config l;
+    moe_gate *gate;
+    moe_experts *experts;
+    moe_layer *layer;
+    moe_pass *pass;
+    moe_forward_args f;
+    moe_backward_args b;
+    moe_status status;
+    char error[512]; /* of a call that the test notes */
+    void *own;       /* the test's */
+};
+
+/* Runs every rank; members[ranks] keep what the test has put there. */
+void crew_run(crew *c, member *members);
+/* Makes gate, pool, layer (E experts over all ranks in order, K 2, f64, parameters drawn) and pass;
+ * configure changes configs first. Returns the status of moe_layer_create. */
+moe_status member_make(member *m, int64_t experts);
+/* Keeps status and moe_last_error(). */
+moe_status member_note(member *m, moe_status status);
+void member_free(member *m);
+/* The experts of a rank in order: E/P + (r < E mod P). */
+int64_t member_share(int32_t rank, int32_t ranks, int64_t experts);
+
+#endif
