@@ -1,8 +1,8 @@
-"""Finding and loading the library, and its errors as exceptions.
+"""Finding and loading the libraries, and their errors as exceptions.
 
-library() gives the loaded library with every prototype set; check(status) turns a status into an
-exception; new(struct) makes a struct with its defaults. Calls run without the GIL, as ctypes.CDLL
-releases it. Nothing here reads the environment.
+library() gives the loaded library with every prototype set; function(name) a function of it or of a
+module library; check(status) turns a status into an exception; new(struct) makes a struct with its
+defaults. Calls run without the GIL, as ctypes.CDLL releases it. Nothing here reads the environment.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import ctypes
 import os
 import threading
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional, Type, TypeVar, Union
+from typing import Any, Dict, List, Mapping, NoReturn, Optional, Tuple, Type, TypeVar, Union
 
 from . import _abi
 from ._constants import Status
-from ._prototypes import PROTOTYPES
+from ._prototypes import IO_PROTOTYPES, MPI_PROTOTYPES, PROTOTYPES
 
 NEEDED_VERSION = (0, 1, 0)
 SYSTEM_NAME = "libmoe.so.0"
@@ -116,13 +116,17 @@ def _check_version(cdll: ctypes.CDLL, path: str) -> None:
         )
 
 
-def _open(path: str) -> ctypes.CDLL:
+def _dlopen(path: str) -> ctypes.CDLL:
     try:
-        cdll = ctypes.CDLL(path)
+        return ctypes.CDLL(path)
     except OSError as error:
         raise ImportError(f"cannot load the library {path}: {error}") from error
-    _check_version(cdll, path)
-    for name, (result, arguments) in PROTOTYPES.items():
+
+
+def _set_prototypes(
+    cdll: ctypes.CDLL, path: str, prototypes: Mapping[str, Tuple[Any, List[Any]]]
+) -> ctypes.CDLL:
+    for name, (result, arguments) in prototypes.items():
         try:
             function = getattr(cdll, name)
         except AttributeError:
@@ -130,6 +134,12 @@ def _open(path: str) -> ctypes.CDLL:
         function.restype = result
         function.argtypes = arguments
     return cdll
+
+
+def _open(path: str) -> ctypes.CDLL:
+    cdll = _dlopen(path)
+    _check_version(cdll, path)
+    return _set_prototypes(cdll, path, PROTOTYPES)
 
 
 def load(path: Union[str, "os.PathLike[str]", None] = None) -> ctypes.CDLL:
@@ -181,6 +191,76 @@ def constant(name: str) -> int:
     value = ctypes.c_int64()
     check(library().moe_constant(ctypes.byref(value), name.encode()))
     return value.value
+
+
+# ---- module libraries ---------------------------------------------------------------------------
+
+_module_lock = threading.Lock()
+_io: Optional[ctypes.CDLL] = None
+_io_path = ""
+_mpi: Optional[ctypes.CDLL] = None
+_mpi_path = ""
+_NO_IO = (
+    "It is built where jansson is: install that (Debian: apt-get install libjansson-dev "
+    "pkg-config), then run pip install again, or make in the source tree"
+)
+_NO_MPI = "It is built by make in the source tree, where that MPI's mpicc is"
+
+
+def _module_path(name: str, advice: str) -> str:
+    """Where a module library is: beside libmoe, or wherever the system finds its soname."""
+    soname = f"{name}.so.{SYSTEM_NAME.rsplit('.', 1)[1]}"
+    path = library_path()
+    place = os.path.dirname(path) if os.sep in path else ""
+    for file in (f"{name}.so", soname):
+        if place and os.path.exists(os.path.join(place, file)):
+            return os.path.join(place, file)
+    try:
+        ctypes.CDLL(soname)
+    except OSError as error:
+        where = f"not in {place}, and " if place else ""
+        raise ImportError(
+            f"{name} not found: {where}the system cannot load {soname} ({error}). {advice}"
+        ) from error
+    return soname
+
+
+def io_library() -> Any:
+    """libmoe_io; the first call loads it."""
+    global _io, _io_path
+    if _io is not None:  # without the lock: finalizers come here
+        return _io
+    with _module_lock:
+        if _io is None:
+            _io_path = _module_path("libmoe_io", _NO_IO)
+            _io = _set_prototypes(_dlopen(_io_path), _io_path, IO_PROTOTYPES)
+        return _io
+
+
+def io_library_path() -> str:
+    """The file libmoe_io was loaded from."""
+    io_library()
+    return _io_path
+
+
+def load_mpi(name: str) -> None:
+    """Load libmoe_mpi_NAME, or the library at a path. A process has one MPI: another is refused."""
+    global _mpi, _mpi_path
+    library()  # first, so that the module finds this one
+    with _module_lock:
+        path = name if os.sep in name else _module_path(f"libmoe_mpi_{name}", _NO_MPI)
+        if _mpi is None:
+            _mpi = _set_prototypes(_dlopen(path), path, MPI_PROTOTYPES)
+            _mpi_path = path
+        elif os.path.realpath(path) != os.path.realpath(_mpi_path):
+            raise ImportError(f"{path}: {_mpi_path} is loaded already")
+
+
+def function(name: str) -> Any:
+    """A function of libmoe or of a module library. Of MPI's after load_mpi()."""
+    if name in IO_PROTOTYPES:
+        return getattr(io_library(), name)
+    return getattr(_mpi if name in MPI_PROTOTYPES else library(), name)
 
 
 # ---- calling ------------------------------------------------------------------------------------
@@ -243,6 +323,6 @@ _S = TypeVar("_S", bound=ctypes.Structure)
 def new(struct: Type[_S]) -> _S:
     """A struct with every default in it."""
     value = struct()
-    init = getattr(library(), _abi.c_name(struct) + "_init")
+    init = function(_abi.c_name(struct) + "_init")
     check(init(ctypes.byref(value), ctypes.sizeof(value)))
     return value
