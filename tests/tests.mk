@@ -140,18 +140,21 @@ check-mpi: $(MPI_PROGRAMS) $(BUILD)/demo $(MPIS:%=$(BUILD)/demo_mpi_%)
 PYTHON ?= $(shell test -x /usr/bin/python3 && echo /usr/bin/python3 || echo python3)
 VENV := $(BUILD)/venv
 PY_SOURCES = $(shell find examples/python -name '*.py' -o -name '*.toml' 2>/dev/null) \
-    $(wildcard include/moe/*.h src/*.[ch] src/cpu/*.[ch] src/comm/*.[ch])
+    $(wildcard include/moe/*.h src/*.[ch] src/cpu/*.[ch] src/comm/*.[ch] src/io/*.[ch])
+# What the package is compared with. Without it those tests are skipped.
+PY_PARTNERS = safetensors $(if $(MPIS),mpi4py)
 
 # The package as a user installs it, in an environment of its own.
 $(VENV)/installed: $(PY_SOURCES)
 	@mkdir -p $(BUILD)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv --system-site-packages $(VENV)
 	$(VENV)/bin/pip install -q --no-deps --force-reinstall ./examples/python
+	-$(VENV)/bin/pip install -q --no-deps $(PY_PARTNERS)
 	@touch $@
 
-PYTEST = $(VENV)/bin/python -m pytest -q -p no:cacheprovider
+PYTEST = MOE_LIB='$(abspath $(LIB))' $(VENV)/bin/python -m pytest -q -p no:cacheprovider
 TORCH_TESTS = $(wildcard tests/python/test_torch*.py)
-check-python: $(VENV)/installed $(BUILD)/demo
+check-python: $(VENV)/installed $(BUILD)/demo mpi
 	$(PYTEST) $(TORCH_TESTS:%=--ignore=%) tests/python
 check-torch: $(VENV)/installed
 	$(PYTEST) $(TORCH_TESTS)
