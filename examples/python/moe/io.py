@@ -194,14 +194,14 @@ class File(Object, MappingABC):  # type: ignore[type-arg]
         shape = (count, *entry.shape[1:]) if entry.shape else ()
         if dtype is None and out is None:
             dtype = "float32" if entry.dtype == "bfloat16" else entry.dtype
-        if out is None:
-            out = _io_memory.zeros(name, shape, dtype)
-        known = list(_io_memory.CODES)
+        allowed = list(_io_memory.CODES)
         if dtype is not None:
             wanted = _io_memory.dtype_name("dtype", dtype)
-            known = [wanted, _io_memory.BITS.get(wanted, wanted)]
-        memory = _io_memory.describe("out", out, known, shape, True)
-        code = _io_memory.CODES[known[0] if dtype is not None else memory.dtype]
+            allowed = [wanted, _io_memory.BITS.get(wanted, wanted)]
+        if out is None:
+            out = _io_memory.zeros(name, shape, dtype)
+        memory = _io_memory.describe("out", out, allowed, shape, True)
+        code = _io_memory.CODES[memory.dtype if dtype is None else wanted]
         self.call("moe_file_read", index, memory.address, first, count, code)
         return out
 
