@@ -116,7 +116,7 @@ def test_without_jansson_the_package_says_so(tree, tmp_path):
         "except ImportError as error: print(error)\n"
     )
     text = run(sys.executable, "-I", "-c", code, tmp_path / "lib")
-    assert "libmoe_io not found: not in " + str(tmp_path / "lib/moe") in text
+    assert f"libmoe_io not found: it is not beside {tmp_path / 'lib/moe/libmoe.so'}" in text
     assert "libjansson-dev" in text
 
 

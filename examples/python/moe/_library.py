@@ -116,16 +116,10 @@ def _check_version(cdll: ctypes.CDLL, path: str) -> None:
         )
 
 
-def _dlopen(path: str) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(path)
-    except OSError as error:
-        raise ImportError(f"cannot load the library {path}: {error}") from error
+_Prototypes = Mapping[str, Tuple[Any, List[Any]]]
 
 
-def _set_prototypes(
-    cdll: ctypes.CDLL, path: str, prototypes: Mapping[str, Tuple[Any, List[Any]]]
-) -> ctypes.CDLL:
+def _set_prototypes(cdll: ctypes.CDLL, path: str, prototypes: _Prototypes) -> ctypes.CDLL:
     for name, (result, arguments) in prototypes.items():
         try:
             function = getattr(cdll, name)
@@ -137,7 +131,10 @@ def _set_prototypes(
 
 
 def _open(path: str) -> ctypes.CDLL:
-    cdll = _dlopen(path)
+    try:
+        cdll = ctypes.CDLL(path)
+    except OSError as error:
+        raise ImportError(f"cannot load the library {path}: {error}") from error
     _check_version(cdll, path)
     return _set_prototypes(cdll, path, PROTOTYPES)
 
@@ -204,25 +201,32 @@ _NO_IO = (
     "It is built where jansson is: install that (Debian: apt-get install libjansson-dev "
     "pkg-config), then run pip install again, or make in the source tree"
 )
-_NO_MPI = "It is built by make in the source tree, where that MPI's mpicc is"
+_NO_MPI = "make builds it in the source tree where that MPI's mpicc is; a path will do as well"
 
 
-def _module_path(name: str, advice: str) -> str:
-    """Where a module library is: beside libmoe, or wherever the system finds its soname."""
+def _find_module(name: str) -> str:
+    """Where a module library is: beside libmoe, or its soname, for the system to find."""
     soname = f"{name}.so.{SYSTEM_NAME.rsplit('.', 1)[1]}"
     path = library_path()
-    place = os.path.dirname(path) if os.sep in path else ""
-    for file in (f"{name}.so", soname):
-        if place and os.path.exists(os.path.join(place, file)):
-            return os.path.join(place, file)
-    try:
-        ctypes.CDLL(soname)
-    except OSError as error:
-        where = f"not in {place}, and " if place else ""
-        raise ImportError(
-            f"{name} not found: {where}the system cannot load {soname} ({error}). {advice}"
-        ) from error
+    if os.sep in path:
+        for file in (f"{name}.so", soname):
+            beside = os.path.join(os.path.dirname(path), file)
+            if os.path.exists(beside):
+                return beside
     return soname
+
+
+def _open_module(path: str, prototypes: _Prototypes, advice: str) -> ctypes.CDLL:
+    try:
+        cdll = ctypes.CDLL(path)
+    except OSError as error:
+        if os.sep in path:
+            raise ImportError(f"cannot load the library {path}: {error}") from error
+        raise ImportError(
+            f"{path.split('.')[0]} not found: it is not beside {library_path()}, and the system "
+            f"cannot load {path} ({error}). {advice}"
+        ) from error
+    return _set_prototypes(cdll, path, prototypes)
 
 
 def io_library() -> Any:
@@ -230,10 +234,11 @@ def io_library() -> Any:
     global _io, _io_path
     if _io is not None:  # without the lock: finalizers come here
         return _io
+    path = _find_module("libmoe_io")
     with _module_lock:
         if _io is None:
-            _io_path = _module_path("libmoe_io", _NO_IO)
-            _io = _set_prototypes(_dlopen(_io_path), _io_path, IO_PROTOTYPES)
+            _io = _open_module(path, IO_PROTOTYPES, _NO_IO)
+            _io_path = path
         return _io
 
 
@@ -243,16 +248,24 @@ def io_library_path() -> str:
     return _io_path
 
 
+def _is_at(cdll: ctypes.CDLL, path: str) -> bool:
+    """Whether the library at a path is this one; nothing is loaded."""
+    try:
+        return bool(ctypes.CDLL(path, os.RTLD_NOLOAD | os.RTLD_NOW)._handle == cdll._handle)
+    except OSError:
+        return False
+
+
 def load_mpi(name: str) -> None:
     """Load libmoe_mpi_NAME, or the library at a path. A process has one MPI: another is refused."""
     global _mpi, _mpi_path
     library()  # first, so that the module finds this one
+    path = name if os.sep in name else _find_module(f"libmoe_mpi_{name}")
     with _module_lock:
-        path = name if os.sep in name else _module_path(f"libmoe_mpi_{name}", _NO_MPI)
         if _mpi is None:
-            _mpi = _set_prototypes(_dlopen(path), path, MPI_PROTOTYPES)
+            _mpi = _open_module(path, MPI_PROTOTYPES, _NO_MPI)
             _mpi_path = path
-        elif os.path.realpath(path) != os.path.realpath(_mpi_path):
+        elif not _is_at(_mpi, path):
             raise ImportError(f"{path}: {_mpi_path} is loaded already")
 
 
