@@ -557,6 +557,23 @@ def test_a_checkpoint_of_two_ranks_is_that_of_one(context, tmp_path):
     assert all(same(p.data, whole.parameters[name].data) for name, p in back.parameters.items())
 
 
+def test_arrays_alone_need_the_communicator(context, tmp_path):
+    path = tmp_path / "a"
+
+    def work(layer, rank, comm):
+        moe.io.save(path, {"x": np.full(3, 5.0 + rank)}, comm=comm)
+        x = np.zeros(3)
+        report = moe.io.load(path, {"x": x}, comm=comm)
+        try:
+            moe.io.load(path, {"x": np.zeros(3 + rank)}, comm=comm)
+        except moe.InvalidArgument as error:
+            return x.tolist(), report, "[3]" in str(error) and "[4]" in str(error)
+
+    # Rank 0's array, on both; and both hear of rank 1's mistake.
+    assert on_two_ranks(context, work) == 2 * (([5.0, 5.0, 5.0], (1, 0, 0), True),)
+    assert os.listdir(tmp_path) == ["a"]
+
+
 def test_every_rank_gets_the_verdict(context, tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
@@ -619,9 +636,32 @@ def test_import_of_a_mixtral_block_computes_what_numpy_does(safetensors, context
             np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-13)
     moe.io.export(tmp_path / "out", layer, moe.io.Family.MIXTRAL, 3, store_dtype="float32",
                   metadata={"format": "pt"})  # fmt: skip
+    assert moe.io.File(tmp_path / "out").metadata["format"] == "pt"
     found = safetensors.numpy.load_file(tmp_path / "out")
     assert set(found) == set(tensors) - {"model.norm.weight"}
     assert all(same(found[name], tensors[name]) for name in found)
+
+
+def test_what_the_names_lack_and_bound_memory_are_options(safetensors, context, tmp_path):
+    mixtral_file(safetensors, tmp_path / "a")
+    layer, n = layer_of(context), dense_network(F)
+    draw(layer)
+    shared, mine = layer.parameters["shared.w1"].data.copy(), np.zeros((E, D, F))
+    with pytest.raises(moe.InvalidArgument, match="b1|shared"):
+        moe.io.import_(layer, tmp_path / "a", "mixtral", 3)
+    moe.io.import_(layer, tmp_path / "a", "mixtral", 3, lenient=True)
+    w1 = layer.parameters["experts.w1"].data.copy()
+    assert same(w1, mixtral_file(safetensors, tmp_path / "a")[1]["experts.w1"])
+    assert same(layer.parameters["shared.w1"].data, shared)
+    layer.parameters["experts.w1"].bind(mine)
+    for call in (lambda **o: moe.io.import_(layer, tmp_path / "a", "mixtral", 3, lenient=True, **o),
+                 lambda **o: moe.io.upcycle(layer, **n, **o)):  # fmt: skip
+        mine[...] = 0
+        with pytest.raises(moe.InvalidState, match="experts.w1.*write_bound"):
+            call()
+        assert not mine.any()
+        call(write_bound=True)
+        assert mine.all()
 
 
 def test_names_of_ones_own(safetensors, context, tmp_path):

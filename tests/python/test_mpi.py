@@ -55,6 +55,10 @@ for bad, error in ((MPI.COMM_NULL, moe.InvalidArgument), ("world", TypeError), (
         continue
     raise AssertionError(bad)
 try:
+    moe.Comm.from_mpi(context, world, timeout=-1)
+except moe.InvalidArgument as error:
+    assert "timeout is -1" in str(error), error
+try:
     moe.Comm.from_mpi(context, world, mpi="another")
 except ImportError as error:
     assert "is loaded already" in str(error), error
