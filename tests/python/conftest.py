@@ -56,6 +56,15 @@ def io():
 
 
 @pytest.fixture(scope="session")
+def safetensors():
+    """The package of that name, with numpy."""
+    pytest.importorskip("safetensors.numpy")
+    import safetensors
+
+    return safetensors
+
+
+@pytest.fixture(scope="session")
 def script():
     """Runs Python source in a process of its own and gives what it printed."""
 
