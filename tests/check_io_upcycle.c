@@ -145,6 +145,31 @@ START_TEST(test_upcycling_cuts_and_disturbs)
 }
 END_TEST
 
+/* A network of no hidden units has no slices. */
+START_TEST(test_upcycling_refuses_an_empty_network)
+{
+    moe_context *context = new_context();
+    files_maker m = {.used = 0};
+    moe_file *file = NULL;
+    setup s = {.dtype = MOE_DTYPE_F32};
+    moe_layer *layer = make_layer(context, &s);
+    MUST(moe_layer_init_parameters(layer, 5));
+    uint64_t before = hash_of(layer);
+    memset(files_add(&m, "other", "F32", "2", 8), 0, 8);
+    (void)files_add(&m, "g", "F32", "0,64", 0), (void)files_add(&m, "u", "F32", "0,64", 0);
+    (void)files_add(&m, "d", "F32", "64,0", 0);
+    files_finish(&m, files_path("empty"));
+    MUST(moe_file_open(&file, files_path("empty")));
+    moe_upcycle_args a;
+    MUST(moe_upcycle_args_init(&a, sizeof a));
+    a.file = file, a.w1_name = "g", a.w3_name = "u", a.w2_name = "d";
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_upcycle(layer, &a));
+    ck_assert_ptr_nonnull(strstr(moe_last_error(), "0 wide"));
+    ck_assert_uint_eq(hash_of(layer), before);
+    moe_file_close(file), moe_layer_destroy(layer), moe_context_destroy(context);
+}
+END_TEST
+
 START_TEST(test_upcycling_refuses)
 {
     static dense n;
@@ -190,6 +215,7 @@ int main(void)
     tcase_add_test(c, test_upcycled_layer_is_the_dense_network);
     tcase_add_test(c, test_upcycling_cuts_and_disturbs);
     tcase_add_test(c, test_upcycling_refuses);
+    tcase_add_test(c, test_upcycling_refuses_an_empty_network);
     suite_add_tcase(suite, c);
     return run_suite(suite, 1);
 }

@@ -15,11 +15,15 @@ LINK_memory := -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=posix_memal
 # The call that check_gradient_report spoils.
 LINK_gradient_report := -Wl,--wrap=moe_layer_backward
 HOSTS := $(patsubst tests/hosts/%.c,$(BUILD)/tests/hosts/%,$(wildcard tests/hosts/*.c))
-# Examples: C ones always; C++ where there is a compiler; libtorch's by check-libtorch, since they take a
-# minute to compile.
+# Examples: C ones always, those of libmoe_io where that is built; C++ where there is a compiler; libtorch's
+# by check-libtorch, since they take a minute to compile.
 CXX ?= c++
 HAVE_CXX := $(shell command -v $(CXX) >/dev/null 2>&1 && echo yes)
 EXAMPLES := $(patsubst examples/%.c,$(BUILD)/examples/%,$(wildcard examples/*.c))
+IO_EXAMPLES := $(patsubst examples/%.c,$(BUILD)/examples/%,$(shell grep -l 'moe/io\.h' examples/*.c))
+ifeq ($(HAVE_IO),)
+EXAMPLES := $(filter-out $(IO_EXAMPLES),$(EXAMPLES))
+endif
 CXX_EXAMPLES := $(filter-out %libtorch,$(patsubst examples/%.cpp,$(BUILD)/examples/%,$(wildcard examples/*.cpp)))
 TORCH_EXAMPLES := $(filter %libtorch,$(patsubst examples/%.cpp,$(BUILD)/examples/%,$(wildcard examples/*.cpp)))
 ifeq ($(HAVE_CXX),yes)
@@ -60,9 +64,11 @@ $(BUILD)/tests/hosts/%: tests/hosts/%.c $(LIB)/libmoe.so
 # As a reader would build them: public headers only.
 EXAMPLE_FLAGS = -g -O1 -pthread -D_GNU_SOURCE -Iinclude -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
     $(if $(filter 1,$(WERROR)),-Werror) $(SAN) $(CFLAGS) -MMD -MP -MF $@.d -MT $@
+$(IO_EXAMPLES): $(LIB)/libmoe_io.so
+$(IO_EXAMPLES): MODULE_LIBS = -lmoe_io
 $(BUILD)/examples/%: examples/%.c $(LIB)/libmoe.so
 	@mkdir -p $(@D)
-	$(CC) -std=c11 $(EXAMPLE_FLAGS) $< -L$(LIB) -lmoe $(RPATH) -lm -o $@
+	$(CC) -std=c11 $(EXAMPLE_FLAGS) $< -L$(LIB) $(MODULE_LIBS) -lmoe $(RPATH) -lm -o $@
 
 $(CXX_EXAMPLES): $(BUILD)/examples/%: examples/%.cpp $(LIB)/libmoe.so
 	@mkdir -p $(@D)
@@ -140,18 +146,21 @@ check-mpi: $(MPI_PROGRAMS) $(BUILD)/demo $(MPIS:%=$(BUILD)/demo_mpi_%)
 PYTHON ?= $(shell test -x /usr/bin/python3 && echo /usr/bin/python3 || echo python3)
 VENV := $(BUILD)/venv
 PY_SOURCES = $(shell find examples/python -name '*.py' -o -name '*.toml' 2>/dev/null) \
-    $(wildcard include/moe/*.h src/*.[ch] src/cpu/*.[ch] src/comm/*.[ch])
+    $(wildcard include/moe/*.h src/*.[ch] src/cpu/*.[ch] src/comm/*.[ch] src/io/*.[ch])
+# What the package is compared with. Without it those tests are skipped.
+PY_PARTNERS = safetensors $(if $(MPIS),mpi4py)
 
 # The package as a user installs it, in an environment of its own.
 $(VENV)/installed: $(PY_SOURCES)
 	@mkdir -p $(BUILD)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv --system-site-packages $(VENV)
 	$(VENV)/bin/pip install -q --no-deps --force-reinstall ./examples/python
+	-$(VENV)/bin/pip install -q --no-deps $(PY_PARTNERS)
 	@touch $@
 
-PYTEST = $(VENV)/bin/python -m pytest -q -p no:cacheprovider
+PYTEST = MOE_LIB='$(abspath $(LIB))' $(VENV)/bin/python -m pytest -q -p no:cacheprovider
 TORCH_TESTS = $(wildcard tests/python/test_torch*.py)
-check-python: $(VENV)/installed $(BUILD)/demo
+check-python: $(VENV)/installed $(BUILD)/demo mpi
 	$(PYTEST) $(TORCH_TESTS:%=--ignore=%) tests/python
 check-torch: $(VENV)/installed
 	$(PYTEST) $(TORCH_TESTS)

@@ -1,7 +1,9 @@
 """Builds the library with the Makefile of the source tree and puts it into the package.
 
 The tree is two directories up, or the copy in csource/ that a source archive carries. Everything is
-built in temporary directories; CC, CFLAGS and LDFLAGS of the environment are heeded.
+built in temporary directories; CC, CFLAGS and LDFLAGS of the environment are heeded. libmoe_io goes
+in where pkg-config knows jansson; NO_IO=1 leaves it out. libmoe_mpi is of one MPI and stays with
+the system.
 """
 
 import atexit
@@ -26,6 +28,7 @@ except ImportError:  # setuptools before 70.1
 
 HERE = Path(__file__).resolve().parent
 CSOURCE = "csource"
+LIBRARIES = ("libmoe.so", "libmoe_io.so")
 # What a source archive carries of the tree: all that building the library reads.
 PARTS = ["Makefile", "moe.pc.in", "LICENSE*", "include/moe/*.h", "src/**/*", "tests/tests.mk"]
 
@@ -59,10 +62,10 @@ def compiler_of_environment():
 
 
 class BuildLibrary(Command):
-    """Runs make and copies libmoe.so into the built package, or into the tree for an editable
+    """Runs make and copies the libraries into the built package, or into the tree for an editable
     install."""
 
-    description = "build libmoe.so"
+    description = "build libmoe.so and libmoe_io.so"
     user_options = []
     editable_mode = False
 
@@ -72,16 +75,15 @@ class BuildLibrary(Command):
     def finalize_options(self):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
-    def target(self):
-        """Where the library goes."""
-        base = HERE if self.editable_mode else Path(self.build_lib)
-        return base / "moe" / "libmoe.so"
+    def package(self):
+        """Where the libraries go."""
+        return (HERE if self.editable_mode else Path(self.build_lib)) / "moe"
 
     def run(self):
         compiler = compiler_of_environment()
         root = tree()
         try:
-            self.target().parent.mkdir(parents=True, exist_ok=True)
+            self.package().mkdir(parents=True, exist_ok=True)
             self.make(root, compiler)
         except PermissionError as error:
             sys.exit(f"libmoe: cannot write {error.filename}; build from a copy of the source tree")
@@ -92,29 +94,38 @@ class BuildLibrary(Command):
             out = Path(os.path.realpath(place))
             relative = os.path.relpath(out, root)
             jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-            command = ["make", "-C", str(root), f"-j{jobs}", f"CC={compiler}", "WERROR=0", "NO_MPI=1", "NO_IO=1",
-                       f"BUILD={relative}", f"LIB={relative}/lib", f"{relative}/lib/libmoe.so"]
+            command = ["make", "-C", str(root), f"-j{jobs}", f"CC={compiler}", "WERROR=0",
+                       "NO_MPI=1", f"BUILD={relative}", f"LIB={relative}/lib",
+                       f"{relative}/lib/libmoe.so", "io"]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             if done.returncode:
                 sys.stderr.write(done.stdout.decode(errors="replace")[-4000:])
                 sys.exit(f"libmoe: building the library with {compiler} failed, see above")
-            # The file itself, not the chain of links, under a new inode: a running program may
-            # have the old one mapped.
-            target = self.target()
-            fresh = target.with_name("libmoe.so.new")
-            shutil.copyfile(os.path.realpath(out / "lib/libmoe.so"), fresh)
-            fresh.chmod(0o755)
-            strip = shutil.which("strip")
-            if strip and not os.environ.get("LIBMOE_KEEP_SYMBOLS"):
-                subprocess.run([strip, "--strip-debug", str(fresh)], check=False)
-            os.replace(fresh, target)
+            for name in LIBRARIES:
+                self.put(out / "lib" / name)
+
+    def put(self, built):
+        """A library into the package; one that was not built goes from there."""
+        target = self.package() / built.name
+        if not built.exists():
+            target.unlink(missing_ok=True)
+            return
+        # The file itself, not the chain of links, under a new inode: a running program may have
+        # the old one mapped.
+        fresh = target.with_name(built.name + ".new")
+        shutil.copyfile(os.path.realpath(built), fresh)
+        fresh.chmod(0o755)
+        strip = shutil.which("strip")
+        if strip and not os.environ.get("LIBMOE_KEEP_SYMBOLS"):
+            subprocess.run([strip, "--strip-debug", str(fresh)], check=False)
+        os.replace(fresh, target)
 
     # What setuptools asks of a step of `build`, for editable installs.
     def get_source_files(self):
         return []
 
     def get_outputs(self):
-        return [str(self.target())]
+        return [str(path) for path in map(self.package().joinpath, LIBRARIES) if path.exists()]
 
     def get_output_mapping(self):
         return {}
@@ -147,7 +158,8 @@ class Sdist(sdist):
 
     def make_release_tree(self, base_dir, files):
         super().make_release_tree(base_dir, files)
-        (Path(base_dir) / "moe/libmoe.so").unlink(missing_ok=True)  # of an editable install
+        for name in LIBRARIES:  # of an editable install
+            (Path(base_dir) / "moe" / name).unlink(missing_ok=True)
         root = tree()
         for pattern in PARTS:
             for source in sorted(root.glob(pattern)):

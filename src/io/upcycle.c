@@ -137,7 +137,7 @@ static moe_status check_parameter(const dense *d, const moe__io_parameter *p, bo
                "parameter %s is bound to the host's memory, and write_bound is 0", r->name);
     if (p->tensor <= IO_W2 && !d->data[p->tensor])
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "%s is NULL", moe__io_tensor_name(p->tensor));
-    if (hidden > 0 && d->width % hidden)
+    if (hidden > 0 && (d->width == 0 || d->width % hidden))
         REFUSE(MOE_ERROR_INVALID_ARGUMENT,
                "the dense network is %lld wide, %s has experts of %lld: no multiple", (ll)d->width,
                r->name, (ll)hidden);

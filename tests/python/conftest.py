@@ -38,6 +38,33 @@ def context():
 
 
 @pytest.fixture(scope="session")
+def libraries():
+    """Where make puts the libraries, those of MPI among them."""
+    return Path(os.environ.get("MOE_LIB", ROOT / "lib"))
+
+
+@pytest.fixture(scope="session")
+def io():
+    """moe.io, where libmoe_io was built. MOE_CHECK_ALL=1: it must have been."""
+    try:
+        moe.io.library_path()
+    except ImportError as error:
+        if os.environ.get("MOE_CHECK_ALL"):
+            raise
+        pytest.skip(str(error))
+    return moe.io
+
+
+@pytest.fixture(scope="session")
+def safetensors():
+    """The package of that name, with numpy."""
+    pytest.importorskip("safetensors.numpy")
+    import safetensors
+
+    return safetensors
+
+
+@pytest.fixture(scope="session")
 def script():
     """Runs Python source in a process of its own and gives what it printed."""
 

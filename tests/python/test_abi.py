@@ -10,24 +10,32 @@ import pytest
 
 import moe
 from moe import _abi, _constants, _library
-from moe._prototypes import PROTOTYPES
+from moe._prototypes import IO_PROTOTYPES, MPI_PROTOTYPES, PROTOTYPES
 
 CC = os.environ.get("CC", "cc").split()
+MODULES = {"io.h": "io", "mpi.h": "mpi"}  # headers that are not of libmoe
+STRUCTS = {"moe": _abi.STRUCTS, "io": _abi.IO_STRUCTS, "mpi": _abi.MPI_STRUCTS}
+TABLES = {"moe": PROTOTYPES, "io": IO_PROTOTYPES, "mpi": MPI_PROTOTYPES}
+MAPS = {"moe": "src/libmoe.map", "io": "src/io/libmoe_io.map", "mpi": "src/comm/libmoe_mpi.map"}
+ALL_STRUCTS = [struct for structs in STRUCTS.values() for struct in structs]
+# It takes an MPI_Comm, which is another type in every MPI; moe_comm_create_mpi_f takes a number.
+NOT_HERE = "moe_comm_create_mpi"
 
 
 @pytest.fixture(scope="module")
 def headers(root):
-    """All public headers but the modules', without comments, conditional parts for Windows left in."""
-    text = "\n".join(path.read_text() for path in sorted((root / "include/moe").glob("*.h"))
-                     if path.name not in ("io.h", "mpi.h"))
-    return re.sub(r"/\*.*?\*/", " ", text, flags=re.S)
+    """The public headers of each library, without comments, conditional parts left in."""
+    text = dict.fromkeys(STRUCTS, "")
+    for path in sorted((root / "include/moe").glob("*.h")):
+        text[MODULES.get(path.name, "moe")] += path.read_text()
+    return {name: re.sub(r"/\*.*?\*/", " ", text[name], flags=re.S) for name in text}
 
 
 def test_structs_have_the_layout_of_the_compiler(root, tmp_path):
     if shutil.which(CC[0]) is None:
         pytest.skip(f"no compiler {CC[0]}")
     lines = []
-    for struct in _abi.STRUCTS:
+    for struct in ALL_STRUCTS:
         c = _abi.c_name(struct)
         lines.append(f'printf("{c} sizeof %zu %zu\\n", sizeof({c}), (size_t)0);')
         for field, *_ in struct._fields_:
@@ -36,7 +44,7 @@ def test_structs_have_the_layout_of_the_compiler(root, tmp_path):
     body = "\n".join(lines)
     source = tmp_path / "layout.c"
     source.write_text(
-        "#include <moe/moe.h>\n#include <stdio.h>\n#include <stddef.h>\n"
+        "#include <moe/moe.h>\n#include <moe/io.h>\n#include <moe/mpi.h>\n#include <stdio.h>\n#include <stddef.h>\n"
         f"int main(void)\n{{\n{body}\nreturn 0;\n}}\n"
     )
     program = tmp_path / "layout"
@@ -48,7 +56,7 @@ def test_structs_have_the_layout_of_the_compiler(root, tmp_path):
         struct, field, offset, size = line.split()
         found[struct, field] = int(offset), int(size)
     expected = {}
-    for struct in _abi.STRUCTS:
+    for struct in ALL_STRUCTS:
         c = _abi.c_name(struct)
         expected[c, "sizeof"] = ctypes.sizeof(struct), 0
         for field, *_ in struct._fields_:
@@ -58,12 +66,14 @@ def test_structs_have_the_layout_of_the_compiler(root, tmp_path):
     assert len(found) > 200
 
 
-def test_every_struct_and_field_of_the_headers_is_here(headers):
+@pytest.mark.parametrize("library", STRUCTS)
+def test_every_struct_and_field_of_the_headers_is_here(headers, library):
     here = {
-        _abi.c_name(s): [field for field, *_ in s._fields_] for s in _abi.STRUCTS
+        _abi.c_name(s): [field for field, *_ in s._fields_] for s in STRUCTS[library]
     }
     there = {}
-    for body, name in re.findall(r"typedef struct moe_\w+ \{(.*?)\} (moe_\w+);", headers, re.S):
+    pattern = r"typedef struct moe_\w+ \{(.*?)\} (moe_\w+);"
+    for body, name in re.findall(pattern, headers[library], re.S):
         fields = []
         for declaration in body.split(";"):
             for part in declaration.split(","):
@@ -74,9 +84,10 @@ def test_every_struct_and_field_of_the_headers_is_here(headers):
     assert here == there
 
 
-def test_every_function_of_the_map_has_a_prototype(root):
-    exported = re.findall(r"^\s+(moe_(?!_)\w+);", (root / "src/libmoe.map").read_text(), re.M)
-    assert sorted(exported) == sorted(PROTOTYPES)
+@pytest.mark.parametrize("library", MAPS)
+def test_every_function_of_the_map_has_a_prototype(root, library):
+    exported = re.findall(r"^\s+(moe_(?!_)\w+);", (root / MAPS[library]).read_text(), re.M)
+    assert sorted(set(exported) - {NOT_HERE}) == sorted(TABLES[library])
 
 
 SCALARS = {
@@ -91,11 +102,11 @@ def _ctypes_of(declaration, is_result):
     stars = declaration.count("*")
     words = [w for w in re.findall(r"\w+", declaration) if w != "const"]
     base = words[0]
-    structs = {_abi.c_name(s): s for s in _abi.STRUCTS}
+    structs = {_abi.c_name(s): s for s in ALL_STRUCTS}
     if stars == 0:
         return SCALARS[base]
     if stars == 2:
-        return ctypes.POINTER(ctypes.c_void_p)
+        return ctypes.POINTER(ctypes.c_char_p if base == "char" else ctypes.c_void_p)
     if base in structs:
         return ctypes.POINTER(structs[base])
     if base == "char":
@@ -107,32 +118,48 @@ def _ctypes_of(declaration, is_result):
     return ctypes.c_void_p
 
 
-def test_prototypes_are_those_of_the_headers(headers):
-    declared = re.findall(r"MOE_API\s+([\w\s]+?[\s*]+)(moe_\w+)\(([^)]*)\);", headers)
-    assert {name for _, name, _ in declared} == set(PROTOTYPES)
+@pytest.mark.parametrize("library", TABLES)
+def test_prototypes_are_those_of_the_headers(headers, library):
+    pattern = r"MOE_API\s+([\w\s]+?[\s*]+)(moe_\w+)\(([^)]*)\);"
+    declared = [found for found in re.findall(pattern, headers[library]) if found[1] != NOT_HERE]
+    assert {name for _, name, _ in declared} == set(TABLES[library])
     for result, name, arguments in declared:
         parts = [] if arguments.strip() == "void" else arguments.split(",")
         expected = _ctypes_of(result, True), [_ctypes_of(part, False) for part in parts]
-        assert PROTOTYPES[name] == expected, name
+        assert TABLES[library][name] == expected, name
+
+
+def _enumerated(text):
+    """The constants of enumerations, with what is written after them."""
+    found = {}
+    for body in re.findall(r"enum \{(.*?)\}", text, re.S):
+        for part in body.split(","):
+            found.update(re.findall(r"^\s*(MOE_[A-Z0-9_]+)\s*=\s*(\S+)", part))
+    return found
 
 
 def test_every_constant_of_the_headers_is_here_with_its_value(headers):
     named = _constants.constants()
-    there = set(re.findall(r"X\((MOE_\w+), -?\d+", headers))
-    for body in re.findall(r"enum \{(.*?)\}", headers, re.S):
-        for part in body.split(","):
-            there.update(re.findall(r"^\s*(MOE_[A-Z0-9_]+)\s*=", part))
-    there.add("MOE_STATUS_LAST")
+    there = set(re.findall(r"X\((MOE_\w+), -?\d+", headers["moe"]))
+    there.update(_enumerated(headers["moe"]), ["MOE_STATUS_LAST"])
     assert set(named) == there
     assert {name: moe.constant(name) for name in named} == named
 
 
-def test_defaults_come_from_the_library():
-    for struct in _abi.STRUCTS:
+def test_every_constant_of_the_modules_is_here_with_its_value(headers):
+    there = {name: int(value) for name, value in _enumerated(headers["io"]).items()}
+    assert _constants.io_constants() == there
+    assert len(there) > 15 and not _enumerated(headers["mpi"])
+
+
+def test_defaults_come_from_the_library(io):
+    for struct in _abi.STRUCTS + _abi.IO_STRUCTS:
         if struct not in _abi.FILLED_BY_LIBRARY:
             assert _library.new(struct).struct_size == ctypes.sizeof(struct)
     assert _library.new(_abi.GateConfig).init_std == _library.library().moe_init_default()
     assert _library.new(_abi.ForwardArgs).top_k == moe.FROM_CONFIG
+    assert _library.new(_abi.SaveOptions).store_dtype == moe.SAME
+    assert _library.new(_abi.UpcycleArgs).noise_fraction == 1
 
 
 def test_a_status_that_is_unknown_is_an_error_still():
@@ -145,6 +172,8 @@ def test_a_status_that_is_unknown_is_an_error_still():
 def test_named_results_follow_the_constants():
     assert moe.Losses._fields[1:] == tuple(name.lower() for name in moe.Loss.__members__)
     assert moe.Stats._fields == tuple(name.lower() for name in moe.Stat.__members__)
+    for here, there in ((moe.io.TensorNames, _abi.TensorNames), (moe.io.LoadReport, _abi.LoadReport)):
+        assert here._fields == tuple(field for field, *_ in there._fields_[1:])
 
 
 def test_loading_refuses_what_is_no_libmoe(script, tmp_path):

@@ -18,11 +18,49 @@ def test_example(root, script, name, arguments, expected):
     assert re.search(expected, printed)
 
 
+def test_the_example_of_a_published_model(io, root, script):
+    path = root / "examples/python/04_import.py"
+    printed = script(f"import runpy\nrunpy.run_path({str(path)!r}, run_name='__main__')")
+    assert printed == (
+        "25 tensors; the gate's is (8, 32) bfloat16\n"
+        "y[0,0] = 0.045464455, by the equations 0.045464455\n"
+        "exported again: the same names and numbers\n"
+    )
+
+
 def test_the_readmes_program(root, script):
     text = (root / "examples/python/README.md").read_text()
     first = re.search(r"```python\n(import numpy.*?)```", text, re.S).group(1)
     auxiliary, touched = script(first).split()
     assert float(auxiliary) > 0 and float(touched) > 0
+
+
+FILES = """
+import os, sys
+import numpy as np
+import moe
+
+os.chdir(sys.argv[1])
+context = moe.Context(threads=1)
+layer = moe.preset("mixtral", d_model=4, d_hidden=4, num_experts=2).make(context)
+layer.init_parameters(1)
+m = {name: np.ones_like(p.data) for name, p in layer.parameters.items()}
+v, step = dict(m), np.array(7)
+os.mkdir("model")
+moe.io.export("model/model.safetensors", layer, "mixtral", 3)
+moe.io.export("model.safetensors", layer, "mixtral", 3)
+moe.io.save("dense.safetensors", {f"mlp.{name}": np.eye(4) for name in ("gate", "up", "down")})
+"""
+
+
+@pytest.mark.parametrize("page, tensors", [
+    ("examples/python/README.md", 3 * 7 + 1), ("docs/checkpoints.md", 2 * 7 + 1),
+])  # fmt: skip
+def test_the_programs_about_files(io, root, script, tmp_path, page, tensors):
+    found = re.findall(r"```python\n(.*?)```", (root / page).read_text(), re.S)
+    (program,) = [text for text in found if "moe.io.save" in text]
+    after = "print(len(moe.io.File('run.safetensors')))"
+    assert script(FILES + program + after, str(tmp_path)).splitlines()[-1] == str(tensors)
 
 
 def test_the_packages_own_example(root, script):

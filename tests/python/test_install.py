@@ -37,7 +37,7 @@ def tree(root, tmp_path_factory):
         shutil.copytree(root / part, copy / part)
     shutil.copytree(
         root / "examples/python", copy / "examples/python",
-        ignore=shutil.ignore_patterns("build", "*.egg-info", "libmoe.so", "__pycache__"),
+        ignore=shutil.ignore_patterns("build", "*.egg-info", "libmoe*.so", "__pycache__"),
     )  # fmt: skip
     return copy
 
@@ -51,6 +51,11 @@ def wheel_of(source, to, **environment):
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", to, source, **QUICK, **environment)
     (wheel,) = to.glob("*.whl")
     return wheel
+
+
+def knows_jansson():
+    command = ("pkg-config", "--exists", "jansson")
+    return shutil.which(command[0]) is not None and subprocess.run(command).returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,7 @@ def test_the_wheel_is_for_the_platform_and_any_python(wheel):
     assert platform.startswith("linux_")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+        assert ("moe/libmoe_io.so" in names) == knows_jansson()
         library = archive.getinfo("moe/libmoe.so")
         assert archive.read(library)[:4] == b"\x7fELF"
         assert (library.external_attr >> 16) & 0o170000 in (0, 0o100000), "no symbolic link"
@@ -89,9 +95,29 @@ def test_an_installed_wheel_works_far_from_the_tree(wheel, tmp_path):
         "p = moe.Pass(l)\n"
         "y = l.forward(p, array.array('f', [0.5] * 12))\n"
         "print(moe.library_path(), memoryview(y).shape)\n"
+        "try: print(moe.io.library_path())\n"
+        "except ImportError as error: print(error)\n"
     )
-    text = run(python, "-I", "-c", program)
-    assert str(tmp_path / "venv") in text and text.endswith("moe/libmoe.so (3, 4)\n")
+    first, second = run(python, "-I", "-c", program).splitlines()
+    assert str(tmp_path / "venv") in first and first.endswith("moe/libmoe.so (3, 4)")
+    if knows_jansson():
+        assert str(tmp_path / "venv") in second and second.endswith("moe/libmoe_io.so")
+
+
+def test_without_jansson_the_package_says_so(tree, tmp_path):
+    wheel = wheel_of(tree / "examples/python", tmp_path, NO_IO="1")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "moe/libmoe_io.so" not in archive.namelist()
+        archive.extractall(tmp_path / "lib")
+    code = (
+        "import sys\nsys.path.insert(0, sys.argv[1])\nimport moe\nprint(moe.version())\n"
+        "from moe import _library\n_library.SYSTEM_NAME = 'libmoe.so.none'\n"
+        "try: moe.io.File('x.safetensors')\n"
+        "except ImportError as error: print(error)\n"
+    )
+    text = run(sys.executable, "-I", "-c", code, tmp_path / "lib")
+    assert f"libmoe_io not found: it is not beside {tmp_path / 'lib/moe/libmoe.so'}" in text
+    assert "libjansson-dev" in text
 
 
 def test_a_source_archive_is_complete_by_itself(tree, tmp_path):
@@ -108,6 +134,7 @@ def test_a_source_archive_is_complete_by_itself(tree, tmp_path):
     assert (source / "csource/src/layer.c").exists()
     with zipfile.ZipFile(wheel_of(source, tmp_path / "wheel")) as made:
         assert "moe/libmoe.so" in made.namelist()
+        assert ("moe/libmoe_io.so" in made.namelist()) == knows_jansson()
 
 
 def test_missing_tools_are_named(tree, tmp_path):

@@ -17,6 +17,7 @@ Keyword arguments are the fields of the library's structs, which its headers des
 hold a constant also take its name: kind="noisy_top_k".
 """
 
+from . import io
 from ._callbacks import ExpertCall
 from ._constants import (
     FROM_CONFIG,
@@ -104,6 +105,6 @@ __all__ = [
     "PlanUse", "Preset", "Round", "Rows", "SAME", "Score", "SecondChoice", "SequenceCounts",
     "Shard", "SizeOverflow", "Stat", "Stats", "Status", "Storage", "SystemRefused", "Tensor",
     "WeightLayout", "WeightOn", "World", "check_gradients", "constant", "cv_squared", "describe",
-    "experts_config", "flops", "gate_config", "layer_config", "library_path", "load", "memory",
-    "noise4", "preset", "presets", "selection_bias_step", "version",
+    "experts_config", "flops", "gate_config", "io", "layer_config", "library_path", "load",
+    "memory", "noise4", "preset", "presets", "selection_bias_step", "version",
 ]  # fmt: skip

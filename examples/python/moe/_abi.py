@@ -23,7 +23,7 @@ from ctypes import (
 from typing import List, Type
 
 from ._constants import *  # noqa: F401,F403 - one place to import from
-from ._constants import LOSS_SLOTS, MAX_DIMS, STAT_SLOTS
+from ._constants import FILE_MAX_DIMS, LOSS_SLOTS, MAX_DIMS, STAT_SLOTS
 
 # ---- callbacks ----------------------------------------------------------------------------------
 
@@ -37,6 +37,7 @@ ExpertFn = CFUNCTYPE(c_int32, c_void_p, c_void_p)  # the second is a moe_expert_
 # ---- structs ------------------------------------------------------------------------------------
 
 _Dims = c_int64 * MAX_DIMS
+_FileDims = c_int64 * FILE_MAX_DIMS
 
 
 class ContextConfig(Structure):
@@ -456,12 +457,145 @@ class Collectives(Structure):
     ]
 
 
+# ---- structs of libmoe_io and libmoe_mpi --------------------------------------------------------
+
+
+class FileRecord(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("name", c_char_p),
+        ("path", c_char_p),
+        ("shape", _FileDims),
+        ("element_count", c_int64),
+        ("bytes", c_int64),
+        ("offset", c_int64),
+        ("dims", c_int32),
+        ("dtype", c_int32),
+    ]
+
+
+class CheckpointItem(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("name", c_char_p),
+        ("layer", c_void_p),
+        ("values", POINTER(c_void_p)),
+        ("data", c_void_p),
+        ("shape", _FileDims),
+        ("dims", c_int32),
+        ("dtype", c_int32),
+    ]
+
+
+class SaveOptions(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("metadata_keys", POINTER(c_char_p)),
+        ("metadata_values", POINTER(c_char_p)),
+        ("metadata_count", c_int64),
+        ("comm", c_void_p),
+        ("store_dtype", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class LoadOptions(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("comm", c_void_p),
+        ("report", LogFn),
+        ("report_user", c_void_p),
+        ("lenient", c_int32),
+        ("convert", c_int32),
+        ("write_bound", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class LoadReport(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("loaded", c_int64),
+        ("missing", c_int64),
+        ("unexpected", c_int64),
+    ]
+
+
+class TensorNames(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("gate", c_char_p),
+        ("gate_bias", c_char_p),
+        ("selection_bias", c_char_p),
+        ("w1", c_char_p),
+        ("w3", c_char_p),
+        ("w13", c_char_p),
+        ("w2", c_char_p),
+        ("b1", c_char_p),
+        ("b3", c_char_p),
+        ("b13", c_char_p),
+        ("b2", c_char_p),
+        ("shared_w1", c_char_p),
+        ("shared_w3", c_char_p),
+        ("shared_w2", c_char_p),
+        ("shared_gate", c_char_p),
+        ("weight_layout", c_int32),
+        ("glu_order", c_int32),
+    ]
+
+
+class ImportOptions(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("names", POINTER(TensorNames)),
+        ("lenient", c_int32),
+        ("write_bound", c_int32),
+    ]
+
+
+class UpcycleArgs(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("w1", c_void_p),
+        ("w3", c_void_p),
+        ("w2", c_void_p),
+        ("b1", c_void_p),
+        ("b3", c_void_p),
+        ("b2", c_void_p),
+        ("file", c_void_p),
+        ("w1_name", c_char_p),
+        ("w3_name", c_char_p),
+        ("w2_name", c_char_p),
+        ("b1_name", c_char_p),
+        ("b3_name", c_char_p),
+        ("b2_name", c_char_p),
+        ("width", c_int64),
+        ("noise_std", c_double),
+        ("noise_fraction", c_double),
+        ("output_scale", c_double),
+        ("seed", c_uint64),
+        ("dtype", c_int32),
+        ("weight_layout", c_int32),
+        ("write_bound", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class MpiOptions(Structure):
+    _fields_ = [("struct_size", c_uint64), ("timeout", c_double)]
+
+
 STRUCTS: List[Type[Structure]] = [
     ContextConfig, GateConfig, ExpertCall, ExpertCallbacks, ExpertsConfig, LayerConfig, CostQuery,
     Cost, ParameterRecord, Binding,
     ForwardArgs, BackwardArgs, PassConfig, Losses, Stats, TensorView, PlanArgs, PlanView, RowsArgs,
     GradientCheck, GradientReport, Exchange, Collectives,
 ]  # fmt: skip
+IO_STRUCTS: List[Type[Structure]] = [
+    FileRecord, CheckpointItem, SaveOptions, LoadOptions, LoadReport, TensorNames, ImportOptions,
+    UpcycleArgs,
+]  # fmt: skip
+MPI_STRUCTS: List[Type[Structure]] = [MpiOptions]
 FILLED_BY_LIBRARY: List[Type[Structure]] = [ExpertCall]  # the only ones without an init function
 
 

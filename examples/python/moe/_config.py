@@ -70,6 +70,13 @@ def _named(field: str, text: str, group: Type[enum.IntEnum]) -> int:
     return int(group[word])
 
 
+def member(field: str, value: Any, group: Type[enum.IntEnum]) -> int:
+    """A constant given by its name, or as a number."""
+    if isinstance(value, str):
+        return _named(field, value, group)
+    return int(number(field, value, ctypes.c_int32))
+
+
 def number(field: str, value: Any, kind: Any) -> Any:
     """`value` as a number for a field of this ctypes kind, or an error that names the field."""
     if kind is ctypes.c_double:

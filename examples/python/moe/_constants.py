@@ -327,8 +327,6 @@ class Rows(enum.IntFlag):
     UNWEIGHTED = 2
 
 
-FROM_CONFIG = -1
-SAME = -1
 class CommMemory(enum.IntFlag):
     """What a table of collectives can do."""
 
@@ -344,11 +342,41 @@ class CommState(enum.IntEnum):
     DONE = 1
 
 
+class FileDType(enum.IntEnum):
+    """Element types of files beyond DType; of libmoe_io."""
+
+    BOOL = 32
+    U8 = 33
+    I8 = 34
+    U16 = 35
+    I16 = 36
+    U32 = 37
+    U64 = 38
+    F8_E4M3 = 39
+    F8_E5M2 = 40
+    F8_E8M0 = 41
+    C64 = 42
+
+
+class Family(enum.IntEnum):
+    """Whose names the tensors of a model have; of libmoe_io."""
+
+    MIXTRAL = 0
+    QWEN3_MOE = 1
+    QWEN2_MOE = 2
+    DEEPSEEK_V3 = 3
+    GPT_OSS = 4
+
+
+FROM_CONFIG = -1
+SAME = -1
 COMM_REQUESTS = 8
 MAX_DIMS = 4
 MAX_PARTS = 8
 LOSS_SLOTS = 16
 STAT_SLOTS = 16
+FILE_MAX_DIMS = 8
+FILE_ALL = -1
 
 # Constants that stand alone, by their C names.
 SINGLES: Dict[str, int] = {
@@ -402,9 +430,21 @@ PREFIXES: Dict[Type[enum.IntEnum] | Type[enum.IntFlag], str] = {
     CommState: "MOE_COMM_",
 }
 
+# The same of libmoe_io, which moe_constant() does not know.
+IO_SINGLES: Dict[str, int] = {"MOE_FILE_MAX_DIMS": FILE_MAX_DIMS, "MOE_FILE_ALL": FILE_ALL}
+IO_PREFIXES: Dict[Type[enum.IntEnum], str] = {FileDType: "MOE_FILE_", Family: "MOE_FAMILY_"}
+
+
+def io_constants() -> Dict[str, int]:
+    """Every constant of moe/io.h by its C name."""
+    named = dict(IO_SINGLES)
+    for group, prefix in IO_PREFIXES.items():
+        named.update({prefix + member.name: int(member) for member in group})
+    return named
+
 
 def constants() -> Dict[str, int]:
-    """Every constant by its C name."""
+    """Every constant of libmoe by its C name."""
     named = dict(SINGLES)
     for group, prefix in PREFIXES.items():
         for member in group:

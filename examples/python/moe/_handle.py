@@ -16,11 +16,13 @@ import weakref
 from collections import deque
 from typing import Any, Deque, Dict, Iterator, Optional
 
-from ._library import InvalidState, check, library, raise_pending_since, pending_count
+from ._library import InvalidState, check, function, pending_count, raise_pending_since
 
 # A destroy may not happen inside a callback, but the garbage collector runs there as anywhere: such
 # handles wait here for the next call.
 _deferred: Deque["Handle"] = deque()
+
+_ENDS = {"file": "moe_file_close"}  # of kinds whose end is not called destroy
 
 
 class _Inside(threading.local):
@@ -116,12 +118,12 @@ class Handle:
         self.exports: "weakref.WeakSet[Any]" = weakref.WeakSet()
         self.busy = Busy()
 
-    def create(self, function: str, *arguments: Any) -> "Handle":
+    def create(self, name: str, *arguments: Any) -> "Handle":
         """Call a create function; its first argument is where the handle goes."""
         refuse_inside_callback()
         destroy_deferred()
         value = ctypes.c_void_p()
-        status = getattr(library(), function)(ctypes.byref(value), *arguments)
+        status = function(name)(ctypes.byref(value), *arguments)
         self.value = value.value
         check(status)
         return self
@@ -136,7 +138,7 @@ class Handle:
         value, self.value = self.value, None
         if value and not self.borrowed:
             before = pending_count()
-            getattr(library(), f"moe_{self.kind}_destroy")(value)
+            function(_ENDS.get(self.kind, f"moe_{self.kind}_destroy"))(value)
             raise_pending_since(before)
 
     # A weakref.finalize could not do this: inside a callback the handle must outlive its own
@@ -173,10 +175,10 @@ class Object:
         """Give the object up now. What others still use of it, views included, lives on."""
         self._handle = None
 
-    def call(self, function: str, *arguments: Any) -> None:
+    def call(self, name: str, *arguments: Any) -> None:
         """Call a function of the library on this object and raise its error."""
         handle = self.handle  # held here: a close() in another thread does not pull it away
         refuse_inside_callback()
         if _deferred:
             destroy_deferred()
-        check(getattr(library(), function)(handle.value, *arguments))
+        check(function(name)(handle.value, *arguments))

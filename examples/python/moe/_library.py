@@ -1,8 +1,8 @@
-"""Finding and loading the library, and its errors as exceptions.
+"""Finding and loading the libraries, and their errors as exceptions.
 
-library() gives the loaded library with every prototype set; check(status) turns a status into an
-exception; new(struct) makes a struct with its defaults. Calls run without the GIL, as ctypes.CDLL
-releases it. Nothing here reads the environment.
+library() gives the loaded library with every prototype set; function(name) a function of it or of a
+module library; check(status) turns a status into an exception; new(struct) makes a struct with its
+defaults. Calls run without the GIL, as ctypes.CDLL releases it. Nothing here reads the environment.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import ctypes
 import os
 import threading
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional, Type, TypeVar, Union
+from typing import Any, Dict, List, Mapping, NoReturn, Optional, Tuple, Type, TypeVar, Union
 
 from . import _abi
 from ._constants import Status
-from ._prototypes import PROTOTYPES
+from ._prototypes import IO_PROTOTYPES, MPI_PROTOTYPES, PROTOTYPES
 
 NEEDED_VERSION = (0, 1, 0)
 SYSTEM_NAME = "libmoe.so.0"
@@ -116,13 +116,11 @@ def _check_version(cdll: ctypes.CDLL, path: str) -> None:
         )
 
 
-def _open(path: str) -> ctypes.CDLL:
-    try:
-        cdll = ctypes.CDLL(path)
-    except OSError as error:
-        raise ImportError(f"cannot load the library {path}: {error}") from error
-    _check_version(cdll, path)
-    for name, (result, arguments) in PROTOTYPES.items():
+_Prototypes = Mapping[str, Tuple[Any, List[Any]]]
+
+
+def _set_prototypes(cdll: ctypes.CDLL, path: str, prototypes: _Prototypes) -> ctypes.CDLL:
+    for name, (result, arguments) in prototypes.items():
         try:
             function = getattr(cdll, name)
         except AttributeError:
@@ -130,6 +128,15 @@ def _open(path: str) -> ctypes.CDLL:
         function.restype = result
         function.argtypes = arguments
     return cdll
+
+
+def _open(path: str) -> ctypes.CDLL:
+    try:
+        cdll = ctypes.CDLL(path)
+    except OSError as error:
+        raise ImportError(f"cannot load the library {path}: {error}") from error
+    _check_version(cdll, path)
+    return _set_prototypes(cdll, path, PROTOTYPES)
 
 
 def load(path: Union[str, "os.PathLike[str]", None] = None) -> ctypes.CDLL:
@@ -181,6 +188,92 @@ def constant(name: str) -> int:
     value = ctypes.c_int64()
     check(library().moe_constant(ctypes.byref(value), name.encode()))
     return value.value
+
+
+# ---- module libraries ---------------------------------------------------------------------------
+
+_module_lock = threading.Lock()
+_io: Optional[ctypes.CDLL] = None
+_io_path = ""
+_mpi: Optional[ctypes.CDLL] = None
+_mpi_path = ""
+_NO_IO = (
+    "It is built where jansson is: install that (Debian: apt-get install libjansson-dev "
+    "pkg-config), then run pip install again, or make in the source tree"
+)
+_NO_MPI = "make builds it in the source tree where that MPI's mpicc is; a path will do as well"
+
+
+def _find_module(name: str) -> str:
+    """Where a module library is: beside libmoe, or its soname, for the system to find."""
+    soname = f"{name}.so.{SYSTEM_NAME.rsplit('.', 1)[1]}"
+    path = library_path()
+    if os.sep in path:
+        for file in (f"{name}.so", soname):
+            beside = os.path.join(os.path.dirname(path), file)
+            if os.path.exists(beside):
+                return beside
+    return soname
+
+
+def _open_module(path: str, prototypes: _Prototypes, advice: str) -> ctypes.CDLL:
+    try:
+        cdll = ctypes.CDLL(path)
+    except OSError as error:
+        if os.sep in path:
+            raise ImportError(f"cannot load the library {path}: {error}") from error
+        raise ImportError(
+            f"{path.split('.')[0]} not found: it is not beside {library_path()}, and the system "
+            f"cannot load {path} ({error}). {advice}"
+        ) from error
+    return _set_prototypes(cdll, path, prototypes)
+
+
+def io_library() -> Any:
+    """libmoe_io; the first call loads it."""
+    global _io, _io_path
+    if _io is not None:  # without the lock: finalizers come here
+        return _io
+    path = _find_module("libmoe_io")
+    with _module_lock:
+        if _io is None:
+            _io = _open_module(path, IO_PROTOTYPES, _NO_IO)
+            _io_path = path
+        return _io
+
+
+def io_library_path() -> str:
+    """The file libmoe_io was loaded from."""
+    io_library()
+    return _io_path
+
+
+def _is_at(cdll: ctypes.CDLL, path: str) -> bool:
+    """Whether the library at a path is this one; nothing is loaded."""
+    try:
+        return bool(ctypes.CDLL(path, os.RTLD_NOLOAD | os.RTLD_NOW)._handle == cdll._handle)
+    except OSError:
+        return False
+
+
+def load_mpi(name: str) -> None:
+    """Load libmoe_mpi_NAME, or the library at a path. A process has one MPI: another is refused."""
+    global _mpi, _mpi_path
+    library()  # first, so that the module finds this one
+    path = name if os.sep in name else _find_module(f"libmoe_mpi_{name}")
+    with _module_lock:
+        if _mpi is None:
+            _mpi = _open_module(path, MPI_PROTOTYPES, _NO_MPI)
+            _mpi_path = path
+        elif not _is_at(_mpi, path):
+            raise ImportError(f"{path}: {_mpi_path} is loaded already")
+
+
+def function(name: str) -> Any:
+    """A function of libmoe or of a module library. Of MPI's after load_mpi()."""
+    if name in IO_PROTOTYPES:
+        return getattr(io_library(), name)
+    return getattr(_mpi if name in MPI_PROTOTYPES else library(), name)
 
 
 # ---- calling ------------------------------------------------------------------------------------
@@ -243,6 +336,6 @@ _S = TypeVar("_S", bound=ctypes.Structure)
 def new(struct: Type[_S]) -> _S:
     """A struct with every default in it."""
     value = struct()
-    init = getattr(library(), _abi.c_name(struct) + "_init")
+    init = function(_abi.c_name(struct) + "_init")
     check(init(ctypes.byref(value), ctypes.sizeof(value)))
     return value

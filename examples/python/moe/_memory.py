@@ -127,7 +127,7 @@ def _format_dtype(text: str, itemsize: int) -> str:
     if code in ("I", "L", "Q", "N", "H"):
         return f"uint{8 * itemsize}"
     known = {"f": "float32", "d": "float64", "e": "float16", "B": "uint8", "c": "uint8",
-             "b": "int8", "h": "int16", "?": "bool"}  # fmt: skip
+             "b": "int8", "h": "int16", "?": "bool", "Zf": "complex64"}  # fmt: skip
     return known.get(code, f"format {text!r}")
 
 
@@ -181,7 +181,7 @@ class _DLVersioned(ctypes.Structure):
 
 
 _HOST_DEVICES = (1, 3)  # kDLCPU, and kDLCUDAHost: page-locked memory of the host
-_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
+_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 _capsule_pointer.restype = ctypes.c_void_p

@@ -1,7 +1,7 @@
-"""Result and arguments of every function of the library, as ctypes types.
+"""Result and arguments of every function of the libraries, as ctypes types.
 
-Handles and pointers to elements are c_void_p. The tests compare the table with the headers and the
-symbol map.
+Handles and pointers to elements are c_void_p. The tests compare the tables with the headers and the
+symbol maps.
 """
 
 from __future__ import annotations
@@ -22,28 +22,39 @@ from typing import Any, Dict, List, Tuple
 
 from ._abi import (
     FILLED_BY_LIBRARY,
+    IO_STRUCTS,
+    MPI_STRUCTS,
     STRUCTS,
     BackwardArgs,
     Binding,
+    CheckpointItem,
     Collectives,
     ContextConfig,
     Cost,
     CostQuery,
     Exchange,
     ExpertsConfig,
+    FileRecord,
     ForwardArgs,
     GateConfig,
     GradientCheck,
     GradientReport,
+    ImportOptions,
     LayerConfig,
+    LoadOptions,
+    LoadReport,
     Losses,
+    MpiOptions,
     ParameterRecord,
     PassConfig,
     PlanArgs,
     PlanView,
     RowsArgs,
+    SaveOptions,
     Stats,
+    TensorNames,
     TensorView,
+    UpcycleArgs,
     c_name,
 )
 
@@ -134,9 +145,39 @@ PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
 _configs = [POINTER(GateConfig), POINTER(ExpertsConfig), POINTER(LayerConfig)]
 PROTOTYPES["moe_preset"] = (_status, [c_char_p, *_configs])
 PROTOTYPES["moe_describe"] = (_status, [c_char_p, c_int64, POINTER(c_int64), *_configs])
-for _struct in STRUCTS:
-    if _struct not in FILLED_BY_LIBRARY:
-        PROTOTYPES[c_name(_struct) + "_init"] = (_status, [POINTER(_struct), c_size_t])
+
+_items = [c_char_p, POINTER(CheckpointItem), c_int64]
+IO_PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
+    "moe_file_open": (_status, [_new, c_char_p]),
+    "moe_file_close": (None, [_handle]),
+    "moe_file_count": (c_int64, [_handle]),
+    "moe_file_find": (c_int64, [_handle, c_char_p]),
+    "moe_file_entry": (_status, [_handle, c_int64, POINTER(FileRecord)]),
+    "moe_file_read": (_status, [_handle, c_int64, c_void_p, c_int64, c_int64, c_int32]),
+    "moe_file_metadata_count": (c_int64, [_handle]),
+    "moe_file_metadata": (_status, [_handle, c_int64, POINTER(c_char_p), POINTER(c_char_p)]),
+    "moe_file_metadata_find": (c_char_p, [_handle, c_char_p]),
+    "moe_checkpoint_save": (_status, [*_items, POINTER(SaveOptions)]),
+    "moe_checkpoint_load": (_status, [*_items, POINTER(LoadOptions), POINTER(LoadReport)]),
+    "moe_family_names": (_status, [POINTER(TensorNames), c_int32]),
+    "moe_import": (_status, [_handle, _handle, c_int32, c_int64, POINTER(ImportOptions)]),
+    "moe_export": (
+        _status,
+        [c_char_p, _handle, c_int32, c_int64, POINTER(TensorNames), POINTER(SaveOptions)],
+    ),
+    "moe_upcycle": (_status, [_handle, POINTER(UpcycleArgs)]),
+}
+# Without moe_comm_create_mpi, which takes an MPI_Comm.
+MPI_PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
+    "moe_comm_create_mpi_f": (_status, [_new, _handle, c_int32, POINTER(MpiOptions)]),
+}
+
+for _table, _structs in (
+    (PROTOTYPES, STRUCTS), (IO_PROTOTYPES, IO_STRUCTS), (MPI_PROTOTYPES, MPI_STRUCTS)
+):  # fmt: skip
+    for _struct in _structs:
+        if _struct not in FILLED_BY_LIBRARY:
+            _table[c_name(_struct) + "_init"] = (_status, [POINTER(_struct), c_size_t])
 for _object in ("gate", "experts", "layer"):
     _prefix = "moe_" + _object
     PROTOTYPES[_prefix + "_destroy"] = (None, [_handle])

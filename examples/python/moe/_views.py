@@ -27,9 +27,16 @@ _CTYPES: Dict[str, Any] = {
     "int32": ctypes.c_int32,
     "int64": ctypes.c_int64,
     "uint8": ctypes.c_uint8,
+    "int8": ctypes.c_int8,
+    "uint16": ctypes.c_uint16,
+    "int16": ctypes.c_int16,
+    "uint32": ctypes.c_uint32,
+    "uint64": ctypes.c_uint64,
+    "bool": ctypes.c_bool,
 }
 _FORMATS: Dict[str, Any] = {"float32": "f", "float64": "d", "int32": "i", "int64": "q",
-                            "uint8": "B"}  # fmt: skip
+                            "uint8": "B", "int8": "b", "uint16": "H", "int16": "h", "uint32": "I",
+                            "uint64": "Q", "bool": "?"}  # fmt: skip
 
 
 class _Export:

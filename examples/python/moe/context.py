@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 from typing import Any, Optional, Tuple
 
 from . import _abi, _callbacks, _config
 from ._constants import Isa
 from ._handle import Handle, Object
-from ._library import check, library
+from ._library import check, library, load_mpi
 
 
 class Context(Object):
@@ -77,9 +79,23 @@ class World(Object):
         return Comm(context, world=self, rank=rank, timeout=timeout)
 
 
+def _loaded_mpi() -> str:
+    """The name of the MPI that mpi4py has loaded: "openmpi" or "mpich"."""
+    # Not imported here: importing it would initialise MPI.
+    mpi4py = sys.modules.get("mpi4py.MPI")
+    if mpi4py is None:
+        raise TypeError('mpi must be given ("openmpi", "mpich" or a path): mpi4py is not loaded')
+    text = str(mpi4py.Get_library_version())
+    if text.startswith("Open MPI"):
+        return "openmpi"
+    if text.startswith(("MPICH", "Intel(R) MPI", "MVAPICH")):  # one binary interface
+        return "mpich"
+    raise TypeError(f"mpi must be given (a name or a path): mpi4py runs on {text.splitlines()[0]}")
+
+
 class Comm(Object):
-    """An expert-parallel group: of one rank, or one rank of a World. Every rank makes the same calls in
-    the same order."""
+    """An expert-parallel group: of one rank, one rank of a World, or over MPI. Every rank makes the
+    same calls in the same order."""
 
     def __init__(
         self, context: Context, world: Optional[World] = None, rank: int = 0, timeout: float = 60
@@ -93,6 +109,31 @@ class Comm(Object):
         self._handle = handle.create(
             "moe_comm_create_in_world", world.handle.value, context.handle.value, rank, timeout
         )
+
+    @classmethod
+    def from_mpi(
+        cls, context: Context, comm: Any, *, mpi: Optional[str] = None, timeout: float = 60
+    ) -> "Comm":
+        """The ranks of an MPI communicator, each of which makes this call.
+
+        comm     a communicator of mpi4py, or the Fortran handle of any (MPI_Comm_c2f); duplicated
+        mpi      whose library libmoe_mpi_* is used: "openmpi", "mpich", another name it was built
+                 with, or its path; None: that of mpi4py
+        timeout  seconds that any wait may take
+
+        Close it before MPI_Finalize.
+        """
+        number = comm.py2f() if hasattr(comm, "py2f") else comm
+        number = _config.number("comm", number, ctypes.c_int32)
+        load_mpi(os.fspath(mpi) if mpi is not None else _loaded_mpi())
+        options = _config.make(_abi.MpiOptions, {"timeout": timeout})
+        handle = Handle("comm")
+        handle.kept["context"] = context.handle
+        made = cls.__new__(cls)
+        made._handle = handle.create(
+            "moe_comm_create_mpi_f", context.handle.value, number, ctypes.byref(options)
+        )
+        return made
 
     def barrier(self) -> None:
         """Wait until every rank has made this call."""
