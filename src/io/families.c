@@ -211,7 +211,8 @@ static moe_status add_group(moe__io_plan *plan, const moe__io_model *m, group *g
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "%.200s for all experts and a pool of parts", g->pattern);
     extent(g, &out, &in);
     for (int64_t e = p->begin; e < p->begin + p->all; e++) {
-        bool first = e == p->begin, here = mine && e >= p->first && e < p->first + p->local;
+        int64_t local = moe__io_local(p, e);
+        bool first = e == p->begin, here = mine && local >= 0;
         if (first || !g->stacked) MOE_TRY(add_entry(plan, m, g, e, &entry, function));
         if (!here) continue;
         if (!g->beside || block < 0)
@@ -223,7 +224,7 @@ static moe_status add_group(moe__io_plan *plan, const moe__io_model *m, group *g
                                       !g->matrix  ? out
                                       : g->in_out ? out
                                                   : in);
-        if (block < 0 || !add_views(plan, m, g, block, e - p->first)) REFUSE_MEMORY();
+        if (block < 0 || !add_views(plan, m, g, block, local)) REFUSE_MEMORY();
     }
     return MOE_OK;
 }

@@ -52,7 +52,7 @@ static moe_status prepare(import *x, const moe_layer *layer, const moe_file *fil
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "lenient is %d and write_bound %d; they must be 0 or 1",
                (int)o->lenient, (int)o->write_bound);
     MOE_TRY(take_names(&x->names, o->names, family, function));
-    MOE_TRY(moe__io_describe(&x->layer, layer, NULL, function));
+    MOE_TRY(moe__io_describe_whole(&x->layer, layer, function));
     MOE_TRY(moe__io_check_memory(&x->layer, true, o->write_bound, function));
     const moe__io_model model = {.names = &x->names,
                                  .file = file,
@@ -98,7 +98,7 @@ static moe_status plan_export(moe__io_plan *plan, moe__io_layer *l, const moe_la
     moe_tensor_names known;
     MOE_TRY(check_block(block, function));
     MOE_TRY(take_names(&known, names, family, function));
-    MOE_TRY(moe__io_describe(l, layer, NULL, function));
+    MOE_TRY(moe__io_describe_whole(l, layer, function));
     MOE_TRY(moe__io_check_memory(l, false, false, function));
     const moe__io_model model = {.names = &known, .block = block, .rank = rank};
     return moe__io_plan_model(plan, l, &model, function);

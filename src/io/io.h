@@ -129,7 +129,8 @@ typedef struct moe__io_parameter {
     void *values;         /* instead of the data of `record`: contiguous; or NULL */
     int64_t begin, all;   /* number of the first expert of all ranks, how many they have */
     int64_t first, local; /* of this rank */
-    int64_t rows, cols;   /* of each expert */
+    const int64_t *numbers, *local_of; /* [local], [all], -1: none; NULL: `first` and on */
+    int64_t rows, cols;                /* of each expert */
     int64_t origin, stride_expert, stride_row, stride_col; /* elements */
     int32_t owner, tensor;                                 /* IO_*; tensor of pools */
     int32_t part;
@@ -141,13 +142,28 @@ typedef struct moe__io_layer {
     moe_gate_config gate;
     moe__io_parameter *parameter;
     int64_t count, room;
-    int32_t size;   /* ranks */
-    int32_t values; /* 1: the memory is `values` */
+    int64_t *numbers; /* of a placement: of this rank's experts, then where each of all is here */
+    int32_t size;     /* ranks */
+    int32_t values;   /* 1: the memory is `values` */
 } moe__io_layer;
+
+/* The number of an expert that is here, and which one here a number is, or -1. */
+static inline int64_t moe__io_number(const moe__io_parameter *p, int64_t local)
+{
+    return p->begin + (p->numbers ? p->numbers[local] : p->first - p->begin + local);
+}
+static inline int64_t moe__io_local(const moe__io_parameter *p, int64_t number)
+{
+    if (p->local_of) return p->local_of[number - p->begin];
+    return number >= p->first && number < p->first + p->local ? number - p->first : -1;
+}
 
 /* values: as of moe_checkpoint_item, or NULL. */
 moe_status moe__io_describe(moe__io_layer *description, const moe_layer *layer, void *const *values,
                             const char *function);
+/* Of a layer whose experts are whole, the parameters themselves; one of slices is refused. */
+moe_status moe__io_describe_whole(moe__io_layer *description, const moe_layer *layer,
+                                  const char *function);
 void moe__io_describe_free(moe__io_layer *description);
 /* First element of an expert here (0 to local - 1). */
 char *moe__io_expert_base(const moe__io_parameter *p, int64_t expert);

@@ -123,6 +123,25 @@ static void use_values(moe__io_parameter *p, void *values)
     contiguous(p->record.data_stride, p->record.shape, p->record.dims);
 }
 
+/* Of experts that are none in a row; those of every parameter are alike. */
+static moe_status find_numbers(moe__io_layer *l, const moe_layer *layer, moe__io_parameter *p,
+                               const char *function)
+{
+    if (!l->numbers) {
+        l->numbers = malloc((size_t)(p->local + p->all) * sizeof *l->numbers);
+        if (!l->numbers) REFUSE_MEMORY();
+        int64_t *local_of = l->numbers + p->local;
+        for (int64_t e = 0; e < p->all; e++) local_of[e] = -1;
+        for (int64_t i = 0; i < p->local; i++) {
+            l->numbers[i] = moe_layer_expert_number(layer, i);
+            local_of[l->numbers[i]] = i;
+        }
+    }
+    p->numbers = l->numbers;
+    p->local_of = l->numbers + p->local;
+    return MOE_OK;
+}
+
 static moe_status describe_one(moe__io_layer *l, const moe_layer *layer, int64_t index,
                                void *const *values, const char *function)
 {
@@ -149,6 +168,7 @@ static moe_status describe_one(moe__io_layer *l, const moe_layer *layer, int64_t
     p.first = p.begin + p.record.global_offset[0];
     p.local = p.record.shape[0];
     p.all = p.record.global_shape[0];
+    if (p.record.global_offset[0] < 0) MOE_TRY(find_numbers(l, layer, &p, function));
     if (!add_pool_tensor(l, p, name, &c, p.record.data_stride)) REFUSE_MEMORY();
     return MOE_OK;
 }
@@ -172,10 +192,21 @@ moe_status moe__io_describe(moe__io_layer *l, const moe_layer *layer, void *cons
     return status;
 }
 
+moe_status moe__io_describe_whole(moe__io_layer *l, const moe_layer *layer, const char *function)
+{
+    MOE_TRY(moe__io_describe(l, layer, NULL, function));
+    if (l->config.expert_slices == 1) return MOE_OK;
+    int64_t slices = l->config.expert_slices;
+    moe__io_describe_free(l);
+    REFUSE(MOE_ERROR_NOT_SUPPORTED, "the layer's experts are in %lld slices", (ll)slices);
+}
+
 void moe__io_describe_free(moe__io_layer *l)
 {
     free(l->parameter);
+    free(l->numbers);
     l->parameter = NULL;
+    l->numbers = NULL;
     l->count = 0;
 }
 

@@ -65,9 +65,10 @@ static moe_status plan_experts(moe__io_plan *plan, const char *prefix, const moe
                        moe__io_tensor_name(p->tensor));
         int64_t entry = moe__io_add_entry(plan, name, p->record.data_dtype, matrix ? 2 : 1, shape);
         if (entry < 0) REFUSE_MEMORY();
-        if (!mine || e < p->first || e >= p->first + p->local) continue;
+        int64_t local = moe__io_local(p, e);
+        if (!mine || local < 0) continue;
         int64_t block = moe__io_add_block(plan, entry, 0, p->rows, p->cols);
-        if (block < 0 || !moe__io_add_source(plan, block, moe__io_expert_base(p, e - p->first),
+        if (block < 0 || !moe__io_add_source(plan, block, moe__io_expert_base(p, local),
                                              p->stride_row, p->stride_col))
             REFUSE_MEMORY();
     }

@@ -208,7 +208,7 @@ static void fill_all(const dense *d, const moe__io_layer *l)
         const moe__io_parameter *p = &l->parameter[i];
         if (p->owner != IO_ROUTED) continue;
         int64_t slices = d->width / hidden_of_part(l, p->part);
-        for (int64_t e = 0; e < p->local; e++) fill(d, p, p->first + e, e, slices);
+        for (int64_t e = 0; e < p->local; e++) fill(d, p, moe__io_number(p, e), e, slices);
     }
     moe__fenv_leave(&saved);
 }
@@ -248,7 +248,7 @@ moe_status moe_upcycle(moe_layer *layer, const moe_upcycle_args *args)
     MOE_TRY(moe__io_enter(function));
     if (!layer || !args) REFUSE(MOE_ERROR_INVALID_ARGUMENT, "%s is NULL", layer ? "args" : "layer");
     MOE_TRY(MOE__IO_READ(moe__io_upcycle_info, &a, args, function));
-    MOE_TRY(moe__io_describe(&l, layer, NULL, function));
+    MOE_TRY(moe__io_describe_whole(&l, layer, function));
     dense d = {.a = &a};
     moe_status status = upcycle(&l, &d, function);
     for (int t = 0; t < IO_POOL_TENSORS; t++) free(d.memory[t]);
