@@ -202,6 +202,7 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     if (shape.entries < 0)
         REFUSE(MOE_ERROR_OVERFLOW, "%lld tokens of %lld experts do not fit in 63 bits",
                (ll)max_tokens, (ll)top_k);
+    if (shape.ranks) MOE_TRY(moe__ranks_reserve(pass, shape.entries, function));
     MOE_TRY(moe__pass_make_room(pass, &shape, false, function));
     pass->state = MOE__PASS_EMPTY;
     pass->uses = 0;

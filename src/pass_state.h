@@ -310,6 +310,8 @@ moe_status moe__ranks_stop(moe_pass *pass, moe_status status);
 
 /* ranks_rows.c */
 void moe__ranks_free(moe_pass *pass);
+/* With max_received: memory for as many rows as may come, and for this rank's `entries`. */
+moe_status moe__ranks_reserve(moe_pass *pass, int64_t entries, const char *function);
 /* Gives back the rows. */
 void moe__ranks_trim(moe_pass *pass);
 

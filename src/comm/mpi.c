@@ -45,6 +45,7 @@ struct mpi_group {
     int32_t rank, size;
     int64_t next;        /* number of the next exchange */
     int32_t silent;      /* the first rank that was waited for in vain, or -1 */
+    int32_t first;       /* the first rank that gave up, as far as this one was told, or -1 */
     pthread_t owner;     /* the thread that made it */
     bool any_thread;     /* MPI may be called from any thread */
     atomic_bool alarmed; /* the others have been told */
@@ -76,16 +77,19 @@ static int32_t say(mpi_group *g, const char *call, int code)
 
 /* ---- giving up ------------------------------------------------------------------------------- */
 
-/* Tells every other rank, once. Nothing of this rank's memory is sent. */
+/* Tells every other rank, once. Nothing of this rank's memory is sent. The tag says why: 0, or 1 +
+ * the rank that was waited for in vain, or 1 + P + the rank that gave up before, so that a word
+ * passed on names where it began. */
 static void tell_others(mpi_group *g)
 {
     int finalized = 0;
+    int tag = g->silent >= 0 ? g->silent + 1 : g->first >= 0 ? g->size + 1 + g->first : 0;
     if (atomic_exchange(&g->alarmed, true)) return;
     (void)MPI_Finalized(&finalized);
     for (int32_t p = 0; p < g->size && !finalized; p++) {
         MPI_Request request = MPI_REQUEST_NULL;
         if (p == g->rank) continue;
-        if (MPI_Isend(NULL, 0, MPI_BYTE, p, g->silent + 1, g->alarm, &request) == MPI_SUCCESS)
+        if (MPI_Isend(NULL, 0, MPI_BYTE, p, tag, g->alarm, &request) == MPI_SUCCESS)
             (void)MPI_Request_free(&request);
     }
 }
@@ -108,11 +112,13 @@ static int32_t mpi_poll(void *user)
     if (atomic_load(&g->wanted)) tell_others(g);
     TRY_MPI(g, MPI_Iprobe, (MPI_ANY_SOURCE, MPI_ANY_TAG, g->alarm, &there, &status));
     if (!there) return 0;
-    if (status.MPI_TAG > 0)
+    g->first = status.MPI_TAG > g->size ? status.MPI_TAG - g->size - 1 : status.MPI_SOURCE;
+    g->silent = status.MPI_TAG > 0 && status.MPI_TAG <= g->size ? status.MPI_TAG - 1 : -1;
+    if (g->silent >= 0)
         (void)snprintf(g->why, sizeof g->why, "rank %d gave up waiting for rank %d",
-                       status.MPI_SOURCE, status.MPI_TAG - 1);
+                       status.MPI_SOURCE, (int)g->silent);
     else
-        (void)snprintf(g->why, sizeof g->why, "rank %d gave up", status.MPI_SOURCE);
+        (void)snprintf(g->why, sizeof g->why, "rank %d gave up", (int)g->first);
     g->failed = true;
     return 1;
 }
@@ -366,6 +372,7 @@ static mpi_group *make_group(moe_context *context, int size, int rank, int level
     g->silent = -1;
     g->owner = pthread_self();
     g->any_thread = level == MPI_THREAD_MULTIPLE;
+    g->first = -1;
     g->comm = g->alarm = MPI_COMM_NULL;
     atomic_init(&g->alarmed, false);
     atomic_init(&g->wanted, false);
