@@ -60,7 +60,8 @@ typedef struct moe__gate_level {
 } moe__gate_level;
 
 /* route: logits -> noise -> choice -> weights. src/cpu/route.c, choose.c */
-typedef struct moe__route_job {
+typedef struct moe__route_job moe__route_job;
+struct moe__route_job {
     moe__workers workers;
     const moe_gate_config *config; /* as the steps see it: top_k is the K of this call, see
                                       gate.c */
@@ -102,7 +103,11 @@ typedef struct moe__route_job {
     double *column_factor; /* [3,E] of Sinkhorn */
     double *row_factor;    /* [T] of Sinkhorn */
     int64_t *tile_begin;   /* [parts+1] */
-} moe__route_job;
+    /* Makes logits and noise_raw of level 1 where its parameters are on other ranks; NULL: here.
+     * ranks_second.c */
+    moe_status (*second)(moe__route_job *job);
+    void *second_user;
+};
 
 /* losses and statistics, and their gradients. src/cpu/losses.c, load.c */
 typedef struct moe__losses_job moe__losses_job;
@@ -148,7 +153,8 @@ struct moe__losses_job {
 };
 
 /* Gradient of the gate. src/cpu/gate_backward.c, losses.c, load.c */
-typedef struct moe__gate_backward_job {
+typedef struct moe__gate_backward_job moe__gate_backward_job;
+struct moe__gate_backward_job {
     moe__losses_job *losses;
     const double *loss_factor;     /* [MOE_LOSS_SLOTS] config weight times loss_grad */
     const void *entry_weight_grad; /* [N] by the plan's (kept) weights, or NULL = 0 */
@@ -164,7 +170,30 @@ typedef struct moe__gate_backward_job {
     int64_t d_logits_stride;
     moe__matrices d_threshold; /* NULL: not wanted; added to */
     int32_t logits_from_host;  /* 1: no gradient by weight, bias and x through the clean logits */
-} moe__gate_backward_job;
+    /* As moe__route_job's: gradients by the parameters of level 1 there, and its dx_rows if dx. */
+    moe_status (*second)(moe__gate_backward_job *job);
+};
+
+/* Secondary gates over rows of several ranks: logits[r] = x W_i for the rows r of group i, and the
+ * same for the noise; the gradients. src/cpu/second.c */
+typedef struct moe__second_job {
+    moe__workers workers;
+    int64_t parts;          /* groups */
+    int64_t *part_begin;    /* [parts+1] */
+    int64_t segments;       /* ranks */
+    int64_t *segment_begin; /* [parts * segments + 1] */
+    int64_t input_width, width;
+    const void *x; /* [rows,D] in any order; row r is index[r] */
+    const int64_t *index;
+    moe__matrices weight_matrix, noise_weight; /* noise: base NULL without it */
+    void *logits, *noise_raw;                  /* out: [rows,width] */
+    const void *d;                             /* [rows,d_stride] by logits, then by noise_raw;
+                                                  order as x */
+    int64_t d_stride;
+    void *dx_rows;                                 /* out: [rows,D], or NULL */
+    moe__matrices d_weight_matrix, d_noise_weight; /* NULL: not wanted; added to */
+    int64_t *tile_begin;                           /* scratch [parts+1] */
+} moe__second_job;
 
 /* The layer's own coefficients of a token: s = sigmoid(x w) of the shared part (width 1), or c =
  * softmax(x W + b) of routed and residual part (width 2), and what they multiply: the weights of a
@@ -288,6 +317,8 @@ struct moe__backend {
     /* *entries = what MOE__CHOOSE_THRESHOLD will choose; needs the logits' room alone */
     moe_status (*route_count)(moe__route_job *job, int64_t *entries);
     moe_status (*route_forward)(moe__route_job *job);
+    moe_status (*second_forward)(moe__second_job *job);
+    moe_status (*second_backward)(moe__second_job *job);
     moe_status (*losses_forward)(moe__losses_job *job);
     moe_status (*gate_backward)(moe__gate_backward_job *job);
     moe_status (*plan_rows)(moe__plan_rows_job *job);

@@ -45,6 +45,7 @@ static moe_status route_step(moe_pass *pass, const moe__forward *f, const moe__b
     moe__plan_arrays *plan = &pass->plan.a;
     moe__plan_rows_job rows;
     moe__gate_fill_route(pass, f);
+    moe__second_hook(pass, f->uses);
     MOE_TRY(kernels->route_forward(&pass->route));
     memcpy(plan->weight_of_entry, pass->plan_weight,
            (size_t)(plan->entries * moe__dtype_size(plan->dtype)));
@@ -318,6 +319,14 @@ static void end_call(moe_pass *pass, moe_status status)
     pass->call.phase = MOE__PHASE_NONE;
 }
 
+/* Whether the gate runs in a call with these arguments, whatever else is wrong with them. */
+static bool will_route(const moe_pass *pass, const moe_forward_args *args)
+{
+    if (!pass->gate || !args) return pass->gate != NULL;
+    if (args->flags & MOE_FORWARD_RECOMPUTE) return pass->routed;
+    return !args->plan || args->plan_use == MOE_PLAN_IDS;
+}
+
 /* ---- the phases ------------------------------------------------------------------------------ */
 
 moe_status moe__forward_start(moe_pass *pass, const moe_forward_args *args, int32_t uses,
@@ -328,6 +337,7 @@ moe_status moe__forward_start(moe_pass *pass, const moe_forward_args *args, int3
     double weights[MOE_LOSS_SLOTS];
     MOE_TRY(moe__pass_check_idle(pass, function));
     pass->ranks.took_part = pass->ranks.agreed = pass->backward = false;
+    pass->ranks.routes = will_route(pass, args);
     moe_status status = prepare(pass, &call->f, args, uses, weights, &shape, function);
     if (status != MOE_OK) return moe__fail_on_ranks(pass, uses, status, function);
     call->kernels = moe__kernels(pass->context, shape.dtype);

@@ -224,6 +224,19 @@ static moe_status check_kind(const moe_gate_config *c, const char *function)
     return MOE_OK;
 }
 
+/* Secondary gates that live with their groups. */
+static moe_status check_secondary(const moe_gate_config *c, const char *function)
+{
+    bool with_group = c->secondary == MOE_SECONDARY_WITH_GROUP;
+    MOE_TRY(moe__check_range("secondary", c->secondary, 0, MOE_SECONDARY_WITH_GROUP, function));
+    MOE_TRY(moe__check_range("reserved2", c->reserved2, 0, 0, function));
+    if (with_group && c->kind != MOE_GATE_HIERARCHICAL)
+        REFUSE_ARGUMENT("secondary MOE_SECONDARY_WITH_GROUP clashes with kind %s",
+                        moe__gate_kind_name(c->kind));
+    return moe__check_range("local_groups", c->local_groups, 0, with_group ? c->expert_groups : 0,
+                            function);
+}
+
 /* Experts that take tokens need a capacity, and then nothing is dropped. */
 static moe_status check_capacity(const moe_gate_config *c, const char *function)
 {
@@ -258,6 +271,7 @@ moe_status moe__gate_config_check(const moe_gate_config *c, const char *function
     MOE_TRY(check_numbers(c, function));
     MOE_TRY(check_dtype(c, function));
     MOE_TRY(check_selection(c, function));
+    MOE_TRY(check_secondary(c, function));
     if (c->kind != MOE_GATE_SOFTMAX_DENSE)
         MOE_TRY(moe__check_range("top_k", c->top_k, 1, moe__gate_most_k(c), function));
     MOE_TRY(check_weighting(c, function));

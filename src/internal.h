@@ -386,9 +386,17 @@ struct moe_layer {
 };
 
 /* Whether a listed parameter is spread over the ranks: all others are the same on every rank. */
+static inline bool moe__is_of_gate(const moe_layer *layer, const moe__listed *entry)
+{
+    return layer->gate && entry->list == &layer->gate->parameters;
+}
 static inline bool moe__is_spread(const moe_layer *layer, const moe__listed *entry)
 {
-    return layer->where && entry->list == &layer->experts->parameters;
+    if (!layer->where) return false;
+    if (moe__is_of_gate(layer, entry))
+        return layer->gate->config.secondary == MOE_SECONDARY_WITH_GROUP &&
+               entry->list->p[entry->index].per_expert;
+    return entry->list == &layer->experts->parameters;
 }
 
 /* Seconds of a clock that never goes back. comm.c */

@@ -17,6 +17,21 @@ moe_status moe_layer_config_init(moe_layer_config *config, size_t size)
     return moe__struct_init(&moe__layer_config_info, config, size, __func__);
 }
 
+/* Secondary gates that live with their groups. */
+static moe_status check_secondary(const moe_layer_config *c, const char *function)
+{
+    if (!c->gate || c->gate->config.secondary == MOE_SECONDARY_REPLICATED) return MOE_OK;
+    const moe_gate_config *g = &c->gate->config;
+    if (!c->comm) REFUSE_ARGUMENT("the gate's secondary is MOE_SECONDARY_WITH_GROUP, comm is NULL");
+    if (c->exchange != MOE_EXCHANGE_EXACT || c->expert_slices > 1)
+        REFUSE_ARGUMENT("the gate's secondary MOE_SECONDARY_WITH_GROUP clashes with %s",
+                        c->expert_slices > 1 ? "expert_slices" : "exchange MOE_EXCHANGE_PADDED");
+    if (c->comm->size == 1 && g->local_groups != g->expert_groups)
+        REFUSE_ARGUMENT("local_groups is %lld of %lld on the only rank", (ll)g->local_groups,
+                        (ll)g->expert_groups);
+    return MOE_OK;
+}
+
 /* Slices of an expert are summed, so nothing may come after them. */
 static moe_status check_slices(const moe_layer_config *c, const char *function)
 {
@@ -53,6 +68,7 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
     if (c->comm && c->comm->size > 1 && e->made_of_parts)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "a pool of parts on %d ranks is not available",
                (int)c->comm->size);
+    MOE_TRY(check_secondary(c, function));
     return check_slices(c, function);
 }
 

@@ -46,13 +46,31 @@ static moe_status sum_parameter(moe_layer *layer, const moe__parameter *p, doubl
     return moe__parallel_range(layer->context, p->shape[0], 1, sum_range, &s, function);
 }
 
-/* all[slots,count] of the spread parameters, gathered from own[own experts,count]. */
+/* Of the routed experts' parameters. */
+static bool is_of_experts(const moe_layer *layer, int64_t i)
+{
+    const moe__listed *entry = &layer->listing.entry[i];
+    return moe__is_spread(layer, entry) && !moe__is_of_gate(layer, entry);
+}
+
+/* Sums of a gate's parameter that is spread by group: of all ranks in scratch, this rank's after
+ * them. */
+static moe_status gather_groups(moe_layer *layer, const moe__parameter *p, double *scratch,
+                                const char *function)
+{
+    double *own = scratch + layer->gate->config.expert_groups;
+    MOE_TRY(sum_parameter(layer, p, own, 1, function));
+    return moe_comm_all_gather(layer->comm, scratch, layer->where->first_group, own,
+                               (int64_t)sizeof *own);
+}
+
+/* all[slots,count] of the experts' parameters, gathered from own[own experts,count]. */
 static moe_status gather(moe_layer *layer, double *all, double *own, int64_t count,
                          const char *function)
 {
     int64_t k = 0;
     for (int64_t i = 0; i < layer->listing.count; i++)
-        if (moe__is_spread(layer, &layer->listing.entry[i]))
+        if (is_of_experts(layer, i))
             MOE_TRY(sum_parameter(layer, moe__listed_parameter(&layer->listing, i), own + k++,
                                   count, function));
     return moe_comm_all_gather(layer->comm, all, layer->where->first_slot, own,
@@ -67,11 +85,17 @@ static moe_status add_up(moe_layer *layer, const double *all, int64_t count, dou
     int64_t k = 0;
     for (int64_t i = 0; i < layer->listing.count; i++) {
         const moe__parameter *p = moe__listed_parameter(&layer->listing, i);
-        bool spread = moe__is_spread(layer, &layer->listing.entry[i]);
+        bool spread = is_of_experts(layer, i);
+        bool by_group = !spread && moe__is_spread(layer, &layer->listing.entry[i]);
         const moe__placement *w = layer->where;
-        int64_t n = spread ? w->numbers : p->shape[0];
+        int64_t n = spread     ? w->numbers
+                    : by_group ? layer->gate->config.expert_groups
+                               : p->shape[0];
         double sum = 0;
-        if (!spread) MOE_TRY(sum_parameter(layer, p, scratch, 1, function));
+        if (by_group)
+            MOE_TRY(gather_groups(layer, p, scratch, function));
+        else if (!spread)
+            MOE_TRY(sum_parameter(layer, p, scratch, 1, function));
         for (int64_t e = 0; e < n; e++)
             sum += spread ? all[w->first_holder[e] * count + k] : scratch[e];
         k += spread;
@@ -88,9 +112,10 @@ moe_status moe_layer_gradient_norm(moe_layer *layer, double *squared, void *stre
     if (stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
     int64_t count = 0, most = 0, own = layer->experts->config.num_experts;
     for (int64_t i = 0; i < layer->listing.count; i++) {
-        count += moe__is_spread(layer, &layer->listing.entry[i]);
+        count += is_of_experts(layer, i);
         most = moe__max(most, moe__listed_parameter(&layer->listing, i)->shape[0]);
     }
+    if (layer->gate) most = moe__max(most, 2 * layer->gate->config.expert_groups);
     int64_t elements = most + (count ? moe__mul(count, own + layer->where->slots) : 0);
     int64_t bytes = moe__mul(moe__max(elements, 1), sizeof(double));
     double *memory = moe__alloc(layer->context, bytes);

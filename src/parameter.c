@@ -98,13 +98,16 @@ enum {
 static void describe_two_levels(const moe_gate_config *c, moe__parameter_list *list, double std)
 {
     const int64_t first[2] = {c->d_model, c->expert_groups};
-    const int64_t second[3] = {c->expert_groups, c->d_model, c->num_experts / c->expert_groups};
-    list->num_experts = c->expert_groups;
+    bool with_group = c->secondary == MOE_SECONDARY_WITH_GROUP;
+    int64_t here = with_group ? c->local_groups : c->expert_groups;
+    const int64_t second[3] = {here, c->d_model, c->num_experts / c->expert_groups};
+    list->num_experts = here;
     moe__parameter_add(list, "primary_weight", 0, 2, first, c->dtype, PRIMARY_WEIGHT, std);
     moe__parameter_add(list, "primary_noise_weight", 0, 2, first, c->dtype, PRIMARY_NOISE, std);
     moe__parameter_add(list, "weight", 1, 3, second, c->dtype, GATE_WEIGHT, std);
     moe__parameter_add(list, "noise_weight", 1, 3, second, c->dtype, GATE_NOISE, std);
-    for (int64_t i = 0; i < list->count; i++) list->p[i].sharding = MOE_SHARD_REPLICATED;
+    for (int64_t i = 0; i < list->count; i++)
+        if (!with_group) list->p[i].sharding = MOE_SHARD_REPLICATED;
 }
 
 void moe__gate_parameters_describe(moe_gate *gate)
@@ -384,6 +387,10 @@ moe_status moe_layer_parameter(const moe_layer *layer, int64_t index, moe_parame
     MOE_TRY(check_index(index, layer->listing.count, __func__));
     const moe__listed *entry = &layer->listing.entry[index];
     bool spread = moe__is_spread(layer, entry);
+    if (spread && moe__is_of_gate(layer, entry))
+        return write_record(moe__listed_parameter(&layer->listing, index), entry->name,
+                            layer->where->first_group[layer->comm->rank],
+                            layer->gate->config.expert_groups, record, __func__);
     return write_record(moe__listed_parameter(&layer->listing, index), entry->name,
                         spread ? first_number(layer) : 0, spread ? layer->where->numbers : 0,
                         record, __func__);

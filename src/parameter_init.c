@@ -19,7 +19,7 @@ typedef struct fill {
     uint64_t seed;
     uint32_t stream_id;
     int64_t rows, cols;     /* logical, of one expert's matrix as stored: inputs and outputs */
-    const int64_t *numbers; /* of the pool's experts on all ranks; NULL: 0 and on */
+    const int64_t *numbers; /* of the experts, or groups, on all ranks; NULL: 0 and on */
 } fill;
 
 enum { UP_AFTER_GATE = 2 }; /* tensor number of W3 minus that of W1 */
@@ -89,7 +89,7 @@ static moe_status init_one(const moe__parameter_list *list, const moe__parameter
               .p = p,
               .seed = seed,
               .stream_id = (uint32_t)stream_id,
-              .numbers = numbers,
+              .numbers = p->per_expert ? numbers : NULL,
               .rows = out_in ? second : first,
               .cols = out_in ? first : second};
     return moe__parallel_range(list->context, experts * first, moe__max(1, 4096 / second),
@@ -132,8 +132,12 @@ moe_status moe_experts_init_parameters(moe_experts *experts, uint64_t seed)
 moe_status moe_layer_init_parameters(moe_layer *layer, uint64_t seed)
 {
     if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
-    if (layer->gate) MOE_TRY(moe_gate_init_parameters(layer->gate, seed));
     const moe__placement *w = layer->where;
+    const moe_gate *gate = layer->gate;
+    if (gate)
+        MOE_TRY(init_all(&gate->parameters, seed, gate->config.stream_id,
+                         w && w->groups ? w->groups + w->first_group[layer->comm->rank] : NULL,
+                         __func__));
     const int64_t *numbers = w ? w->number_of_slot + w->first_slot[layer->comm->rank] : NULL;
     MOE_TRY(init_pool(layer->experts, seed, 0, numbers, __func__));
     if (layer->shared) MOE_TRY(init_pool(layer->shared, seed, 1, NULL, __func__));

@@ -125,6 +125,9 @@ moe_status moe_pass_create_for_gate(moe_pass **pass, moe_gate *gate, const moe_p
     if (!pass || !gate)
         return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "%s is NULL",
                          pass ? "gate" : "pass");
+    if (gate->config.secondary == MOE_SECONDARY_WITH_GROUP)
+        return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__,
+                         "the gate's secondary is MOE_SECONDARY_WITH_GROUP: it is for layers");
     return pass_create(pass, gate->context, NULL, gate, NULL, config, __func__);
 }
 
@@ -220,7 +223,8 @@ int64_t moe_pass_bytes(const moe_pass *pass)
 {
     if (!pass) return 0;
     const moe__ranks *k = &pass->ranks;
-    int64_t of_ranks = k->counts_bytes + k->rows_bytes + k->keep_bytes;
+    int64_t of_ranks = k->counts_bytes + k->rows_bytes + k->keep_bytes + k->second.counts_bytes +
+                       k->second.rows_bytes;
     return of_ranks + (pass->host_memory ? pass->used : pass->capacity);
 }
 

@@ -308,6 +308,9 @@ moe_status moe__ranks_end(moe_pass *pass, moe_status status);
 /* Likewise, and gives up what is in flight. */
 moe_status moe__ranks_stop(moe_pass *pass, moe_status status);
 
+/* ranks_second.c: makes the gate's jobs ask other ranks for what secondary gates there do. */
+void moe__second_hook(moe_pass *pass, int32_t uses);
+
 /* ranks_rows.c */
 void moe__ranks_free(moe_pass *pass);
 /* With max_received: memory for as many rows as may come, and for this rank's `entries`. */

@@ -19,6 +19,8 @@ typedef struct moe__placement {
     int64_t *slot_of_number; /* [E S] where this rank sends its rows */
     int64_t *first_holder;   /* [E S] the first slot that holds it */
     int64_t most_slots;      /* of a rank */
+    int64_t *first_group;    /* [P+1] secondary gates of each rank; NULL: all are replicated */
+    int64_t *groups;         /* [A] 0 and on; likewise */
     int64_t header_rows;     /* of a block of MOE_EXCHANGE_PADDED, before its rows */
     bool replicas;           /* some number is in two slots */
     bool in_order;           /* slot i holds number i, and there are no slices */
@@ -29,6 +31,20 @@ typedef struct moe__placement {
 typedef struct moe__range {
     int64_t first, rows;
 } moe__range;
+
+/* Secondary gates of a hierarchical gate that live with their groups: ranks_second.c. */
+typedef struct moe__second {
+    void *counts_memory, *rows_memory;
+    int64_t counts_bytes, rows_bytes;
+    int64_t *in_count;                /* [P, local groups] rows that come */
+    int64_t *send_begin, *recv_begin; /* [P+1] rows to and from each rank */
+    int64_t *index;                   /* [rows that come] where row r by (group, source) arrived */
+    moe__second_job job;
+    void *x;     /* [rows that come, D] */
+    void *d;     /* [rows that come, B or 2 B] by logits, and by the raw noise */
+    void *here;  /* rows that this rank sends, and gets */
+    void *there; /* rows that go back */
+} moe__second;
 
 /* Of a pass. P ranks; `own` slots are this rank's. */
 typedef struct moe__ranks {
@@ -49,22 +65,24 @@ typedef struct moe__ranks {
     int64_t *all_at;                  /* [slots+1] the first row of each slot in `results` */
     int32_t request;                  /* in flight if `waiting` */
     bool waiting;
+    bool routes;           /* the gate runs in this call */
     bool took_part;        /* in this call: the others know how it went here */
     bool agreed;           /* the failure is known to all ranks */
     moe__plan_arrays plan; /* of what came: a token is a position */
     moe__experts_job job;
-    moe__dw_carry carry[3];          /* of w1, w3, w2 */
-    moe__dw_sums sums[2][3];         /* what they go between */
-    int64_t x_width;                 /* elements of a row of x */
-    void *x;                         /* [positions,x_width] that came: x, weight, and dy if they
+    moe__dw_carry carry[3];  /* of w1, w3, w2 */
+    moe__dw_sums sums[2][3]; /* what they go between */
+    int64_t x_width;         /* elements of a row of x */
+    void *x;                 /* [positions,x_width] that came: x, weight, and dy if they
                                           came together */
-    void *dy;                        /* [positions,O] that came by themselves */
-    void *here, *there;              /* rows that this rank sends, then gets back; that go back */
-    void *results;                   /* by slot, what came back; here, or where all rounds' meet */
-    void *merged;                    /* in the order of the plan; NULL: results are */
-    void *entry_grad;                /* [positions] */
-    const void *rows;                /* [rows of the plan] what a call makes, */
-    int64_t row_stride;              /* so many elements apart */
+    void *dy;                /* [positions,O] that came by themselves */
+    void *here, *there;      /* rows that this rank sends, then gets back; that go back */
+    void *results;           /* by slot, what came back; here, or where all rounds' meet */
+    void *merged;            /* in the order of the plan; NULL: results are */
+    void *entry_grad;        /* [positions] */
+    const void *rows;        /* [rows of the plan] what a call makes, */
+    int64_t row_stride;      /* so many elements apart */
+    moe__second second;
     uint8_t *keep_here, *keep_there; /* [rows by slot], [rows that come] whether it stays */
     void *score_here, *score_there;  /* likewise, weights */
     int64_t *order;                  /* [rows that come] scratch */

@@ -13,7 +13,7 @@ typedef struct field {
     char type; /* i, l, d: int32_t, int64_t, double */
 } field;
 
-enum { FIELDS = 96, STATUS = 0, SLOTS = 1, COMPARED = 2 }; /* words of a rank */
+enum { FIELDS = 96, STATUS = 0, SLOTS = 1, GROUPS = 2, COMPARED = 3 }; /* words of a rank */
 
 #define OF_GATE(type, name)                          \
     {                                                \
@@ -63,7 +63,8 @@ static const field GATE[] = {{"gate num_experts", offsetof(moe_gate_config, num_
                              OF_GATE('i', sinkhorn_iterations),
                              OF_GATE('i', choice_noise),
                              OF_GATE('i', second_choice),
-                             OF_GATE('i', loss_scope)};
+                             OF_GATE('i', loss_scope),
+                             OF_GATE('i', secondary)};
 
 /* Experts of one rank may be wider than another's, unless they are slices. */
 #define OF_POOL(type, name)                             \
@@ -158,27 +159,30 @@ static moe_status compare(const int64_t *all, const description *d, int32_t P, c
 
 /* ---- where the experts are ------------------------------------------------------------------- */
 
-static void lay_out(moe__placement *w, moe__arena *arena, int64_t P)
+static void lay_out(moe__placement *w, moe__arena *arena, int64_t P, int64_t groups)
 {
     (void)moe__arena_take(arena, 1, sizeof *w);
     w->first_slot = moe__arena_take(arena, P + 1, sizeof *w->first_slot);
     w->number_of_slot = moe__arena_take(arena, w->slots, sizeof *w->number_of_slot);
     w->slot_of_number = moe__arena_take(arena, w->numbers, sizeof *w->slot_of_number);
     w->first_holder = moe__arena_take(arena, w->numbers, sizeof *w->first_holder);
+    w->first_group = groups ? moe__arena_take(arena, P + 1, sizeof *w->first_group) : NULL;
+    w->groups = groups ? moe__arena_take(arena, groups, sizeof *w->groups) : NULL;
 }
 
 /* One block for the struct and its arrays, or NULL. */
-static moe__placement *make(moe_context *context, int64_t slots, int64_t numbers, int64_t P)
+static moe__placement *make(moe_context *context, int64_t slots, int64_t numbers, int64_t P,
+                            int64_t groups)
 {
     moe__placement sizes = {.slots = slots, .numbers = numbers};
     moe__arena arena = {NULL, 0};
-    lay_out(&sizes, &arena, P);
+    lay_out(&sizes, &arena, P, groups);
     moe__placement *w = moe__alloc(context, arena.used);
     if (!w) return NULL;
     *w = sizes;
     w->bytes = arena.used;
     arena = (moe__arena){(char *)w, 0};
-    lay_out(w, &arena, P);
+    lay_out(w, &arena, P, groups);
     return w;
 }
 
@@ -223,6 +227,32 @@ static moe_status check_holders(const moe__placement *w, const char *function)
     return MOE_OK;
 }
 
+/* Secondary gates: rank 0 has the first groups, and so on, each with all of its experts. */
+static moe_status find_groups(moe__placement *w, const int64_t *all, int64_t groups, int32_t P,
+                              const char *function)
+{
+    int64_t width = w->numbers / groups;
+    if (w->replicas)
+        REFUSE_ARGUMENT("experts have replicas, secondary gates live with their groups");
+    w->first_group[0] = 0;
+    for (int32_t p = 0; p < P; p++)
+        w->first_group[p + 1] = w->first_group[p] + all[p * FIELDS + GROUPS];
+    if (w->first_group[P] != groups)
+        REFUSE_ARGUMENT("local_groups of all ranks are %lld, the gate has %lld groups",
+                        (ll)w->first_group[P], (ll)groups);
+    for (int64_t i = 0; i < groups; i++) w->groups[i] = i;
+    for (int32_t p = 0; p < P; p++)
+        for (int64_t v = w->first_group[p] * width; v < w->first_group[p + 1] * width; v++) {
+            int64_t s = w->slot_of_number[v];
+            if (s < w->first_slot[p] || s >= w->first_slot[p + 1])
+                REFUSE_ARGUMENT(
+                    "expert %lld is not on rank %d, which has the secondary gate of its "
+                    "group %lld",
+                    (ll)v, (int)p, (ll)(v / width));
+        }
+    return MOE_OK;
+}
+
 /* The header of a block of MOE_EXCHANGE_PADDED is some whole rows, whichever way they travel. */
 static int64_t header_rows(const moe__placement *w, const moe_experts_config *e)
 {
@@ -239,7 +269,9 @@ static moe_status find_places(moe_layer *layer, const int64_t *all, const char *
     int64_t slots = 0, own = c->experts->config.num_experts;
     for (int32_t p = 0; p < P; p++) slots = moe__add(slots, all[p * FIELDS + SLOTS]);
     int64_t E = c->gate ? c->gate->config.num_experts : slots / c->expert_slices;
-    moe__placement *w = make(layer->context, slots, moe__mul(E, c->expert_slices), P);
+    const moe_gate_config *g = c->gate ? &c->gate->config : NULL;
+    int64_t groups = g && g->secondary ? g->expert_groups : 0;
+    moe__placement *w = make(layer->context, slots, moe__mul(E, c->expert_slices), P, groups);
     int64_t *numbers = moe__alloc(layer->context, moe__max(own, 1) * (int64_t)sizeof *numbers);
     moe_status status = MOE_OK;
     if (!w || !numbers)
@@ -267,6 +299,7 @@ static moe_status find_places(moe_layer *layer, const int64_t *all, const char *
     if (status == MOE_OK) status = check_numbers(w, P, function);
     if (status == MOE_OK) find_holders(w, rank);
     if (status == MOE_OK) status = check_holders(w, function);
+    if (status == MOE_OK && groups) status = find_groups(w, all, groups, P, function);
     w->in_order = w->slices == 1 && slots == w->numbers;
     for (int64_t s = 0; s < slots && w->in_order; s++) w->in_order = w->number_of_slot[s] == s;
     w->header_rows = c->exchange == MOE_EXCHANGE_PADDED ? header_rows(w, &c->experts->config) : 0;
@@ -315,6 +348,7 @@ static moe_status join(moe_comm *comm, moe_context *context, moe_layer *layer, m
         int64_t *words = all + (int64_t)P * FIELDS;
         words[STATUS] = own;
         if (layer) words[SLOTS] = layer->config.experts->config.num_experts;
+        if (layer && layer->gate) words[GROUPS] = layer->gate->config.local_groups;
         d.word = words + COMPARED;
         if (layer) describe_layer(&d, &layer->config);
         moe_status sent = gather(comm, all, begin);

@@ -41,7 +41,7 @@ moe_status moe__ranks_room(moe_pass *pass, void **memory, int64_t *capacity, int
     return MOE_OK;
 }
 
-static void give_back(moe_pass *pass, void **memory, int64_t *bytes)
+void moe__ranks_give_back(moe_pass *pass, void **memory, int64_t *bytes)
 {
     moe__comm_free(pass->layer ? pass->layer->comm : NULL, pass->context, *memory, *bytes);
     *memory = NULL;
@@ -51,18 +51,20 @@ static void give_back(moe_pass *pass, void **memory, int64_t *bytes)
 void moe__ranks_trim(moe_pass *pass)
 {
     moe__ranks *k = &pass->ranks;
-    give_back(pass, &k->keep_memory, &k->keep_bytes);
+    moe__second_trim(pass);
+    moe__ranks_give_back(pass, &k->keep_memory, &k->keep_bytes);
     if (pass->layer && pass->layer->where && padded(pass)) return; /* needed to take part */
-    give_back(pass, &k->rows_memory, &k->rows_bytes);
+    moe__ranks_give_back(pass, &k->rows_memory, &k->rows_bytes);
 }
 
 void moe__ranks_free(moe_pass *pass)
 {
     moe__ranks *k = &pass->ranks;
     if (k->waiting) moe__comm_give_up(moe__pass_comm(pass), k->request);
-    give_back(pass, &k->keep_memory, &k->keep_bytes);
-    give_back(pass, &k->rows_memory, &k->rows_bytes);
-    give_back(pass, &k->counts_memory, &k->counts_bytes);
+    moe__second_free(pass);
+    moe__ranks_give_back(pass, &k->keep_memory, &k->keep_bytes);
+    moe__ranks_give_back(pass, &k->rows_memory, &k->rows_bytes);
+    moe__ranks_give_back(pass, &k->counts_memory, &k->counts_bytes);
     *k = (moe__ranks){0};
 }
 

@@ -7,6 +7,7 @@
 /* Makes *memory at least `bytes` long; what was there is lost. bytes < 0: too many. */
 moe_status moe__ranks_room(moe_pass *pass, void **memory, int64_t *capacity, int64_t bytes,
                            const char *function);
+void moe__ranks_give_back(moe_pass *pass, void **memory, int64_t *bytes);
 /* Memory for the rows of the counts. save: for a backward too. */
 moe_status moe__ranks_lay_out(moe_pass *pass, bool save, const char *function);
 
@@ -15,6 +16,26 @@ moe_status moe__ranks_exchange(moe_pass *pass, const moe_exchange *e);
 moe_status moe__ranks_start(moe_pass *pass, void *recv, const void *send, int64_t row_bytes,
                             bool back);
 moe_status moe__ranks_wait(moe_pass *pass);
+
+/* Rows for each slot, or group; those of rank p from first[p] on; own: of this rank. ranks_words.c */
+typedef struct moe__counts {
+    const int64_t *rows, *first;
+    int64_t own;
+} moe__counts;
+/* Exchanges headers with `status`, and counts (NULL: none). Every rank fails if one does: this one
+ * with its own status if it has one. Then reads [P,own] of them. */
+moe_status moe__ranks_exchange_words(moe_pass *pass, bool backward, const moe__counts *counts,
+                                     moe_status status, const char *function);
+moe_status moe__ranks_read_counts(moe_pass *pass, int64_t own, int64_t *in_count, int64_t *in_rows,
+                                  const char *function);
+/* All ranks go on, or none does. */
+moe_status moe__ranks_agree_on(moe_pass *pass, moe_status status, const char *function);
+
+/* ranks_second.c: memory to take part; what a rank that declines says it has; the end. */
+moe_status moe__second_prepare(moe_pass *pass, const char *function);
+moe__counts moe__second_counts(const moe_pass *pass);
+void moe__second_free(moe_pass *pass);
+void moe__second_trim(moe_pass *pass);
 
 /* Finds ranges and positions of a round. */
 void moe__ranks_set_round(moe_pass *pass, int64_t round);

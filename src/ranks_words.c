@@ -60,6 +60,7 @@ moe_status moe__ranks_prepare(moe_pass *pass, const char *function)
     arena = (moe__arena){k->counts_memory, 0};
     lay_out_counts(pass, &arena);
     k->rounds = 1;
+    if (pass->layer->where->first_group) MOE_TRY(moe__second_prepare(pass, function));
     if (pass->layer->config.exchange != MOE_EXCHANGE_PADDED) return MOE_OK;
     MOE_TRY(moe__ranks_lay_out(pass, true, function)); /* their sizes are known too */
     memset(k->rows_memory, 0, (size_t)k->rows_bytes);  /* unused rows of blocks travel as well */
@@ -120,23 +121,21 @@ moe_status moe__ranks_check_header(moe_pass *pass, int64_t p, bool backward, con
     return MOE_OK;
 }
 
-/* Exchanges headers with `status`, and if `counts` the rows for each slot. Every rank fails if one
- * does: this one with its own status if it has one. */
-static moe_status exchange_words(moe_pass *pass, bool backward, bool counts, moe_status status,
-                                 const char *function)
+moe_status moe__ranks_exchange_words(moe_pass *pass, bool backward, const moe__counts *counts,
+                                     moe_status status, const char *function)
 {
     moe__ranks *k = &pass->ranks;
-    const int64_t *first = pass->layer->where->first_slot;
-    int64_t P = moe__pass_comm(pass)->size, own = counts ? own_slots(pass) : 0;
+    int64_t P = moe__pass_comm(pass)->size, own = counts ? counts->own : 0;
     for (int64_t p = 0; p <= P; p++) {
-        k->out_begin[p] = p * MOE__RANKS_HEADER + (counts ? first[p] : 0);
+        k->out_begin[p] = p * MOE__RANKS_HEADER + (counts ? counts->first[p] : 0);
         k->in_begin[p] = p * (MOE__RANKS_HEADER + own);
     }
     for (int64_t p = 0; p < P; p++) {
         int64_t *words = k->words_out + k->out_begin[p];
         moe__ranks_header(pass, backward, status, words);
-        for (int64_t s = first[p]; counts && s < first[p + 1]; s++)
-            words[MOE__RANKS_HEADER + s - first[p]] = status == MOE_OK ? k->count[s] : 0;
+        for (int64_t s = counts ? counts->first[p] : 0; counts && s < counts->first[p + 1]; s++)
+            words[MOE__RANKS_HEADER + s - counts->first[p]] = status == MOE_OK ? counts->rows[s]
+                                                                               : 0;
     }
     moe_exchange e = {.struct_size = sizeof e,
                       .recv = k->words_in,
@@ -155,21 +154,26 @@ static moe_status exchange_words(moe_pass *pass, bool backward, bool counts, moe
     return MOE_OK;
 }
 
-/* Rows from each rank for each slot, out of the words. */
-static moe_status read_counts(moe_pass *pass, const char *function)
+moe_status moe__ranks_read_counts(moe_pass *pass, int64_t own, int64_t *in_count, int64_t *in_rows,
+                                  const char *function)
 {
     moe__ranks *k = &pass->ranks;
-    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass), rows = 0;
+    int64_t P = moe__pass_comm(pass)->size, rows = 0;
     for (int64_t p = 0; p < P; p++)
         for (int64_t i = 0; i < own; i++) {
             int64_t n = k->words_in[k->in_begin[p] + MOE__RANKS_HEADER + i];
             if (n < 0) REFUSE(MOE_ERROR_TRANSPORT, "rank %lld has %lld rows", (ll)p, (ll)n);
-            k->in_count[p * own + i] = n;
+            in_count[p * own + i] = n;
             rows = moe__add(rows, n);
         }
     if (rows < 0) REFUSE(MOE_ERROR_TRANSPORT, "the rows of all ranks do not fit in 63 bits");
-    k->in_rows = rows;
+    *in_rows = rows;
     return MOE_OK;
+}
+
+static moe__counts slot_counts(const moe_pass *pass)
+{
+    return (moe__counts){pass->ranks.count, pass->layer->where->first_slot, own_slots(pass)};
 }
 
 /* Where each source's rows are among all of this rank: by slot, then source. */
@@ -291,8 +295,7 @@ static moe_status exchange_rows(moe_pass *pass, void *recv, const void *send, in
     return moe__ranks_exchange(pass, &e);
 }
 
-/* Every rank has memory for scores, or the call ends. */
-static moe_status agree(moe_pass *pass, moe_status status, const char *function)
+moe_status moe__ranks_agree_on(moe_pass *pass, moe_status status, const char *function)
 {
     moe__ranks *k = &pass->ranks;
     int64_t P = moe__pass_comm(pass)->size;
@@ -321,9 +324,9 @@ static moe_status fetch_scores(moe_pass *pass, const char *function)
     int64_t size = moe__dtype_size(plan->dtype), at = 0;
     moe__arena arena = {NULL, 0};
     lay_out_scores(pass, &arena);
-    MOE_TRY(agree(pass,
-                  moe__ranks_room(pass, &k->keep_memory, &k->keep_bytes, arena.used, function),
-                  function));
+    MOE_TRY(moe__ranks_agree_on(
+        pass, moe__ranks_room(pass, &k->keep_memory, &k->keep_bytes, arena.used, function),
+        function));
     arena = (moe__arena){k->keep_memory, 0};
     lay_out_scores(pass, &arena);
     for (int64_t s = 0; s < w->slots; s++) {
@@ -449,7 +452,7 @@ static moe_status check_padded(moe_pass *pass, const char *function)
                    (int)moe__pass_comm(pass)->rank, (ll)pass->ranks.count[s],
                    (ll)(w->number_of_slot[s] / w->slices), (ll)most);
     if (pass->layer->config.loss_batch != MOE_BATCH_GLOBAL) return MOE_OK;
-    return exchange_words(pass, false, false, MOE_OK, function);
+    return moe__ranks_exchange_words(pass, false, NULL, MOE_OK, function);
 }
 
 static moe_status agree_on_rows(moe_pass *pass, bool save, bool *dropped, const char *function)
@@ -459,8 +462,9 @@ static moe_status agree_on_rows(moe_pass *pass, bool save, bool *dropped, const 
     bool by_score = policy == MOE_RECEIVED_DROP_SCORE;
     moe__ranks_count(pass);
     if (pass->layer->config.exchange == MOE_EXCHANGE_PADDED) return check_padded(pass, function);
-    MOE_TRY(exchange_words(pass, false, true, MOE_OK, function));
-    MOE_TRY(read_counts(pass, function));
+    moe__counts counts = slot_counts(pass);
+    MOE_TRY(moe__ranks_exchange_words(pass, false, &counts, MOE_OK, function));
+    MOE_TRY(moe__ranks_read_counts(pass, counts.own, k->in_count, &k->in_rows, function));
     find_in_places(pass);
     if (by_score) MOE_TRY(fetch_scores(pass, function));
     moe_status status = bound(pass, function);
@@ -484,16 +488,21 @@ moe_status moe__ranks_agree(moe_pass *pass, bool save, bool *dropped, const char
 moe_status moe__ranks_agree_backward(moe_pass *pass, const char *function)
 {
     if (pass->layer->config.exchange == MOE_EXCHANGE_PADDED) return MOE_OK; /* in the blocks */
-    return moe__ranks_end(pass, exchange_words(pass, true, false, MOE_OK, function));
+    return moe__ranks_end(pass, moe__ranks_exchange_words(pass, true, NULL, MOE_OK, function));
 }
 
+/* The first thing that the others wait for is the words of the secondary gates' rows, of the
+ * experts' rows, or a header. */
 moe_status moe__ranks_decline(moe_pass *pass, bool backward, moe_status status,
                               const char *function)
 {
     const moe_layer_config *c = &pass->layer->config;
+    bool padded = c->exchange == MOE_EXCHANGE_PADDED;
     if (pass->ranks.took_part) return status;
-    if (c->exchange == MOE_EXCHANGE_PADDED && (backward || c->loss_batch != MOE_BATCH_GLOBAL))
+    if (padded && (backward || c->loss_batch != MOE_BATCH_GLOBAL))
         return moe__ranks_decline_padded(pass, backward, status, function);
-    return exchange_words(pass, backward, !backward && c->exchange != MOE_EXCHANGE_PADDED, status,
-                          function);
+    moe__counts counts = slot_counts(pass);
+    if (pass->ranks.routes && pass->layer->where->first_group) counts = moe__second_counts(pass);
+    return moe__ranks_exchange_words(pass, backward, backward || padded ? NULL : &counts, status,
+                                     function);
 }

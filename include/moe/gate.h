@@ -109,6 +109,17 @@ enum {
 
 #define MOE_INIT_DEFAULT (-1.0) /* init_std by the rule of moe_*_init_parameters */
 
+/* Where the secondary gates of MOE_GATE_HIERARCHICAL are, in a layer over a comm ([1] 3.2: each
+ * secondary MoE is on one device). */
+enum {
+    MOE_SECONDARY_REPLICATED = 0, /* all of them on every rank */
+    MOE_SECONDARY_WITH_GROUP = 1  /* with their group's experts, on one rank: a token's row goes there
+                                     first, and its logits come back. "weight" and "noise_weight"
+                                     are [local_groups,D,B], sharded. Rank 0 has the first
+                                     groups, and so on; a layer needs MOE_EXCHANGE_EXACT, no slices
+                                     and no replicas. Such a gate is for layers alone */
+};
+
 /* Returns MOE_INIT_DEFAULT, for callers that cannot read a macro. Any thread. Since 0.1. */
 MOE_API double moe_init_default(void);
 
@@ -185,6 +196,10 @@ typedef struct moe_gate_config {
     int32_t choice_noise;        /* MOE_CHOICE_NOISE_*; default none */
     int32_t second_choice;       /* MOE_SECOND_CHOICE_*; default all */
     int32_t loss_scope;          /* MOE_LOSS_SCOPE_*; default batch */
+    int32_t secondary;           /* MOE_SECONDARY_*, of MOE_GATE_HIERARCHICAL; default replicated */
+    int32_t reserved2;           /* 0 */
+    int64_t local_groups;        /* of MOE_SECONDARY_WITH_GROUP: groups whose secondary gate this
+                                    object has, 0 to expert_groups; else 0 */
 } moe_gate_config;
 
 /* Writes every default and the caller's size. Returns as moe_context_config_init. Since 0.1. */

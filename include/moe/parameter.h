@@ -33,7 +33,7 @@ enum {
 /* How a parameter is spread over the ranks of an expert-parallel group. */
 enum {
     MOE_SHARD_REPLICATED = 0,  /* the same on every rank; its gradients must be summed over ranks */
-    MOE_SHARD_EXPERT = 1,      /* each rank has some of the experts */
+    MOE_SHARD_EXPERT = 1,      /* each rank has some of the experts, or of the groups' gates */
     MOE_SHARD_EXPERT_WIDTH = 2 /* each rank has a slice of every expert's hidden width */
 };
 

@@ -235,15 +235,16 @@ static moe_status input_product(const moe__route_job *route, const moe__gate_lev
     return run_gemm_rows(&route->workers, &gemm);
 }
 
+/* `made`: dx_rows are there. */
 static moe_status level_input(const moe__gate_backward_job *job, const moe__gate_level *level,
-                              destination *dx)
+                              bool made, destination *dx)
 {
     const moe__route_job *route = job->losses->route;
     destination rows = {level->dx_rows, route->input_width, 0};
     destination *to = level->dx_rows ? &rows : dx;
-    if (!job->logits_from_host)
+    if (!job->logits_from_host && !made)
         MOE_TRY(input_product(route, level, level->d_logits, &level->weight_matrix, to));
-    if (level->noise)
+    if (level->noise && !made)
         MOE_TRY(input_product(route, level, level->d_noise_raw, &level->noise_weight, to));
     if (!level->dx_rows) return MOE_OK;
     moe__rows_job sum = {.workers = route->workers,
@@ -373,9 +374,11 @@ moe_status MOE_KERNEL(gate_backward)(moe__gate_backward_job *job)
         MOE_TRY(moe__parallel_range(w->context, route->primary->entries, 64, split_levels_range,
                                     job, w->function));
     for (int32_t i = 0; i < route->levels && route->level[i].logits; i++) {
+        bool elsewhere = i == 1 && job->second;
         MOE_TRY(level_backward(job, &route->level[i]));
-        if (job->dx) MOE_TRY(level_input(job, &route->level[i], &dx));
-        MOE_TRY(level_parameters(job, &route->level[i]));
+        if (elsewhere) MOE_TRY(job->second(job));
+        if (job->dx) MOE_TRY(level_input(job, &route->level[i], elsewhere, &dx));
+        if (!elsewhere) MOE_TRY(level_parameters(job, &route->level[i]));
     }
     threshold_gradient(job);
     return job->dx ? finish_input(job, &dx) : MOE_OK;

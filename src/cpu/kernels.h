@@ -16,6 +16,8 @@ void MOE_KERNEL(gemm_dw_tile)(const moe__gemm_dw_job *job, int64_t tile, void *s
 int64_t MOE_KERNEL(worker_bytes)(void);
 moe_status MOE_KERNEL(route_count)(moe__route_job *job, int64_t *entries);
 moe_status MOE_KERNEL(route_forward)(moe__route_job *job);
+moe_status MOE_KERNEL(second_forward)(moe__second_job *job);
+moe_status MOE_KERNEL(second_backward)(moe__second_job *job);
 moe_status MOE_KERNEL(losses_forward)(moe__losses_job *job);
 moe_status MOE_KERNEL(gate_backward)(moe__gate_backward_job *job);
 moe_status MOE_KERNEL(plan_rows)(moe__plan_rows_job *job);

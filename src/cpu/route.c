@@ -260,7 +260,7 @@ static moe_status route_two_levels(moe__route_job *job)
     if (job->choose == MOE__CHOOSE_GIVEN) groups_of_given(job);
     MOE_TRY(route_rows(job, &job->level[0]));
     MOE_TRY(start_second_level(job));
-    MOE_TRY(level_logits(job, &job->level[1]));
+    MOE_TRY(job->second ? job->second(job) : level_logits(job, &job->level[1]));
     MOE_TRY(route_rows(job, &job->level[1]));
     combine_levels(job);
     return MOE_OK;

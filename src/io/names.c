@@ -28,7 +28,8 @@ enum { NAME_BYTES = 1024 };
 
 /* ---- parameters ------------------------------------------------------------------------------ */
 
-/* All of a parameter that every rank has: matrices [rows,cols] after a possible first dimension. */
+/* All of a parameter that every rank has, or some of its matrices [rows,cols] after the first
+ * dimension. */
 static moe_status plan_whole(moe__io_plan *plan, const char *prefix, const moe__io_parameter *p,
                              bool mine, const char *function)
 {
@@ -38,15 +39,17 @@ static moe_status plan_whole(moe__io_plan *plan, const char *prefix, const moe__
     int64_t rows = d > 1 ? r->shape[d - 2] : 1, cols = r->shape[d - 1];
     int64_t row_stride = d > 1 ? r->data_stride[d - 2] : 0, matrices = d > 2 ? r->shape[0] : 1;
     (void)snprintf(name, sizeof name, "%s%s", prefix, r->name);
-    int64_t entry = moe__io_add_entry(plan, name, r->data_dtype, d, r->shape);
+    int64_t entry = moe__io_add_entry(plan, name, r->data_dtype, d, r->global_shape);
     if (entry < 0) REFUSE_MEMORY();
-    for (int64_t m = 0; m < matrices && mine; m++) {
+    bool spread = r->global_shape[0] != r->shape[0] || r->global_offset[0] != 0;
+    for (int64_t m = 0; m < matrices && (mine || spread); m++) {
         char *base = moe__io_expert_base(p, 0);
         if (r->data_per_expert)
             base = (char *)r->data_per_expert[m];
         else
             base += m * r->data_stride[0] * moe__io_dtype_size(r->data_dtype) * (d > 2);
-        int64_t block = moe__io_add_block(plan, entry, m * rows * cols, rows, cols);
+        int64_t at = (r->global_offset[0] + m) * rows * cols;
+        int64_t block = moe__io_add_block(plan, entry, at, rows, cols);
         if (block < 0 || !moe__io_add_source(plan, block, base, row_stride, r->data_stride[d - 1]))
             REFUSE_MEMORY();
     }

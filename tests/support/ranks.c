@@ -77,7 +77,12 @@ void whole_free(whole *w)
 
 /* ---- a rank ---------------------------------------------------------------------------------- */
 
-static bool is_spread(const char *name) { return strncmp(name, "experts.", 8) == 0; }
+static bool is_of_experts(const char *name) { return strncmp(name, "experts.", 8) == 0; }
+static bool is_of_groups(const part *p, const char *name)
+{
+    return p->with_group &&
+           (strcmp(name, "gate.weight") == 0 || strcmp(name, "gate.noise_weight") == 0);
+}
 
 /* The parameters of the whole layer, of experts those of this rank. */
 static void copy_parameters(part *p)
@@ -88,8 +93,15 @@ static void copy_parameters(part *p)
     for (int64_t i = 0; i < moe_layer_parameter_count(p->f.layer); i++) {
         MUST(moe_layer_parameter(p->f.layer, i, &to));
         MUST(moe_layer_parameter(p->w->f.layer, i, &from));
-        if (!is_spread(to.name)) {
-            memcpy(to.data, from.data, (size_t)(to.element_count * p->w->element));
+        int64_t ahead = 0;
+        if (is_of_groups(p, to.name)) {
+            ck_assert_int_eq(to.global_shape[0], from.shape[0]);
+            ck_assert_int_eq(to.global_offset[0], p->first_group);
+            ahead = p->first_group * (from.element_count / from.shape[0]) * p->w->element;
+        }
+        if (!is_of_experts(to.name)) {
+            memcpy(to.data, (const char *)from.data + ahead,
+                   (size_t)(to.element_count * p->w->element));
             continue;
         }
         ck_assert_int_eq(to.global_shape[0], p->w->f.e.num_experts);
@@ -125,6 +137,7 @@ static void make_part(part *p)
     c.threads = 1 + p->rank % 2;
     MUST(moe_context_create(&p->context, &c));
     p->comm = p->connect(p);
+    if (p->with_group) f->g.secondary = MOE_SECONDARY_WITH_GROUP, f->g.local_groups = p->groups;
     MUST(moe_gate_create(&f->gate, p->context, &f->g));
     f->e.num_experts = p->experts > 0 ? p->experts : MOE_NO_EXPERTS;
     MUST(moe_experts_create(&f->experts, p->context, &f->e));
@@ -216,8 +229,12 @@ static void compare_gradients(const part *p)
         MUST(moe_layer_parameter(w->f.layer, i, &want));
         MUST(moe_layer_parameter(p->f.layer, i, &got));
         if (!want.grad) continue;
-        if (!is_spread(want.name)) {
-            same(p, want.name, got.grad, want.grad, got.element_count * w->element);
+        if (!is_of_experts(want.name)) {
+            int64_t ahead = is_of_groups(p, want.name)
+                                ? p->first_group * (want.element_count / want.shape[0]) * w->element
+                                : 0;
+            same(p, want.name, got.grad, (const char *)want.grad + ahead,
+                 got.element_count * w->element);
             continue;
         }
         int64_t each = want.element_count / w->f.e.num_experts * w->element;
@@ -287,6 +304,23 @@ static void share_anyhow(part *parts, int64_t count, uint64_t number, int32_t ra
     }
 }
 
+/* Groups in order, each with all of its experts, the last numbers first. */
+static void share_by_group(part *parts, const whole *w, uint64_t number, int32_t ranks)
+{
+    int64_t groups = w->f.g.expert_groups, width = w->f.g.num_experts / groups, next = 0;
+    for (int32_t r = 0; r < ranks; r++) {
+        part *p = &parts[r];
+        int64_t left = groups - next;
+        p->with_group = true, p->first_group = next;
+        p->groups = r == ranks - 1 ? left : (int64_t)((number + (uint64_t)r) % 3);
+        if (p->groups > left) p->groups = left;
+        next += p->groups;
+        p->experts = p->groups * width;
+        for (int64_t i = 0; i < p->experts; i++)
+            p->numbers[i] = (p->first_group + p->groups) * width - 1 - i;
+    }
+}
+
 void parts_share(part *parts, const whole *w, uint64_t number, int32_t ranks)
 {
     int64_t token = 0, count = w->f.e.num_experts;
@@ -299,7 +333,11 @@ void parts_share(part *parts, const whole *w, uint64_t number, int32_t ranks)
                           .number = number};
         token += parts[r].tokens;
     }
-    if (w->way == WAY_SHARDS || w->way == WAY_PADDED) {
+    bool by_group = w->f.g.kind == MOE_GATE_HIERARCHICAL && w->way != WAY_SHARDS &&
+                    w->way != WAY_PADDED && !sliced(w->way);
+    if (by_group) {
+        share_by_group(parts, w, number, ranks);
+    } else if (w->way == WAY_SHARDS || w->way == WAY_PADDED) {
         share_in_order(parts, count, number, ranks);
     } else if (w->way == WAY_ONE_OWNER) {
         for (int64_t v = 0; v < count; v++) parts[ranks - 1].numbers[v] = v;

@@ -55,6 +55,8 @@ struct part {
     int32_t rank, ranks;
     int64_t first_token, tokens;
     int64_t experts, numbers[RANKS_NUMBERS]; /* experts or slices of this rank */
+    bool with_group;                         /* secondary gates live with their groups */
+    int64_t first_group, groups;
     uint64_t number;
     moe_comm *(*connect)(part *p); /* makes the communicator, of p->context */
     void *connection;              /* for connect */
