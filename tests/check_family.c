@@ -56,7 +56,7 @@ END_TEST
 
 /* One forward and backward of member n in a context; the hash of everything. */
 static uint64_t run_in(int32_t kind, uint64_t n, int32_t threads, int32_t isa,
-                       char text[sizeof((family *)NULL)->text])
+                       char text[FAMILY_TEXT])
 {
     moe_context *context = context_of(threads, isa);
     family f;
@@ -76,7 +76,7 @@ static uint64_t run_in(int32_t kind, uint64_t n, int32_t threads, int32_t isa,
 
 START_TEST(test_family_is_the_same_for_any_threads_and_isa)
 {
-    char text[sizeof((family *)NULL)->text];
+    char text[FAMILY_TEXT];
     for (uint64_t n = 0; n < members(30); n++) {
         uint64_t one = run_in(_i, n, 1, MOE_ISA_PLAIN, text);
         ck_assert_msg(run_in(_i, n, 3, MOE_ISA_PLAIN, text) == one, "3 threads: %s", text);

@@ -389,6 +389,70 @@ START_TEST(test_layer_fields_are_compared)
 }
 END_TEST
 
+/* ---- secondary gates with their groups ------------------------------------------------------- */
+
+static int wrong_group; /* what is wrong in the next layer */
+
+static void by_group(member *m)
+{
+    static const int64_t OTHER_WAY[2][2] = {{2, 3}, {0, 1}};
+    m->g.kind = MOE_GATE_HIERARCHICAL;
+    m->g.expert_groups = 2, m->g.secondary = MOE_SECONDARY_WITH_GROUP;
+    m->g.local_groups = wrong_group == 1 ? m->rank : 1;
+    if (wrong_group == 2) m->l.placement = OTHER_WAY[m->rank];
+    if (wrong_group == 3) m->l.exchange = MOE_EXCHANGE_PADDED, m->l.padded_rows = 20;
+    if (wrong_group == 4) m->l.placement = EVERYWHERE, m->e.num_experts = E;
+}
+
+START_TEST(test_secondary_gates_are_where_their_experts_are)
+{
+    static const char *const SAYS[] = {
+        "", "local_groups of all ranks are 1, the gate has 2 groups",
+        "expert 0 is not on rank 0, which has the secondary gate of its group 0",
+        "clashes with exchange MOE_EXCHANGE_PADDED", "experts have replicas"};
+    member m[2];
+    step s[2];
+    for (wrong_group = 1; wrong_group < 5; wrong_group++) {
+        run(2, by_group, m, s);
+        for (int r = 0; r < 2; r++) {
+            ck_assert_int_eq(m[r].status, MOE_ERROR_INVALID_ARGUMENT);
+            ck_assert_msg(strstr(m[r].error, SAYS[wrong_group]) != NULL, "%s", m[r].error);
+        }
+    }
+    wrong_group = 0;
+    run(2, by_group, m, s);
+    for (int r = 0; r < 2; r++) ck_assert_int_eq(m[r].status, MOE_OK);
+}
+END_TEST
+
+START_TEST(test_secondary_gate_alone)
+{
+    moe_context *context = new_context();
+    moe_gate *gate = NULL;
+    moe_experts *experts = NULL;
+    moe_layer *layer = NULL;
+    moe_pass *pass = NULL;
+    moe_gate_config g;
+    moe_experts_config e;
+    moe_layer_config l;
+    MUST(moe_gate_config_init(&g, sizeof g));
+    MUST(moe_experts_config_init(&e, sizeof e));
+    MUST(moe_layer_config_init(&l, sizeof l));
+    g.d_model = e.d_model = D, e.d_hidden = 2, g.num_experts = e.num_experts = E;
+    g.secondary = MOE_SECONDARY_WITH_GROUP, g.local_groups = 1;
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_gate_create(&gate, context, &g));
+    g.kind = MOE_GATE_HIERARCHICAL, g.expert_groups = 2, g.local_groups = 3;
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_gate_create(&gate, context, &g));
+    g.local_groups = 1;
+    MUST(moe_gate_create(&gate, context, &g));
+    MUST(moe_experts_create(&experts, context, &e));
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_pass_create_for_gate(&pass, gate, NULL));
+    l.gate = gate, l.experts = experts;
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_create(&layer, &l));
+    moe_gate_destroy(gate), moe_experts_destroy(experts), moe_context_destroy(context);
+}
+END_TEST
+
 /* ---- fields without a comm ------------------------------------------------------------------- */
 
 START_TEST(test_fields_that_need_a_comm)
@@ -595,6 +659,8 @@ int main(void)
     tcase_add_test(c, test_placement_is_checked_on_every_rank);
     tcase_add_test(c, test_layer_refused_on_one_rank_is_refused_on_all);
     tcase_add_test(c, test_layer_fields_are_compared);
+    tcase_add_test(c, test_secondary_gates_are_where_their_experts_are);
+    tcase_add_test(c, test_secondary_gate_alone);
     tcase_add_test(c, test_fields_that_need_a_comm);
     tcase_add_test(c, test_phases_of_two_passes);
     tcase_add_test(c, test_phases_abandoned);

@@ -144,7 +144,7 @@ static void use_heap(member *m, heap *h, long n)
 
 /* ---- the work -------------------------------------------------------------------------------- */
 
-enum { PLAIN, CHUNKS, PADDED, BY_SCORE, GLOBAL, WAYS };
+enum { PLAIN, CHUNKS, PADDED, BY_SCORE, GLOBAL, BY_GROUP, WAYS };
 
 typedef struct trial {
     faulty f;
@@ -160,6 +160,13 @@ static void configure(member *m)
     if (t->way == CHUNKS) m->l.received = MOE_RECEIVED_CHUNK, m->l.max_received = 3 + m->rank;
     if (t->way == PADDED) m->l.exchange = MOE_EXCHANGE_PADDED, m->l.padded_rows = 2 * T;
     if (t->way == BY_SCORE) m->l.received = MOE_RECEIVED_DROP_SCORE, m->l.max_received = 8;
+    if (t->way == BY_GROUP) {
+        m->g.kind = MOE_GATE_HIERARCHICAL;
+        m->g.expert_groups = E, m->g.top_groups = 2, m->g.top_k = 1;
+        m->g.secondary = MOE_SECONDARY_WITH_GROUP;
+        m->g.local_groups = member_share(m->rank, RANKS, E);
+        m->f.flags = MOE_FORWARD_TRAIN;
+    }
     if (t->way == GLOBAL) {
         m->l.loss_batch = MOE_BATCH_GLOBAL;
         m->g.switch_weight = 0.1, m->g.sequence_weight = 0.1;

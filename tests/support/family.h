@@ -5,6 +5,8 @@
 
 #include <moe/moe.h>
 
+enum { FAMILY_TEXT = 320 };
+
 typedef struct family {
     uint64_t number, state; /* which member; state of the drawing */
     moe_gate_config g;
@@ -13,7 +15,7 @@ typedef struct family {
     int has_shared, has_residual;
     int64_t T, G; /* of a batch */
     int train, masked;
-    char text[320]; /* what it is, for messages */
+    char text[FAMILY_TEXT]; /* what it is, for messages */
     /* objects */
     moe_gate *gate;
     moe_experts *experts, *shared_experts, *residual_experts;
