@@ -490,6 +490,70 @@ START_TEST(test_checkpoint_is_the_same_for_any_number_of_ranks)
 }
 END_TEST
 
+/* A hierarchical gate of three groups of two experts; groups 0: replicated, all experts here. */
+static moe_layer *make_two_levels(moe_context *context, moe_comm *comm, int64_t groups)
+{
+    moe_gate *gate;
+    moe_experts *pool;
+    moe_layer *layer;
+    moe_gate_config g;
+    moe_experts_config e;
+    moe_layer_config l;
+    MUST(moe_gate_config_init(&g, sizeof g));
+    MUST(moe_experts_config_init(&e, sizeof e));
+    MUST(moe_layer_config_init(&l, sizeof l));
+    g.kind = MOE_GATE_HIERARCHICAL, g.d_model = 3, g.num_experts = 6, g.expert_groups = 3;
+    g.init_std = 0.5;
+    if (comm) g.secondary = MOE_SECONDARY_WITH_GROUP, g.local_groups = groups;
+    e.d_model = 3, e.d_hidden = 2, e.num_experts = comm ? 2 * groups : 6;
+    MUST(moe_gate_create(&gate, context, &g));
+    MUST(moe_experts_create(&pool, context, &e));
+    l.gate = gate, l.experts = pool, l.comm = comm;
+    MUST(moe_layer_create(&layer, &l));
+    moe_gate_destroy(gate), moe_experts_destroy(pool);
+    return layer;
+}
+
+/* First values are those of one rank; the file comes back as it was. */
+static void *two_level_thread(void *argument)
+{
+    part *p = argument;
+    moe_context *context = new_context();
+    moe_comm *comm = NULL;
+    MUST(moe_comm_create_in_world(&comm, p->world, context, p->rank, 30));
+    moe_layer *layer = make_two_levels(context, comm, p->rank + 1);
+    MUST(moe_layer_init_parameters(layer, 7));
+    save(p->out, "m.", layer);
+    uint64_t drawn = hash_of(layer);
+    clear(layer, 0xee);
+    load(p->in, "m.", layer);
+    p->loaded = hash_of(layer) == drawn;
+    moe_layer_destroy(layer), moe_comm_destroy(comm), moe_context_destroy(context);
+    return NULL;
+}
+
+START_TEST(test_checkpoint_of_secondary_gates_with_their_groups)
+{
+    moe_context *context = new_context();
+    moe_layer *whole = make_two_levels(context, NULL, 0);
+    moe_world *world = NULL;
+    part parts[2];
+    pthread_t thread[2];
+    MUST(moe_layer_init_parameters(whole, 7));
+    save(files_path("whole"), "m.", whole);
+    MUST(moe_world_create(&world, context, 2));
+    for (int32_t r = 0; r < 2; r++) {
+        parts[r] =
+            (part){.world = world, .rank = r, .in = files_path("whole"), .out = files_path("p")};
+        ck_assert_int_eq(pthread_create(&thread[r], NULL, two_level_thread, &parts[r]), 0);
+    }
+    for (int32_t r = 0; r < 2; r++) ck_assert_int_eq(pthread_join(thread[r], NULL), 0);
+    ck_assert(files_equal(files_path("whole"), files_path("p")));
+    for (int32_t r = 0; r < 2; r++) ck_assert(parts[r].loaded == 1);
+    moe_world_destroy(world), moe_layer_destroy(whole), moe_context_destroy(context);
+}
+END_TEST
+
 START_TEST(test_checkpoint_has_one_verdict)
 {
     part parts[MOST];
@@ -663,6 +727,7 @@ int main(void)
     tcase_add_test(c, test_checkpoint_of_a_pool_of_parts);
     tcase_add_test(c, test_checkpoint_honours_bindings);
     tcase_add_test(c, test_checkpoint_is_the_same_for_any_number_of_ranks);
+    tcase_add_test(c, test_checkpoint_of_secondary_gates_with_their_groups);
     tcase_add_test(c, test_checkpoint_has_one_verdict);
     tcase_add_test(c, test_checkpoint_refuses_what_does_not_fit);
     tcase_add_test(c, test_checkpoint_calls_refuse);

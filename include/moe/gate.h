@@ -113,7 +113,7 @@ enum {
  * secondary MoE is on one device). */
 enum {
     MOE_SECONDARY_REPLICATED = 0, /* all of them on every rank */
-    MOE_SECONDARY_WITH_GROUP = 1  /* with their group's experts, on one rank: a token's row goes there
+    MOE_SECONDARY_WITH_GROUP = 1 /* with their group's experts, on one rank: a token's row goes there
                                      first, and its logits come back. "weight" and "noise_weight"
                                      are [local_groups,D,B], sharded. Rank 0 has the first
                                      groups, and so on; a layer needs MOE_EXCHANGE_EXACT, no slices
