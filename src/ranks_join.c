@@ -187,7 +187,8 @@ static moe__placement *make(moe_context *context, int64_t slots, int64_t numbers
 }
 
 /* Who holds what, from number_of_slot: this rank sends to itself, else to replica rank mod count.
- * Until a number's slot is known slot_of_number counts: its slots, then -2 - how many to pass by. */
+ * Until a number's slot is known slot_of_number counts: its slots, then -2 less those to pass
+ * by. */
 static void find_holders(moe__placement *w, int32_t rank)
 {
     int64_t *of = w->slot_of_number;

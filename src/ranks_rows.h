@@ -17,7 +17,8 @@ moe_status moe__ranks_start(moe_pass *pass, void *recv, const void *send, int64_
                             bool back);
 moe_status moe__ranks_wait(moe_pass *pass);
 
-/* Rows for each slot, or group; those of rank p from first[p] on; own: of this rank. ranks_words.c */
+/* Rows for each slot, or group; those of rank p from first[p] on; own: this rank's.
+ * ranks_words.c */
 typedef struct moe__counts {
     const int64_t *rows, *first;
     int64_t own;

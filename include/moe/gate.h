@@ -113,11 +113,11 @@ enum {
  * secondary MoE is on one device). */
 enum {
     MOE_SECONDARY_REPLICATED = 0, /* all of them on every rank */
-    MOE_SECONDARY_WITH_GROUP = 1 /* with their group's experts, on one rank: a token's row goes there
-                                     first, and its logits come back. "weight" and "noise_weight"
-                                     are [local_groups,D,B], sharded. Rank 0 has the first
-                                     groups, and so on; a layer needs MOE_EXCHANGE_EXACT, no slices
-                                     and no replicas. Such a gate is for layers alone */
+    MOE_SECONDARY_WITH_GROUP = 1  /* with their group's experts on one rank: rows go there first,
+                                     and logits come back. "weight" and "noise_weight" are
+                                     [local_groups,D,B], sharded: rank 0 has the first groups, and
+                                     so on. For layers alone; not with MOE_EXCHANGE_PADDED, slices
+                                     or replicas */
 };
 
 /* Returns MOE_INIT_DEFAULT, for callers that cannot read a macro. Any thread. Since 0.1. */

@@ -153,8 +153,8 @@ MOE_API moe_status moe_layer_backward(moe_layer *layer, moe_pass *pass,
  * calls between them, or its own.
  *
  *     start    routes and sends this rank's rows
- *     work     the shared experts and residual branch; waits for rows, runs their experts, sends the
- *              results back
+ *     work     the shared experts and residual branch; waits for rows, runs their experts, sends
+ *              the results back
  *     finish   waits for the results and writes y and what else was asked for
  *
  * moe_layer_forward is these three in turn, and does the same to the byte. What args point to stays
