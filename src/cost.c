@@ -150,11 +150,15 @@ static int64_t expert_parameters(const moe_experts_config *e)
     return moe__add(expert_products(e), e->bias ? biases : 0);
 }
 
-/* Elements of a router's matrices: D E, or for two levels D A + A D B; twice with noise. */
+/* Elements of a router's matrices: D E, or for two levels D A + A D B, of A those that are here;
+ * twice with noise. */
 static int64_t router_matrices(const moe_gate_config *g, bool noise)
 {
     int64_t primary = g->kind == MOE_GATE_HIERARCHICAL ? g->expert_groups : 0;
-    return moe__mul(noise ? 2 : 1, moe__mul(g->d_model, moe__add(g->num_experts, primary)));
+    int64_t columns = g->num_experts;
+    if (g->secondary == MOE_SECONDARY_WITH_GROUP)
+        columns = g->num_experts / g->expert_groups * g->local_groups;
+    return moe__mul(noise ? 2 : 1, moe__mul(g->d_model, moe__add(columns, primary)));
 }
 
 static int64_t gate_parameters(const moe_gate_config *g)

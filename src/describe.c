@@ -22,8 +22,9 @@ static void print_logits(moe__printer *p, const moe_gate_config *c)
     } else if (two) {
         moe__print(p,
                    "  logits    of groups %s Wp, \"primary_weight\" [%d,%d]; of the experts of a "
-                   "chosen group i %s Wi, \"weight\" [%d,%d,%d]\n",
-                   x, D, A, x, A, D, E / A);
+                   "chosen group i %s Wi, \"weight\" [%d,%d,%d]%s\n",
+                   x, D, A, x, c->secondary ? c->local_groups : A, D, E / A,
+                   c->secondary ? ", on the rank of the group's experts" : "");
     } else {
         moe__print(p, "  logits    %s Wg%s, \"weight\" [%d,%d]%s\n", x, c->bias ? " + b" : "", D, E,
                    c->bias ? ", \"bias\"" : "");
@@ -295,6 +296,24 @@ static void print_experts(moe__printer *p, const moe_experts_config *c)
 
 /* ---- layer ----------------------------------------------------------------------------------- */
 
+/* What is not as by default. */
+static void print_ranks(moe__printer *p, const moe_layer_config *c)
+{
+    static const char *const RECEIVED[] = {"more are an error", "the first of each rank and expert",
+                                           "those of the largest weights", "in rounds"};
+    if (c->expert_slices > 1)
+        moe__print(p, "  slices    an expert is the sum of %d networks of this width\n",
+                   c->expert_slices);
+    if (c->exchange == MOE_EXCHANGE_PADDED)
+        moe__print(p, "  exchange  %d rows from each rank to each expert, used or not\n",
+                   c->padded_rows);
+    if (c->max_received > 0)
+        moe__print(p, "  received  at most %d rows of all ranks at once: %s\n", c->max_received,
+                   RECEIVED[c->received]);
+    if (c->loss_batch == MOE_BATCH_GLOBAL)
+        moe__print(p, "  losses    and statistics are of the tokens of all ranks\n");
+}
+
 static void print_layer(moe__printer *p, const moe_layer_config *c)
 {
     static const char *const DROPPED[] = {"0", "x", "left as it is"};
@@ -311,6 +330,7 @@ static void print_layer(moe__printer *p, const moe_layer_config *c)
     if (c->output == MOE_OUTPUT_SIGMOID) moe__print(p, "; then sigmoid");
     moe__print(p, "\n  dropped   the routed part of a token without rows is %s\n",
                DROPPED[c->dropped]);
+    print_ranks(p, c);
 }
 
 /* ---- the call -------------------------------------------------------------------------------- */

@@ -54,6 +54,12 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
     if (!e) REFUSE_ARGUMENT("experts is NULL");
     if (g && g->context != e->context)
         REFUSE_ARGUMENT("gate and experts are of different contexts");
+    if (!c->comm && (c->expert_slices > 1 || c->placement || c->max_received > 0 ||
+                     c->exchange == MOE_EXCHANGE_PADDED))
+        REFUSE_ARGUMENT("%s is given, comm is NULL", c->expert_slices > 1  ? "expert_slices"
+                                                     : c->placement        ? "placement"
+                                                     : c->max_received > 0 ? "max_received"
+                                                                           : "exchange");
     if (!c->comm && e->config.num_experts == 0)
         REFUSE_ARGUMENT("experts has no experts, and comm is NULL");
     bool alone = !c->comm || (c->comm->size == 1 && c->expert_slices == 1 && !c->placement);
@@ -133,7 +139,7 @@ static moe_status check_branches(const moe_layer_config *c, const char *function
     return MOE_OK;
 }
 
-/* The fields that are for a comm. */
+/* The fields that are for several ranks. */
 static moe_status check_ranks(const moe_layer_config *c, const char *function)
 {
     MOE_TRY(moe__check_range("expert_slices", c->expert_slices, 1, INT32_MAX, function));
@@ -154,11 +160,6 @@ static moe_status check_ranks(const moe_layer_config *c, const char *function)
     if (drops && c->expert_slices > 1)
         REFUSE_ARGUMENT("received %d clashes with expert_slices %lld", (int)c->received,
                         (ll)c->expert_slices);
-    if (!c->comm && (c->expert_slices > 1 || c->placement || c->max_received > 0 || padded))
-        REFUSE_ARGUMENT("%s is given, comm is NULL", c->expert_slices > 1  ? "expert_slices"
-                                                     : c->placement        ? "placement"
-                                                     : c->max_received > 0 ? "max_received"
-                                                                           : "exchange");
     return MOE_OK;
 }
 

@@ -478,6 +478,14 @@ START_TEST(test_describe_says_what_is_configured)
     says(&g, NULL, NULL, "times 1e300\n");
     g.route_scale = 123456.75;
     says(&g, NULL, NULL, "times 123456.75\n");
+    l.expert_slices = 2, l.max_received = 100, l.received = MOE_RECEIVED_CHUNK;
+    l.loss_batch = MOE_BATCH_GLOBAL;
+    says(NULL, NULL, &l, "the sum of 2 networks");
+    says(NULL, NULL, &l, "at most 100 rows of all ranks at once: in rounds\n");
+    says(NULL, NULL, &l, "of the tokens of all ranks\n");
+    MUST(moe_preset("hierarchical2017", &g, &e, &l));
+    g.expert_groups = 16, g.secondary = MOE_SECONDARY_WITH_GROUP, g.local_groups = 4;
+    says(&g, NULL, NULL, "\"weight\" [4,64,16], on the rank of the group's experts");
 }
 END_TEST
 
