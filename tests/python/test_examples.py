@@ -35,6 +35,14 @@ def test_the_readmes_program(root, script):
     assert float(auxiliary) > 0 and float(touched) > 0
 
 
+def test_the_program_about_ranks(root, script):
+    text = (root / "examples/python/README.md").read_text()
+    (program,) = [p for p in re.findall(r"```python\n(.*?)```", text, re.S) if "moe.World" in p]
+    first, second = (line.split() for line in script(program).splitlines())
+    assert first[0] == second[0] and float(first[0]) > 0
+    assert all(int(rows) > 0 and int(rounds) > 1 for _, rows, rounds, _ in (first, second))
+
+
 FILES = """
 import os, sys
 import numpy as np

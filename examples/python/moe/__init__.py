@@ -21,16 +21,19 @@ from . import io
 from ._callbacks import ExpertCall
 from ._constants import (
     FROM_CONFIG,
+    NO_EXPERTS,
     SAME,
     Activation,
     Backend,
     Backward,
+    Batch,
     Capacity,
     Check,
     ChoiceNoise,
     Drop,
     Dropped,
     DType,
+    Exchange,
     ExpertsKind,
     Forward,
     GateKind,
@@ -44,6 +47,7 @@ from ._constants import (
     Output,
     Parameters,
     PlanUse,
+    Received,
     Round,
     Rows,
     Score,
@@ -54,6 +58,7 @@ from ._constants import (
     Status,
     Storage,
     Tensor,
+    Time,
     WeightLayout,
     WeightOn,
 )
@@ -92,19 +97,20 @@ from .functions import (
 )
 from .objects import Experts, Gate, Layer
 from .parameter import Parameter
-from .passes import Losses, Pass, Stats
+from .passes import Losses, Pass, Report, Stats
 from .plan import Plan, PlanArrays
 
 __all__ = [
-    "Activation", "Backend", "Backward", "BufferTooSmall", "CallbackFailed", "Capacity",
-    "Check", "ChoiceNoise", "Comm", "Context", "CorruptData", "DType", "Drop", "Dropped",
-    "Error", "ExpertCall", "Experts", "ExpertsKind", "FROM_CONFIG", "Flops", "Forward", "Gate",
+    "Activation", "Backend", "Backward", "Batch", "BufferTooSmall", "CallbackFailed", "Capacity",
+    "Check", "ChoiceNoise", "Comm", "Context", "CorruptData", "DType", "Drop", "Dropped", "Error",
+    "Exchange", "ExpertCall", "Experts", "ExpertsKind", "FROM_CONFIG", "Flops", "Forward", "Gate",
     "GateKind", "Glu", "GradientReport", "GradientsDisagree", "InvalidArgument", "InvalidState",
-    "Isa", "Kind", "Layer", "Log", "Loss", "LossScope", "Losses", "Memory", "NotSupported",
-    "Order", "OutOfMemory", "Output", "Parameter", "Parameters", "Pass", "Plan", "PlanArrays",
-    "PlanUse", "Preset", "Round", "Rows", "SAME", "Score", "SecondChoice", "SequenceCounts",
-    "Shard", "SizeOverflow", "Stat", "Stats", "Status", "Storage", "SystemRefused", "Tensor",
-    "WeightLayout", "WeightOn", "World", "check_gradients", "constant", "cv_squared", "describe",
-    "experts_config", "flops", "gate_config", "io", "layer_config", "library_path", "load",
-    "memory", "noise4", "preset", "presets", "selection_bias_step", "version",
+    "Isa", "Kind", "Layer", "Log", "Loss", "LossScope", "Losses", "Memory", "NO_EXPERTS",
+    "NotSupported", "Order", "OutOfMemory", "Output", "Parameter", "Parameters", "Pass", "Plan",
+    "PlanArrays", "PlanUse", "Preset", "Received", "Report", "Round", "Rows", "SAME", "Score",
+    "SecondChoice", "SequenceCounts", "Shard", "SizeOverflow", "Stat", "Stats", "Status", "Storage",
+    "SystemRefused", "Tensor", "Time", "WeightLayout", "WeightOn", "World", "check_gradients",
+    "constant", "cv_squared", "describe", "experts_config", "flops", "gate_config", "io",
+    "layer_config", "library_path", "load", "memory", "noise4", "preset", "presets",
+    "selection_bias_step", "version",
 ]  # fmt: skip

@@ -22,8 +22,7 @@ from ctypes import (
 )
 from typing import List, Type
 
-from ._constants import *  # noqa: F401,F403 - one place to import from
-from ._constants import FILE_MAX_DIMS, LOSS_SLOTS, MAX_DIMS, STAT_SLOTS
+from ._constants import FILE_MAX_DIMS, LOSS_SLOTS, MAX_DIMS, STAT_SLOTS, TIME_SLOTS
 
 # ---- callbacks ----------------------------------------------------------------------------------
 
@@ -178,6 +177,14 @@ class LayerConfig(Structure):
         ("residual_mix", c_int32),
         ("dropped", c_int32),
         ("parameters", c_int32),
+        ("expert_slices", c_int64),
+        ("placement", POINTER(c_int64)),
+        ("max_received", c_int64),
+        ("padded_rows", c_int64),
+        ("exchange", c_int32),
+        ("received", c_int32),
+        ("loss_batch", c_int32),
+        ("reserved", c_int32),
     ]
 
 
@@ -317,6 +324,21 @@ class Losses(Structure):
 
 class Stats(Structure):
     _fields_ = [("struct_size", c_uint64), ("value", c_double * STAT_SLOTS)]
+
+
+class PassReport(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("forward_seconds", c_double * TIME_SLOTS),
+        ("backward_seconds", c_double * TIME_SLOTS),
+        ("rows_sent", c_int64),
+        ("rows_received", c_int64),
+        ("rounds", c_int64),
+        ("forward_bytes_sent", c_int64),
+        ("backward_bytes_sent", c_int64),
+        ("forward_bytes_received", c_int64),
+        ("backward_bytes_received", c_int64),
+    ]
 
 
 class TensorView(Structure):
@@ -588,8 +610,8 @@ class MpiOptions(Structure):
 STRUCTS: List[Type[Structure]] = [
     ContextConfig, GateConfig, ExpertCall, ExpertCallbacks, ExpertsConfig, LayerConfig, CostQuery,
     Cost, ParameterRecord, Binding,
-    ForwardArgs, BackwardArgs, PassConfig, Losses, Stats, TensorView, PlanArgs, PlanView, RowsArgs,
-    GradientCheck, GradientReport, Exchange, Collectives,
+    ForwardArgs, BackwardArgs, PassConfig, Losses, Stats, PassReport, TensorView, PlanArgs,
+    PlanView, RowsArgs, GradientCheck, GradientReport, Exchange, Collectives,
 ]  # fmt: skip
 IO_STRUCTS: List[Type[Structure]] = [
     FileRecord, CheckpointItem, SaveOptions, LoadOptions, LoadReport, TensorNames, ImportOptions,

@@ -39,6 +39,7 @@ class ForwardCall:
         self.keep: List[Any] = []
         self.remembered: Dict[str, _memory.Memory] = {}  # what the pass will look at again
         self.tokens: Optional[int] = int(fields["tokens"]) if "tokens" in fields else None
+        self.y: Any = None
 
     def matrix(self, name: str, source: Any, width: int, field: str = "") -> None:
         """An input of T rows; the first one says what T is."""
@@ -88,12 +89,12 @@ class ForwardCall:
                 keep.append(_memory.vector(name, source, [self.dims.dtype], slots, True))
                 setattr(args, name, keep[-1].address)
 
-    def output(self, y: Any, like: Any) -> Any:
+    def output(self, y: Any, like: Any) -> None:
         """Where y goes: the caller's array, or a new one shaped as x."""
         args, dims = self.args, self.dims
         if y is None:
             if args.flags & Forward.RECOMPUTE:
-                return None
+                return
             if args.flags & Forward.ADD:
                 raise ValueError("y must be given with Forward.ADD")
             shape = tuple(getattr(like, "shape", ()))
@@ -102,7 +103,7 @@ class ForwardCall:
         memory, _, stride = _memory.matrix("y", y, dims.dtype, self.tokens, dims.d_out, True)
         self.keep.append(memory)
         args.y, args.y_stride = memory.address, stride
-        return y
+        self.y = y
 
 
 class BackwardCall:
@@ -113,6 +114,8 @@ class BackwardCall:
         self.tokens = tokens
         self.args = _config.make(_abi.BackwardArgs, {"flags": flags})
         self.keep: List[Any] = []
+        self.dx: Any = None
+        self.has_moved = False
 
     def matrix(
         self, name: str, source: Any, width: int, writable: bool, field: str = ""
@@ -134,6 +137,7 @@ class BackwardCall:
         """x or gate_x at a new address; `before`: whether the forward had it."""
         if source is not None and not before:
             raise InvalidState(f"{name} is given and the forward had none")
+        self.has_moved = self.has_moved or source is not None
         self.matrix(name, source, width, False)
 
     def options(self, loss_grad: Any, entry_weight_grad: Any, entries: int, writable: bool) -> None:
@@ -148,17 +152,22 @@ class BackwardCall:
             self.keep.append(memory)
             self.args.entry_weight_grad = memory.address
 
-    def gradient(self, dx: Any, width: int, like: Optional[Tuple[int, ...]]) -> Any:
+    def remember(self, kept: Dict[str, Any]) -> None:
+        """The pass looks at an x that moved from now on."""
+        if self.has_moved:
+            kept.setdefault("moved", []).append(self.keep)
+
+    def gradient(self, dx: Any, width: int, like: Optional[Tuple[int, ...]]) -> None:
         """Where dx goes: the caller's array, a new one, or nowhere."""
         if self.args.flags & Backward.SKIP_DX or width == 0:
-            return None
+            return
         if dx is None:
             if self.args.flags & Backward.ADD_DX:
                 raise ValueError("dx must be given with Backward.ADD_DX")
             shape = like if like and len(like) > 1 else (self.tokens, width)
             dx = _views.zeros(shape, self.dims.dtype)
         self.matrix("dx", dx, width, True)
-        return dx
+        self.dx = dx
 
 
 def loss_vector(name: str, source: Any, dtype: str, default: float) -> _memory.Memory:

@@ -8,7 +8,7 @@ import difflib
 from typing import Any, Callable, Iterable, Iterator, List, Mapping, NamedTuple, Optional
 
 from . import _abi, _callbacks, _config, _io_memory
-from ._constants import SAME
+from ._constants import FILE_MAX_DIMS, SAME
 from ._file import Path, path_bytes, run, utf8
 from ._library import new
 from .context import Comm
@@ -80,8 +80,8 @@ class _Items:
 
     def _tensor(self, item: _abi.CheckpointItem, name: str, source: Any) -> None:
         memory = _io_memory.describe(name, source, _io_memory.HOST, None, self.writable)
-        if len(memory.shape) > _abi.FILE_MAX_DIMS:
-            raise ValueError(f"{name} has shape {memory.shape}: at most {_abi.FILE_MAX_DIMS} dims")
+        if len(memory.shape) > FILE_MAX_DIMS:
+            raise ValueError(f"{name} has shape {memory.shape}: at most {FILE_MAX_DIMS} dims")
         item.data = memory.address
         item.dims = len(memory.shape)
         item.shape[: item.dims] = memory.shape

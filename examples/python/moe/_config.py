@@ -47,6 +47,9 @@ ENUMS: Dict[str, Type[enum.IntEnum]] = {
     "weight_position": c.WeightOn,
     "dropped": c.Dropped,
     "plan_use": c.PlanUse,
+    "exchange": c.Exchange,
+    "received": c.Received,
+    "loss_batch": c.Batch,
 }
 # Where a field of that name holds another one.
 _OWN_ENUMS: Dict[Type[Structure], Dict[str, Type[enum.IntEnum]]] = {

@@ -223,6 +223,29 @@ class Dropped(enum.IntEnum):
     UNTOUCHED = 2
 
 
+class Exchange(enum.IntEnum):
+    """How rows travel between ranks."""
+
+    EXACT = 0
+    PADDED = 1
+
+
+class Received(enum.IntEnum):
+    """What happens when more than max_received rows come to a rank."""
+
+    ERROR = 0
+    DROP_POSITION = 1
+    DROP_SCORE = 2
+    CHUNK = 3
+
+
+class Batch(enum.IntEnum):
+    """What losses and statistics are of."""
+
+    LOCAL = 0
+    GLOBAL = 1
+
+
 class Parameters(enum.IntEnum):
     """Where the parameters of an object live at its creation."""
 
@@ -272,6 +295,16 @@ class Stat(enum.IntEnum):
     MAX_OVER_MEAN = 7
     LOAD_ENTROPY = 8
     GATE_ENTROPY = 9
+
+
+class Time(enum.IntEnum):
+    """Indices of the times in a report."""
+
+    GATE = 0
+    PACK = 1
+    EXCHANGE = 2
+    EXPERTS = 3
+    COMBINE = 4
 
 
 class Tensor(enum.IntEnum):
@@ -370,11 +403,13 @@ class Family(enum.IntEnum):
 
 FROM_CONFIG = -1
 SAME = -1
+NO_EXPERTS = -2
 COMM_REQUESTS = 8
 MAX_DIMS = 4
 MAX_PARTS = 8
 LOSS_SLOTS = 16
 STAT_SLOTS = 16
+TIME_SLOTS = 8
 FILE_MAX_DIMS = 8
 FILE_ALL = -1
 
@@ -382,11 +417,13 @@ FILE_ALL = -1
 SINGLES: Dict[str, int] = {
     "MOE_FROM_CONFIG": FROM_CONFIG,
     "MOE_SAME": SAME,
+    "MOE_NO_EXPERTS": NO_EXPERTS,
     "MOE_COMM_REQUESTS": COMM_REQUESTS,
     "MOE_MAX_DIMS": MAX_DIMS,
     "MOE_MAX_PARTS": MAX_PARTS,
     "MOE_LOSS_SLOTS": LOSS_SLOTS,
     "MOE_STAT_SLOTS": STAT_SLOTS,
+    "MOE_TIME_SLOTS": TIME_SLOTS,
     "MOE_STATUS_LAST": -17,
 }
 
@@ -415,11 +452,15 @@ PREFIXES: Dict[Type[enum.IntEnum] | Type[enum.IntFlag], str] = {
     WeightOn: "MOE_WEIGHT_ON_",
     ExpertsKind: "MOE_EXPERTS_",
     Dropped: "MOE_DROPPED_",
+    Exchange: "MOE_EXCHANGE_",
+    Received: "MOE_RECEIVED_",
+    Batch: "MOE_BATCH_",
     Parameters: "MOE_PARAMETERS_",
     Kind: "MOE_KIND_",
     Shard: "MOE_SHARD_",
     Loss: "MOE_LOSS_",
     Stat: "MOE_STAT_",
+    Time: "MOE_TIME_",
     Tensor: "MOE_TENSOR_",
     PlanUse: "MOE_PLAN_",
     Check: "MOE_CHECK_",

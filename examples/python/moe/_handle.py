@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 import threading
 import weakref
 from collections import deque
-from typing import Any, Deque, Dict, Iterator, Optional
+from typing import Any, Callable, Deque, Dict, Iterator, List, Optional
 
 from ._library import InvalidState, check, function, pending_count, raise_pending_since
 
@@ -65,7 +66,8 @@ class Busy:
         self._reset()
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
+        # The collector may end a started call, which gives this back, wherever this thread is.
+        self._lock = threading.RLock()
         self._users = 0
         self._alone = False
         self._pid = os.getpid()
@@ -75,39 +77,76 @@ class Busy:
         if self._pid != os.getpid():
             self._reset()
 
-    @contextlib.contextmanager
-    def shared(self, what: str) -> Iterator[None]:
+    def take(self, what: str) -> Callable[[], None]:
+        """Share the object until the function that is returned is called."""
         self._after_fork()
         with self._lock:
             if self._alone:
                 raise InvalidState(f"{what} is in use by another call")
             self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
+        return functools.partial(self._give_back, self._lock)
+
+    def _give_back(self, taken: Any) -> None:
+        self._after_fork()
+        with self._lock:
+            if taken is self._lock:  # else it was taken before a fork, and is forgotten
                 self._users -= 1
 
-    @contextlib.contextmanager
-    def alone(self, what: str) -> Iterator[None]:
+    def take_alone(self, what: str) -> Callable[[], None]:
+        """The same, and nobody else may have it."""
         self._after_fork()
         with self._lock:
             if self._users or self._alone:
                 raise InvalidState(f"{what} is in use by another call")
             self._alone = True
+        return functools.partial(self._give_back_alone, self._lock)
+
+    def _give_back_alone(self, taken: Any) -> None:
+        self._after_fork()
+        with self._lock:
+            if taken is self._lock:
+                self._alone = False
+
+    @contextlib.contextmanager
+    def shared(self, what: str) -> Iterator[None]:
+        give_back = self.take(what)
         try:
             yield
         finally:
-            with self._lock:
-                self._alone = False
+            give_back()
+
+    @contextlib.contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        give_back = self.take_alone(what)
+        try:
+            yield
+        finally:
+            give_back()
+
+
+class Flight:
+    """A call of a pass between its start and its finish: the objects it uses, and its memory."""
+
+    def __init__(self, direction: str, result: Any, keep: Any, used: List["Handle"]) -> None:
+        self.direction = direction  # "forward" or "backward"
+        self.worked = False
+        self.result = result
+        self.keep = keep
+        self._taken = [handle.busy.take(f"the {handle.kind}") for handle in used]
+
+    def end(self) -> None:
+        """Give everything back."""
+        while self._taken:
+            self._taken.pop()()
+        self.keep = None
 
 
 class Handle:
     """One object of the library.
 
     `kept` holds what must live as long: parents' handles, callbacks, memory bound to it. `exports`
-    holds the views of its memory that somebody still has. A borrowed handle is destroyed by the
-    object it belongs to.
+    holds the views of its memory that somebody still has. `flight` is the started call of a pass. A
+    borrowed handle is destroyed by the object it belongs to.
     """
 
     def __init__(self, kind: str, borrowed: bool = False) -> None:
@@ -117,6 +156,7 @@ class Handle:
         self.kept: Dict[str, Any] = {}
         self.exports: "weakref.WeakSet[Any]" = weakref.WeakSet()
         self.busy = Busy()
+        self.flight: Optional[Flight] = None
 
     def create(self, name: str, *arguments: Any) -> "Handle":
         """Call a create function; its first argument is where the handle goes."""
@@ -139,15 +179,25 @@ class Handle:
         if value and not self.borrowed:
             before = pending_count()
             function(_ENDS.get(self.kind, f"moe_{self.kind}_destroy"))(value)
+            self.end_flight()  # after it: until then the library may look at all of that
             raise_pending_since(before)
+
+    def end_flight(self) -> None:
+        """The started call is over, however it ended."""
+        flight, self.flight = self.flight, None
+        if flight is not None:
+            flight.end()
 
     # A weakref.finalize could not do this: inside a callback the handle must outlive its own
     # finalizer together with all it keeps, and only __del__ can resurrect it. It runs before any
     # part of a cycle is cleared. When the interpreter goes down nothing is destroyed: others may
     # still look at the memory, and the system takes it back anyway.
     def __del__(self) -> None:
-        if self.value is None or sys is None or sys.is_finalizing():
-            return
+        if self.value is not None and sys is not None and not sys.is_finalizing():
+            self.dispose()
+
+    def dispose(self) -> None:
+        """Destroy now, or after the callback that this is in."""
         if _inside.depth:
             _deferred.append(self)
         else:

@@ -47,6 +47,7 @@ from ._abi import (
     MpiOptions,
     ParameterRecord,
     PassConfig,
+    PassReport,
     PlanArgs,
     PlanView,
     RowsArgs,
@@ -92,6 +93,7 @@ PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "moe_experts_zero_touched_gradients": (_status, [_handle, c_void_p]),
     "moe_layer_create": (_status, [_new, POINTER(LayerConfig)]),
     "moe_layer_get_config": (_status, [_handle, POINTER(LayerConfig)]),
+    "moe_layer_expert_number": (c_int64, [_handle, c_int64]),
     "moe_layer_zero_touched_gradients": (_status, [_handle, c_void_p]),
     "moe_layer_memory": (_status, [POINTER(CostQuery), POINTER(Cost)]),
     "moe_layer_flops": (_status, [POINTER(CostQuery), POINTER(Cost)]),
@@ -126,6 +128,7 @@ PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "moe_pass_primary_plan": (_status, [_handle, _new]),
     "moe_pass_losses": (_status, [_handle, POINTER(Losses)]),
     "moe_pass_stats": (_status, [_handle, POINTER(Stats)]),
+    "moe_pass_get_report": (_status, [_handle, POINTER(PassReport)]),
     "moe_pass_tensor": (_status, [_handle, c_int32, POINTER(TensorView)]),
     "moe_pass_trim": (_status, [_handle]),
     "moe_plan_create": (_status, [_new, _handle]),
@@ -189,6 +192,11 @@ for _object in ("gate", "experts", "layer"):
     PROTOTYPES[_prefix + "_bind"] = (_status, [_handle, c_int64, POINTER(Binding)])
     PROTOTYPES[_prefix + "_zero_gradients"] = (_status, [_handle, c_void_p])
     PROTOTYPES[_prefix + "_init_parameters"] = (_status, [_handle, c_uint64])
+for _direction, _args in (("forward", ForwardArgs), ("backward", BackwardArgs)):
+    _prefix = "moe_layer_" + _direction
+    PROTOTYPES[_prefix + "_start"] = (_status, [_handle, _handle, POINTER(_args)])
+    PROTOTYPES[_prefix + "_work"] = (_status, [_handle, _handle])
+    PROTOTYPES[_prefix + "_finish"] = (_status, [_handle, _handle])
 for _step in ("dispatch", "combine"):
     for _direction in ("forward", "backward"):
         PROTOTYPES[f"moe_{_step}_{_direction}"] = (_status, [_handle, POINTER(RowsArgs)])

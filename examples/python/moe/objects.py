@@ -5,166 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from . import _abi, _callbacks, _config, _memory, _views
-from ._arguments import BackwardCall, Dims, ForwardCall
-from ._constants import DType, ExpertsKind, Forward, GateKind, Status
-from ._handle import Handle, Object, destroy_deferred, refuse_inside_callback
-from ._library import InvalidState, check, library, new
+from ._arguments import Dims
+from ._computing import Computing
+from ._constants import DType, ExpertsKind, GateKind
+from ._handle import Handle
+from ._library import library, new
+from ._phases import Phased
 from .context import Comm, Context
 from .parameter import Parameter, ParameterOwner
-from .passes import Pass
-from .plan import Plan
-
-_ARRAYS = ("y", "gate_x", "logits_in", "noise", "noise_primary", "token_mask", "group_begin",
-           "token_key", "plan", "loss_weights", "losses_out", "stats_out")  # fmt: skip
-
-
-class Computing(Object):
-    """The common half of gate, pool and layer: a forward and a backward on a pass."""
-
-    kind = ""
-    dims: Dims
-
-    def _used(self) -> List[Handle]:
-        """The handles whose parameters a call reads."""
-        return [self.handle]
-
-    def new_pass(self, *, workspace: Any = None) -> Pass:
-        """A pass for this object."""
-        return Pass(self, workspace=workspace)  # type: ignore[arg-type]
-
-    @contextlib.contextmanager
-    def _in_call(self, handle: Handle, plan: Optional[Plan]) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(handle.busy.alone("the pass"))
-            for used in self._used():
-                stack.enter_context(used.busy.shared(f"the {used.kind}"))
-            if plan is not None:
-                stack.enter_context(plan.handle.busy.shared("the plan"))
-            yield
-
-    def forward(
-        self,
-        pass_: Pass,
-        x: Any = None,
-        *,
-        y: Any = None,
-        gate_x: Any = None,
-        logits_in: Any = None,
-        noise: Any = None,
-        noise_primary: Any = None,
-        token_mask: Any = None,
-        group_begin: Any = None,
-        token_key: Any = None,
-        plan: Optional[Plan] = None,
-        loss_weights: Any = None,
-        losses_out: Any = None,
-        stats_out: Any = None,
-        **fields: Any,
-    ) -> Any:
-        """Run forward and return y: the array given, or a new one. A gate returns None.
-
-        Arrays have the meaning of moe_forward_args and are never copied: x [T,D] (leading
-        dimensions are folded into T), y [T,O], gate_x, logits_in and noise [T,E], noise_primary
-        [T,groups], token_mask [T] uint8 or bool, group_begin [G+1] int64, token_key [T] int64,
-        losses_out and stats_out [16]. loss_weights is [16] float64 or a mapping from a loss's
-        name to its weight, 0 for the rest. fields are flags (Forward), tokens, token_first, step,
-        plan_use, top_k, capacity.
-
-        The pass keeps x and gate_x alive until its next forward: they must stay unchanged until
-        the backward.
-        """
-        dims = self.dims
-        made = ForwardCall(dims, fields, _ARRAYS)
-        made.matrix("x", x, dims.d_model or dims.d_gate)
-        made.matrix("gate_x", gate_x, dims.d_gate)
-        made.matrix("logits_in", logits_in, dims.num_experts, "logits")
-        made.matrix("noise", noise, dims.num_experts)
-        made.matrix("noise_primary", noise_primary, dims.groups)
-        if made.tokens is None and plan is not None:
-            made.tokens = plan.tokens
-        made.options(token_mask, group_begin, token_key, loss_weights, losses_out, stats_out)
-        if plan is not None:
-            made.args.plan = plan.handle.value
-        if dims.d_out:
-            y = made.output(y, x)
-        elif y is not None:
-            raise ValueError("y is given and a gate has no output")
-        handle = pass_.handle
-        with self._in_call(handle, plan):
-            handle.refuse_exports("forward")
-            self._run_forward(handle, made)
-        return y
-
-    def _run_forward(self, handle: Handle, made: ForwardCall) -> None:
-        refuse_inside_callback()
-        destroy_deferred()
-        function = getattr(library(), f"moe_{self.kind}_forward")
-        status = function(self.handle.value, handle.value, ctypes.byref(made.args))
-        # With any other error the pass is as it was, and still looks at the x it had.
-        if status in (Status.OK, Status.CALLBACK):
-            handle.kept["generation"] += 1
-            handle.kept["remembered"] = made.remembered
-            handle.kept["had"] = tuple(made.remembered)
-            handle.kept["tokens"] = made.tokens
-            handle.kept.pop("moved", None)
-            if made.args.flags & (Forward.NO_SAVE | Forward.TRAIN) == Forward.NO_SAVE:
-                handle.kept["remembered"] = {}  # no backward will look
-        check(status)
-
-    def backward(
-        self,
-        pass_: Pass,
-        dy: Any = None,
-        *,
-        dx: Any = None,
-        d_gate_x: Any = None,
-        d_logits_out: Any = None,
-        entry_weight_grad: Any = None,
-        loss_grad: Any = None,
-        x: Any = None,
-        gate_x: Any = None,
-        flags: int = 0,
-    ) -> Any:
-        """Run backward on the last forward of `pass_`; returns dx: the array given, or a new one,
-        or None with Backward.SKIP_DX. Parameter gradients are added where the parameters say.
-
-        Arrays have the meaning of moe_backward_args: dy [T,O] in; dx, d_gate_x, d_logits_out [T,E]
-        out; entry_weight_grad [N] out, in for a gate. loss_grad is [16] of the layer's dtype or a
-        mapping from a loss's name to its factor, 1 for the rest. x and gate_x only if they moved.
-        """
-        dims, handle = self.dims, pass_.handle
-        tokens = handle.kept.get("tokens")
-        if tokens is None:
-            raise InvalidState("backward needs a forward on this pass first")
-        made = BackwardCall(dims, tokens, flags)
-        made.matrix("dy", dy, dims.d_out, False)
-        made.matrix("d_gate_x", d_gate_x, dims.d_gate, True)
-        made.matrix("d_logits_out", d_logits_out, dims.num_experts, True, "d_logits")
-        width = dims.d_model or dims.d_gate
-        had = handle.kept["had"]
-        made.moved("x", x, width, "x" in had)
-        made.moved("gate_x", gate_x, dims.d_gate, "gate_x" in had)
-        # A gate writes its gradient by x to one of the two.
-        only_gate = dims.d_model == 0 and d_gate_x is not None
-        before = handle.kept["remembered"].get("x")
-        dx = made.gradient(dx, 0 if only_gate else width, before.shape if before else None)
-        entries = pass_.plan.entries if entry_weight_grad is not None else 0
-        made.options(loss_grad, entry_weight_grad, entries, self.kind != "gate")
-        with self._in_call(handle, None):
-            if x is not None or gate_x is not None:
-                handle.kept.setdefault("moved", []).append(made.keep)
-            self.call(f"moe_{self.kind}_backward", handle.value, ctypes.byref(made.args))
-        return dx
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class Gate(Computing, ParameterOwner):
     """The gating network. Keywords are the fields of moe_gate_config: num_experts (required),
@@ -318,16 +169,19 @@ class Experts(Computing, ParameterOwner):
         return f"<moe.Experts {'closed' if self.closed else _config.describe(self.config)}>"
 
 
-class Layer(Computing, ParameterOwner):
+class Layer(Phased, ParameterOwner):
     """Gate, experts and what surrounds them. Keywords are the fields of moe_layer_config: output,
-    layer_id, shared_gate, residual_mix, dropped, parameters.
+    layer_id, shared_gate, residual_mix, dropped, parameters, and with a comm expert_slices,
+    max_received, padded_rows, exchange, received, loss_batch.
 
-    gate      None: every forward brings a plan with weights
-    experts   the pool; may serve several layers
-    config    where the other fields come from, as of preset(); None: the defaults
-    shared    a pool of experts that every token visits
-    residual  the pool of a residual branch
-    comm      None: one rank; else every rank makes its layer, with some of the experts each
+    gate       None: every forward brings a plan with weights
+    experts    the pool; may serve several layers
+    config     where the other fields come from, as of preset(); None: the defaults
+    shared     a pool of experts that every token visits
+    residual   the pool of a residual branch
+    comm       None: one rank; else every rank makes its layer, with some of the experts each
+    placement  with a comm: the number of each expert (or slice) of the pool among those of all
+               ranks, any sequence of integers; None: in order of rank
     """
 
     kind = "layer"
@@ -341,13 +195,16 @@ class Layer(Computing, ParameterOwner):
         shared: Optional[Experts] = None,
         residual: Optional[Experts] = None,
         comm: Optional[Comm] = None,
+        placement: Optional[Iterable[int]] = None,
         **fields: Any,
     ) -> None:
         if experts is None:
             raise TypeError("a layer needs experts")
         given = {"gate": gate, "experts": experts, "shared": shared, "residual": residual,
                  "comm": comm}  # fmt: skip
-        config = _config.make(_abi.LayerConfig, fields, given, config)
+        config = _config.make(_abi.LayerConfig, fields, [*given, "placement"], config)
+        # Another layer's numbers are of its own pool, so a base config's are never taken.
+        config.placement = _placement(placement, experts) if placement is not None else None
         handle = Handle("layer")
         for name, part in given.items():
             setattr(config, name, part.handle.value if part is not None else None)
@@ -358,7 +215,7 @@ class Layer(Computing, ParameterOwner):
         self.experts = experts
         self.shared = shared
         self.residual = residual
-        self.dims = experts.dims
+        self.dims = experts.dims._replace(num_experts=0)  # logits and noise are for a gate
         if gate is not None:
             self.dims = self.dims._replace(
                 d_gate=gate.dims.d_gate, groups=gate.dims.groups, num_experts=gate.dims.num_experts
@@ -377,7 +234,18 @@ class Layer(Computing, ParameterOwner):
         """A copy of the config the layer was made with; its handles are borrowed."""
         config = new(_abi.LayerConfig)
         self.call("moe_layer_get_config", ctypes.byref(config))
+        if config.placement:
+            numbers = self.expert_numbers
+            config.placement = (ctypes.c_int64 * len(numbers))(*numbers)
         return config
+
+    @property
+    def expert_numbers(self) -> List[int]:
+        """The number of each expert of the pool among those of all ranks; with expert_slices that
+        of each slice: slice s of expert e is number e * expert_slices + s."""
+        handle, count = self.handle, self.experts.dims.num_experts
+        number = library().moe_layer_expert_number
+        return [int(number(handle.value, i)) for i in range(count)]
 
     def _parts(self) -> Iterator[Tuple[str, ParameterOwner]]:
         # Through objects of the layer's own, so that a gate or pool the program has closed still
@@ -436,3 +304,19 @@ class Layer(Computing, ParameterOwner):
 
     def __repr__(self) -> str:
         return f"<moe.Layer {'closed' if self.closed else _config.describe(self.config)}>"
+
+
+def _placement(placement: Iterable[int], experts: Experts) -> Any:
+    """The numbers of a pool's experts as the library takes them."""
+    try:
+        given = list(placement)
+    except TypeError:
+        raise TypeError(f"placement must be a sequence of integers, not {placement!r}") from None
+    count = experts.dims.num_experts
+    if len(given) != count:
+        raise ValueError(
+            f"placement is {given}: {len(given)} numbers; the pool has {count} experts"
+        )
+    int64 = ctypes.c_int64
+    numbers = [_config.number(f"placement[{i}]", value, int64) for i, value in enumerate(given)]
+    return (int64 * count)(*numbers)

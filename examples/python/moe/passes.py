@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, Dict, NamedTuple, Optional, Union
 
 from . import _abi, _config, _memory, _views
-from ._constants import FROM_CONFIG, DType, Tensor
+from ._constants import FROM_CONFIG, DType, Tensor, Time
 from ._handle import Handle, Object
-from ._library import library, new
+from ._library import InvalidState, library, new
 from .plan import PassPlan, Plan
 
 if TYPE_CHECKING:
@@ -41,6 +41,21 @@ class Stats(NamedTuple):
     max_over_mean: float
     load_entropy: float
     gate_entropy: float
+
+
+class Report(NamedTuple):
+    """What the last forward, and the last backward after it, took; seconds are by what they went
+    into: gate, pack, exchange, experts, combine. moe/pass.h says what each is."""
+
+    forward_seconds: Dict[str, float]
+    backward_seconds: Dict[str, float]
+    rows_sent: int
+    rows_received: int
+    rounds: int
+    forward_bytes_sent: int
+    backward_bytes_sent: int
+    forward_bytes_received: int
+    backward_bytes_received: int
 
 
 class Pass(Object):
@@ -145,6 +160,15 @@ class Pass(Object):
             self.call("moe_pass_stats", ctypes.byref(stats))
         return Stats(*stats.value[: len(Stats._fields)])
 
+    @property
+    def report(self) -> Report:
+        """Where the time of the last forward and backward went, and what travelled."""
+        report = new(_abi.PassReport)
+        with self.handle.busy.shared("the pass"):
+            self.call("moe_pass_get_report", ctypes.byref(report))
+        values = (getattr(report, name) for name in Report._fields)
+        return Report._make(v if isinstance(v, int) else _by_name(v) for v in values)
+
     def tensor(self, what: Union[Tensor, str], *, copy: bool = True) -> Any:
         """A tensor of the last forward: a member of Tensor or its name, "counts".
 
@@ -166,6 +190,23 @@ class Pass(Object):
                 return _views.copy(view.data, shape, dtype)
             return _views.view(handle, view.data, shape, dtype, False, track=True)
 
+    def close(self) -> None:
+        """Give the pass up now. What others still use of it, views included, lives on; but a call
+        between its start and its finish ends, and with it the group of ranks, as by a failure."""
+        handle = self._handle
+        super().close()
+        if handle is None or handle.flight is None or len(handle.exports):
+            return
+        try:
+            give_back = handle.busy.take_alone("the pass")
+        except InvalidState:
+            return  # a call of another thread has it, and is the last
+        try:
+            handle.kept["generation"] += 1  # a plan that somebody has looks into it no longer
+            handle.dispose()
+        finally:
+            give_back()
+
     def __enter__(self) -> "Pass":
         return self
 
@@ -174,6 +215,10 @@ class Pass(Object):
 
     def __repr__(self) -> str:
         return f"<moe.Pass {'closed' if self.closed else 'for a ' + self.target.kind}>"
+
+
+def _by_name(seconds: Any) -> Dict[str, float]:
+    return {time.name.lower(): float(seconds[time]) for time in Time}
 
 
 def context_of(handle: Optional[Handle]) -> Handle:
