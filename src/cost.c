@@ -103,7 +103,8 @@ static moe_status read_query(cost_case *c, const moe_cost_query *query, const ch
     MOE_TRY(read_configs(c, query, function));
     int64_t top_k = c->q.top_k;
     c->num_experts = c->has_gate ? c->gate.num_experts : c->experts.num_experts;
-    if (c->has_gate && c->has_experts && c->num_experts != c->experts.num_experts)
+    bool alone = !c->layer.comm;
+    if (c->has_gate && c->has_experts && alone && c->num_experts != c->experts.num_experts)
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "the gate has %lld experts, the pool has %lld",
                (ll)c->num_experts, (ll)c->experts.num_experts);
     if (c->has_gate && c->has_experts && c->gate.dtype != c->experts.dtype)

@@ -201,7 +201,9 @@ moe_status moe_experts_get_config(const moe_experts *experts, moe_experts_config
 {
     if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
     MOE_TRY(moe__struct_check_out(&moe__experts_config_info, config, __func__));
-    moe__struct_write(&moe__experts_config_info, config, &experts->config);
+    moe_experts_config known = experts->config;
+    if (known.num_experts == 0) known.num_experts = MOE_NO_EXPERTS;
+    moe__struct_write(&moe__experts_config_info, config, &known);
     return MOE_OK;
 }
 

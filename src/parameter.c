@@ -222,13 +222,19 @@ moe_status moe__layer_list_parameters(moe_layer *layer, const char *function)
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
+/* Two pointers for each expert; of none, one. */
+static int64_t lists_bytes(const moe__parameter_list *list)
+{
+    return moe__max(2 * list->num_experts, 1) * (int64_t)sizeof(void *);
+}
+
 void moe__parameters_free(moe__parameter_list *list)
 {
     for (int64_t i = 0; i < list->count; i++) {
         moe__parameter *p = &list->p[i];
         moe__free(list->context, p->own_data, p->own_bytes);
         moe__free(list->context, p->own_grad, p->own_bytes);
-        moe__free(list->context, p->lists, 2 * list->num_experts * (int64_t)sizeof(void *));
+        moe__free(list->context, p->lists, lists_bytes(list));
     }
     list->count = 0;
 }
@@ -481,7 +487,7 @@ static moe_status check_dtypes(const moe__parameter *p, const moe_binding *b, co
 static moe_status make_lists(moe__parameter_list *list, moe__parameter *p, const char *function)
 {
     if (p->lists) return MOE_OK;
-    p->lists = moe__alloc(list->context, 2 * list->num_experts * (int64_t)sizeof(void *));
+    p->lists = moe__alloc(list->context, lists_bytes(list));
     if (!p->lists)
         REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for %lld pointers of %s",
                (ll)(2 * list->num_experts), p->name);

@@ -182,7 +182,7 @@ static moe_status zero_gradients(moe__parameter_list *list, const int32_t *exper
     for (int64_t i = 0; i < list->count; i++) {
         const moe__parameter *p = &list->p[i];
         zeroing z = {p, experts};
-        if (!p->grad && !p->grad_each) continue;
+        if ((!p->grad && !p->grad_each) || moe__parameter_elements(p) == 0) continue;
         int64_t width = p->shape[p->dims - 1], rows = moe__parameter_elements(p) / width;
         if (experts) rows = rows / p->shape[0] * count;
         MOE_TRY(moe__parallel_range(list->context, rows, moe__max(1, 65536 / width), zero_range, &z,

@@ -516,7 +516,15 @@ START_TEST(test_fields_that_need_a_comm)
     c.experts = experts;
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_create(&layer, &c));
     MUST(moe_experts_get_config(experts, &e));
-    ck_assert_int_eq(e.num_experts, 0);
+    ck_assert_int_eq(e.num_experts, MOE_NO_EXPERTS);
+    MUST(moe_experts_init_parameters(experts, 1));
+    MUST(moe_experts_zero_gradients(experts, NULL));
+    MUST(moe_experts_zero_touched_gradients(experts, NULL));
+    moe_binding b;
+    void *none[1] = {NULL};
+    MUST(moe_binding_init(&b, sizeof b));
+    b.data_per_expert = (const void *const *)none;
+    MUST(moe_experts_bind(experts, 0, &b));
     moe_experts_destroy(experts), moe_context_destroy(context);
 }
 END_TEST

@@ -111,7 +111,7 @@ typedef struct moe_experts_config {
     int64_t d_hidden;         /* F >= 1; default 0 is for kinds without a hidden layer */
     int64_t d_out;            /* O >= 1; default MOE_SAME = D */
     int64_t num_experts;      /* E, 1 to 2^31 - 1; default 0 is refused. MOE_NO_EXPERTS: none, the
-                                 pool of a rank that has no experts; get_config then says 0 */
+                                 pool of a rank that has no experts */
     int32_t activation;       /* MOE_ACTIVATION_*; default ReLU */
     int32_t bias;             /* 1: b1, b2 (and b3); default 0 */
     int32_t glu_order;        /* MOE_GLU_*; default separate */

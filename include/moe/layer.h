@@ -212,7 +212,9 @@ typedef struct moe_cost_query {
     uint64_t struct_size;
     const moe_gate_config *gate;        /* NULL: no gate; top_k must then be given */
     const moe_experts_config *experts;  /* NULL: no experts; of one pool, not one of parts */
-    const moe_layer_config *layer;      /* NULL: the defaults; its handles are not looked at */
+    const moe_layer_config *layer;      /* NULL: the defaults; its handles are not looked at, but
+                                           with a comm `experts` may be one rank's, of the gate's E:
+                                           the answer is for as many rows as leave it */
     int64_t tokens;                     /* T */
     int64_t groups;                     /* 0 = one */
     int64_t top_k;                      /* K; default MOE_FROM_CONFIG */

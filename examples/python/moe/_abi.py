@@ -108,6 +108,9 @@ class GateConfig(Structure):
         ("choice_noise", c_int32),
         ("second_choice", c_int32),
         ("loss_scope", c_int32),
+        ("secondary", c_int32),
+        ("reserved2", c_int32),
+        ("local_groups", c_int64),
     ]
 
 

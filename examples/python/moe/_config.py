@@ -33,6 +33,7 @@ ENUMS: Dict[str, Type[enum.IntEnum]] = {
     "choice_noise": c.ChoiceNoise,
     "second_choice": c.SecondChoice,
     "loss_scope": c.LossScope,
+    "secondary": c.Secondary,
     "sequence_score": c.Score,
     "sequence_counts": c.SequenceCounts,
     "capacity_kind": c.Capacity,

@@ -120,6 +120,13 @@ class LossScope(enum.IntEnum):
     GROUP = 1
 
 
+class Secondary(enum.IntEnum):
+    """Where the secondary gates of a hierarchical gate are."""
+
+    REPLICATED = 0
+    WITH_GROUP = 1
+
+
 class SequenceCounts(enum.IntEnum):
     """Which tokens a sequence loss counts for an expert."""
 
@@ -440,6 +447,7 @@ PREFIXES: Dict[Type[enum.IntEnum] | Type[enum.IntFlag], str] = {
     ChoiceNoise: "MOE_CHOICE_NOISE_",
     SecondChoice: "MOE_SECOND_CHOICE_",
     LossScope: "MOE_LOSS_SCOPE_",
+    Secondary: "MOE_SECONDARY_",
     SequenceCounts: "MOE_SEQUENCE_COUNTS_",
     Capacity: "MOE_CAPACITY_",
     Round: "MOE_ROUND_",

@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tupl
 from . import _abi, _callbacks, _config, _memory, _views
 from ._arguments import Dims
 from ._computing import Computing
-from ._constants import DType, ExpertsKind, GateKind
+from ._constants import NO_EXPERTS, DType, ExpertsKind, GateKind
 from ._handle import Handle
 from ._library import library, new
 from ._phases import Phased
@@ -119,7 +119,8 @@ class Experts(Computing, ParameterOwner):
         config = self.config
         d_out = config.d_out if config.d_out > 0 else config.d_model
         dtype = _memory.NAMES[DType(config.dtype)]
-        self.dims = Dims(dtype, config.d_model, d_out, 0, config.num_experts)
+        count = 0 if config.num_experts == NO_EXPERTS else config.num_experts
+        self.dims = Dims(dtype, config.d_model, d_out, 0, count)
 
     def _used(self) -> List[Handle]:
         return [self.handle, *self.handle.kept.get("parts", ())]
