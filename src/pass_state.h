@@ -300,9 +300,9 @@ moe_status moe__ranks_work(moe_pass *pass, const moe__backend *kernels, const ch
 moe_status moe__ranks_receive(moe_pass *pass);
 moe_status moe__ranks_send_backward(moe_pass *pass);
 moe_status moe__ranks_check_backward(moe_pass *pass, const char *function);
-moe_status moe__ranks_work_backward(moe_pass *pass, bool want_dx, const moe__backend *kernels,
+moe_status moe__ranks_work_backward(moe_pass *pass, const moe__backend *kernels,
                                     const char *function);
-moe_status moe__ranks_receive_backward(moe_pass *pass, bool want_dx);
+moe_status moe__ranks_receive_backward(moe_pass *pass);
 /* Ends the waits of the others after a failure that they do not know of. */
 moe_status moe__ranks_end(moe_pass *pass, moe_status status);
 /* Likewise, and gives up what is in flight. */

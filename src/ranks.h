@@ -10,6 +10,10 @@
 
 enum { MOE__RANKS_HEADER = 3 }; /* words that a rank tells every rank in every call */
 
+/* What a backward brings back, as bits: dx of rows, gradients by their weights, dx of secondary
+ * gates' rows. */
+enum { MOE__WANT_DX = 1, MOE__WANT_WEIGHTS = 2, MOE__WANT_GATE_DX = 4, MOE__WANTS = 8 };
+
 /* Of a layer. ranks_join.c */
 typedef struct moe__placement {
     int64_t slots, numbers;  /* of all ranks; E S */
@@ -68,6 +72,7 @@ typedef struct moe__ranks {
     bool routes;           /* the gate runs in this call */
     bool took_part;        /* in this call: the others know how it went here */
     bool agreed;           /* the failure is known to all ranks */
+    int32_t wants, wanted; /* MOE__WANT_* of this rank's backward; of any rank's: it travels */
     moe__plan_arrays plan; /* of what came: a token is a position */
     moe__experts_job job;
     moe__dw_carry carry[3];  /* of w1, w3, w2 */

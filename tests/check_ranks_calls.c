@@ -1,0 +1,166 @@
+/* check_ranks_calls.c - calls of a layer on ranks that are refused, that differ from rank to rank
+ * where they may, or that end while rows are under way: what a pass held before is still there, and
+ * nobody waits. */
+#include "support/crew.h"
+#include "support/layer_case.h"
+#include "support/suite.h"
+
+#include <check.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { T = 6, E = 4, D = CREW_D, RANKS = 3 };
+
+static void draw(double *x, int64_t count, uint64_t seed)
+{
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t state = seed + 1000 * (uint64_t)i;
+        x[i] = random_normal(&state);
+    }
+}
+
+/* What a rank has and gets. */
+typedef struct step {
+    double x[T * D], y[T * D], dy[T * D], dx[T * D], weight_grad[T * 2];
+    double grad[200];
+} step;
+
+static void make_step(member *m, step *s)
+{
+    draw(s->x, T * D, 3 + (uint64_t)m->rank), draw(s->dy, T * D, 9 + (uint64_t)m->rank);
+    m->f.tokens = T, m->f.x = s->x, m->f.y = s->y, m->f.token_first = m->rank * T;
+    m->b.dy = s->dy, m->b.dx = s->dx;
+}
+
+/* All gradients of the rank, one after another. */
+static void take_gradients(member *m, step *s)
+{
+    moe_parameter_record r;
+    int64_t at = 0;
+    MUST(moe_parameter_record_init(&r, sizeof r));
+    for (int64_t i = 0; i < moe_layer_parameter_count(m->layer); i++) {
+        MUST(moe_layer_parameter(m->layer, i, &r));
+        ck_assert_int_le(at + r.element_count, 200);
+        if (r.grad) memcpy(s->grad + at, r.grad, (size_t)r.element_count * sizeof(double));
+        at += r.element_count;
+    }
+}
+
+static void run(int32_t ranks, void (*call)(member *), void (*configure)(member *), void *test,
+                member *m, step *s)
+{
+    crew c = {.ranks = ranks, .run = call, .configure = configure, .test = test, .timeout = 5};
+    memset(m, 0, (size_t)ranks * sizeof *m);
+    if (s) memset(s, 0, (size_t)ranks * sizeof *s);
+    for (int32_t r = 0; s && r < ranks; r++) m[r].own = &s[r];
+    crew_run(&c, m);
+}
+
+/* ---- layers and steps ------------------------------------------------------------------------ */
+
+enum { EXACT, PADDED, CHUNKS, BY_GROUP, WAYS };
+
+static void by_group(member *m)
+{
+    m->g.kind = MOE_GATE_HIERARCHICAL;
+    m->g.expert_groups = E, m->g.top_groups = 2, m->g.top_k = 1;
+    m->g.secondary = MOE_SECONDARY_WITH_GROUP;
+    m->g.local_groups = member_share(m->rank, m->crew->ranks, E);
+}
+
+static void configure_way(member *m)
+{
+    int32_t way = *(const int32_t *)m->crew->test;
+    if (way == PADDED) m->l.exchange = MOE_EXCHANGE_PADDED, m->l.padded_rows = 2 * T;
+    if (way == CHUNKS) m->l.received = MOE_RECEIVED_CHUNK, m->l.max_received = 2 + m->rank;
+    if (way == BY_GROUP) by_group(m);
+}
+
+/* ---- backwards that want different things ---------------------------------------------------- */
+
+static void few_tokens(member *m, step *s)
+{
+    make_step(m, s);
+    if (m->rank == 0) m->f.tokens = 0;
+}
+
+static void run_few(member *m)
+{
+    step *s = (step *)m->own;
+    MUST(member_make(m, E));
+    few_tokens(m, s);
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+    take_gradients(m, s);
+}
+
+/* Rank 0 has no tokens and hands in nothing, rank 1 does not ask for dx, rank 2 for all. */
+static void run_different(member *m)
+{
+    step *s = (step *)m->own;
+    MUST(member_make(m, E));
+    few_tokens(m, s);
+    if (m->rank == 0) m->f.x = NULL, m->f.y = NULL, m->b.dy = NULL, m->b.dx = NULL;
+    if (m->rank == 1) m->b.flags = MOE_BACKWARD_SKIP_DX;
+    if (m->rank == 2) m->b.entry_weight_grad = s->weight_grad;
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+    take_gradients(m, s);
+}
+
+START_TEST(test_backwards_may_want_different_things)
+{
+    member m[RANKS];
+    step want[RANKS], got[RANKS];
+    int32_t way = _i;
+    run(RANKS, run_few, configure_way, &way, m, want);
+    run(RANKS, run_different, configure_way, &way, m, got);
+    for (int r = 0; r < RANKS; r++)
+        ck_assert_int_eq(memcmp(got[r].grad, want[r].grad, sizeof want[r].grad), 0);
+    ck_assert_int_eq(memcmp(got[2].dx, want[2].dx, sizeof want[2].dx), 0);
+    for (int i = 0; i < T * D; i++) ck_assert(got[1].dx[i] == 0);
+}
+END_TEST
+
+/* The same with a plan, where gradients by the weights are not needed by themselves. */
+static void run_replayed(member *m)
+{
+    step *s = (step *)m->own;
+    const moe_plan *plan = NULL;
+    bool all = m->crew->test == NULL;
+    MUST(member_make(m, E));
+    make_step(m, s);
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    MUST(moe_pass_plan(m->pass, &plan));
+    m->f.plan = plan;
+    if (!all && m->rank != 2) m->b.dx = NULL;
+    if (all || m->rank == 1) m->b.entry_weight_grad = s->weight_grad;
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+    take_gradients(m, s);
+}
+
+START_TEST(test_backwards_of_a_plan_may_want_different_things)
+{
+    member m[RANKS];
+    step want[RANKS], got[RANKS];
+    run(RANKS, run_replayed, NULL, NULL, m, want);
+    run(RANKS, run_replayed, NULL, m, m, got);
+    for (int r = 0; r < RANKS; r++)
+        ck_assert_int_eq(memcmp(got[r].grad, want[r].grad, sizeof want[r].grad), 0);
+    ck_assert_int_eq(memcmp(got[2].dx, want[2].dx, sizeof want[2].dx), 0);
+    ck_assert_int_eq(memcmp(got[1].weight_grad, want[1].weight_grad, sizeof want[1].weight_grad),
+                     0);
+}
+END_TEST
+
+int main(void)
+{
+    Suite *suite = suite_create("ranks, calls");
+    TCase *c = tcase_create("calls");
+    tcase_set_timeout(c, 300);
+    tcase_add_loop_test(c, test_backwards_may_want_different_things, 0, WAYS);
+    tcase_add_test(c, test_backwards_of_a_plan_may_want_different_things);
+    suite_add_tcase(suite, c);
+    return run_suite(suite, 1);
+}
