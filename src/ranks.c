@@ -309,17 +309,17 @@ moe_status moe__ranks_receive_backward(moe_pass *pass)
 
 /* ---- a rank that declines ------------------------------------------------------------------- */
 
+/* What an earlier forward left for a backward stays: its counts, and x. */
 static moe_status decline_padded(moe_pass *pass, bool backward, moe_status status,
                                  const char *function)
 {
     moe__ranks *k = &pass->ranks;
     int64_t O = pass->experts->room.d_out, D = pass->experts->room.d_model;
     int64_t bytes = (backward ? O : D + 1) * element_bytes(pass);
-    memset(k->count, 0, (size_t)pass->layer->where->slots * sizeof *k->count);
     moe__ranks_set_round(pass, 0);
     moe__ranks_write_blocks(pass, backward, status, k->here, bytes);
     k->took_part = true;
-    MOE_TRY(moe__ranks_start(pass, backward ? k->dy : k->x, k->here, bytes, false));
+    MOE_TRY(moe__ranks_start(pass, backward ? k->dy : k->there, k->here, bytes, false));
     MOE_TRY(moe__ranks_wait(pass));
     k->agreed = true;
     (void)function;

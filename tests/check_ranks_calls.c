@@ -76,6 +76,49 @@ static void configure_way(member *m)
     if (way == BY_GROUP) by_group(m);
 }
 
+/* ---- refused calls leave the pass as it was -------------------------------------------------- */
+
+static void run_plain(member *m)
+{
+    step *s = (step *)m->own;
+    MUST(member_make(m, E));
+    make_step(m, s);
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+    take_gradients(m, s);
+}
+
+/* Every rank makes the same mistakes between forward and backward. */
+static void run_refused(member *m)
+{
+    step *s = (step *)m->own;
+    MUST(member_make(m, E));
+    make_step(m, s);
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    moe_forward_args f = m->f;
+    moe_backward_args b = m->b;
+    f.flags = 1 << 20;
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_forward(m->layer, m->pass, &f));
+    b.dy = NULL;
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_backward(m->layer, m->pass, &b));
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+    take_gradients(m, s);
+}
+
+START_TEST(test_refused_calls_leave_the_pass_as_it_was)
+{
+    member m[RANKS];
+    step want[RANKS], got[RANKS];
+    int32_t way = _i % WAYS, ranks = _i < WAYS ? RANKS : 1;
+    run(ranks, run_plain, configure_way, &way, m, want);
+    run(ranks, run_refused, configure_way, &way, m, got);
+    for (int r = 0; r < ranks; r++) {
+        ck_assert_int_eq(memcmp(got[r].dx, want[r].dx, sizeof want[r].dx), 0);
+        ck_assert_int_eq(memcmp(got[r].grad, want[r].grad, sizeof want[r].grad), 0);
+    }
+}
+END_TEST
+
 /* ---- backwards that want different things ---------------------------------------------------- */
 
 static void few_tokens(member *m, step *s)
@@ -159,6 +202,7 @@ int main(void)
     Suite *suite = suite_create("ranks, calls");
     TCase *c = tcase_create("calls");
     tcase_set_timeout(c, 300);
+    tcase_add_loop_test(c, test_refused_calls_leave_the_pass_as_it_was, 0, 2 * WAYS);
     tcase_add_loop_test(c, test_backwards_may_want_different_things, 0, WAYS);
     tcase_add_test(c, test_backwards_of_a_plan_may_want_different_things);
     suite_add_tcase(suite, c);
