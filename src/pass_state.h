@@ -313,8 +313,11 @@ void moe__second_hook(moe_pass *pass, int32_t uses);
 
 /* ranks_rows.c */
 void moe__ranks_free(moe_pass *pass);
-/* With max_received: memory for as many rows as may come, and for this rank's `entries`. */
-moe_status moe__ranks_reserve(moe_pass *pass, int64_t entries, const char *function);
+/* With max_received: memory for as many rows as may come, and for this rank's `entries`, if the pass
+ * has less; else NULL. The pass is as it was until it takes it. */
+moe_status moe__ranks_set_aside(moe_pass *pass, int64_t entries, void **memory, int64_t *bytes,
+                                const char *function);
+void moe__ranks_take_memory(moe_pass *pass, void *memory, int64_t bytes);
 /* Gives back the rows. */
 void moe__ranks_trim(moe_pass *pass);
 

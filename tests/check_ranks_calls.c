@@ -119,6 +119,50 @@ START_TEST(test_refused_calls_leave_the_pass_as_it_was)
 }
 END_TEST
 
+/* ---- a reserve that fails -------------------------------------------------------------------- */
+
+static void bounded(member *m)
+{
+    m->l.received = m->crew->test ? MOE_RECEIVED_CHUNK : MOE_RECEIVED_ERROR;
+    m->l.max_received = 100;
+}
+
+static void run_reserve(member *m)
+{
+    step *s = (step *)m->own;
+    moe_pass_config c;
+    enum { BYTES = 1 << 20 };
+    void *memory = aligned_alloc(64, BYTES);
+    ck_assert_ptr_nonnull(memory);
+    MUST(member_make(m, E));
+    MUST(moe_pass_config_init(&c, sizeof c));
+    c.workspace = memory, c.workspace_bytes = BYTES;
+    moe_pass_destroy(m->pass), m->pass = NULL;
+    MUST(moe_pass_create(&m->pass, m->layer, &c));
+    make_step(m, s);
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    REFUSED(MOE_ERROR_OVERFLOW, moe_pass_reserve(m->pass, INT64_MAX / 4, 1, MOE_FROM_CONFIG));
+    REFUSED(MOE_ERROR_BUFFER_TOO_SMALL, moe_pass_reserve(m->pass, 100000, 1, MOE_FROM_CONFIG));
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+    take_gradients(m, s);
+    moe_pass_destroy(m->pass), m->pass = NULL;
+    free(memory);
+}
+
+START_TEST(test_reserve_that_fails_leaves_the_pass_as_it_was)
+{
+    member m[RANKS];
+    step want[RANKS], got[RANKS];
+    int yes = 1;
+    run(RANKS, run_plain, bounded, _i ? &yes : NULL, m, want);
+    run(RANKS, run_reserve, bounded, _i ? &yes : NULL, m, got);
+    for (int r = 0; r < RANKS; r++) {
+        ck_assert_int_eq(memcmp(got[r].dx, want[r].dx, sizeof want[r].dx), 0);
+        ck_assert_int_eq(memcmp(got[r].grad, want[r].grad, sizeof want[r].grad), 0);
+    }
+}
+END_TEST
+
 /* ---- backwards that want different things ---------------------------------------------------- */
 
 static void few_tokens(member *m, step *s)
@@ -203,6 +247,7 @@ int main(void)
     TCase *c = tcase_create("calls");
     tcase_set_timeout(c, 300);
     tcase_add_loop_test(c, test_refused_calls_leave_the_pass_as_it_was, 0, 2 * WAYS);
+    tcase_add_loop_test(c, test_reserve_that_fails_leaves_the_pass_as_it_was, 0, 2);
     tcase_add_loop_test(c, test_backwards_may_want_different_things, 0, WAYS);
     tcase_add_test(c, test_backwards_of_a_plan_may_want_different_things);
     suite_add_tcase(suite, c);
