@@ -145,8 +145,8 @@ void moe_pass_destroy(moe_pass *pass)
     if (!pass) return;
     moe_context *context = pass->context;
     moe__backward_abandon(pass);
-    if (!pass->host_memory) moe__free(context, pass->memory, pass->capacity);
     moe__ranks_free(pass);
+    if (!pass->host_memory) moe__pass_free_memory(pass);
     moe_layer_destroy(pass->layer);
     moe_gate_destroy(pass->gate);
     moe_experts_destroy(pass->experts);

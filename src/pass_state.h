@@ -142,6 +142,9 @@ int64_t moe__pass_shape_bytes(const moe__pass_shape *shape);
 moe_status moe__pass_make_room(moe_pass *pass, const moe__pass_shape *shape, bool keep_plan,
                                const char *function);
 
+/* Frees the block, unless a transport may still touch it: some exchanges are of its arrays. */
+void moe__pass_free_memory(moe_pass *pass);
+
 /* Leaves the pass the memory of its plan, or none if it keeps no plan. Nothing changes on error. */
 moe_status moe__pass_trim(moe_pass *pass, const char *function);
 
