@@ -23,6 +23,7 @@ typedef struct moe__placement {
     int64_t *slot_of_number; /* [E S] where this rank sends its rows */
     int64_t *first_holder;   /* [E S] the first slot that holds it */
     int64_t most_slots;      /* of a rank */
+    int64_t most_parameters; /* that the routed experts of a rank have */
     int64_t *first_group;    /* [P+1] secondary gates of each rank; NULL: all are replicated */
     int64_t *groups;         /* [A] 0 and on; likewise */
     int64_t header_rows;     /* of a block of MOE_EXCHANGE_PADDED, before its rows */

@@ -6,8 +6,11 @@
 #include "support/suite.h"
 
 #include <check.h>
+#include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { T = 6, E = 4, D = CREW_D, RANKS = 3 };
 
@@ -241,6 +244,125 @@ START_TEST(test_backwards_of_a_plan_may_want_different_things)
 }
 END_TEST
 
+/* ---- after the backward ---------------------------------------------------------------------- */
+
+static atomic_int no_memory, all_here, all_through;
+
+static void wait_for(atomic_int *count, int most)
+{
+    while (atomic_load(count) < most) {
+        struct timespec pause = {0, 1000000};
+        (void)nanosleep(&pause, NULL);
+    }
+}
+
+static void *weak_alloc(void *user, uint64_t bytes, uint64_t alignment)
+{
+    (void)user;
+    if (atomic_load(&no_memory)) return NULL;
+    return aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+}
+static void weak_free(void *user, void *memory, uint64_t bytes)
+{
+    (void)user, (void)bytes;
+    free(memory);
+}
+
+/* Rank 1 has no memory to reduce, or for the norm, and stays. */
+static void run_without_memory(member *m)
+{
+    step *s = (step *)m->own;
+    double squared;
+    MUST(member_make(m, E));
+    make_step(m, s);
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+    atomic_fetch_add(&all_here, 1), wait_for(&all_here, RANKS);
+    if (m->rank == 1) atomic_store(&no_memory, 1);
+    (void)member_note(m, *(const int *)m->crew->test
+                             ? moe_layer_gradient_norm(m->layer, &squared, NULL)
+                             : moe_layer_reduce_gradients(m->layer, NULL));
+    if (m->rank != 1) atomic_fetch_add(&all_through, 1);
+    wait_for(&all_through, RANKS - 1); /* stays, silent */
+}
+
+START_TEST(test_reductions_that_fail_end_the_waits)
+{
+    member m[RANKS];
+    step s[RANKS];
+    crew c = {.ranks = RANKS, .run = run_without_memory, .test = &_i, .timeout = 10};
+    memset(m, 0, sizeof m), memset(s, 0, sizeof s);
+    for (int32_t r = 0; r < RANKS; r++) m[r].own = &s[r];
+    MUST(moe_context_config_init(&m[1].context_config, sizeof m[1].context_config));
+    m[1].context_config.threads = 1;
+    m[1].context_config.alloc = weak_alloc, m[1].context_config.free = weak_free;
+    atomic_store(&no_memory, 0), atomic_store(&all_here, 0), atomic_store(&all_through, 0);
+    crew_run(&c, m);
+    for (int r = 0; r < RANKS; r++)
+        ck_assert_msg(m[r].status == (r == 1 ? MOE_ERROR_OUT_OF_MEMORY : MOE_ERROR_TRANSPORT),
+                      "rank %d: %s", r, m[r].error);
+}
+END_TEST
+
+/* Experts of different kinds: the norm is of all of them, on every rank. */
+static void configure_kinds(member *m)
+{
+    int32_t way = *(const int32_t *)m->crew->test;
+    if (m->rank == 0) m->e.activation = MOE_ACTIVATION_SWIGLU, m->e.bias = 1;
+    if (m->rank == 1 && way == 0) m->e.kind = MOE_EXPERTS_IDENTITY, m->e.d_hidden = 0;
+    if (m->rank == 1 && way == 1) m->e.num_experts = MOE_NO_EXPERTS;
+    if (m->rank == 0 && way == 1) m->e.num_experts = 3;
+    if (m->rank == 2) m->e.d_hidden = 7;
+}
+
+typedef struct summed {
+    step s;
+    double experts, rest, squared;
+} summed;
+
+static void run_norm(member *m)
+{
+    summed *n = (summed *)m->own;
+    moe_parameter_record r;
+    MUST(member_make(m, E));
+    make_step(m, &n->s);
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+    MUST(moe_layer_reduce_gradients(m->layer, NULL));
+    (void)member_note(m, moe_layer_gradient_norm(m->layer, &n->squared, NULL));
+    MUST(moe_parameter_record_init(&r, sizeof r));
+    for (int64_t i = 0; i < moe_layer_parameter_count(m->layer); i++) {
+        MUST(moe_layer_parameter(m->layer, i, &r));
+        bool of_experts = strncmp(r.name, "experts.", 8) == 0;
+        for (int64_t j = 0; r.grad && j < r.element_count; j++) {
+            double g = ((const double *)r.grad)[j];
+            *(of_experts ? &n->experts : &n->rest) += g * g;
+        }
+    }
+}
+
+START_TEST(test_norm_of_experts_of_different_kinds)
+{
+    member m[RANKS];
+    summed n[RANKS];
+    crew c = {.ranks = RANKS,
+              .run = run_norm,
+              .configure = configure_kinds,
+              .test = &_i,
+              .timeout = 5};
+    memset(m, 0, sizeof m), memset(n, 0, sizeof n);
+    for (int32_t r = 0; r < RANKS; r++) m[r].own = &n[r];
+    crew_run(&c, m);
+    double want = n[0].rest + n[0].experts + n[1].experts + n[2].experts;
+    for (int r = 0; r < RANKS; r++) {
+        ck_assert_msg(m[r].status == MOE_OK, "rank %d: %s", r, m[r].error);
+        ck_assert(n[r].squared == n[0].squared);
+    }
+    ck_assert_msg(want > 0 && fabs(n[0].squared - want) <= 1e-12 * want, "%.17g, %.17g",
+                  n[0].squared, want);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("ranks, calls");
@@ -250,6 +372,8 @@ int main(void)
     tcase_add_loop_test(c, test_reserve_that_fails_leaves_the_pass_as_it_was, 0, 2);
     tcase_add_loop_test(c, test_backwards_may_want_different_things, 0, WAYS);
     tcase_add_test(c, test_backwards_of_a_plan_may_want_different_things);
+    tcase_add_loop_test(c, test_reductions_that_fail_end_the_waits, 0, 2);
+    tcase_add_loop_test(c, test_norm_of_experts_of_different_kinds, 0, 2);
     suite_add_tcase(suite, c);
     return run_suite(suite, 1);
 }
