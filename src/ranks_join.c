@@ -67,7 +67,8 @@ static const field GATE[] = {{"gate num_experts", offsetof(moe_gate_config, num_
                              OF_GATE('i', loss_scope),
                              OF_GATE('i', secondary)};
 
-/* Experts of one rank may be wider than another's, unless they are slices. */
+/* Experts of one rank may be wider than another's or of another kind, unless they are slices; what
+ * every rank has is reduced, so it is of one shape. */
 #define OF_POOL(type, name)                             \
     {                                                   \
 #name, offsetof(moe_experts_config, name), type \
@@ -81,7 +82,8 @@ static const field SLICE[] = {OF_POOL('l', d_hidden), OF_POOL('i', activation)};
     }
 static const field BRANCH[] = {
     OF_BRANCH('l', num_experts), OF_BRANCH('l', d_hidden),        OF_BRANCH('i', activation),
-    OF_BRANCH('i', kind),        OF_BRANCH('i', weight_position)};
+    OF_BRANCH('i', kind),        OF_BRANCH('i', weight_position), OF_BRANCH('i', bias),
+    OF_BRANCH('i', output),      OF_BRANCH('i', glu_order),       OF_BRANCH('i', weight_layout)};
 
 #define OF_LAYER(type, name)                          \
     {                                                 \

@@ -389,6 +389,35 @@ START_TEST(test_layer_fields_are_compared)
 }
 END_TEST
 
+/* Shared experts are on every rank, so they are alike in all that shapes their parameters. */
+static void other_shared_bias(member *m)
+{
+    moe_experts_config e = m->e;
+    e.num_experts = 1, e.bias = m->rank == 1;
+    MUST(moe_experts_create(&m->l.shared, m->context, &e));
+}
+
+static void run_with_shared(member *m)
+{
+    (void)member_make(m, E);
+    moe_experts_destroy(m->l.shared);
+}
+
+START_TEST(test_shared_experts_are_compared)
+{
+    member m[2];
+    crew c = {.ranks = 2, .run = run_with_shared, .configure = other_shared_bias};
+    memset(m, 0, sizeof m);
+    crew_run(&c, m);
+    for (int r = 0; r < 2; r++) {
+        ck_assert_int_eq(m[r].status, MOE_ERROR_INVALID_ARGUMENT);
+        ck_assert_msg(
+            strstr(m[r].error, "bias of shared or residual is 1 on rank 1 and 0 on rank 0"), "%s",
+            m[r].error);
+    }
+}
+END_TEST
+
 /* ---- secondary gates with their groups ------------------------------------------------------- */
 
 static int wrong_group; /* what is wrong in the next layer */
@@ -659,6 +688,7 @@ int main(void)
     tcase_add_test(c, test_placement_is_checked_on_every_rank);
     tcase_add_test(c, test_layer_refused_on_one_rank_is_refused_on_all);
     tcase_add_test(c, test_layer_fields_are_compared);
+    tcase_add_test(c, test_shared_experts_are_compared);
     tcase_add_test(c, test_secondary_gates_are_where_their_experts_are);
     tcase_add_test(c, test_secondary_gate_alone);
     tcase_add_test(c, test_fields_that_need_a_comm);
