@@ -523,6 +523,34 @@ START_TEST(test_fields_that_need_a_comm)
 }
 END_TEST
 
+/* Rounds of a pool of parts would carry sums from one part to another. */
+START_TEST(test_rounds_are_not_for_parts)
+{
+    moe_context *context = new_context();
+    moe_comm *comm = NULL;
+    moe_experts *part[2], *pool = NULL;
+    moe_experts_config e;
+    moe_layer *layer = NULL;
+    moe_layer_config c;
+    MUST(moe_comm_create_self(&comm, context));
+    MUST(moe_experts_config_init(&e, sizeof e));
+    e.d_model = D, e.num_experts = 1;
+    for (int i = 0; i < 2; i++) {
+        e.d_hidden = 2 + i;
+        MUST(moe_experts_create(&part[i], context, &e));
+    }
+    MUST(moe_experts_create_parts(&pool, part, 2));
+    MUST(moe_layer_config_init(&c, sizeof c));
+    c.experts = pool, c.comm = comm, c.max_received = 2;
+    c.received = MOE_RECEIVED_CHUNK;
+    REFUSED(MOE_ERROR_NOT_SUPPORTED, moe_layer_create(&layer, &c));
+    c.received = MOE_RECEIVED_ERROR;
+    MUST(moe_layer_create(&layer, &c));
+    moe_layer_destroy(layer), moe_experts_destroy(pool), moe_comm_destroy(comm);
+    moe_experts_destroy(part[0]), moe_experts_destroy(part[1]), moe_context_destroy(context);
+}
+END_TEST
+
 /* ---- phases ---------------------------------------------------------------------------------- */
 
 /* Two passes in flight at once do what they do one after the other. */
@@ -683,6 +711,7 @@ int main(void)
     tcase_add_test(c, test_bound_dropped_rows_are_gone);
     tcase_add_test(c, test_rounds_sum_as_one);
     tcase_add_test(c, test_rounds_are_counted);
+    tcase_add_test(c, test_rounds_are_not_for_parts);
     tcase_add_test(c, test_padded_rows_that_do_not_fit);
     tcase_add_test(c, test_replicas_give_the_same_outputs);
     tcase_add_test(c, test_placement_is_checked_on_every_rank);
