@@ -54,6 +54,19 @@ static bool wants_dx(const moe_backward_args *b)
     return b->dx && !(b->flags & MOE_BACKWARD_SKIP_DX);
 }
 
+static bool wants_weights(const moe_pass *pass, const moe_backward_args *b)
+{
+    return pass->routed || b->entry_weight_grad || pass->experts_job.plan == &pass->mixed;
+}
+
+/* What other ranks must send back. */
+static int32_t wants(const moe_pass *pass, const moe_backward_args *b)
+{
+    bool gate_dx = b->d_gate_x || (pass->gate_saw_x && b->dx);
+    return (wants_dx(b) ? MOE__WANT_DX : 0) | (wants_weights(pass, b) ? MOE__WANT_WEIGHTS : 0) |
+           (gate_dx && !(b->flags & MOE_BACKWARD_SKIP_DX) ? MOE__WANT_GATE_DX : 0);
+}
+
 /* What the experts' backward is about; dy through the output. */
 static moe_status begin_experts(moe_pass *pass, const moe_backward_args *b,
                                 const moe__backend *kernels)
@@ -65,9 +78,7 @@ static moe_status begin_experts(moe_pass *pass, const moe_backward_args *b,
     e->overwrite = (b->flags & MOE_BACKWARD_OVERWRITE) != 0;
     e->dy = b->dy;
     e->dy_stride = b->dy_stride;
-    bool mixed = e->plan == &pass->mixed;
-    bool weights = pass->routed || b->entry_weight_grad || mixed;
-    e->entry_weight_grad = weights ? pass->entry_grad : NULL;
+    e->entry_weight_grad = wants_weights(pass, b) ? pass->entry_grad : NULL;
     if (!pass->y_saved) return MOE_OK;
     MOE_TRY(output_step(pass, b, kernels));
     e->dy = pass->dy_inner;
@@ -88,7 +99,7 @@ static moe_status work_step(moe_pass *pass, const moe_backward_args *b, const mo
     if (moe__pass_has_branches(pass, pass->uses))
         MOE_TRY(moe__branches_work_backward(pass, wants_dx(b), kernels));
     moe__lap(pass, MOE_TIME_EXPERTS);
-    if (ranks) return moe__ranks_work_backward(pass, wants_dx(b), kernels, function);
+    if (ranks) return moe__ranks_work_backward(pass, kernels, function);
     MOE_TRY(moe__experts_rows_backward(pass->experts, &pass->experts_job, wants_dx(b), kernels));
     moe__lap(pass, MOE_TIME_EXPERTS);
     return MOE_OK;
@@ -97,8 +108,7 @@ static moe_status work_step(moe_pass *pass, const moe_backward_args *b, const mo
 static moe_status finish_experts(moe_pass *pass, const moe_backward_args *b,
                                  const moe__backend *kernels)
 {
-    if (moe__pass_has_ranks(pass, pass->uses))
-        MOE_TRY(moe__ranks_receive_backward(pass, wants_dx(b)));
+    if (moe__pass_has_ranks(pass, pass->uses)) MOE_TRY(moe__ranks_receive_backward(pass));
     if (wants_dx(b)) MOE_TRY(dispatch_step(pass, b, kernels));
     if (moe__pass_has_branches(pass, pass->uses)) MOE_TRY(moe__branches_backward(pass, b, kernels));
     if (b->entry_weight_grad)
@@ -229,10 +239,12 @@ moe_status moe__backward_start(moe_pass *pass, const moe_backward_args *args, in
     moe__call *call = &pass->call;
     MOE_TRY(moe__pass_check_idle(pass, function));
     pass->ranks.took_part = pass->ranks.agreed = false;
+    pass->ranks.wants = pass->ranks.wanted = 0;
     pass->backward = true;
     moe_status status = moe__backward_check(&call->b, pass, args, uses, function);
     if (status == MOE_OK) status = take(pass, uses, function);
     if (status != MOE_OK) return moe__fail_on_ranks(pass, uses, status, function);
+    pass->ranks.wants = wants(pass, &call->b);
     moe__begin_report(pass);
     if (moe__pass_has_ranks(pass, uses)) status = moe__ranks_agree_backward(pass, function);
     if (status != MOE_OK) {

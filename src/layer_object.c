@@ -74,6 +74,9 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
     if (c->comm && c->comm->size > 1 && e->made_of_parts)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "a pool of parts on %d ranks is not available",
                (int)c->comm->size);
+    if (c->received == MOE_RECEIVED_CHUNK && e->made_of_parts)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED,
+               "a pool of parts with received MOE_RECEIVED_CHUNK is not available");
     MOE_TRY(check_secondary(c, function));
     return check_slices(c, function);
 }

@@ -64,11 +64,13 @@ static moe_status gather_groups(moe_layer *layer, const moe__parameter *p, doubl
                                (int64_t)sizeof *own);
 }
 
-/* all[slots,count] of the experts' parameters, gathered from own[own experts,count]. */
+/* all[slots,count] of the experts' parameters, gathered from own[own experts,count]. Ranks may have
+ * experts of different kinds: what one has fewer of than `count` is 0. */
 static moe_status gather(moe_layer *layer, double *all, double *own, int64_t count,
                          const char *function)
 {
     int64_t k = 0;
+    for (int64_t i = 0; i < layer->experts->config.num_experts * count; i++) own[i] = 0;
     for (int64_t i = 0; i < layer->listing.count; i++)
         if (is_of_experts(layer, i))
             MOE_TRY(sum_parameter(layer, moe__listed_parameter(&layer->listing, i), own + k++,
@@ -77,32 +79,45 @@ static moe_status gather(moe_layer *layer, double *all, double *own, int64_t cou
                                count * (int64_t)sizeof *own);
 }
 
-/* Adds up in the order of the listing. `scratch` has room for the largest first dimension. */
+/* Those of all ranks' experts, parameter by parameter. */
+static void add_experts(const moe_layer *layer, const double *all, int64_t count, double *total)
+{
+    const moe__placement *w = layer->where;
+    for (int64_t k = 0; k < count; k++) {
+        double sum = 0;
+        for (int64_t e = 0; e < w->numbers; e++) sum += all[w->first_holder[e] * count + k];
+        *total += sum;
+    }
+}
+
+/* Adds up in the order of the listing, where the experts' parameters follow the gate's. `scratch`
+ * has room for the largest first dimension. */
 static moe_status add_up(moe_layer *layer, const double *all, int64_t count, double *scratch,
                          double *squared, const char *function)
 {
     double total = 0;
-    int64_t k = 0;
+    int64_t of_gate = layer->gate ? layer->gate->parameters.count : 0;
+    if (of_gate == 0) add_experts(layer, all, count, &total);
     for (int64_t i = 0; i < layer->listing.count; i++) {
         const moe__parameter *p = moe__listed_parameter(&layer->listing, i);
-        bool spread = is_of_experts(layer, i);
-        bool by_group = !spread && moe__is_spread(layer, &layer->listing.entry[i]);
-        const moe__placement *w = layer->where;
-        int64_t n = spread     ? w->numbers
-                    : by_group ? layer->gate->config.expert_groups
-                               : p->shape[0];
+        bool by_group = moe__is_spread(layer, &layer->listing.entry[i]);
+        int64_t n = by_group ? layer->gate->config.expert_groups : p->shape[0];
         double sum = 0;
-        if (by_group)
-            MOE_TRY(gather_groups(layer, p, scratch, function));
-        else if (!spread)
-            MOE_TRY(sum_parameter(layer, p, scratch, 1, function));
-        for (int64_t e = 0; e < n; e++)
-            sum += spread ? all[w->first_holder[e] * count + k] : scratch[e];
-        k += spread;
+        if (is_of_experts(layer, i)) continue;
+        MOE_TRY(by_group ? gather_groups(layer, p, scratch, function)
+                         : sum_parameter(layer, p, scratch, 1, function));
+        for (int64_t e = 0; e < n; e++) sum += scratch[e];
         total += sum;
+        if (i + 1 == of_gate) add_experts(layer, all, count, &total);
     }
     *squared = total;
     return MOE_OK;
+}
+
+/* After a failure here, of the others. */
+static void end_waits(const moe_layer *layer)
+{
+    if (layer->comm && layer->comm->size > 1) moe_comm_abort(layer->comm);
 }
 
 moe_status moe_layer_gradient_norm(moe_layer *layer, double *squared, void *stream)
@@ -110,22 +125,25 @@ moe_status moe_layer_gradient_norm(moe_layer *layer, double *squared, void *stre
     const char *function = __func__;
     if (!layer || !squared) REFUSE_ARGUMENT("%s is NULL", layer ? "squared" : "layer");
     if (stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
-    int64_t count = 0, most = 0, own = layer->experts->config.num_experts;
-    for (int64_t i = 0; i < layer->listing.count; i++) {
-        count += is_of_experts(layer, i);
+    int64_t count = layer->where ? layer->where->most_parameters : 0;
+    int64_t most = 0, own = layer->experts->config.num_experts;
+    for (int64_t i = 0; i < layer->listing.count; i++)
         most = moe__max(most, moe__listed_parameter(&layer->listing, i)->shape[0]);
-    }
     if (layer->gate) most = moe__max(most, 2 * layer->gate->config.expert_groups);
     int64_t elements = most + (count ? moe__mul(count, own + layer->where->slots) : 0);
     int64_t bytes = moe__mul(moe__max(elements, 1), sizeof(double));
     double *memory = moe__alloc(layer->context, bytes);
-    if (!memory) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for %lld sums", (ll)elements);
+    if (!memory) {
+        end_waits(layer);
+        REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for %lld sums", (ll)elements);
+    }
     double *own_sums = memory + most, *all = own_sums + count * own;
     fenv_t saved;
     moe__fenv_enter(&saved);
     moe_status status = count ? gather(layer, all, own_sums, count, function) : MOE_OK;
     if (status == MOE_OK) status = add_up(layer, all, count, memory, squared, function);
     moe__fenv_leave(&saved);
+    if (status != MOE_OK) end_waits(layer);
     moe__comm_free(layer->comm, layer->context, memory, bytes);
     return status;
 }

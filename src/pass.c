@@ -145,8 +145,8 @@ void moe_pass_destroy(moe_pass *pass)
     if (!pass) return;
     moe_context *context = pass->context;
     moe__backward_abandon(pass);
-    if (!pass->host_memory) moe__free(context, pass->memory, pass->capacity);
     moe__ranks_free(pass);
+    if (!pass->host_memory) moe__pass_free_memory(pass);
     moe_layer_destroy(pass->layer);
     moe_gate_destroy(pass->gate);
     moe_experts_destroy(pass->experts);
@@ -205,8 +205,16 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     if (shape.entries < 0)
         REFUSE(MOE_ERROR_OVERFLOW, "%lld tokens of %lld experts do not fit in 63 bits",
                (ll)max_tokens, (ll)top_k);
-    if (shape.ranks) MOE_TRY(moe__ranks_reserve(pass, shape.entries, function));
-    MOE_TRY(moe__pass_make_room(pass, &shape, false, function));
+    void *rows = NULL;
+    int64_t rows_bytes = 0;
+    if (shape.ranks)
+        MOE_TRY(moe__ranks_set_aside(pass, shape.entries, &rows, &rows_bytes, function));
+    moe_status status = moe__pass_make_room(pass, &shape, false, function);
+    if (status != MOE_OK) {
+        moe__free(pass->context, rows, rows_bytes);
+        return status;
+    }
+    moe__ranks_take_memory(pass, rows, rows_bytes);
     pass->state = MOE__PASS_EMPTY;
     pass->uses = 0;
     return MOE_OK;

@@ -367,6 +367,14 @@ static int64_t plan_bytes(const moe_pass *pass)
     return lay_out_plan(&plan, NULL, &pass->plan.a);
 }
 
+void moe__pass_free_memory(moe_pass *pass)
+{
+    moe__comm_free(pass->layer ? pass->layer->comm : NULL, pass->context, pass->memory,
+                   pass->capacity);
+    pass->memory = NULL;
+    pass->capacity = 0;
+}
+
 /* Moves the block to memory of another size with its first `keep` bytes; the old one lives until
  * the new one is there. */
 static moe_status move_to(moe_pass *pass, int64_t bytes, int64_t keep, const char *function)
@@ -380,7 +388,7 @@ static moe_status move_to(moe_pass *pass, int64_t bytes, int64_t keep, const cha
         return moe__fail(MOE_ERROR_OUT_OF_MEMORY, function, "no %lld bytes for the pass",
                          (ll)bytes);
     if (keep > 0) memcpy(memory, pass->memory, (size_t)keep);
-    moe__free(pass->context, pass->memory, pass->capacity);
+    moe__pass_free_memory(pass);
     pass->memory = memory;
     pass->capacity = bytes;
     return MOE_OK;
@@ -397,9 +405,7 @@ moe_status moe__pass_trim(moe_pass *pass, const char *function)
         moe__plan_arrays kept = pass->plan.a;
         (void)lay_out_plan(&pass->plan.a, pass->memory, &kept);
     } else {
-        moe__free(pass->context, pass->memory, pass->capacity);
-        pass->memory = NULL;
-        pass->capacity = 0;
+        moe__pass_free_memory(pass);
         pass->state = MOE__PASS_EMPTY;
         pass->uses = 0;
     }

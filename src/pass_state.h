@@ -142,6 +142,9 @@ int64_t moe__pass_shape_bytes(const moe__pass_shape *shape);
 moe_status moe__pass_make_room(moe_pass *pass, const moe__pass_shape *shape, bool keep_plan,
                                const char *function);
 
+/* Frees the block, unless a transport may still touch it: some exchanges are of its arrays. */
+void moe__pass_free_memory(moe_pass *pass);
+
 /* Leaves the pass the memory of its plan, or none if it keeps no plan. Nothing changes on error. */
 moe_status moe__pass_trim(moe_pass *pass, const char *function);
 
@@ -300,9 +303,9 @@ moe_status moe__ranks_work(moe_pass *pass, const moe__backend *kernels, const ch
 moe_status moe__ranks_receive(moe_pass *pass);
 moe_status moe__ranks_send_backward(moe_pass *pass);
 moe_status moe__ranks_check_backward(moe_pass *pass, const char *function);
-moe_status moe__ranks_work_backward(moe_pass *pass, bool want_dx, const moe__backend *kernels,
+moe_status moe__ranks_work_backward(moe_pass *pass, const moe__backend *kernels,
                                     const char *function);
-moe_status moe__ranks_receive_backward(moe_pass *pass, bool want_dx);
+moe_status moe__ranks_receive_backward(moe_pass *pass);
 /* Ends the waits of the others after a failure that they do not know of. */
 moe_status moe__ranks_end(moe_pass *pass, moe_status status);
 /* Likewise, and gives up what is in flight. */
@@ -313,8 +316,11 @@ void moe__second_hook(moe_pass *pass, int32_t uses);
 
 /* ranks_rows.c */
 void moe__ranks_free(moe_pass *pass);
-/* With max_received: memory for as many rows as may come, and for this rank's `entries`. */
-moe_status moe__ranks_reserve(moe_pass *pass, int64_t entries, const char *function);
+/* With max_received: memory for as many rows as may come, and for this rank's `entries`, if the pass
+ * has less; else NULL. The pass is as it was until it takes it. */
+moe_status moe__ranks_set_aside(moe_pass *pass, int64_t entries, void **memory, int64_t *bytes,
+                                const char *function);
+void moe__ranks_take_memory(moe_pass *pass, void *memory, int64_t bytes);
 /* Gives back the rows. */
 void moe__ranks_trim(moe_pass *pass);
 

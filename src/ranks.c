@@ -198,9 +198,9 @@ static moe_status run_experts_again(moe_pass *pass, const moe__backend *kernels,
                                     const char *function)
 {
     moe__ranks *k = &pass->ranks;
-    const moe__experts_job *wanted = &pass->experts_job;
+    const moe__experts_job *e = &pass->experts_job;
     int64_t size = element_bytes(pass), D = pass->experts->room.d_model;
-    if (k->round == 0 && wanted->parameters && wanted->overwrite) {
+    if (k->round == 0 && e->parameters && e->overwrite) {
         MOE_TRY(moe__parameters_zero_gradients(&pass->experts->parameters, function));
         moe__experts_forget_touched(pass->experts);
     }
@@ -212,52 +212,55 @@ static moe_status run_experts_again(moe_pass *pass, const moe__backend *kernels,
     return MOE_OK;
 }
 
-static moe_status run_backward(moe_pass *pass, bool want_dx, const moe__backend *kernels,
-                               const char *function)
+static bool wanted(const moe_pass *pass, int32_t what) { return pass->ranks.wanted & what; }
+
+static moe_status run_backward(moe_pass *pass, const moe__backend *kernels, const char *function)
 {
     moe__ranks *k = &pass->ranks;
-    const moe__experts_job *wanted = &pass->experts_job;
-    k->job.workers = wanted->workers;
-    k->job.parameters = wanted->parameters;
-    k->job.overwrite = wanted->overwrite;
+    const moe__experts_job *e = &pass->experts_job;
+    k->job.workers = e->workers;
+    k->job.parameters = e->parameters;
+    k->job.overwrite = e->overwrite;
     k->job.carry = NULL;
     k->job.dy = k->dy;
     k->job.dy_stride = pass->experts->room.d_out;
-    k->job.entry_weight_grad = wanted->entry_weight_grad ? k->entry_grad : NULL;
+    k->job.entry_weight_grad = wanted(pass, MOE__WANT_WEIGHTS) ? k->entry_grad : NULL;
     if (again(pass)) MOE_TRY(run_experts_again(pass, kernels, function));
-    MOE_TRY(moe__experts_rows_backward(pass->experts, &k->job, want_dx, kernels));
+    bool dx = wanted(pass, MOE__WANT_DX);
+    MOE_TRY(moe__experts_rows_backward(pass->experts, &k->job, dx, kernels));
     moe__lap(pass, MOE_TIME_EXPERTS);
     return MOE_OK;
 }
 
-/* dx and the gradient by the weight of each row, as far as they are wanted. */
-static int back_columns(const moe_pass *pass, bool want_dx, moe__column columns[2])
+/* dx and the gradient by the weight of each row, as far as some rank wants them: rows are of one
+ * width. */
+static int back_columns(const moe_pass *pass, moe__column columns[2])
 {
     const moe__ranks *k = &pass->ranks;
     int64_t size = element_bytes(pass), D = pass->experts->room.d_model;
     int count = 0;
-    if (want_dx) columns[count++] = (moe__column){k->job.dx_rows, NULL, D * size, D * size};
-    if (pass->experts_job.entry_weight_grad)
+    if (wanted(pass, MOE__WANT_DX))
+        columns[count++] = (moe__column){k->job.dx_rows, NULL, D * size, D * size};
+    if (wanted(pass, MOE__WANT_WEIGHTS))
         columns[count++] = (moe__column){k->entry_grad, k->plan.entry_of_row, size, size};
     return count;
 }
-static int64_t back_width(const moe_pass *pass, bool want_dx)
+static int64_t back_width(const moe_pass *pass)
 {
-    return (want_dx ? pass->experts->room.d_model : 0) +
-           (pass->experts_job.entry_weight_grad != NULL);
+    return (wanted(pass, MOE__WANT_DX) ? pass->experts->room.d_model : 0) +
+           wanted(pass, MOE__WANT_WEIGHTS);
 }
 
-static moe_status work_backward(moe_pass *pass, bool want_dx, const moe__backend *kernels,
-                                const char *function)
+static moe_status work_backward(moe_pass *pass, const moe__backend *kernels, const char *function)
 {
     moe__ranks *k = &pass->ranks;
-    int64_t bytes = back_width(pass, want_dx) * element_bytes(pass);
+    int64_t bytes = back_width(pass) * element_bytes(pass);
     moe__column columns[2];
     for (int64_t round = 0; round < k->rounds; round++) {
         if (!padded(pass)) MOE_TRY(moe__ranks_wait(pass));
-        MOE_TRY(run_backward(pass, want_dx, kernels, function));
+        MOE_TRY(run_backward(pass, kernels, function));
         if (bytes > 0) {
-            int count = back_columns(pass, want_dx, columns);
+            int count = back_columns(pass, columns);
             MOE_TRY(moe__ranks_pack_there(pass, columns, count, bytes));
             MOE_TRY(moe__ranks_start(pass, k->here, k->there, bytes, true));
         }
@@ -269,10 +272,10 @@ static moe_status work_backward(moe_pass *pass, bool want_dx, const moe__backend
     return MOE_OK;
 }
 
-moe_status moe__ranks_work_backward(moe_pass *pass, bool want_dx, const moe__backend *kernels,
+moe_status moe__ranks_work_backward(moe_pass *pass, const moe__backend *kernels,
                                     const char *function)
 {
-    return moe__ranks_end(pass, work_backward(pass, want_dx, kernels, function));
+    return moe__ranks_end(pass, work_backward(pass, kernels, function));
 }
 
 /* entry_grad of this rank's entries from the last column; of those without a row 0. */
@@ -287,9 +290,9 @@ static void take_weight_gradients(moe_pass *pass)
                (const char *)k->rows + (r * k->row_stride + last) * size, (size_t)size);
 }
 
-static moe_status receive_backward(moe_pass *pass, bool want_dx)
+static moe_status receive_backward(moe_pass *pass)
 {
-    int64_t width = back_width(pass, want_dx);
+    int64_t width = back_width(pass);
     if (width == 0) return MOE_OK;
     MOE_TRY(moe__ranks_wait(pass));
     moe__ranks_collect(pass, width * element_bytes(pass));
@@ -299,24 +302,24 @@ static moe_status receive_backward(moe_pass *pass, bool want_dx)
     return MOE_OK;
 }
 
-moe_status moe__ranks_receive_backward(moe_pass *pass, bool want_dx)
+moe_status moe__ranks_receive_backward(moe_pass *pass)
 {
-    return moe__ranks_end(pass, receive_backward(pass, want_dx));
+    return moe__ranks_end(pass, receive_backward(pass));
 }
 
 /* ---- a rank that declines ------------------------------------------------------------------- */
 
+/* What an earlier forward left for a backward stays: its counts, and x. */
 static moe_status decline_padded(moe_pass *pass, bool backward, moe_status status,
                                  const char *function)
 {
     moe__ranks *k = &pass->ranks;
     int64_t O = pass->experts->room.d_out, D = pass->experts->room.d_model;
     int64_t bytes = (backward ? O : D + 1) * element_bytes(pass);
-    memset(k->count, 0, (size_t)pass->layer->where->slots * sizeof *k->count);
     moe__ranks_set_round(pass, 0);
     moe__ranks_write_blocks(pass, backward, status, k->here, bytes);
     k->took_part = true;
-    MOE_TRY(moe__ranks_start(pass, backward ? k->dy : k->x, k->here, bytes, false));
+    MOE_TRY(moe__ranks_start(pass, backward ? k->dy : k->there, k->here, bytes, false));
     MOE_TRY(moe__ranks_wait(pass));
     k->agreed = true;
     (void)function;

@@ -10,6 +10,10 @@
 
 enum { MOE__RANKS_HEADER = 3 }; /* words that a rank tells every rank in every call */
 
+/* What a backward brings back, as bits: dx of rows, gradients by their weights, dx of secondary
+ * gates' rows. */
+enum { MOE__WANT_DX = 1, MOE__WANT_WEIGHTS = 2, MOE__WANT_GATE_DX = 4, MOE__WANTS = 8 };
+
 /* Of a layer. ranks_join.c */
 typedef struct moe__placement {
     int64_t slots, numbers;  /* of all ranks; E S */
@@ -19,6 +23,7 @@ typedef struct moe__placement {
     int64_t *slot_of_number; /* [E S] where this rank sends its rows */
     int64_t *first_holder;   /* [E S] the first slot that holds it */
     int64_t most_slots;      /* of a rank */
+    int64_t most_parameters; /* that the routed experts of a rank have */
     int64_t *first_group;    /* [P+1] secondary gates of each rank; NULL: all are replicated */
     int64_t *groups;         /* [A] 0 and on; likewise */
     int64_t header_rows;     /* of a block of MOE_EXCHANGE_PADDED, before its rows */
@@ -68,6 +73,7 @@ typedef struct moe__ranks {
     bool routes;           /* the gate runs in this call */
     bool took_part;        /* in this call: the others know how it went here */
     bool agreed;           /* the failure is known to all ranks */
+    int32_t wants, wanted; /* MOE__WANT_* of this rank's backward; of any rank's: it travels */
     moe__plan_arrays plan; /* of what came: a token is a position */
     moe__experts_job job;
     moe__dw_carry carry[3];  /* of w1, w3, w2 */

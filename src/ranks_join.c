@@ -13,7 +13,8 @@ typedef struct field {
     char type; /* i, l, d: int32_t, int64_t, double */
 } field;
 
-enum { FIELDS = 96, STATUS = 0, SLOTS = 1, GROUPS = 2, COMPARED = 3 }; /* words of a rank */
+/* Words of a rank. */
+enum { STATUS = 0, SLOTS = 1, GROUPS = 2, PARAMETERS = 3, COMPARED = 4, FIELDS = 96 };
 
 #define OF_GATE(type, name)                          \
     {                                                \
@@ -66,7 +67,8 @@ static const field GATE[] = {{"gate num_experts", offsetof(moe_gate_config, num_
                              OF_GATE('i', loss_scope),
                              OF_GATE('i', secondary)};
 
-/* Experts of one rank may be wider than another's, unless they are slices. */
+/* Experts of one rank may be wider than another's or of another kind, unless they are slices; what
+ * every rank has is reduced, so it is of one shape. */
 #define OF_POOL(type, name)                             \
     {                                                   \
 #name, offsetof(moe_experts_config, name), type \
@@ -78,9 +80,10 @@ static const field SLICE[] = {OF_POOL('l', d_hidden), OF_POOL('i', activation)};
     {                                                                            \
 #name " of shared or residual", offsetof(moe_experts_config, name), type \
     }
-static const field BRANCH[] = {OF_BRANCH('l', num_experts), OF_BRANCH('l', d_hidden),
-                               OF_BRANCH('i', activation), OF_BRANCH('i', kind),
-                               OF_BRANCH('i', weight_position)};
+static const field BRANCH[] = {
+    OF_BRANCH('l', num_experts), OF_BRANCH('l', d_hidden),        OF_BRANCH('i', activation),
+    OF_BRANCH('i', kind),        OF_BRANCH('i', weight_position), OF_BRANCH('i', bias),
+    OF_BRANCH('i', output),      OF_BRANCH('i', glu_order),       OF_BRANCH('i', weight_layout)};
 
 #define OF_LAYER(type, name)                          \
     {                                                 \
@@ -287,6 +290,7 @@ static moe_status find_places(moe_layer *layer, const int64_t *all, const char *
     for (int32_t p = 0; p < P; p++) {
         w->first_slot[p + 1] = w->first_slot[p] + all[p * FIELDS + SLOTS];
         w->most_slots = moe__max(w->most_slots, all[p * FIELDS + SLOTS]);
+        w->most_parameters = moe__max(w->most_parameters, all[p * FIELDS + PARAMETERS]);
     }
     for (int64_t i = 0; i < own; i++)
         numbers[i] = c->placement ? c->placement[i] : w->first_slot[rank] + i;
@@ -349,6 +353,7 @@ static moe_status join(moe_comm *comm, moe_context *context, moe_layer *layer, m
         int64_t *words = all + (int64_t)P * FIELDS;
         words[STATUS] = own;
         if (layer) words[SLOTS] = layer->config.experts->config.num_experts;
+        if (layer) words[PARAMETERS] = layer->config.experts->parameters.count;
         if (layer && layer->gate) words[GROUPS] = layer->gate->config.local_groups;
         d.word = words + COMPARED;
         if (layer) describe_layer(&d, &layer->config);

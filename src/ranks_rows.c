@@ -138,29 +138,43 @@ static void lay_out_rows(moe_pass *pass, moe__arena *arena, const row_counts *n,
     moe__lay_out_experts(&k->job, arena, room, n->rows, save, size);
 }
 
-static moe_status lay_out(moe_pass *pass, const row_counts *n, bool save, const char *function)
+moe_status moe__ranks_lay_out(moe_pass *pass, bool save, const char *function)
 {
     moe__ranks *k = &pass->ranks;
+    row_counts n = count_rows(pass);
     moe__arena arena = {NULL, 0};
-    lay_out_rows(pass, &arena, n, save);
+    lay_out_rows(pass, &arena, &n, save);
     MOE_TRY(moe__ranks_room(pass, &k->rows_memory, &k->rows_bytes, arena.used, function));
     arena = (moe__arena){k->rows_memory, 0};
-    lay_out_rows(pass, &arena, n, save);
+    lay_out_rows(pass, &arena, &n, save);
     return MOE_OK;
 }
 
-moe_status moe__ranks_lay_out(moe_pass *pass, bool save, const char *function)
+/* What the pass holds stays where it is, also if this succeeds. */
+moe_status moe__ranks_set_aside(moe_pass *pass, int64_t entries, void **memory, int64_t *bytes,
+                                const char *function)
 {
-    row_counts n = count_rows(pass);
-    return lay_out(pass, &n, save, function);
-}
-
-moe_status moe__ranks_reserve(moe_pass *pass, int64_t entries, const char *function)
-{
+    const moe__ranks held = pass->ranks;
     int64_t most = pass->layer->config.max_received;
     int64_t mine = moe__mul(entries, pass->layer->where->slices);
     row_counts n = {mine, most, most, mine, entries};
-    return padded(pass) || most == 0 ? MOE_OK : lay_out(pass, &n, true, function);
+    moe__arena arena = {NULL, 0};
+    *memory = NULL;
+    *bytes = 0;
+    if (padded(pass) || most == 0) return MOE_OK;
+    lay_out_rows(pass, &arena, &n, true);
+    pass->ranks = held;
+    if (arena.used >= 0 && arena.used <= held.rows_bytes) return MOE_OK;
+    return moe__ranks_room(pass, memory, bytes, arena.used, function);
+}
+
+void moe__ranks_take_memory(moe_pass *pass, void *memory, int64_t bytes)
+{
+    moe__ranks *k = &pass->ranks;
+    if (!memory) return;
+    moe__ranks_give_back(pass, &k->rows_memory, &k->rows_bytes);
+    k->rows_memory = memory;
+    k->rows_bytes = bytes;
 }
 
 /* ---- exchanges ------------------------------------------------------------------------------- */

@@ -238,10 +238,11 @@ static moe_status backward_steps(moe_pass *pass, moe__gate_backward_job *gate)
     s->job.noise_weight = level->noise_weight;
     s->job.d_weight_matrix = level->d_weight_matrix;
     s->job.d_noise_weight = level->d_noise_weight;
-    s->job.dx_rows = gate->dx ? dx_rows : NULL;
+    bool dx_wanted = pass->ranks.wanted & MOE__WANT_GATE_DX; /* by some rank */
+    s->job.dx_rows = dx_wanted ? dx_rows : NULL;
     moe_status status = pass->call.kernels->second_backward(&s->job);
     s->job.dx_rows = dx_rows;
-    if (status != MOE_OK || !gate->dx) return status;
+    if (status != MOE_OK || !dx_wanted) return status;
     const moe__column dx = {dx_rows, NULL, D * size, D * size};
     pack(s->there, s->index, came, &dx, 1);
     return move(pass, level->dx_rows, s->there, D * size, true);

@@ -16,7 +16,7 @@
 #include <string.h>
 
 enum { WORD_CALL = 0, WORD_LAYER = 1, WORD_STATUS = 2 };
-enum { CALL_FORWARD = 1, CALL_BACKWARD = 2 };
+enum { CALL_FORWARD = 1, CALL_BACKWARD = 2, CALLS = 4 }; /* plus CALLS times MOE__WANT_* */
 enum { ANSWER = 3, ANSWER_STATUS = 0, ANSWER_ROUNDS = 1, ANSWER_LIMIT = 2 };
 
 static int64_t own_slots(const moe_pass *pass) { return pass->experts->config.num_experts; }
@@ -94,7 +94,7 @@ void moe__ranks_count(moe_pass *pass)
 
 void moe__ranks_header(const moe_pass *pass, bool backward, moe_status status, int64_t *words)
 {
-    words[WORD_CALL] = backward ? CALL_BACKWARD : CALL_FORWARD;
+    words[WORD_CALL] = backward ? CALL_BACKWARD + CALLS * pass->ranks.wants : CALL_FORWARD;
     words[WORD_LAYER] = pass->layer->config.layer_id;
     words[WORD_STATUS] = status;
 }
@@ -110,12 +110,15 @@ static moe_status failed_elsewhere(moe_pass *pass, int64_t rank, moe_status stat
 moe_status moe__ranks_check_header(moe_pass *pass, int64_t p, bool backward, const int64_t *words,
                                    const char *function)
 {
-    int32_t call = backward ? CALL_BACKWARD : CALL_FORWARD, layer = pass->layer->config.layer_id;
-    if (words[WORD_CALL] != call || words[WORD_LAYER] != layer)
+    int64_t call = words[WORD_CALL] % CALLS, wants = words[WORD_CALL] / CALLS;
+    int32_t layer = pass->layer->config.layer_id;
+    bool known = wants >= 0 && wants < (backward ? MOE__WANTS : 1);
+    if (call != (backward ? CALL_BACKWARD : CALL_FORWARD) || words[WORD_LAYER] != layer || !known)
         REFUSE(MOE_ERROR_TRANSPORT,
                "rank %lld is in a %s of layer %lld, rank %d in a %s of layer %d", (ll)p,
-               words[WORD_CALL] == CALL_BACKWARD ? "backward" : "forward", (ll)words[WORD_LAYER],
+               call == CALL_BACKWARD ? "backward" : "forward", (ll)words[WORD_LAYER],
                (int)moe__pass_comm(pass)->rank, backward ? "backward" : "forward", (int)layer);
+    if (backward) pass->ranks.wanted |= (int32_t)wants;
     if (words[WORD_STATUS] != MOE_OK)
         return failed_elsewhere(pass, p, (moe_status)words[WORD_STATUS], function);
     return MOE_OK;

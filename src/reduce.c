@@ -91,7 +91,9 @@ moe_status moe_layer_reduce_gradients(moe_layer *layer, void *stream)
     if (!layer->where || layer->comm->size == 1) return MOE_OK;
     int64_t most = 0, P = layer->comm->size;
     for (int64_t i = 0; i < layer->listing.count; i++)
-        most = moe__max(most, moe__parameter_elements(moe__listed_parameter(&layer->listing, i)));
+        if (!moe__is_spread(layer, &layer->listing.entry[i]))
+            most = moe__max(most,
+                            moe__parameter_elements(moe__listed_parameter(&layer->listing, i)));
     int64_t size = moe__dtype_size(layer->experts->config.dtype);
     reduction r = {.comm = layer->comm,
                    .begin_bytes = (P + 1) * (int64_t)sizeof(int64_t),
@@ -110,6 +112,7 @@ moe_status moe_layer_reduce_gradients(moe_layer *layer, void *stream)
     else
         status = reduce_all(layer, &r);
     moe__fenv_leave(&saved);
+    if (status != MOE_OK) moe_comm_abort(layer->comm); /* the others wait for this rank */
     moe__comm_free(layer->comm, layer->context, r.begin, r.begin_bytes);
     moe__comm_free(layer->comm, layer->context, r.same, r.begin_bytes);
     moe__comm_free(layer->comm, layer->context, r.dense, r.dense_bytes);

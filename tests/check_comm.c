@@ -250,7 +250,7 @@ END_TEST
 /* ---- a host's collectives -------------------------------------------------------------------- */
 
 typedef struct host {
-    int calls, fail_at, released, aborted;
+    int calls, fail_at, released, aborted, cancelled;
     int64_t pending;
 } host;
 
@@ -320,6 +320,44 @@ START_TEST(test_host_failures_end_the_communicator)
     /* nothing can withdraw them: the transport owns both buffers of each */
     ck_assert_int_eq(moe_comm_pending_bytes(comm), MOE_COMM_REQUESTS * 2 * (int64_t)sizeof a);
     moe_comm_destroy(comm), moe_context_destroy(context);
+}
+END_TEST
+
+static int64_t host_cancel(void *user, void *request)
+{
+    (void)request;
+    ((host *)user)->cancelled++;
+    return 0;
+}
+
+/* After moe_comm_abort a wait ends, and what was in flight is given up before it does: the caller
+ * may free its buffers. */
+START_TEST(test_abort_gives_up_what_is_in_flight)
+{
+    moe_context *context = new_context();
+    int32_t a = 5, b = 0, request, done;
+    const int64_t begin[2] = {0, 1};
+    for (int waits = 0; waits < 2; waits++) {
+        host h = {.pending = 1};
+        moe_collectives t = host_table(&h);
+        moe_comm *comm = NULL;
+        moe_exchange e;
+        t.exchange_cancel = host_cancel;
+        MUST(moe_comm_create(&comm, context, &t));
+        MUST(moe_exchange_init(&e, sizeof e));
+        e.recv = &b, e.send = &a, e.recv_begin = e.send_begin = begin, e.row_bytes = sizeof a;
+        for (int i = 0; i < 2; i++) MUST(moe_comm_exchange_start(comm, &e, &request));
+        moe_comm_abort(comm);
+        ck_assert_int_eq(h.cancelled, 0); /* it may be another thread's call */
+        if (waits)
+            REFUSED(MOE_ERROR_TRANSPORT, moe_comm_exchange_finish(comm, request));
+        else
+            REFUSED(MOE_ERROR_TRANSPORT, moe_comm_exchange_test(comm, request, &done));
+        ck_assert_int_eq(h.cancelled, 2);
+        moe_comm_destroy(comm);
+        ck_assert_int_eq(h.cancelled, 2);
+    }
+    moe_context_destroy(context);
 }
 END_TEST
 
@@ -401,6 +439,7 @@ int main(void)
     tcase_add_test(c, test_world_names_the_rank_that_does_not_come);
     tcase_add_test(c, test_world_ends_every_wait);
     tcase_add_test(c, test_host_failures_end_the_communicator);
+    tcase_add_test(c, test_abort_gives_up_what_is_in_flight);
     tcase_add_test(c, test_comm_calls_refuse);
     suite_add_tcase(suite, c);
     return run_suite(suite, 1);

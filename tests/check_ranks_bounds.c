@@ -416,6 +416,35 @@ START_TEST(test_layer_fields_are_compared)
 }
 END_TEST
 
+/* Shared experts are on every rank, so they are alike in all that shapes their parameters. */
+static void other_shared_bias(member *m)
+{
+    moe_experts_config e = m->e;
+    e.num_experts = 1, e.bias = m->rank == 1;
+    MUST(moe_experts_create(&m->l.shared, m->context, &e));
+}
+
+static void run_with_shared(member *m)
+{
+    (void)member_make(m, E);
+    moe_experts_destroy(m->l.shared);
+}
+
+START_TEST(test_shared_experts_are_compared)
+{
+    member m[2];
+    crew c = {.ranks = 2, .run = run_with_shared, .configure = other_shared_bias};
+    memset(m, 0, sizeof m);
+    crew_run(&c, m);
+    for (int r = 0; r < 2; r++) {
+        ck_assert_int_eq(m[r].status, MOE_ERROR_INVALID_ARGUMENT);
+        ck_assert_msg(
+            strstr(m[r].error, "bias of shared or residual is 1 on rank 1 and 0 on rank 0"), "%s",
+            m[r].error);
+    }
+}
+END_TEST
+
 /* ---- secondary gates with their groups ------------------------------------------------------- */
 
 static int wrong_group; /* what is wrong in the next layer */
@@ -526,6 +555,34 @@ START_TEST(test_fields_that_need_a_comm)
     b.data_per_expert = (const void *const *)none;
     MUST(moe_experts_bind(experts, 0, &b));
     moe_experts_destroy(experts), moe_context_destroy(context);
+}
+END_TEST
+
+/* Rounds of a pool of parts would carry sums from one part to another. */
+START_TEST(test_rounds_are_not_for_parts)
+{
+    moe_context *context = new_context();
+    moe_comm *comm = NULL;
+    moe_experts *part[2], *pool = NULL;
+    moe_experts_config e;
+    moe_layer *layer = NULL;
+    moe_layer_config c;
+    MUST(moe_comm_create_self(&comm, context));
+    MUST(moe_experts_config_init(&e, sizeof e));
+    e.d_model = D, e.num_experts = 1;
+    for (int i = 0; i < 2; i++) {
+        e.d_hidden = 2 + i;
+        MUST(moe_experts_create(&part[i], context, &e));
+    }
+    MUST(moe_experts_create_parts(&pool, part, 2));
+    MUST(moe_layer_config_init(&c, sizeof c));
+    c.experts = pool, c.comm = comm, c.max_received = 2;
+    c.received = MOE_RECEIVED_CHUNK;
+    REFUSED(MOE_ERROR_NOT_SUPPORTED, moe_layer_create(&layer, &c));
+    c.received = MOE_RECEIVED_ERROR;
+    MUST(moe_layer_create(&layer, &c));
+    moe_layer_destroy(layer), moe_experts_destroy(pool), moe_comm_destroy(comm);
+    moe_experts_destroy(part[0]), moe_experts_destroy(part[1]), moe_context_destroy(context);
 }
 END_TEST
 
@@ -689,11 +746,13 @@ int main(void)
     tcase_add_test(c, test_bound_dropped_rows_are_gone);
     tcase_add_test(c, test_rounds_sum_as_one);
     tcase_add_test(c, test_rounds_are_counted);
+    tcase_add_test(c, test_rounds_are_not_for_parts);
     tcase_add_test(c, test_padded_rows_that_do_not_fit);
     tcase_add_test(c, test_replicas_give_the_same_outputs);
     tcase_add_test(c, test_placement_is_checked_on_every_rank);
     tcase_add_test(c, test_layer_refused_on_one_rank_is_refused_on_all);
     tcase_add_loop_test(c, test_layer_fields_are_compared, 0, (int)COUNT(OTHER));
+    tcase_add_test(c, test_shared_experts_are_compared);
     tcase_add_test(c, test_secondary_gates_are_where_their_experts_are);
     tcase_add_test(c, test_secondary_gate_alone);
     tcase_add_test(c, test_fields_that_need_a_comm);

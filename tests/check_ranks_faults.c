@@ -21,7 +21,8 @@ typedef struct flight {
     int32_t request;
     bool used, doomed;
     void *recv;
-    int64_t bytes;
+    const void *send;
+    int64_t bytes, send_bytes;
 } flight;
 
 /* A table over a communicator of the world; its n-th exchange fails, or arrives changed. */
@@ -32,6 +33,7 @@ typedef struct faulty {
     int64_t word;     /* CHANGE: which */
     uint64_t pattern; /* and with what */
     bool happened;
+    bool keeps; /* what has failed cannot be withdrawn */
     flight slot[MOE_COMM_REQUESTS];
 } faulty;
 
@@ -51,6 +53,8 @@ static int32_t faulty_start(void *user, const moe_exchange *e, void **request)
     f->slot[i].doomed = f->what >= FAIL_TEST && number == f->n;
     f->slot[i].recv = e->recv;
     f->slot[i].bytes = e->recv_begin[moe_comm_size(f->inner)] * e->row_bytes;
+    f->slot[i].send = e->send;
+    f->slot[i].send_bytes = e->send_begin[e->to_all ? 1 : moe_comm_size(f->inner)] * e->row_bytes;
     return 0;
 }
 
@@ -103,7 +107,8 @@ static void interpose(member *m, faulty *f)
     t.user = f, t.rank = m->rank, t.size = m->crew->ranks, t.timeout = 30;
     t.capabilities = MOE_COMM_HOST_MEMORY;
     t.exchange_start = faulty_start, t.exchange_test = faulty_test;
-    t.exchange_cancel = faulty_cancel, t.abort = faulty_abort, t.release = faulty_release;
+    t.exchange_cancel = f->keeps ? NULL : faulty_cancel;
+    t.abort = faulty_abort, t.release = faulty_release;
     MUST(moe_comm_create(&m->comm, m->context, &t));
 }
 
@@ -280,6 +285,75 @@ START_TEST(test_every_allocation_of_one_rank)
 }
 END_TEST
 
+/* ---- memory that a transport keeps ----------------------------------------------------------- */
+
+/* Blocks of a context. What the transport of `f` keeps is not among those given back. */
+typedef struct keeper {
+    trial t;
+    void *block[500];
+    uint64_t bytes[500];
+    int count, gave_kept;
+} keeper;
+
+static void *keeper_alloc(void *user, uint64_t bytes, uint64_t alignment)
+{
+    keeper *k = user;
+    void *memory = aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    ck_assert(memory && k->count < 500);
+    k->block[k->count] = memory, k->bytes[k->count++] = bytes;
+    return memory;
+}
+
+static bool touches(const void *a, uint64_t a_bytes, const void *b, int64_t b_bytes)
+{
+    uintptr_t x = (uintptr_t)a, y = (uintptr_t)b;
+    return b_bytes > 0 && x < y + (uintptr_t)b_bytes && y < x + a_bytes;
+}
+
+static void keeper_free(void *user, void *memory, uint64_t bytes)
+{
+    keeper *k = user;
+    int i = 0;
+    for (int s = 0; s < MOE_COMM_REQUESTS; s++) {
+        const flight *f = &k->t.f.slot[s];
+        bool kept = k->t.f.happened && f->used && f->doomed;
+        k->gave_kept += kept && (touches(memory, bytes, f->recv, f->bytes) ||
+                                 touches(memory, bytes, f->send, f->send_bytes));
+    }
+    while (k->block[i] != memory) i++;
+    k->count--;
+    k->block[i] = k->block[k->count], k->bytes[i] = k->bytes[k->count];
+    free(memory);
+}
+
+/* The n-th exchange of rank 1 fails and cannot be withdrawn: its memory outlives all objects. */
+START_TEST(test_memory_that_a_transport_keeps)
+{
+    for (int64_t n = 0, kept = 0;; n++) {
+        keeper k[RANKS];
+        member m[RANKS];
+        crew c = {.ranks = RANKS, .run = run_calls, .configure = configure};
+        memset(k, 0, sizeof k), memset(m, 0, sizeof m);
+        for (int r = 0; r < RANKS; r++) {
+            moe_context_config *config = &m[r].context_config;
+            m[r].own = &k[r].t, k[r].t.way = _i;
+            MUST(moe_context_config_init(config, sizeof *config));
+            config->threads = 1, config->alloc_user = &k[r];
+            config->alloc = keeper_alloc, config->free = keeper_free;
+        }
+        k[1].t.f.what = FAIL_TEST, k[1].t.f.n = n, k[1].t.f.keeps = true;
+        crew_run(&c, m);
+        ck_assert_msg(k[1].gave_kept == 0, "exchange %d: freed under way", (int)n);
+        ck_assert(k[0].count == 0 && k[2].count == 0);
+        kept += k[1].count;
+        while (k[1].count > 0) free(k[1].block[--k[1].count]);
+        if (k[1].t.f.happened) continue;
+        ck_assert_int_gt(kept, 0);
+        return;
+    }
+}
+END_TEST
+
 /* A word of the n-th exchange arrives changed at rank 1: whatever comes of it, every rank
  * returns. */
 START_TEST(test_changed_words)
@@ -312,6 +386,7 @@ int main(void)
     tcase_add_loop_test(c, test_every_exchange_that_fails_on_its_way, 0, WAYS);
     tcase_add_loop_test(c, test_every_allocation_of_one_rank, 0, WAYS);
     tcase_add_loop_test(c, test_changed_words, 0, WAYS);
+    tcase_add_loop_test(c, test_memory_that_a_transport_keeps, 0, WAYS);
     suite_add_tcase(suite, c);
     return run_suite(suite, 1);
 }

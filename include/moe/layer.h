@@ -94,7 +94,8 @@ typedef struct moe_layer_config {
                                  a call with more is refused with MOE_ERROR_BUFFER_TOO_SMALL on
                                  every rank. Else 0 */
     int32_t exchange;         /* MOE_EXCHANGE_*; default exact */
-    int32_t received;         /* MOE_RECEIVED_*; default error. Dropping not with slices */
+    int32_t received;         /* MOE_RECEIVED_*; default error. Dropping not with slices, rounds
+                                 not with a pool of parts */
     int32_t loss_batch;       /* MOE_BATCH_*; default local. May be global without comm */
     int32_t reserved;         /* 0 */
 } moe_layer_config;

@@ -140,6 +140,12 @@ int64_t moe_comm_pending_bytes(const moe_comm *comm) { return comm ? comm->pendi
 
 /* ---- failure --------------------------------------------------------------------------------- */
 
+static void give_all_up(moe_comm *c)
+{
+    for (int i = 0; i < MOE_COMM_REQUESTS; i++)
+        if (c->request[i].used) give_up(c, &c->request[i]);
+}
+
 /* The communicator has failed: requests are given up, other ranks are told. */
 static moe_status fail(moe_comm *c, moe_status status, const char *what, int32_t answer,
                        const char *function)
@@ -147,8 +153,7 @@ static moe_status fail(moe_comm *c, moe_status status, const char *what, int32_t
     const char *why = c->why ? c->why(c->table.user) : NULL;
     atomic_store(&c->failed, true);
     if (c->table.abort) c->table.abort(c->table.user);
-    for (int i = 0; i < MOE_COMM_REQUESTS; i++)
-        if (c->request[i].used) give_up(c, &c->request[i]);
+    give_all_up(c);
     if (why && why[0]) REFUSE(status, "rank %d of %d: %s", (int)c->rank, (int)c->size, why);
     REFUSE(status, "rank %d of %d: %s returned %d", (int)c->rank, (int)c->size, what, (int)answer);
 }
@@ -168,8 +173,7 @@ static moe_status time_is_up(moe_comm *c, const moe__request *r, const char *fun
     }
     atomic_store(&c->failed, true);
     if (c->table.abort) c->table.abort(c->table.user);
-    for (int i = 0; i < MOE_COMM_REQUESTS; i++)
-        if (c->request[i].used) give_up(c, &c->request[i]);
+    give_all_up(c);
     REFUSE(MOE_ERROR_TIMEOUT, "rank %d of %d waited %g s; %s%s%s", (int)c->rank, (int)c->size,
            c->table.timeout, count ? "missing ranks:" : "who is missing is not known", list,
            count > named ? ", ..." : "");
@@ -229,8 +233,10 @@ static moe_status start(moe_comm *c, const moe_exchange *e, int32_t *request, co
     return MOE_OK;
 }
 
+/* After moe_comm_abort the caller goes its way, so nothing of its memory may be in flight. */
 static moe_status test(moe_comm *c, int32_t request, int32_t *done, const char *function)
 {
+    if (c && atomic_load(&c->failed)) give_all_up(c);
     MOE_TRY(check_alive(c, function));
     if (request < 0 || request >= MOE_COMM_REQUESTS || !c->request[request].used)
         REFUSE_ARGUMENT("request is %d, which is not in flight", (int)request);
