@@ -14,16 +14,8 @@ fail() {
     exit 1
 }
 
-root=""
-[ "$(id -u)" -ne 0 ] || root=--allow-run-as-root
 start() { # ranks program and arguments: with recovery, so that a death is the survivors' to notice
-    n=$1
-    shift
-    case $mpi in
-    openmpi) timeout 300 mpirun.openmpi $root --oversubscribe --enable-recovery -n "$n" "$@" ;;
-    mpich) timeout 300 mpiexec.mpich -disable-auto-cleanup -n "$n" "$@" ;;
-    *) timeout 300 ${MPIRUN:-mpirun} -n "$n" "$@" ;;
-    esac
+    RECOVER=1 timeout 300 sh "$(dirname "$0")/launch.sh" "$mpi" "$@"
 }
 
 for ranks; do
