@@ -335,6 +335,8 @@ help:
 #: make check-format   clang-format
 #: make check-mutants  deliberate mistakes in the numeric code, each of which must fail a test (python3)
 #: make bench-scale    131,072 experts: peak memory, time per token (16 GiB; ROWS=, STEPS=)
+#: make bench-ranks    weak scaling over MPI, bytes on the wire (RANKS="1 2", MPI=openmpi or mpich, TOKENS=,
+#:                     EXPERTS=, TOPK=, D=, F=, O=, CHUNK=, STEPS=; all but RANKS of a rank)
 #: make check-long     everything long
 #: make demo           train a language model and its dense twin (FILE=path, STEPS=n, ARGS=...); demo-long
 #: make demo-mpi       the same on ranks (RANKS=4, MPI=openmpi or mpich, MPIRUN=, and as above)

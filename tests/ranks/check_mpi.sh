@@ -1,6 +1,7 @@
 #!/bin/sh
-# check_mpi.sh BUILD MPI RANKS... - runs check_mpi_MPI (openmpi, mpich) on each number of ranks: layers of every
-# kind against one rank, what is refused, and a rank that dies or is silent. NUMBERS=n layers of each kind.
+# check_mpi.sh BUILD MPI RANKS... - runs check_mpi_MPI (openmpi, mpich) on each number of ranks: layers
+# of every kind against one rank, what is refused, and a rank that dies or is silent; and bench_ranks
+# for the bytes that rows are on the wire. NUMBERS=n layers of each kind.
 build=$1
 mpi=$2
 shift 2
@@ -24,6 +25,10 @@ for ranks; do
         grep -q '^100%' "$out/log" || { cat "$out/log"; fail "$word on $ranks ranks said nothing"; }
         checks=$((checks + 1))
     done
+    # Narrow rows, so that heads of blocks are several rows, and rounds of a few rows.
+    start "$ranks" "$build/tests/bench_ranks_$mpi" tokens=37 experts=4 k=3 d=5 o=3 f=2 chunk=9 steps=1 \
+        >"$out/log" 2>&1 && grep -q '^100%' "$out/log" || { cat "$out/log"; fail "bytes on $ranks ranks"; }
+    checks=$((checks + 1))
     for trouble in before in after silent; do
         # In a shell: MPICH's launcher ends everybody when a child of its own is killed.
         begin=$(date +%s)
