@@ -289,11 +289,9 @@ DEMO_FLAGS = -std=c11 -O3 -march=native -Wall -Wextra -Iinclude $(SAN) $(CFLAGS)
 $(BUILD)/demo: $(DEMO) $(DEMO_HEADERS) $(LIB)/libmoe.a
 	$(CC) $(DEMO_FLAGS) $(DEMO) $(LIB)/libmoe.a $(LDFLAGS) -lm -pthread -o $@
 
-# The same with an MPI below it, one for each; MPI= chooses, MPIRUN= starts.
+# The same with an MPI below it, one for each; MPI= chooses, MPIRUN= is another command that starts ranks.
 MPI ?= $(firstword $(MPIS))
-MPIRUN_openmpi = mpirun.openmpi $(if $(filter 0,$(shell id -u)),--allow-run-as-root) --oversubscribe
-MPIRUN_mpich = mpiexec.mpich
-MPIRUN ?= $(or $(MPIRUN_$(MPI)),mpirun)
+LAUNCH = sh tests/ranks/launch.sh $(MPI)
 DEMO_MPI := $(subst ranks_none,ranks_mpi,$(DEMO))
 define DEMO_MPI_RULE
 $(BUILD)/demo_mpi_$(1): $(DEMO_MPI) $(DEMO_HEADERS) $(LIB)/libmoe.a $(LIB)/libmoe_mpi_$(1).a
@@ -309,7 +307,7 @@ demo: $(BUILD)/demo
 demo-mpi: RANKS = 4
 ifneq ($(MPI),)
 demo-mpi: $(BUILD)/demo_mpi_$(MPI)
-	$(MPIRUN) -n $(RANKS) $(BUILD)/demo_mpi_$(MPI) $(DEMO_ARGS)
+	$(LAUNCH) $(RANKS) $(BUILD)/demo_mpi_$(MPI) $(DEMO_ARGS)
 else
 demo-mpi:
 	@echo 'demo-mpi needs an MPI: apt-get install libopenmpi-dev openmpi-bin' >&2; exit 1
@@ -337,6 +335,8 @@ help:
 #: make check-format   clang-format
 #: make check-mutants  deliberate mistakes in the numeric code, each of which must fail a test (python3)
 #: make bench-scale    131,072 experts: peak memory, time per token (16 GiB; ROWS=, STEPS=)
+#: make bench-ranks    weak scaling over MPI, bytes on the wire (RANKS="1 2", MPI=openmpi or mpich, TOKENS=,
+#:                     EXPERTS=, TOPK=, D=, F=, O=, CHUNK=, STEPS=; all but RANKS of a rank)
 #: make check-long     everything long
 #: make demo           train a language model and its dense twin (FILE=path, STEPS=n, ARGS=...); demo-long
 #: make demo-mpi       the same on ranks (RANKS=4, MPI=openmpi or mpich, MPIRUN=, and as above)

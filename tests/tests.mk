@@ -33,7 +33,7 @@ RPATH = -Wl,-rpath,$(abspath $(LIB))
 TEST_FLAGS = $(COMMON) -O1 $(CFLAGS) -MMD -MP -MF $@.d -MT $@ -Itests -DMOE_SOURCE_DIR='"$(CURDIR)"'
 
 .PHONY: check-examples check-tutorial tutorial check-libtorch check-python check-torch compare-torch check-torch-current \
-    check-transformers check-mutants bench-scale
+    check-transformers check-mutants bench-scale bench-ranks
 .PHONY: check check-have-check check-suites check-hosts check-vectors check-headers check-abi \
     check-install check-demo check-format format abi-baseline check-asan check-tsan check-valgrind check-long \
     test-programs
@@ -89,6 +89,7 @@ $(BUILD)/run_vectors: $(RUNNER) $(wildcard tests/vector_runner/*.h) $(LIB)/libmo
 
 # Programs of several ranks, by the compiler of each MPI.
 MPI_PROGRAMS := $(foreach f,$(MPIS),$(BUILD)/tests/check_mpi_$(f))
+MPI_BENCHES := $(foreach f,$(MPIS),$(BUILD)/tests/bench_ranks_$(f))
 define MPI_PROGRAM_RULE
 $(BUILD)/tests/check_mpi_$(1): tests/ranks/check_mpi.c $(SUPPORT_OBJECTS) $(LIB)/libmoe_mpi_$(1).a $(LIB)/libmoe.a | \
     check-have-check
@@ -135,7 +136,7 @@ check-install: all
 MPI_TESTED ?= $(firstword $(MPIS))
 RANKS ?= 2 3
 .PHONY: check-mpi
-check-mpi: $(MPI_PROGRAMS) $(BUILD)/demo $(MPIS:%=$(BUILD)/demo_mpi_%)
+check-mpi: $(MPI_PROGRAMS) $(MPI_BENCHES) $(BUILD)/demo $(MPIS:%=$(BUILD)/demo_mpi_%)
 	@test -n '$(MPI_TESTED)' || { echo 'check-mpi needs an MPI: apt-get install libopenmpi-dev openmpi-bin'; exit 1; }
 	@$(RUN) $(foreach f,$(MPI_TESTED),"sh tests/ranks/check_mpi.sh $(BUILD) $(f) $(RANKS)" \
 	    "MPI=$(f) sh tests/ranks/check_demo_mpi.sh $(BUILD)")
@@ -198,6 +199,24 @@ $(BUILD)/bench_scale: tests/bench/scale.c $(LIB)/libmoe.a
 bench-scale: $(BUILD)/bench_scale
 	$(BUILD)/bench_scale $(or $(ROWS),4) $(or $(STEPS),5)
 
+# Weak scaling: groups of RANKS ranks with TOKENS tokens and EXPERTS experts each.
+define BENCH_RANKS_RULE
+$(BUILD)/tests/bench_ranks_$(1): tests/bench/ranks.c tests/bench/ranks_print.c tests/bench/ranks.h \
+    $(LIB)/libmoe_mpi_$(1).a $(LIB)/libmoe.a
+	@mkdir -p $$(@D)
+	OMPI_CC='$$(CC)' MPICH_CC='$$(CC)' $$(MPICC_$(1)) -std=c11 $$(EXAMPLE_FLAGS) -O2 \
+	    $$(filter %.c %.a,$$^) -lm -o $$@
+endef
+$(foreach f,$(MPIS),$(eval $(call BENCH_RANKS_RULE,$(f))))
+empty :=
+BENCH_RANKS_ARGS = ranks=$(subst $(empty) ,$(comma),$(strip $(RANKS))) $(if $(TOKENS),tokens=$(TOKENS)) \
+    $(if $(EXPERTS),experts=$(EXPERTS)) $(if $(TOPK),k=$(TOPK)) $(if $(D),d=$(D)) $(if $(F),f=$(F)) $(if $(O),o=$(O)) \
+    $(if $(CHUNK),chunk=$(CHUNK)) $(if $(STEPS),steps=$(STEPS))
+bench-ranks: RANKS = 1 2
+bench-ranks: $(if $(MPI),$(BUILD)/tests/bench_ranks_$(MPI))
+	@test -n '$(MPI)' || { echo 'bench-ranks needs an MPI: apt-get install libopenmpi-dev openmpi-bin'; exit 1; }
+	$(LAUNCH) $(lastword $(shell printf '%s\n' $(RANKS) | sort -n)) $(BUILD)/tests/bench_ranks_$(MPI) $(BENCH_RANKS_ARGS)
+
 # ---- sanitizers and valgrind ------------------------------------------------------------------------
 
 check-asan:
@@ -228,7 +247,7 @@ check-long:
 
 FORMATTED := $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] src/io/*.[ch] examples/*.[ch] examples/*.cpp \
     examples/demo/*.[ch] tests/*.c tests/reference/*.[ch] tests/support/*.[ch] tests/hosts/*.[ch] \
-    tests/vector_runner/*.[ch] tests/bench/*.c tests/ranks/*.c)
+    tests/vector_runner/*.[ch] tests/bench/*.[ch] tests/ranks/*.c)
 format:
 	$(call NEED,clang-format,clang-format)
 	clang-format -i $(FORMATTED)

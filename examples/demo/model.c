@@ -22,20 +22,6 @@ static int out_of_memory(void)
 
 /* ---- configs --------------------------------------------------------------------------------- */
 
-/* The losses that spread the load. The paper's two are of all bytes of a batch, but the library
- * knows only a rank's own; so several groups have a loss that is a mean over groups, which ranks
- * can divide among them. Its weight is a power of two, so that dividing it rounds nothing. Once a
- * layer can take its losses over all ranks, every run has the first two. */
-static void balance_config(const model_options *o, moe_gate_config *g)
-{
-    if (o->groups <= 1) {
-        g->importance_weight = g->load_weight = o->balance;
-    } else {
-        g->switch_weight = o->balance > 0 ? exp2(round(log2(o->balance))) : 0;
-        g->loss_scope = MOE_LOSS_SCOPE_GROUP;
-    }
-}
-
 static int gate_config(const model_options *o, moe_gate_config *g)
 {
     TRY(moe_gate_config_init(g, sizeof *g));
@@ -44,7 +30,7 @@ static int gate_config(const model_options *o, moe_gate_config *g)
     g->top_k = o->top_k;
     g->kind = MOE_GATE_NOISY_TOP_K;
     g->seed = o->seed;
-    balance_config(o, g);
+    g->importance_weight = g->load_weight = o->balance;
     return 0;
 }
 
@@ -195,14 +181,15 @@ static int make_passes(const model *m, network *n)
     return 0;
 }
 
-/* The layer of a pool, and of a gate if the network has one: then the ranks share its experts. */
+/* The layer of a pool, and of a gate if the network has one: then the ranks share its experts, and
+ * the losses that spread the load are of the bytes of all ranks, as the paper's are of a batch. */
 static int make_layer(model *m, network *n, uint64_t seed)
 {
     moe_layer_config l;
     TRY(moe_layer_config_init(&l, sizeof l));
     l.gate = n->gate;
     l.experts = n->pool;
-    if (n->gate) l.comm = m->comm;
+    if (n->gate) l.comm = m->comm, l.loss_batch = MOE_BATCH_GLOBAL;
     TRY(moe_layer_create(&n->layer, &l));
     TRY(moe_layer_init_parameters(n->layer, seed));
     return make_passes(m, n) != 0 ? -1 : add_layer(m, n);
@@ -234,7 +221,6 @@ static int make_middle(model *m, moe_context *context)
     moe_experts_config e;
     int64_t hidden = o->hidden, experts = o->dense ? 1 : model_experts(m, m->ranks->rank);
     if (gate_config(o, &g) != 0) return -1;
-    m->switch_weight = g.switch_weight;
     if (o->dense && model_dense_hidden(o, &hidden) != 0) return -1;
     if (pool_config(&e, WIDTH, hidden, WIDTH, experts) != 0) return -1;
     if (!o->dense) TRY(moe_gate_create(&m->middle.gate, context, &g));

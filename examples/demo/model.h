@@ -12,9 +12,9 @@
  * norm divides a row by its root mean square.
  *
  * A batch is cut into groups of bytes. A parameter that every byte meets has a gradient for each
- * group, and these are added in order of group; an expert's gradient is one sum over its rows.
- * Several ranks are one group each, so they compute the bytes that one rank computes with as many
- * groups. */
+ * group, and these are added in order of group; an expert's gradient is one sum over its rows. The
+ * losses that spread the load are of the whole batch. Several ranks are one group each, so they
+ * compute the bytes that one rank computes with as many groups. */
 #ifndef DEMO_MODEL_H
 #define DEMO_MODEL_H
 
@@ -60,7 +60,6 @@ typedef struct model {
     const ranks *ranks;
     moe_comm *comm; /* of layers with a gate; NULL with one rank */
     int64_t groups; /* of this rank */
-    double switch_weight;
     network input, middle, output;
     weights parameters[MODEL_MAX_PARAMETERS];
     int parameter_count;

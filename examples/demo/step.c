@@ -132,18 +132,9 @@ static int reduce(const model *m)
 
 /* ---- layers of libmoe ------------------------------------------------------------------------ */
 
-/* The weight of the loss that ranks share, a mean over the groups that have bytes. */
-static double shared_loss_weight(const model *m, const part *p)
-{
-    int64_t T = p->batch->tokens, P = m->ranks->size;
-    return m->switch_weight * (1 / (double)(T < P ? T : P));
-}
-
 /* y = network(x): all at once with a gate, else group by group. */
-static int network_forward(const model *m, const network *n, const part *p, const float *x,
-                           float *y)
+static int network_forward(const network *n, const part *p, const float *x, float *y)
 {
-    double loss_weights[MOE_LOSS_SLOTS] = {0};
     moe_forward_args f;
     TRY(moe_forward_args_init(&f, sizeof f));
     f.flags = p->batch->train ? MOE_FORWARD_TRAIN : MOE_FORWARD_NO_SAVE;
@@ -158,10 +149,6 @@ static int network_forward(const model *m, const network *n, const part *p, cons
         if (n->gate) {
             f.groups = p->groups;
             f.group_begin = p->group_begin;
-        }
-        if (n->gate && m->ranks->size > 1) {
-            loss_weights[MOE_LOSS_SWITCH] = shared_loss_weight(m, p);
-            f.loss_weights = loss_weights;
         }
         TRY(moe_layer_forward(n->layer, n->pass[i], &f));
     }
@@ -202,7 +189,7 @@ static int run_backward(model *m, const part *p)
     return reduce(m);
 }
 
-/* Of all ranks. The last digits of a mean over groups depend on who divides it, so they are cut. */
+/* Of all ranks: every one has the same. */
 static int balance_loss(const model *m, double *loss)
 {
     moe_losses losses;
@@ -211,8 +198,6 @@ static int balance_loss(const model *m, double *loss)
     TRY(moe_losses_init(&losses, sizeof losses));
     TRY(moe_pass_losses(m->middle.pass[0], &losses));
     *loss = losses.total;
-    if (ranks_sum_doubles(m->ranks, loss, 1) != 0) return -1;
-    if (m->options.groups > 1) *loss = (double)(float)*loss;
     return 0;
 }
 
@@ -223,12 +208,12 @@ int model_run(model *m, const batch *b, model_result *result)
     p.positions = b->positions + p.first;
     ranks_shares(p.group_begin, p.tokens, m->groups);
     embed(m, &p);
-    if (network_forward(m, &m->input, &p, m->x, m->h) != 0) return -1;
+    if (network_forward(&m->input, &p, m->x, m->h) != 0) return -1;
     norm(m->n1, m->h, p.tokens);
-    if (network_forward(m, &m->middle, &p, m->n1, m->mixed) != 0) return -1;
+    if (network_forward(&m->middle, &p, m->n1, m->mixed) != 0) return -1;
     for (int64_t i = 0; i < p.tokens * WIDTH; i++) m->mixed[i] += m->h[i];
     norm(m->n2, m->mixed, p.tokens);
-    if (network_forward(m, &m->output, &p, m->n2, m->logits) != 0) return -1;
+    if (network_forward(&m->output, &p, m->n2, m->logits) != 0) return -1;
     cross_entropy(m, &p);
     if (mean_bits(m, &p, &result->bits) != 0) return -1;
     if (balance_loss(m, &result->balance_loss) != 0) return -1;

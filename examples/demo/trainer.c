@@ -117,8 +117,18 @@ int trainer_step(trainer *t)
 
 /* ---- held-out text --------------------------------------------------------------------------- */
 
-/* Adds where the bytes of this rank went. */
-static int count_entries(trainer *t, const int64_t *positions, double *counts, double *by_read,
+/* Adds how many bytes of the batch each expert had: the layer counts those of all ranks. */
+static int count_entries(const trainer *t, double *counts)
+{
+    moe_tensor_view v;
+    TRY(moe_tensor_view_init(&v, sizeof v));
+    TRY(moe_pass_tensor(t->models[MOE].middle.pass[0], MOE_TENSOR_COUNTS, &v));
+    for (int64_t e = 0; e < v.shape[0]; e++) counts[e] += (double)((const int64_t *)v.data)[e];
+    return 0;
+}
+
+/* Adds where the bytes of this rank went, by their classes. */
+static int count_classes(const trainer *t, const int64_t *positions, double *by_read,
                          double *by_next)
 {
     const moe_plan *plan;
@@ -133,21 +143,19 @@ static int count_entries(trainer *t, const int64_t *positions, double *counts, d
         int next = class_of_byte(t->text->bytes[positions[first + token]]);
         for (int64_t i = v.token_begin[token]; i < v.token_begin[token + 1]; i++) {
             int64_t e = v.expert_of_entry[i];
-            counts[e]++;
-            if (by_read) by_read[e * CLASSES + read]++;
-            if (by_next) by_next[e * CLASSES + next]++;
+            by_read[e * CLASSES + read]++;
+            by_next[e * CLASSES + next]++;
         }
     }
     return 0;
 }
 
-/* What all ranks counted. */
-static int sum_counts(const ranks *r, int64_t experts, double *counts, double *by_read,
-                      double *by_next)
+/* What the last batch adds to the counts; tables may be NULL. */
+static int count_batch(const trainer *t, const int64_t *positions, double *counts, double *by_read,
+                       double *by_next)
 {
-    if (ranks_sum_doubles(r, counts, experts) != 0) return -1;
-    if (by_read && ranks_sum_doubles(r, by_read, experts * CLASSES) != 0) return -1;
-    return by_next ? ranks_sum_doubles(r, by_next, experts * CLASSES) : 0;
+    if (count_entries(t, counts) != 0) return -1;
+    return by_read ? count_classes(t, positions, by_read, by_next) : 0;
 }
 
 static sharing share(const double *counts, int64_t experts)
@@ -193,10 +201,11 @@ int trainer_measure(trainer *t, int batches, held_out *held, double *by_read, do
     for (int i = 0; i < batches && !failed; i++) {
         pick_positions(positions, TOKENS, t->text->train_size, t->text->size, &random);
         failed = measure_batch(t, positions, sums, &square) != 0 ||
-                 (t->used[MOE] && count_entries(t, positions, counts, by_read, by_next) != 0);
+                 (t->used[MOE] && count_batch(t, positions, counts, by_read, by_next) != 0);
     }
-    if (!failed && t->used[MOE])
-        failed = sum_counts(t->ranks, experts, counts, by_read, by_next) != 0;
+    if (!failed && t->used[MOE] && by_read)
+        failed = ranks_sum_doubles(t->ranks, by_read, experts * CLASSES) != 0 ||
+                 ranks_sum_doubles(t->ranks, by_next, experts * CLASSES) != 0;
     for (int i = 0; i < MODELS; i++) held->bits[i] = sums[i] / bytes;
     double mean = held->bits[DENSE] - held->bits[MOE];
     /* Of a short text the same bytes come again and again, which makes no more evidence. */

@@ -66,9 +66,9 @@ double trainer_rate(const options *o, int64_t step);
 /* One step of each model on the same batch. */
 int trainer_step(trainer *t);
 
-/* Measures on `batches` batches at places that are always the same. tables: [experts *
+/* Measures on `batches` batches at places that are always the same. by_read, by_next: [experts *
  * CLASSES] each, counts of (expert, class) by the last byte read and by the byte to predict, or
- * NULL. */
+ * both NULL. */
 int trainer_measure(trainer *t, int batches, held_out *held, double *by_read, double *by_next);
 
 #endif

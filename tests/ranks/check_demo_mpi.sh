@@ -20,15 +20,8 @@ if [ ! -x "$demo" ]; then
     echo "demo on ranks: skipped, there is no $demo: make demo-mpi builds it where there is an MPI"
     exit 0
 fi
-root=
-[ "$(id -u)" -ne 0 ] || root=--allow-run-as-root
-case $mpi in
-openmpi) run=${MPIRUN:-mpirun.openmpi $root --oversubscribe} ;;
-mpich) run=${MPIRUN:-mpiexec.mpich} ;;
-*) run=${MPIRUN:-mpirun} ;;
-esac
-if ! command -v "${run%% *}" >/dev/null 2>&1; then
-    echo "demo on ranks: skipped, there is no ${run%% *}"
+if ! missing=$(sh tests/ranks/launch.sh "$mpi" 2>&1); then
+    echo "demo on ranks: skipped, $missing"
     exit 0
 fi
 
@@ -39,7 +32,7 @@ small="--file include --experts 5 --hidden 16 --seed 7"
 ranks() {
     n=$1
     shift
-    timeout 120 $run -n "$n" "$demo" $small "$@" >"$work/out" 2>&1
+    timeout 120 sh tests/ranks/launch.sh "$mpi" "$n" "$demo" $small "$@" >"$work/out" 2>&1
 }
 one() {
     n=$1

@@ -1,6 +1,7 @@
 #!/bin/sh
-# check_mpi.sh BUILD MPI RANKS... - runs check_mpi_MPI (openmpi, mpich) on each number of ranks: layers of every
-# kind against one rank, what is refused, and a rank that dies or is silent. NUMBERS=n layers of each kind.
+# check_mpi.sh BUILD MPI RANKS... - runs check_mpi_MPI (openmpi, mpich) on each number of ranks: layers
+# of every kind against one rank, what is refused, and a rank that dies or is silent; and bench_ranks
+# for the bytes that rows are on the wire. NUMBERS=n layers of each kind.
 build=$1
 mpi=$2
 shift 2
@@ -14,16 +15,8 @@ fail() {
     exit 1
 }
 
-root=""
-[ "$(id -u)" -ne 0 ] || root=--allow-run-as-root
 start() { # ranks program and arguments: with recovery, so that a death is the survivors' to notice
-    n=$1
-    shift
-    case $mpi in
-    openmpi) timeout 300 mpirun.openmpi $root --oversubscribe --enable-recovery -n "$n" "$@" ;;
-    mpich) timeout 300 mpiexec.mpich -disable-auto-cleanup -n "$n" "$@" ;;
-    *) timeout 300 ${MPIRUN:-mpirun} -n "$n" "$@" ;;
-    esac
+    RECOVER=1 timeout 300 sh "$(dirname "$0")/launch.sh" "$mpi" "$@"
 }
 
 for ranks; do
@@ -32,6 +25,10 @@ for ranks; do
         grep -q '^100%' "$out/log" || { cat "$out/log"; fail "$word on $ranks ranks said nothing"; }
         checks=$((checks + 1))
     done
+    # Narrow rows, so that heads of blocks are several rows, and rounds of a few rows.
+    start "$ranks" "$build/tests/bench_ranks_$mpi" tokens=37 experts=4 k=3 d=5 o=3 f=2 chunk=9 steps=1 \
+        >"$out/log" 2>&1 && grep -q '^100%' "$out/log" || { cat "$out/log"; fail "bytes on $ranks ranks"; }
+    checks=$((checks + 1))
     for trouble in before in after silent; do
         # In a shell: MPICH's launcher ends everybody when a child of its own is killed.
         begin=$(date +%s)
