@@ -1,7 +1,7 @@
 #!/bin/sh
-# check_mpi.sh BUILD MPI RANKS... - runs check_mpi_MPI (openmpi, mpich) on each number of ranks: layers
-# of every kind against one rank, what is refused, and a rank that dies or is silent; and bench_ranks
-# for the bytes that rows are on the wire. NUMBERS=n layers of each kind.
+# check_mpi.sh BUILD MPI RANKS... - runs check_mpi_MPI (openmpi, mpich) on each number of ranks:
+# layers of every kind against one rank, what is refused, and a rank that dies or is silent; and
+# bench_ranks for the bytes that rows are on the wire. NUMBERS=n layers of each kind.
 build=$1
 mpi=$2
 shift 2
