@@ -299,6 +299,7 @@ enum {
     MOE_TENSOR_ROWS = 6,         /* [E] i64: rows per expert, after dropping */
     MOE_TENSOR_PRIMARY_LOAD = 7  /* [expert_groups] f64: the primary gate's load;
                                     MOE_GATE_HIERARCHICAL only */
+    /* MOE_TENSOR_IMPORTANCE and on are over all ranks with MOE_BATCH_GLOBAL. */
 };
 
 /* A tensor of a pass, read-only. */
