@@ -24,7 +24,7 @@ static void draw(double *x, int64_t count, uint64_t seed)
 
 /* What a rank has and gets. */
 typedef struct step {
-    double x[T * D], y[T * D], dy[T * D], dx[T * D], weight_grad[T * 2];
+    double x[T * D], y[T * D], dy[T * D], dx[T * D], weight_grad[MOE_LOSS_SLOTS];
     double grad[200];
 } step;
 
@@ -244,6 +244,70 @@ START_TEST(test_backwards_of_a_plan_may_want_different_things)
 }
 END_TEST
 
+/* ---- losses of all ranks --------------------------------------------------------------------- */
+
+/* A gate by hash whose logits are the host's. */
+static void hashed(member *m)
+{
+    m->g.kind = MOE_GATE_HASH, m->g.d_model = 0, m->g.top_k = 1;
+    m->g.importance_weight = 0.5, m->g.switch_weight = 0.2, m->g.sequence_weight = 0.1;
+    m->g.z_weight = 0.1, m->g.loss_scope = *(const int *)m->crew->test >= 2;
+    m->l.loss_batch = MOE_BATCH_GLOBAL;
+}
+
+static void weak_free(void *user, void *memory, uint64_t bytes)
+{
+    (void)user, (void)bytes;
+    free(memory);
+}
+
+static void *soiled_alloc(void *user, uint64_t bytes, uint64_t alignment)
+{
+    (void)user;
+    double *memory = aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    for (uint64_t i = 0; memory && i < bytes / 8; i++) memory[i] = 1e10;
+    return memory;
+}
+
+/* Rank 0 has no tokens, and in odd cases no logits either. */
+static void run_hashed(member *m)
+{
+    static const int64_t KEY[T] = {3, 1, 4, 1, 5, 9};
+    step *s = (step *)m->own;
+    double logits[T * E];
+    MUST(member_make(m, E));
+    few_tokens(m, s);
+    draw(logits, T * E, 5 + (uint64_t)m->rank);
+    m->f.token_key = KEY, m->f.logits_in = logits;
+    if (m->rank == 0 && *(const int *)m->crew->test % 2) m->f.logits_in = NULL;
+    m->f.losses_out = s->weight_grad;
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+}
+
+START_TEST(test_losses_of_all_need_no_logits_of_a_rank_without_tokens)
+{
+    step s[4][RANKS];
+    for (int i = 0; i < 4; i++) {
+        member m[RANKS];
+        crew c = {.ranks = RANKS, .run = run_hashed, .configure = hashed, .test = &i, .timeout = 5};
+        memset(m, 0, sizeof m), memset(s[i], 0, sizeof s[i]);
+        for (int32_t r = 0; r < RANKS; r++) {
+            m[r].own = &s[i][r];
+            MUST(moe_context_config_init(&m[r].context_config, sizeof m[r].context_config));
+            m[r].context_config.threads = 1;
+            m[r].context_config.alloc = soiled_alloc, m[r].context_config.free = weak_free;
+        }
+        crew_run(&c, m);
+        for (int r = 0; r < RANKS; r++) {
+            const double *losses = s[i - i % 2][1].weight_grad;
+            ck_assert(losses[MOE_LOSS_SWITCH] > 0 && losses[MOE_LOSS_SEQUENCE] > 0);
+            ck_assert_int_eq(memcmp(s[i][r].weight_grad, losses, 12 * sizeof *losses), 0);
+        }
+    }
+}
+END_TEST
+
 /* ---- after the backward ---------------------------------------------------------------------- */
 
 static atomic_int no_memory, all_here, all_through;
@@ -261,11 +325,6 @@ static void *weak_alloc(void *user, uint64_t bytes, uint64_t alignment)
     (void)user;
     if (atomic_load(&no_memory)) return NULL;
     return aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
-}
-static void weak_free(void *user, void *memory, uint64_t bytes)
-{
-    (void)user, (void)bytes;
-    free(memory);
 }
 
 /* Rank 1 has no memory to reduce, or for the norm, and stays. */
@@ -372,6 +431,7 @@ int main(void)
     tcase_add_loop_test(c, test_reserve_that_fails_leaves_the_pass_as_it_was, 0, 2);
     tcase_add_loop_test(c, test_backwards_may_want_different_things, 0, WAYS);
     tcase_add_test(c, test_backwards_of_a_plan_may_want_different_things);
+    tcase_add_test(c, test_losses_of_all_need_no_logits_of_a_rank_without_tokens);
     tcase_add_loop_test(c, test_reductions_that_fail_end_the_waits, 0, 2);
     tcase_add_loop_test(c, test_norm_of_experts_of_different_kinds, 0, 2);
     suite_add_tcase(suite, c);
