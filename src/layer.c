@@ -23,7 +23,10 @@ moe_status moe__fail_on_ranks(moe_pass *pass, int32_t uses, moe_status status, c
 {
     if (status == MOE_OK || !moe__pass_has_ranks(pass, uses)) return status;
     if (pass->ranks.took_part) return moe__ranks_stop(pass, status);
-    return moe__ranks_decline(pass, pass->backward, status, function);
+    const moe_pass_report report = pass->report; /* a call that is refused is in none */
+    status = moe__ranks_decline(pass, pass->backward, status, function);
+    pass->report = report;
+    return status;
 }
 
 void moe__begin_report(moe_pass *pass)

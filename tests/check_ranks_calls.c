@@ -100,10 +100,16 @@ static void run_refused(member *m)
     MUST(moe_layer_forward(m->layer, m->pass, &m->f));
     moe_forward_args f = m->f;
     moe_backward_args b = m->b;
+    moe_pass_report before, after;
+    MUST(moe_pass_report_init(&before, sizeof before));
+    MUST(moe_pass_report_init(&after, sizeof after));
+    MUST(moe_pass_get_report(m->pass, &before));
     f.flags = 1 << 20;
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_forward(m->layer, m->pass, &f));
     b.dy = NULL;
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_backward(m->layer, m->pass, &b));
+    MUST(moe_pass_get_report(m->pass, &after));
+    ck_assert_int_eq(memcmp(&before, &after, sizeof before), 0);
     MUST(moe_layer_backward(m->layer, m->pass, &m->b));
     take_gradients(m, s);
 }
