@@ -323,7 +323,7 @@ static void end_call(moe_pass *pass, moe_status status)
 static bool will_route(const moe_pass *pass, const moe_forward_args *args)
 {
     if (!pass->gate || !args) return pass->gate != NULL;
-    if (args->flags & MOE_FORWARD_RECOMPUTE) return pass->routed;
+    if ((args->flags & MOE_FORWARD_RECOMPUTE) && pass->uses) return pass->routed;
     return !args->plan || args->plan_use == MOE_PLAN_IDS;
 }
 

@@ -355,6 +355,29 @@ START_TEST(test_placement_is_checked_on_every_rank)
 }
 END_TEST
 
+/* So many slices that their numbers would not fit in memory; and the group goes on. */
+static void far_too_many_slices(member *m) { m->l.expert_slices = INT32_MAX; }
+
+static void run_too_many(member *m)
+{
+    (void)member_make(m, E);
+    MUST(moe_comm_barrier(m->comm));
+}
+
+START_TEST(test_slices_are_counted_before_memory_is_asked_for)
+{
+    member m[2];
+    crew c = {.ranks = 2, .run = run_too_many, .configure = far_too_many_slices};
+    memset(m, 0, sizeof m);
+    crew_run(&c, m);
+    for (int r = 0; r < 2; r++) {
+        ck_assert_int_eq(m[r].status, MOE_ERROR_INVALID_ARGUMENT);
+        ck_assert_msg(strstr(m[r].error, "4 experts in slices, the pools of all ranks have 4"),
+                      "%s", m[r].error);
+    }
+}
+END_TEST
+
 static void bad_layer_on_one(member *m)
 {
     if (m->rank == 1) m->l.dropped = 9;
@@ -715,6 +738,7 @@ int main(void)
     tcase_add_test(c, test_padded_rows_that_do_not_fit);
     tcase_add_test(c, test_replicas_give_the_same_outputs);
     tcase_add_test(c, test_placement_is_checked_on_every_rank);
+    tcase_add_test(c, test_slices_are_counted_before_memory_is_asked_for);
     tcase_add_test(c, test_layer_refused_on_one_rank_is_refused_on_all);
     tcase_add_test(c, test_layer_fields_are_compared);
     tcase_add_test(c, test_shared_experts_are_compared);

@@ -66,9 +66,9 @@ enum { EXACT, PADDED, CHUNKS, BY_GROUP, WAYS };
 static void by_group(member *m)
 {
     m->g.kind = MOE_GATE_HIERARCHICAL;
-    m->g.expert_groups = E, m->g.top_groups = 2, m->g.top_k = 1;
+    m->g.expert_groups = m->crew->ranks == 2 ? 2 : E, m->g.top_groups = 2, m->g.top_k = 1;
     m->g.secondary = MOE_SECONDARY_WITH_GROUP;
-    m->g.local_groups = member_share(m->rank, m->crew->ranks, E);
+    m->g.local_groups = member_share(m->rank, m->crew->ranks, m->g.expert_groups);
 }
 
 static void configure_way(member *m)
@@ -125,6 +125,35 @@ START_TEST(test_refused_calls_leave_the_pass_as_it_was)
         ck_assert_int_eq(memcmp(got[r].dx, want[r].dx, sizeof want[r].dx), 0);
         ck_assert_int_eq(memcmp(got[r].grad, want[r].grad, sizeof want[r].grad), 0);
     }
+}
+END_TEST
+
+/* One rank asks for what its pass has not kept; where secondary gates are with their groups too all
+ * ranks hear of it, and the group goes on. */
+static void run_recompute(member *m)
+{
+    step *s = (step *)m->own;
+    moe_pass *other = NULL;
+    MUST(member_make(m, E));
+    MUST(moe_pass_create(&other, m->layer, NULL));
+    make_step(m, s);
+    m->f.flags = MOE_FORWARD_PLAN_ONLY;
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    m->f.flags = MOE_FORWARD_RECOMPUTE;
+    moe_pass *asked = m->rank == 1 ? other : m->pass;
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_forward(m->layer, asked, &m->f));
+    m->f.flags = 0;
+    MUST(moe_layer_forward(m->layer, other, &m->f));
+    MUST(moe_layer_backward(m->layer, other, &m->b));
+    moe_pass_destroy(other);
+}
+
+START_TEST(test_recompute_without_a_plan_on_one_rank)
+{
+    member m[RANKS];
+    step s[RANKS];
+    int32_t way = _i;
+    run(2, run_recompute, configure_way, &way, m, s);
 }
 END_TEST
 
@@ -434,6 +463,7 @@ int main(void)
     TCase *c = tcase_create("calls");
     tcase_set_timeout(c, 300);
     tcase_add_loop_test(c, test_refused_calls_leave_the_pass_as_it_was, 0, 2 * WAYS);
+    tcase_add_loop_test(c, test_recompute_without_a_plan_on_one_rank, 0, WAYS);
     tcase_add_loop_test(c, test_reserve_that_fails_leaves_the_pass_as_it_was, 0, 2);
     tcase_add_loop_test(c, test_backwards_may_want_different_things, 0, WAYS);
     tcase_add_test(c, test_backwards_of_a_plan_may_want_different_things);
