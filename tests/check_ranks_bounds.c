@@ -505,6 +505,26 @@ START_TEST(test_secondary_gate_alone)
 }
 END_TEST
 
+/* On the only rank they are all there, and what checks a layer of one rank checks this. */
+static void run_alone(member *m)
+{
+    MUST(member_make(m, E));
+    MUST(moe_check_gradients(m->layer, NULL, NULL));
+}
+static void by_group_alone(member *m)
+{
+    by_group(m);
+    m->g.local_groups = 2;
+}
+
+START_TEST(test_secondary_gates_on_one_rank)
+{
+    member m = {0};
+    crew c = {.ranks = 1, .run = run_alone, .configure = by_group_alone};
+    crew_run(&c, &m);
+}
+END_TEST
+
 /* ---- fields without a comm ------------------------------------------------------------------- */
 
 START_TEST(test_fields_that_need_a_comm)
@@ -744,6 +764,7 @@ int main(void)
     tcase_add_test(c, test_shared_experts_are_compared);
     tcase_add_test(c, test_secondary_gates_are_where_their_experts_are);
     tcase_add_test(c, test_secondary_gate_alone);
+    tcase_add_test(c, test_secondary_gates_on_one_rank);
     tcase_add_test(c, test_fields_that_need_a_comm);
     tcase_add_test(c, test_phases_of_two_passes);
     tcase_add_test(c, test_phases_abandoned);
