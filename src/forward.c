@@ -335,7 +335,7 @@ moe_status moe__forward_start(moe_pass *pass, const moe_forward_args *args, int3
     moe__call *call = &pass->call;
     moe__pass_shape shape;
     double weights[MOE_LOSS_SLOTS];
-    MOE_TRY(moe__pass_check_idle(pass, function));
+    MOE_TRY(moe__pass_check_start(pass, uses, function));
     pass->ranks.took_part = pass->ranks.agreed = pass->backward = false;
     pass->ranks.routes = will_route(pass, args);
     moe_status status = prepare(pass, &call->f, args, uses, weights, &shape, function);

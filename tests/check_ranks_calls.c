@@ -279,6 +279,34 @@ START_TEST(test_backwards_of_a_plan_may_want_different_things)
 }
 END_TEST
 
+/* ---- more passes than exchanges -------------------------------------------------------------- */
+
+static void run_too_many(member *m)
+{
+    moe_pass *pass[MOE_COMM_REQUESTS + 1];
+    step *s = (step *)m->own;
+    MUST(member_make(m, E));
+    make_step(m, s);
+    for (int i = 0; i <= MOE_COMM_REQUESTS; i++) MUST(moe_pass_create(&pass[i], m->layer, NULL));
+    moe_pass *last = pass[MOE_COMM_REQUESTS];
+    for (int i = 0; i < MOE_COMM_REQUESTS; i++)
+        MUST(moe_layer_forward_start(m->layer, pass[i], &m->f));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_forward_start(m->layer, last, &m->f));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_forward(m->layer, last, &m->f));
+    for (int i = 0; i < MOE_COMM_REQUESTS; i++) MUST(moe_layer_forward_finish(m->layer, pass[i]));
+    MUST(moe_layer_forward(m->layer, last, &m->f));
+    for (int i = 0; i <= MOE_COMM_REQUESTS; i++) moe_pass_destroy(pass[i]);
+}
+
+START_TEST(test_a_pass_too_many_is_refused_on_every_rank)
+{
+    member m[RANKS];
+    step s[RANKS];
+    int32_t way = _i;
+    run(RANKS, run_too_many, configure_way, &way, m, s);
+}
+END_TEST
+
 /* ---- losses of all ranks --------------------------------------------------------------------- */
 
 /* A gate by hash whose logits are the host's. */
@@ -467,6 +495,7 @@ int main(void)
     tcase_add_loop_test(c, test_reserve_that_fails_leaves_the_pass_as_it_was, 0, 2);
     tcase_add_loop_test(c, test_backwards_may_want_different_things, 0, WAYS);
     tcase_add_test(c, test_backwards_of_a_plan_may_want_different_things);
+    tcase_add_loop_test(c, test_a_pass_too_many_is_refused_on_every_rank, 0, WAYS);
     tcase_add_test(c, test_losses_of_all_need_no_logits_of_a_rank_without_tokens);
     tcase_add_loop_test(c, test_reductions_that_fail_end_the_waits, 0, 2);
     tcase_add_loop_test(c, test_norm_of_experts_of_different_kinds, 0, 2);

@@ -342,6 +342,13 @@ moe_status moe_comm_poll(moe_comm *comm)
     return answer ? fail(comm, MOE_ERROR_TRANSPORT, "poll", answer, __func__) : MOE_OK;
 }
 
+bool moe__comm_is_full(const moe_comm *comm)
+{
+    for (int i = 0; i < MOE_COMM_REQUESTS; i++)
+        if (!comm->request[i].used) return false;
+    return true;
+}
+
 void moe__comm_give_up(moe_comm *comm, int32_t request)
 {
     moe_comm_abort(comm);
