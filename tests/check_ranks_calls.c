@@ -279,6 +279,46 @@ START_TEST(test_backwards_of_a_plan_may_want_different_things)
 }
 END_TEST
 
+/* ---- no gate and one expert ------------------------------------------------------------------ */
+
+/* A plain network, whole on rank 0 or in two slices. */
+static void run_plain_network(member *m)
+{
+    int64_t slices = *(const int *)m->crew->test, ranks = m->crew->ranks;
+    step *s = (step *)m->own;
+    MUST(moe_experts_config_init(&m->e, sizeof m->e));
+    MUST(moe_layer_config_init(&m->l, sizeof m->l));
+    MUST(moe_forward_args_init(&m->f, sizeof m->f));
+    MUST(moe_backward_args_init(&m->b, sizeof m->b));
+    m->e.d_model = D, m->e.d_hidden = 4, m->e.dtype = MOE_DTYPE_F64;
+    m->e.num_experts = member_share(m->rank, (int32_t)ranks, slices);
+    if (m->e.num_experts == 0) m->e.num_experts = MOE_NO_EXPERTS;
+    MUST(moe_experts_create(&m->experts, m->context, &m->e));
+    m->l.experts = m->experts, m->l.comm = m->comm, m->l.expert_slices = slices;
+    MUST(moe_layer_create(&m->layer, &m->l));
+    MUST(moe_layer_init_parameters(m->layer, 5));
+    MUST(moe_pass_create(&m->pass, m->layer, NULL));
+    draw(s->x, T * D, 3), draw(s->dy, T * D, 9);
+    m->f.tokens = T, m->f.x = s->x, m->f.y = s->y, m->b.dy = s->dy, m->b.dx = s->dx;
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+}
+
+START_TEST(test_every_token_visits_the_only_expert)
+{
+    member m[RANKS];
+    step want, got[RANKS];
+    int slices = _i;
+    run(1, run_plain_network, NULL, &slices, m, &want);
+    run(RANKS, run_plain_network, NULL, &slices, m, got);
+    ck_assert(want.y[0] != 0 && want.dx[0] != 0);
+    for (int r = 0; r < RANKS; r++) {
+        ck_assert_int_eq(memcmp(got[r].y, want.y, sizeof want.y), 0);
+        ck_assert_int_eq(memcmp(got[r].dx, want.dx, sizeof want.dx), 0);
+    }
+}
+END_TEST
+
 /* ---- more passes than exchanges -------------------------------------------------------------- */
 
 static void run_too_many(member *m)
@@ -495,6 +535,7 @@ int main(void)
     tcase_add_loop_test(c, test_reserve_that_fails_leaves_the_pass_as_it_was, 0, 2);
     tcase_add_loop_test(c, test_backwards_may_want_different_things, 0, WAYS);
     tcase_add_test(c, test_backwards_of_a_plan_may_want_different_things);
+    tcase_add_loop_test(c, test_every_token_visits_the_only_expert, 1, 3);
     tcase_add_loop_test(c, test_a_pass_too_many_is_refused_on_every_rank, 0, WAYS);
     tcase_add_test(c, test_losses_of_all_need_no_logits_of_a_rank_without_tokens);
     tcase_add_loop_test(c, test_reductions_that_fail_end_the_waits, 0, 2);
