@@ -147,7 +147,7 @@ static moe_status check_routing(moe__forward *f, const moe_pass *pass, const cha
             REFUSE_ARGUMENT("a gate replays a plan with plan_use MOE_PLAN_IDS only");
     } else {
         f->route = (f->uses & MOE__USE_GATE) != 0;
-        f->everyone = !f->route && experts == 1 && !moe__pass_has_ranks(pass, f->uses);
+        f->everyone = !f->route && experts == 1;
         if (!f->route && !f->everyone)
             REFUSE_ARGUMENT("plan is NULL, and there is no gate to choose among %lld experts",
                             (ll)experts);

@@ -137,6 +137,7 @@ struct moe__losses_job {
     double *part_rows;            /* out: [A] rows of each group of a hierarchical gate, or NULL */
     double tokens, groups;        /* out: unmasked tokens; groups that have some */
     double rows;                  /* out: of the plan */
+    double with_logits;           /* out: ranks whose call has logits: with none there is no loss */
     double z_sum, threshold_sum, entropy_sum; /* out: over tokens */
     /* Makes sums over this rank's tokens those over all ranks: once all are there; and, with
      * `partial`, what of losses is formed group by group, once these are. NULL: one rank, or each

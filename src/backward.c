@@ -237,7 +237,7 @@ moe_status moe__backward_start(moe_pass *pass, const moe_backward_args *args, in
                                const char *function)
 {
     moe__call *call = &pass->call;
-    MOE_TRY(moe__pass_check_idle(pass, function));
+    MOE_TRY(moe__pass_check_start(pass, uses, function));
     pass->ranks.took_part = pass->ranks.agreed = false;
     pass->ranks.wants = pass->ranks.wanted = 0;
     pass->backward = true;

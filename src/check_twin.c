@@ -143,6 +143,7 @@ static moe_status make_objects(moe__twin *t, const moe_layer *layer)
         moe_gate_config g = layer->gate->config;
         g.dtype = MOE_DTYPE_F64;
         g.parameters = MOE_PARAMETERS_OWNED;
+        g.secondary = MOE_SECONDARY_REPLICATED, g.local_groups = 0; /* one rank has them all */
         MOE_TRY(moe_gate_create(&t->gate, t->context, &g));
     }
     if (layer->shared) MOE_TRY(copy_pool(t, layer->shared, &t->shared));

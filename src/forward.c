@@ -323,7 +323,7 @@ static void end_call(moe_pass *pass, moe_status status)
 static bool will_route(const moe_pass *pass, const moe_forward_args *args)
 {
     if (!pass->gate || !args) return pass->gate != NULL;
-    if (args->flags & MOE_FORWARD_RECOMPUTE) return pass->routed;
+    if ((args->flags & MOE_FORWARD_RECOMPUTE) && pass->uses) return pass->routed;
     return !args->plan || args->plan_use == MOE_PLAN_IDS;
 }
 
@@ -335,7 +335,7 @@ moe_status moe__forward_start(moe_pass *pass, const moe_forward_args *args, int3
     moe__call *call = &pass->call;
     moe__pass_shape shape;
     double weights[MOE_LOSS_SLOTS];
-    MOE_TRY(moe__pass_check_idle(pass, function));
+    MOE_TRY(moe__pass_check_start(pass, uses, function));
     pass->ranks.took_part = pass->ranks.agreed = pass->backward = false;
     pass->ranks.routes = will_route(pass, args);
     moe_status status = prepare(pass, &call->f, args, uses, weights, &shape, function);

@@ -407,6 +407,8 @@ void moe__comm_retain(moe_comm *comm);
 /* Frees memory that exchanges of `comm` (or NULL) may have used, unless the transport may still
  * touch it. */
 void moe__comm_free(const moe_comm *comm, moe_context *context, void *memory, int64_t bytes);
+/* Whether as many exchanges are in flight as there may be. */
+bool moe__comm_is_full(const moe_comm *comm);
 /* Gives up an exchange that is in flight, which ends the communicator. */
 void moe__comm_give_up(moe_comm *comm, int32_t request);
 /* Makes a communicator over a table of the library's own; release is called if this fails. */

@@ -12,6 +12,16 @@ moe_status moe__pass_check_idle(const moe_pass *pass, const char *function)
     return MOE_OK;
 }
 
+/* With every rank's passes alike, they all refuse here, and no exchange is begun. */
+moe_status moe__pass_check_start(const moe_pass *pass, int32_t uses, const char *function)
+{
+    MOE_TRY(moe__pass_check_idle(pass, function));
+    if (moe__pass_has_ranks(pass, uses) && moe__comm_is_full(moe__pass_comm(pass)))
+        REFUSE(MOE_ERROR_INVALID_STATE, "%d passes of the group are between start and finish",
+               MOE_COMM_REQUESTS);
+    return MOE_OK;
+}
+
 void moe__name_function(moe_pass *pass, const char *function)
 {
     pass->route.workers.function = pass->experts_job.workers.function = function;
@@ -23,7 +33,10 @@ moe_status moe__fail_on_ranks(moe_pass *pass, int32_t uses, moe_status status, c
 {
     if (status == MOE_OK || !moe__pass_has_ranks(pass, uses)) return status;
     if (pass->ranks.took_part) return moe__ranks_stop(pass, status);
-    return moe__ranks_decline(pass, pass->backward, status, function);
+    const moe_pass_report report = pass->report; /* a call that is refused is in none */
+    status = moe__ranks_decline(pass, pass->backward, status, function);
+    pass->report = report;
+    return status;
 }
 
 void moe__begin_report(moe_pass *pass)

@@ -174,6 +174,8 @@ void moe__backward_abandon(moe_pass *pass);
 /* layer.c: what they share. */
 /* MOE_ERROR_INVALID_STATE in the middle of a call. */
 moe_status moe__pass_check_idle(const moe_pass *pass, const char *function);
+/* Likewise, and with no exchange left for another call. */
+moe_status moe__pass_check_start(const moe_pass *pass, int32_t uses, const char *function);
 /* For the messages of the steps. */
 void moe__name_function(moe_pass *pass, const char *function);
 moe_status moe__fail_on_ranks(moe_pass *pass, int32_t uses, moe_status status,

@@ -275,6 +275,9 @@ static moe_status find_places(moe_layer *layer, const int64_t *all, const char *
     int64_t E = c->gate ? c->gate->config.num_experts : slots / c->expert_slices;
     const moe_gate_config *g = c->gate ? &c->gate->config : NULL;
     int64_t groups = g && g->secondary ? g->expert_groups : 0;
+    if (E > slots / c->expert_slices) /* on every rank alike, before memory is asked for */
+        REFUSE_ARGUMENT("the gate has %lld experts%s, the pools of all ranks have %lld", (ll)E,
+                        c->expert_slices > 1 ? " in slices" : "", (ll)slots);
     moe__placement *w = make(layer->context, slots, moe__mul(E, c->expert_slices), P, groups);
     int64_t *numbers = moe__alloc(layer->context, moe__max(own, 1) * (int64_t)sizeof *numbers);
     moe_status status = MOE_OK;
@@ -297,11 +300,7 @@ static moe_status find_places(moe_layer *layer, const int64_t *all, const char *
     status = moe_comm_all_gather(c->comm, w->number_of_slot, w->first_slot, numbers,
                                  (int64_t)sizeof *numbers);
     if (status != MOE_OK) goto done;
-    if (c->gate && slots < w->numbers)
-        status = moe__fail(MOE_ERROR_INVALID_ARGUMENT, function,
-                           "the gate has %lld experts%s, the pools of all ranks have %lld", (ll)E,
-                           w->slices > 1 ? " in slices" : "", (ll)slots);
-    if (status == MOE_OK) status = check_numbers(w, P, function);
+    status = check_numbers(w, P, function);
     if (status == MOE_OK) find_holders(w, rank);
     if (status == MOE_OK) status = check_holders(w, function);
     if (status == MOE_OK && groups) status = find_groups(w, all, groups, P, function);

@@ -7,7 +7,7 @@
  * own tokens alone. */
 #include "ranks_rows.h"
 
-enum { SINGLE = 6, PER_EXPERT = 7, PER_PART = 2, PARTIAL = 3 };
+enum { SINGLE = 7, PER_EXPERT = 7, PER_PART = 2, PARTIAL = 3 };
 
 /* Of one rank. */
 static int64_t numbers(int64_t E, int64_t parts)
@@ -58,6 +58,7 @@ static void walk_sums(moe__losses_job *job, cursor *c)
     bool two = job->part_rows && job->route->level[0].kth;
     int64_t parts = two ? job->route->level[0].width : 0;
     one(c, &job->tokens), one(c, &job->groups), one(c, &job->rows);
+    one(c, &job->with_logits);
     one(c, &job->z_sum), one(c, &job->threshold_sum), one(c, &job->entropy_sum);
     reals(c, job->importance, E);
     reals(c, two ? job->part_load : job->load, E);

@@ -354,6 +354,9 @@ START_TEST(test_abort_gives_up_what_is_in_flight)
         else
             REFUSED(MOE_ERROR_TRANSPORT, moe_comm_exchange_test(comm, request, &done));
         ck_assert_int_eq(h.cancelled, 2);
+        int aborted = h.aborted;
+        REFUSED(MOE_ERROR_TRANSPORT, moe_comm_barrier(comm));
+        ck_assert_int_gt(h.aborted, aborted); /* once more, by the owner's thread */
         moe_comm_destroy(comm);
         ck_assert_int_eq(h.cancelled, 2);
     }

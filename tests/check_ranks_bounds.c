@@ -355,6 +355,29 @@ START_TEST(test_placement_is_checked_on_every_rank)
 }
 END_TEST
 
+/* So many slices that their numbers would not fit in memory; and the group goes on. */
+static void far_too_many_slices(member *m) { m->l.expert_slices = INT32_MAX; }
+
+static void run_too_many(member *m)
+{
+    (void)member_make(m, E);
+    MUST(moe_comm_barrier(m->comm));
+}
+
+START_TEST(test_slices_are_counted_before_memory_is_asked_for)
+{
+    member m[2];
+    crew c = {.ranks = 2, .run = run_too_many, .configure = far_too_many_slices};
+    memset(m, 0, sizeof m);
+    crew_run(&c, m);
+    for (int r = 0; r < 2; r++) {
+        ck_assert_int_eq(m[r].status, MOE_ERROR_INVALID_ARGUMENT);
+        ck_assert_msg(strstr(m[r].error, "4 experts in slices, the pools of all ranks have 4"),
+                      "%s", m[r].error);
+    }
+}
+END_TEST
+
 static void bad_layer_on_one(member *m)
 {
     if (m->rank == 1) m->l.dropped = 9;
@@ -506,6 +529,26 @@ START_TEST(test_secondary_gate_alone)
     l.gate = gate, l.experts = experts;
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_create(&layer, &l));
     moe_gate_destroy(gate), moe_experts_destroy(experts), moe_context_destroy(context);
+}
+END_TEST
+
+/* On the only rank they are all there, and what checks a layer of one rank checks this. */
+static void run_alone(member *m)
+{
+    MUST(member_make(m, E));
+    MUST(moe_check_gradients(m->layer, NULL, NULL));
+}
+static void by_group_alone(member *m)
+{
+    by_group(m);
+    m->g.local_groups = 2;
+}
+
+START_TEST(test_secondary_gates_on_one_rank)
+{
+    member m = {0};
+    crew c = {.ranks = 1, .run = run_alone, .configure = by_group_alone};
+    crew_run(&c, &m);
 }
 END_TEST
 
@@ -750,11 +793,13 @@ int main(void)
     tcase_add_test(c, test_padded_rows_that_do_not_fit);
     tcase_add_test(c, test_replicas_give_the_same_outputs);
     tcase_add_test(c, test_placement_is_checked_on_every_rank);
+    tcase_add_test(c, test_slices_are_counted_before_memory_is_asked_for);
     tcase_add_test(c, test_layer_refused_on_one_rank_is_refused_on_all);
     tcase_add_loop_test(c, test_layer_fields_are_compared, 0, (int)COUNT(OTHER));
     tcase_add_test(c, test_shared_experts_are_compared);
     tcase_add_test(c, test_secondary_gates_are_where_their_experts_are);
     tcase_add_test(c, test_secondary_gate_alone);
+    tcase_add_test(c, test_secondary_gates_on_one_rank);
     tcase_add_test(c, test_fields_that_need_a_comm);
     tcase_add_test(c, test_phases_of_two_passes);
     tcase_add_test(c, test_phases_abandoned);

@@ -24,7 +24,7 @@ static void draw(double *x, int64_t count, uint64_t seed)
 
 /* What a rank has and gets. */
 typedef struct step {
-    double x[T * D], y[T * D], dy[T * D], dx[T * D], weight_grad[T * 2];
+    double x[T * D], y[T * D], dy[T * D], dx[T * D], weight_grad[MOE_LOSS_SLOTS];
     double grad[200];
 } step;
 
@@ -66,9 +66,9 @@ enum { EXACT, PADDED, CHUNKS, BY_GROUP, WAYS };
 static void by_group(member *m)
 {
     m->g.kind = MOE_GATE_HIERARCHICAL;
-    m->g.expert_groups = E, m->g.top_groups = 2, m->g.top_k = 1;
+    m->g.expert_groups = m->crew->ranks == 2 ? 2 : E, m->g.top_groups = 2, m->g.top_k = 1;
     m->g.secondary = MOE_SECONDARY_WITH_GROUP;
-    m->g.local_groups = member_share(m->rank, m->crew->ranks, E);
+    m->g.local_groups = member_share(m->rank, m->crew->ranks, m->g.expert_groups);
 }
 
 static void configure_way(member *m)
@@ -100,10 +100,16 @@ static void run_refused(member *m)
     MUST(moe_layer_forward(m->layer, m->pass, &m->f));
     moe_forward_args f = m->f;
     moe_backward_args b = m->b;
+    moe_pass_report before, after;
+    MUST(moe_pass_report_init(&before, sizeof before));
+    MUST(moe_pass_report_init(&after, sizeof after));
+    MUST(moe_pass_get_report(m->pass, &before));
     f.flags = 1 << 20;
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_forward(m->layer, m->pass, &f));
     b.dy = NULL;
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_backward(m->layer, m->pass, &b));
+    MUST(moe_pass_get_report(m->pass, &after));
+    ck_assert_int_eq(memcmp(&before, &after, sizeof before), 0);
     MUST(moe_layer_backward(m->layer, m->pass, &m->b));
     take_gradients(m, s);
 }
@@ -119,6 +125,35 @@ START_TEST(test_refused_calls_leave_the_pass_as_it_was)
         ck_assert_int_eq(memcmp(got[r].dx, want[r].dx, sizeof want[r].dx), 0);
         ck_assert_int_eq(memcmp(got[r].grad, want[r].grad, sizeof want[r].grad), 0);
     }
+}
+END_TEST
+
+/* One rank asks for what its pass has not kept; where secondary gates are with their groups too all
+ * ranks hear of it, and the group goes on. */
+static void run_recompute(member *m)
+{
+    step *s = (step *)m->own;
+    moe_pass *other = NULL;
+    MUST(member_make(m, E));
+    MUST(moe_pass_create(&other, m->layer, NULL));
+    make_step(m, s);
+    m->f.flags = MOE_FORWARD_PLAN_ONLY;
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    m->f.flags = MOE_FORWARD_RECOMPUTE;
+    moe_pass *asked = m->rank == 1 ? other : m->pass;
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_forward(m->layer, asked, &m->f));
+    m->f.flags = 0;
+    MUST(moe_layer_forward(m->layer, other, &m->f));
+    MUST(moe_layer_backward(m->layer, other, &m->b));
+    moe_pass_destroy(other);
+}
+
+START_TEST(test_recompute_without_a_plan_on_one_rank)
+{
+    member m[RANKS];
+    step s[RANKS];
+    int32_t way = _i;
+    run(2, run_recompute, configure_way, &way, m, s);
 }
 END_TEST
 
@@ -244,6 +279,138 @@ START_TEST(test_backwards_of_a_plan_may_want_different_things)
 }
 END_TEST
 
+/* ---- no gate and one expert ------------------------------------------------------------------ */
+
+/* A plain network, whole on rank 0 or in two slices. */
+static void run_plain_network(member *m)
+{
+    int64_t slices = *(const int *)m->crew->test, ranks = m->crew->ranks;
+    step *s = (step *)m->own;
+    MUST(moe_experts_config_init(&m->e, sizeof m->e));
+    MUST(moe_layer_config_init(&m->l, sizeof m->l));
+    MUST(moe_forward_args_init(&m->f, sizeof m->f));
+    MUST(moe_backward_args_init(&m->b, sizeof m->b));
+    m->e.d_model = D, m->e.d_hidden = 4, m->e.dtype = MOE_DTYPE_F64;
+    m->e.num_experts = member_share(m->rank, (int32_t)ranks, slices);
+    if (m->e.num_experts == 0) m->e.num_experts = MOE_NO_EXPERTS;
+    MUST(moe_experts_create(&m->experts, m->context, &m->e));
+    m->l.experts = m->experts, m->l.comm = m->comm, m->l.expert_slices = slices;
+    MUST(moe_layer_create(&m->layer, &m->l));
+    MUST(moe_layer_init_parameters(m->layer, 5));
+    MUST(moe_pass_create(&m->pass, m->layer, NULL));
+    draw(s->x, T * D, 3), draw(s->dy, T * D, 9);
+    m->f.tokens = T, m->f.x = s->x, m->f.y = s->y, m->b.dy = s->dy, m->b.dx = s->dx;
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+}
+
+START_TEST(test_every_token_visits_the_only_expert)
+{
+    member m[RANKS];
+    step want, got[RANKS];
+    int slices = _i;
+    run(1, run_plain_network, NULL, &slices, m, &want);
+    run(RANKS, run_plain_network, NULL, &slices, m, got);
+    ck_assert(want.y[0] != 0 && want.dx[0] != 0);
+    for (int r = 0; r < RANKS; r++) {
+        ck_assert_int_eq(memcmp(got[r].y, want.y, sizeof want.y), 0);
+        ck_assert_int_eq(memcmp(got[r].dx, want.dx, sizeof want.dx), 0);
+    }
+}
+END_TEST
+
+/* ---- more passes than exchanges -------------------------------------------------------------- */
+
+static void run_too_many(member *m)
+{
+    moe_pass *pass[MOE_COMM_REQUESTS + 1];
+    step *s = (step *)m->own;
+    MUST(member_make(m, E));
+    make_step(m, s);
+    for (int i = 0; i <= MOE_COMM_REQUESTS; i++) MUST(moe_pass_create(&pass[i], m->layer, NULL));
+    moe_pass *last = pass[MOE_COMM_REQUESTS];
+    for (int i = 0; i < MOE_COMM_REQUESTS; i++)
+        MUST(moe_layer_forward_start(m->layer, pass[i], &m->f));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_forward_start(m->layer, last, &m->f));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_forward(m->layer, last, &m->f));
+    for (int i = 0; i < MOE_COMM_REQUESTS; i++) MUST(moe_layer_forward_finish(m->layer, pass[i]));
+    MUST(moe_layer_forward(m->layer, last, &m->f));
+    for (int i = 0; i <= MOE_COMM_REQUESTS; i++) moe_pass_destroy(pass[i]);
+}
+
+START_TEST(test_a_pass_too_many_is_refused_on_every_rank)
+{
+    member m[RANKS];
+    step s[RANKS];
+    int32_t way = _i;
+    run(RANKS, run_too_many, configure_way, &way, m, s);
+}
+END_TEST
+
+/* ---- losses of all ranks --------------------------------------------------------------------- */
+
+/* A gate by hash whose logits are the host's. */
+static void hashed(member *m)
+{
+    m->g.kind = MOE_GATE_HASH, m->g.d_model = 0, m->g.top_k = 1;
+    m->g.importance_weight = 0.5, m->g.switch_weight = 0.2, m->g.sequence_weight = 0.1;
+    m->g.z_weight = 0.1, m->g.loss_scope = *(const int *)m->crew->test >= 2;
+    m->l.loss_batch = MOE_BATCH_GLOBAL;
+}
+
+static void weak_free(void *user, void *memory, uint64_t bytes)
+{
+    (void)user, (void)bytes;
+    free(memory);
+}
+
+static void *soiled_alloc(void *user, uint64_t bytes, uint64_t alignment)
+{
+    (void)user;
+    double *memory = aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    for (uint64_t i = 0; memory && i < bytes / 8; i++) memory[i] = 1e10;
+    return memory;
+}
+
+/* Rank 0 has no tokens, and in odd cases no logits either. */
+static void run_hashed(member *m)
+{
+    static const int64_t KEY[T] = {3, 1, 4, 1, 5, 9};
+    step *s = (step *)m->own;
+    double logits[T * E];
+    MUST(member_make(m, E));
+    few_tokens(m, s);
+    draw(logits, T * E, 5 + (uint64_t)m->rank);
+    m->f.token_key = KEY, m->f.logits_in = logits;
+    if (m->rank == 0 && *(const int *)m->crew->test % 2) m->f.logits_in = NULL;
+    m->f.losses_out = s->weight_grad;
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+}
+
+START_TEST(test_losses_of_all_need_no_logits_of_a_rank_without_tokens)
+{
+    step s[4][RANKS];
+    for (int i = 0; i < 4; i++) {
+        member m[RANKS];
+        crew c = {.ranks = RANKS, .run = run_hashed, .configure = hashed, .test = &i, .timeout = 5};
+        memset(m, 0, sizeof m), memset(s[i], 0, sizeof s[i]);
+        for (int32_t r = 0; r < RANKS; r++) {
+            m[r].own = &s[i][r];
+            MUST(moe_context_config_init(&m[r].context_config, sizeof m[r].context_config));
+            m[r].context_config.threads = 1;
+            m[r].context_config.alloc = soiled_alloc, m[r].context_config.free = weak_free;
+        }
+        crew_run(&c, m);
+        for (int r = 0; r < RANKS; r++) {
+            const double *losses = s[i - i % 2][1].weight_grad;
+            ck_assert(losses[MOE_LOSS_SWITCH] > 0 && losses[MOE_LOSS_SEQUENCE] > 0);
+            ck_assert_int_eq(memcmp(s[i][r].weight_grad, losses, 12 * sizeof *losses), 0);
+        }
+    }
+}
+END_TEST
+
 /* ---- after the backward ---------------------------------------------------------------------- */
 
 static atomic_int no_memory, all_here, all_through;
@@ -261,11 +428,6 @@ static void *weak_alloc(void *user, uint64_t bytes, uint64_t alignment)
     (void)user;
     if (atomic_load(&no_memory)) return NULL;
     return aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
-}
-static void weak_free(void *user, void *memory, uint64_t bytes)
-{
-    (void)user, (void)bytes;
-    free(memory);
 }
 
 /* Rank 1 has no memory to reduce, or for the norm, and stays. */
@@ -369,9 +531,13 @@ int main(void)
     TCase *c = tcase_create("calls");
     tcase_set_timeout(c, 300);
     tcase_add_loop_test(c, test_refused_calls_leave_the_pass_as_it_was, 0, 2 * WAYS);
+    tcase_add_loop_test(c, test_recompute_without_a_plan_on_one_rank, 0, WAYS);
     tcase_add_loop_test(c, test_reserve_that_fails_leaves_the_pass_as_it_was, 0, 2);
     tcase_add_loop_test(c, test_backwards_may_want_different_things, 0, WAYS);
     tcase_add_test(c, test_backwards_of_a_plan_may_want_different_things);
+    tcase_add_loop_test(c, test_every_token_visits_the_only_expert, 1, 3);
+    tcase_add_loop_test(c, test_a_pass_too_many_is_refused_on_every_rank, 0, WAYS);
+    tcase_add_test(c, test_losses_of_all_need_no_logits_of_a_rank_without_tokens);
     tcase_add_loop_test(c, test_reductions_that_fail_end_the_waits, 0, 2);
     tcase_add_loop_test(c, test_norm_of_experts_of_different_kinds, 0, 2);
     suite_add_tcase(suite, c);

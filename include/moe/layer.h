@@ -135,8 +135,9 @@ MOE_API moe_status moe_layer_get_config(const moe_layer *layer, moe_layer_config
  *   MOE_ERROR_TIMEOUT, MOE_ERROR_TRANSPORT  another rank did not come or gave up: likewise
  * With any error but the last three nothing has been written and the pass is as it was; save that
  * MOE_GATE_BALANCED without MOE_FORWARD_TRAIN, and a layer on several ranks, count entries or rows
- * first: if there is no memory for them, or another rank's call fails, the pass is failed, with
- * nothing written. On several ranks an error of one is an error of all. Since 0.1. */
+ * first: if there is no memory or room for them, or another rank's call fails, the pass is failed,
+ * with nothing written. On several ranks an error of one is an error of all; what a call routes
+ * (gate or plan), its loss weights and MOE_FORWARD_TRAIN are alike on all. Since 0.1. */
 MOE_API moe_status moe_layer_forward(moe_layer *layer, moe_pass *pass,
                                      const moe_forward_args *args);
 

@@ -180,13 +180,14 @@ static moe_status time_is_up(moe_comm *c, const moe__request *r, const char *fun
            count > named ? ", ..." : "");
 }
 
+/* A table may have kept an abort of another thread for this one, which is the owner's. */
 static moe_status check_alive(const moe_comm *c, const char *function)
 {
     if (!c) REFUSE_ARGUMENT("comm is NULL");
-    if (atomic_load(&c->failed))
-        REFUSE(MOE_ERROR_TRANSPORT, "rank %d of %d: the communicator has failed before",
-               (int)c->rank, (int)c->size);
-    return MOE_OK;
+    if (!atomic_load(&c->failed)) return MOE_OK;
+    if (c->table.abort) c->table.abort(c->table.user);
+    REFUSE(MOE_ERROR_TRANSPORT, "rank %d of %d: the communicator has failed before", (int)c->rank,
+           (int)c->size);
 }
 
 /* ---- exchange -------------------------------------------------------------------------------- */
@@ -350,6 +351,13 @@ moe_status moe_comm_poll(moe_comm *comm)
     MOE_TRY(check_alive(comm, __func__));
     int32_t answer = comm->table.poll ? comm->table.poll(comm->table.user) : 0;
     return answer ? fail(comm, MOE_ERROR_TRANSPORT, "poll", answer, __func__) : MOE_OK;
+}
+
+bool moe__comm_is_full(const moe_comm *comm)
+{
+    for (int i = 0; i < MOE_COMM_REQUESTS; i++)
+        if (!comm->request[i].used) return false;
+    return true;
 }
 
 void moe__comm_give_up(moe_comm *comm, int32_t request)

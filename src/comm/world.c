@@ -308,7 +308,10 @@ static moe_status join(moe_comm **comm, moe_world *world, moe_context *context, 
                              .abort = world_abort,
                              .release = world_release};
     moe_status status = moe__comm_make(comm, context, &table, world_why, function);
-    if (status != MOE_OK) me->next = 0; /* the rank is free again */
+    if (status == MOE_OK) return MOE_OK;
+    (void)pthread_mutex_lock(&world->lock);
+    me->next = 0; /* the rank is free again */
+    (void)pthread_mutex_unlock(&world->lock);
     return status;
 }
 

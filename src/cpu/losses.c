@@ -374,6 +374,17 @@ static bool has_softmax_losses(const moe__losses_job *job)
     return weight[MOE_LOSS_SWITCH] != 0 || weight[MOE_LOSS_GSHARD] != 0 || weight[MOE_LOSS_Z] != 0;
 }
 
+/* Of a call without logits, whose tokens are in none of these sums: other ranks may have them. */
+static void no_score_sums(const moe__losses_job *job)
+{
+    int64_t E = job->plan->num_experts;
+    for (int64_t i = 0; job->score_sum && i < job->scopes * E; i++) job->score_sum[i] = 0;
+    if (job->score_sum && job->scoped)
+        count_by_group(job, NULL, job->scope_counts, job->scope_first);
+    for (int64_t i = 0; job->sequence_sum && i < job->plan->groups * E; i++)
+        job->sequence_sum[i] = 0, job->sequence_counts[i] = 0;
+}
+
 /* What is summed over tokens. */
 static moe_status sums(moe__losses_job *job)
 {
@@ -386,6 +397,8 @@ static moe_status sums(moe__losses_job *job)
         job->load[e] = (double)job->counts[e];
         job->rows += (double)job->rows_of_expert[e];
     }
+    job->with_logits = job->route->level[0].logits != NULL;
+    if (job->share && !job->route->level[0].logits) no_score_sums(job);
     if (job->route->level[0].logits) {
         if (has_softmax_losses(job)) MOE_TRY(softmax_sums(job));
         if (weight[MOE_LOSS_SEQUENCE] != 0) {
@@ -424,7 +437,7 @@ moe_status MOE_KERNEL(losses_forward)(moe__losses_job *job)
     MOE_TRY(sums(job));
     if (job->share) MOE_TRY(job->share(job, false));
     join_loads(job);
-    if (job->route->level[0].logits) MOE_TRY(losses(job));
+    if (job->with_logits > 0) MOE_TRY(losses(job));
     for (int64_t i = 0; i < MOE_LOSS_SLOTS; i++)
         job->value[i] = job->weights[i] != 0 ? job->weights[i] * job->value[i] : 0;
     MOE_KERNEL(statistics)(job);
