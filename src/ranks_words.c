@@ -247,7 +247,7 @@ static moe_status keep_by_score(moe_pass *pass, int64_t room, const char *functi
     moe__ranks *k = &pass->ranks;
     int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass), at = 0;
     bool f64 = pass->plan.a.dtype == MOE_DTYPE_F64;
-    memset(k->keep_there, 1, (size_t)k->in_rows);
+    if (k->in_rows > 0) memset(k->keep_there, 1, (size_t)k->in_rows);
     if (room == 0 || k->in_rows <= room) return MOE_OK;
     int64_t bytes = moe__mul(k->in_rows, (int64_t)sizeof(candidate));
     candidate *all = moe__alloc(pass->context, bytes);

@@ -279,6 +279,33 @@ START_TEST(test_backwards_of_a_plan_may_want_different_things)
 }
 END_TEST
 
+/* ---- no tokens anywhere ---------------------------------------------------------------------- */
+
+static void configure_none(member *m)
+{
+    int32_t way = *(const int32_t *)m->crew->test;
+    if (way < WAYS) configure_way(m);
+    if (way == WAYS) m->l.received = MOE_RECEIVED_DROP_SCORE, m->l.max_received = 3;
+    if (way > WAYS) m->l.received = MOE_RECEIVED_DROP_POSITION, m->l.max_received = 3;
+    m->l.loss_batch = MOE_BATCH_GLOBAL, m->g.importance_weight = 0.1;
+}
+
+static void run_none(member *m)
+{
+    MUST(member_make(m, E));
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+    MUST(moe_layer_reduce_gradients(m->layer, NULL));
+}
+
+START_TEST(test_no_rank_has_tokens)
+{
+    member m[RANKS];
+    int32_t way = _i;
+    run(RANKS, run_none, configure_none, &way, m, NULL);
+}
+END_TEST
+
 /* ---- no gate and one expert ------------------------------------------------------------------ */
 
 /* A plain network, whole on rank 0 or in two slices. */
@@ -535,6 +562,7 @@ int main(void)
     tcase_add_loop_test(c, test_reserve_that_fails_leaves_the_pass_as_it_was, 0, 2);
     tcase_add_loop_test(c, test_backwards_may_want_different_things, 0, WAYS);
     tcase_add_test(c, test_backwards_of_a_plan_may_want_different_things);
+    tcase_add_loop_test(c, test_no_rank_has_tokens, 0, WAYS + 2);
     tcase_add_loop_test(c, test_every_token_visits_the_only_expert, 1, 3);
     tcase_add_loop_test(c, test_a_pass_too_many_is_refused_on_every_rank, 0, WAYS);
     tcase_add_test(c, test_losses_of_all_need_no_logits_of_a_rank_without_tokens);
