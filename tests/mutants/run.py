@@ -17,7 +17,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 # Fast ones first; run_vectors covers f32 and f64 of every reference case.
 SUITES = ["check_family", "check_branches", "check_gate_kinds", "check_expert_kinds", "check_combine",
-          "check_gradients"]
+          "check_gradients", "check_ranks", "check_ranks_bounds"]
 BUILD_ARGS = ["BUILD=out", "LIB=out/lib", "VARIANTS=f32_plain f64_plain", "HAVE_X86=", "WERROR=0",
               "CFLAGS=-O1"]
 
