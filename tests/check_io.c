@@ -138,6 +138,7 @@ static moe_layer *make_placed(moe_context *context, int layout, int glu_order, i
     e.activation = MOE_ACTIVATION_SWIGLU, e.weight_layout = layout, e.glu_order = glu_order;
     MUST(moe_experts_create(&pool, context, &e));
     e.num_experts = 2, e.bias = 0;
+    if (comm) e.weight_layout = MOE_WEIGHT_IN_OUT, e.glu_order = MOE_GLU_SEPARATE; /* alike */
     if (shared) MUST(moe_experts_create(&other, context, &e));
     MUST(moe_layer_config_init(&l, sizeof l));
     l.gate = gate, l.experts = pool, l.shared = other, l.shared_gate = shared, l.comm = comm;
