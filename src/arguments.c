@@ -358,9 +358,13 @@ static moe_status check_gate(moe__forward *f, const moe_pass *pass, const char *
     return check_gate_bound(pass->gate, a->logits_in && !draws, function);
 }
 
-/* The layer's own parameters, and the pools beside the routed one. */
-static moe_status check_layer(const moe_layer *layer, const char *function)
+/* The layer's own parameters, the pools beside the routed one, and what replicas cannot do. */
+static moe_status check_layer(const moe_layer *layer, uint64_t flags, const char *function)
 {
+    if (layer->where && layer->where->replicas &&
+        !(flags & (MOE_FORWARD_NO_SAVE | MOE_FORWARD_PLAN_ONLY)))
+        REFUSE(MOE_ERROR_NOT_SUPPORTED,
+               "experts have replicas: a forward needs MOE_FORWARD_NO_SAVE");
     MOE_TRY(moe__parameters_check_bound(&layer->parameters, function));
     if (layer->shared) MOE_TRY(moe__experts_check_bound(layer->shared, function));
     return layer->residual ? moe__experts_check_bound(layer->residual, function) : MOE_OK;
@@ -377,7 +381,7 @@ static moe_status check_experts(moe__forward *f, const moe_pass *pass, const cha
                               function));
     if (overlap(a->x, a->x_stride, c->d_model, a->y, a->y_stride, c->d_out, a->tokens, element))
         REFUSE_ARGUMENT("x and y overlap");
-    if (f->uses & MOE__USE_LAYER) MOE_TRY(check_layer(pass->layer, function));
+    if (f->uses & MOE__USE_LAYER) MOE_TRY(check_layer(pass->layer, a->flags, function));
     return moe__experts_check_bound(pass->experts, function);
 }
 

@@ -212,7 +212,8 @@ static void give_back(moe_pass *pass, int32_t uses)
 static moe_status end_call(moe_pass *pass, moe_status status)
 {
     give_back(pass, pass->uses);
-    if (status != MOE_OK) pass->state = MOE__PASS_FAILED;
+    /* Of a failure that all ranks know nothing has come: padded blocks that are refused. */
+    if (status != MOE_OK && !pass->ranks.agreed) pass->state = MOE__PASS_FAILED;
     pass->call.phase = MOE__PHASE_NONE;
     return status;
 }

@@ -99,10 +99,13 @@ void moe__ranks_header(const moe_pass *pass, bool backward, moe_status status, i
     words[WORD_STATUS] = status;
 }
 
-/* Another rank's failure, which all ranks know of. */
-static moe_status failed_elsewhere(moe_pass *pass, int64_t rank, moe_status status,
-                                   const char *function)
+/* Another rank's failure, which all ranks know of; a word that is no status is a failure of the
+ * transport. */
+static moe_status failed_elsewhere(moe_pass *pass, int64_t rank, int64_t word, const char *function)
 {
+    moe_status status = (moe_status)word;
+    if (word > MOE_OK || word < MOE_STATUS_LAST)
+        REFUSE(MOE_ERROR_TRANSPORT, "rank %lld sent status %lld", (ll)rank, (ll)word);
     pass->ranks.agreed = true;
     REFUSE(status, "rank %lld failed: %s", (ll)rank, moe_status_text(status));
 }
@@ -120,7 +123,7 @@ moe_status moe__ranks_check_header(moe_pass *pass, int64_t p, bool backward, con
                (int)moe__pass_comm(pass)->rank, backward ? "backward" : "forward", (int)layer);
     if (backward) pass->ranks.wanted |= (int32_t)wants;
     if (words[WORD_STATUS] != MOE_OK)
-        return failed_elsewhere(pass, p, (moe_status)words[WORD_STATUS], function);
+        return failed_elsewhere(pass, p, words[WORD_STATUS], function);
     return MOE_OK;
 }
 
@@ -314,7 +317,7 @@ moe_status moe__ranks_agree_on(moe_pass *pass, moe_status status, const char *fu
     k->agreed = status != MOE_OK;
     for (int64_t p = 0; p < P && status == MOE_OK; p++)
         if (k->answer_in[p] != MOE_OK)
-            status = failed_elsewhere(pass, p, (moe_status)k->answer_in[p], function);
+            status = failed_elsewhere(pass, p, k->answer_in[p], function);
     return status;
 }
 
@@ -388,7 +391,7 @@ static moe_status read_answers(moe_pass *pass, moe_status status, const char *fu
     for (int64_t p = 0; p < P && status == MOE_OK; p++) {
         const int64_t *words = k->answer_in + k->in_begin[p];
         if (words[ANSWER_STATUS] != MOE_OK)
-            return failed_elsewhere(pass, p, (moe_status)words[ANSWER_STATUS], function);
+            return failed_elsewhere(pass, p, words[ANSWER_STATUS], function);
         int64_t rounds = words[ANSWER_ROUNDS], limit = words[ANSWER_LIMIT], most = INT64_MAX / 4;
         if (rounds < 0 || limit < 0 || rounds > most / moe__max(limit, 1))
             REFUSE(MOE_ERROR_TRANSPORT, "rank %lld answered %lld rounds of %lld rows", (ll)p,
@@ -482,9 +485,6 @@ static moe_status agree_on_rows(moe_pass *pass, bool save, bool *dropped, const 
 moe_status moe__ranks_agree(moe_pass *pass, bool save, bool *dropped, const char *function)
 {
     *dropped = false;
-    if (pass->layer->where->replicas && save)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED,
-               "experts have replicas: a forward needs MOE_FORWARD_NO_SAVE");
     return moe__ranks_end(pass, agree_on_rows(pass, save, dropped, function));
 }
 

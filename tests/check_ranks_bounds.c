@@ -299,6 +299,41 @@ START_TEST(test_padded_rows_that_do_not_fit)
 }
 END_TEST
 
+static void padded_wide(member *m)
+{
+    m->l.exchange = MOE_EXCHANGE_PADDED;
+    m->l.padded_rows = 2 * T;
+}
+
+/* A backward that rank 1 gets wrong, and then the same one right: as if nothing had been. */
+static void run_refused_backward(member *m)
+{
+    step *s = (step *)m->own;
+    MUST(member_make(m, E));
+    forward(m, s);
+    MUST(m->status);
+    if (m->rank == 1) m->b.dy = NULL;
+    (void)member_note(m, moe_layer_backward(m->layer, m->pass, &m->b));
+    m->b.dy = s->dy;
+    MUST(moe_layer_backward(m->layer, m->pass, &m->b));
+}
+
+START_TEST(test_padded_backward_that_is_refused)
+{
+    member m[3];
+    step want[3], s[3];
+    crew c = {.ranks = 3, .run = run_refused_backward, .configure = padded_wide};
+    run(3, padded_wide, m, want);
+    memset(m, 0, sizeof m), memset(s, 0, sizeof s);
+    for (int r = 0; r < 3; r++) m[r].own = &s[r];
+    crew_run(&c, m);
+    for (int r = 0; r < 3; r++) {
+        ck_assert_int_eq(m[r].status, MOE_ERROR_INVALID_ARGUMENT);
+        ck_assert_int_eq(memcmp(s[r].dx, want[r].dx, sizeof s[r].dx), 0);
+    }
+}
+END_TEST
+
 /* ---- replicas -------------------------------------------------------------------------------- */
 
 static const int64_t EVERYWHERE[E] = {0, 1, 2, 3};
@@ -794,6 +829,7 @@ int main(void)
     tcase_add_test(c, test_rounds_are_counted);
     tcase_add_test(c, test_rounds_are_not_for_parts);
     tcase_add_test(c, test_padded_rows_that_do_not_fit);
+    tcase_add_test(c, test_padded_backward_that_is_refused);
     tcase_add_test(c, test_replicas_give_the_same_outputs);
     tcase_add_test(c, test_placement_is_checked_on_every_rank);
     tcase_add_test(c, test_slices_are_counted_before_memory_is_asked_for);

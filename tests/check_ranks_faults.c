@@ -370,7 +370,10 @@ START_TEST(test_changed_words)
             t[1].f.pattern = PATTERN[(n + word) % 3];
             run_trial(t, m, 4);
             for (int r = 0; r < RANKS; r++)
-                if (t[r].ended != MOE_OK) ck_assert_int_ne(m[r].error[0], 0);
+                if (t[r].ended != MOE_OK) {
+                    ck_assert_int_ne(m[r].error[0], 0);
+                    ck_assert_str_ne(moe_status_name(t[r].ended), "unknown status");
+                }
             refused += t[1].ended != MOE_OK;
         }
     ck_assert_int_gt(refused, 0);
