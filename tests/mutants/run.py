@@ -3,12 +3,14 @@
 
     run.py [--only NUMBER] [BUILD]
 
-Every mistake of list.txt is made in a copy of the sources under BUILD/mutants, the library is built
-there for plain C, and the programs below run until one fails. Prints which one, or SURVIVED. Ends with
-0 if every mistake was noticed."""
+Every mistake of list.txt is made in a copy of the sources under BUILD/mutants, one for each of two
+workers, the library is built there for plain C, and the programs below run until one fails. Prints which
+one, or SURVIVED. Ends with 0 if every mistake was noticed."""
 
 import argparse
+import concurrent.futures
 import os
+import queue
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,8 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 # Fast ones first; run_vectors covers f32 and f64 of every reference case.
 SUITES = ["check_family", "check_branches", "check_gate_kinds", "check_expert_kinds", "check_combine",
           "check_gradients", "check_ranks", "check_ranks_bounds"]
+OF_RANKS = ["check_ranks", "check_ranks_bounds"]  # first for mistakes in what only they run
+WORKERS = 2
 BUILD_ARGS = ["BUILD=out", "LIB=out/lib", "VARIANTS=f32_plain f64_plain", "HAVE_X86=", "WERROR=0",
               "CFLAGS=-O1"]
 
@@ -34,12 +38,13 @@ def read_list():
 
 
 def make(tree, targets):
-    return subprocess.run(["make", "-j2", *BUILD_ARGS, *targets], cwd=tree, capture_output=True, text=True)
+    return subprocess.run(["make", *BUILD_ARGS, *targets], cwd=tree, capture_output=True, text=True)
 
 
-def first_failure(tree):
+def first_failure(tree, file=""):
     """The name of the first program that fails, or None."""
-    suites = [f"out/tests/{suite}" for suite in SUITES]
+    order = OF_RANKS + SUITES if "rank" in file or "share" in file or "second" in file else SUITES
+    suites = [f"out/tests/{suite}" for suite in dict.fromkeys(order)]
     for target, command in [(s, [s]) for s in suites] + [("out/run_vectors", ["out/run_vectors", "tests/vectors"])]:
         built = make(tree, [target])
         if built.returncode != 0:
@@ -54,6 +59,16 @@ def first_failure(tree):
     return None
 
 
+def copy_tree(tree):
+    """A copy of what a build and the programs need."""
+    shutil.rmtree(tree, ignore_errors=True)
+    os.makedirs(tree)
+    for name in ["include", "src", "tests", "examples", "Makefile", "moe.pc.in"]:
+        source = os.path.join(ROOT, name)
+        (shutil.copytree if os.path.isdir(source) else shutil.copy)(source, os.path.join(tree, name))
+    return tree
+
+
 def try_mutant(tree, file, old, new):
     path = os.path.join(tree, file)
     text = open(path).read()
@@ -62,7 +77,7 @@ def try_mutant(tree, file, old, new):
     try:
         with open(path, "w") as out:
             out.write(text.replace(old, new))
-        failure = first_failure(tree)
+        failure = first_failure(tree, file)
     finally:
         with open(path, "w") as out:
             out.write(text)
@@ -74,21 +89,27 @@ def main():
     parser.add_argument("--only", type=int, help="number of the one mistake to try, from 1")
     parser.add_argument("build", nargs="?", default=os.path.join(ROOT, "build"))
     args = parser.parse_args()
-    tree = os.path.join(os.path.abspath(args.build), "mutants")
-    shutil.rmtree(tree, ignore_errors=True)
-    os.makedirs(tree)
-    for name in ["include", "src", "tests", "examples", "Makefile", "moe.pc.in"]:
-        source = os.path.join(ROOT, name)
-        (shutil.copytree if os.path.isdir(source) else shutil.copy)(source, os.path.join(tree, name))
-    failure = first_failure(tree)
-    if failure:
-        sys.exit(f"{failure} fails without any mistake")
-    noticed, mutants = 0, read_list()
-    tried = [(i, m) for i, m in enumerate(mutants, 1) if args.only in (None, i)]
-    for number, (file, old, new) in tried:
-        result, good = try_mutant(tree, file, old, new)
-        noticed += good
-        print(f"{number:3} {file}: {old.strip()[:60]}: {result}", flush=True)
+    trees = queue.Queue()
+    for worker in range(WORKERS):
+        trees.put(copy_tree(os.path.join(os.path.abspath(args.build), f"mutants{worker}")))
+    def attempt(task):
+        number, (file, old, new) = task
+        tree = trees.get()
+        try:
+            result, good = try_mutant(tree, file, old, new) if number else (first_failure(tree), True)
+        finally:
+            trees.put(tree)
+        return number, f"{file}: {old.strip()[:60]}: {result}", result, good
+
+    noticed = 0
+    tried = [(i, m) for i, m in enumerate(read_list(), 1) if args.only in (None, i)]
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        for _, _, failure, _ in pool.map(attempt, [(0, ("", "", ""))] * WORKERS):
+            if failure:
+                sys.exit(f"{failure} fails without any mistake")
+        for number, line, _, good in pool.map(attempt, tried):
+            noticed += good
+            print(f"{number:3} {line}", flush=True)
     print(f"{noticed} of {len(tried)} mistakes noticed")
     return noticed != len(tried)
 
