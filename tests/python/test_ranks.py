@@ -83,7 +83,7 @@ def test_experts_have_numbers(context):
         return layer.expert_numbers, rest.expert_numbers, rest.experts.config.num_experts
 
     assert on_ranks(3, work) == [
-        ([3, 0], [], 0), ([], [0, 1, 2, 3], 4), ([2, 1], [], 0),
+        ([3, 0], [], moe.NO_EXPERTS), ([], [0, 1, 2, 3], 4), ([2, 1], [], moe.NO_EXPERTS),
     ]  # fmt: skip
 
 
