@@ -212,7 +212,7 @@ static void give_back(moe_pass *pass, int32_t uses)
 static moe_status end_call(moe_pass *pass, moe_status status)
 {
     give_back(pass, pass->uses);
-    /* Of a failure that all ranks know nothing has come: padded blocks that are refused. */
+    /* Of a failure that all ranks know nothing has come: a call that some rank refused. */
     if (status != MOE_OK && !pass->ranks.agreed) pass->state = MOE__PASS_FAILED;
     pass->call.phase = MOE__PHASE_NONE;
     return status;
@@ -226,12 +226,14 @@ void moe__backward_abandon(moe_pass *pass)
 /* ---- the phases ------------------------------------------------------------------------------ */
 
 static moe_status start_steps(moe_pass *pass, const moe_backward_args *b,
-                              const moe__backend *kernels)
+                              const moe__backend *kernels, const char *function)
 {
+    bool ranks = moe__pass_has_ranks(pass, pass->uses);
+    if (ranks) MOE_TRY(moe__ranks_agree_backward(pass, function));
     if (!(pass->uses & MOE__USE_EXPERTS)) return MOE_OK;
     MOE_TRY(begin_experts(pass, b, kernels));
     moe__lap(pass, MOE_TIME_COMBINE);
-    return moe__pass_has_ranks(pass, pass->uses) ? moe__ranks_send_backward(pass) : MOE_OK;
+    return ranks ? moe__ranks_send_backward(pass) : MOE_OK;
 }
 
 moe_status moe__backward_start(moe_pass *pass, const moe_backward_args *args, int32_t uses,
@@ -247,19 +249,11 @@ moe_status moe__backward_start(moe_pass *pass, const moe_backward_args *args, in
     if (status != MOE_OK) return moe__fail_on_ranks(pass, uses, status, function);
     pass->ranks.wants = wants(pass, &call->b);
     moe__begin_report(pass);
-    if (moe__pass_has_ranks(pass, uses)) status = moe__ranks_agree_backward(pass, function);
-    if (status != MOE_OK) {
-        give_back(pass, uses);
-        if (!pass->ranks.agreed) pass->state = MOE__PASS_FAILED;
-        return status;
-    }
     call->kernels = moe__kernels(pass->context, pass->plan.a.dtype);
-    moe__name_function(pass, function);
     fenv_t saved;
-    moe__fenv_enter(&saved);
-    status = start_steps(pass, &call->b, call->kernels);
-    status = moe__fail_on_ranks(pass, uses, status, function);
-    moe__fenv_leave(&saved);
+    moe__enter_phase(pass, function, &saved);
+    status = start_steps(pass, &call->b, call->kernels, function);
+    status = moe__leave_phase(pass, uses, status, function, &saved);
     if (status != MOE_OK) return end_call(pass, status);
     call->phase = MOE__PHASE_STARTED;
     return MOE_OK;
@@ -269,12 +263,9 @@ moe_status moe__backward_work(moe_pass *pass, const char *function)
 {
     moe__call *call = &pass->call;
     fenv_t saved;
-    moe__name_function(pass, function);
-    moe__continue_report(pass);
-    moe__fenv_enter(&saved);
+    moe__enter_phase(pass, function, &saved);
     moe_status status = work_step(pass, &call->b, call->kernels, function);
-    status = moe__fail_on_ranks(pass, pass->uses, status, function);
-    moe__fenv_leave(&saved);
+    status = moe__leave_phase(pass, pass->uses, status, function, &saved);
     if (status != MOE_OK) return end_call(pass, status);
     call->phase = MOE__PHASE_WORKED;
     return MOE_OK;
@@ -284,12 +275,9 @@ moe_status moe__backward_finish(moe_pass *pass, const char *function)
 {
     moe__call *call = &pass->call;
     fenv_t saved;
-    moe__name_function(pass, function);
-    moe__continue_report(pass);
-    moe__fenv_enter(&saved);
+    moe__enter_phase(pass, function, &saved);
     moe_status status = finish_steps(pass, &call->b, call->kernels);
-    status = moe__fail_on_ranks(pass, pass->uses, status, function);
-    moe__fenv_leave(&saved);
+    status = moe__leave_phase(pass, pass->uses, status, function, &saved);
     return end_call(pass, status);
 }
 

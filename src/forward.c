@@ -113,11 +113,6 @@ static void *place_output(const moe_pass *pass, const moe__forward *f, moe__rows
 
 /* ---- the experts ----------------------------------------------------------------------------- */
 
-static bool saves(const moe__forward *f)
-{
-    return (f->a.flags & (MOE_FORWARD_NO_SAVE | MOE_FORWARD_PLAN_ONLY)) == 0;
-}
-
 /* The plan again without the entries that lost their slot. */
 static moe_status plan_again(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
 {
@@ -142,7 +137,7 @@ static moe_status agree_step(moe_pass *pass, const moe__forward *f, const moe__b
     bool dropped;
     if (!moe__pass_has_ranks(pass, f->uses)) return MOE_OK;
     moe__lap(pass, MOE_TIME_GATE);
-    MOE_TRY(moe__ranks_agree(pass, saves(f), &dropped, function));
+    MOE_TRY(moe__ranks_agree(pass, pass->call.save, &dropped, function));
     return dropped ? plan_again(pass, f, kernels) : MOE_OK;
 }
 
@@ -345,14 +340,12 @@ moe_status moe__forward_start(moe_pass *pass, const moe_forward_args *args, int3
     moe__begin_report(pass);
     memcpy(pass->weights, weights, sizeof weights);
     note_arguments(pass, &call->f);
-    moe__name_function(pass, function);
 
     fenv_t saved;
-    moe__fenv_enter(&saved);
+    moe__enter_phase(pass, function, &saved);
     status = count_entries(pass, &call->f, &shape, call->kernels, function);
     if (status == MOE_OK) status = start_steps(pass, &call->f, call->kernels, function);
-    status = moe__fail_on_ranks(pass, uses, status, function);
-    moe__fenv_leave(&saved);
+    status = moe__leave_phase(pass, uses, status, function, &saved);
     if (status != MOE_OK)
         end_call(pass, status);
     else
@@ -364,12 +357,9 @@ moe_status moe__forward_work(moe_pass *pass, const char *function)
 {
     moe__call *call = &pass->call;
     fenv_t saved;
-    moe__name_function(pass, function);
-    moe__continue_report(pass);
-    moe__fenv_enter(&saved);
+    moe__enter_phase(pass, function, &saved);
     moe_status status = work_step(pass, &call->f, call->kernels, function);
-    status = moe__fail_on_ranks(pass, call->f.uses, status, function);
-    moe__fenv_leave(&saved);
+    status = moe__leave_phase(pass, call->f.uses, status, function, &saved);
     if (status != MOE_OK)
         end_call(pass, status);
     else
@@ -382,13 +372,10 @@ moe_status moe__forward_finish(moe_pass *pass, const char *function)
     moe__call *call = &pass->call;
     moe_status status = MOE_OK;
     fenv_t saved;
-    moe__name_function(pass, function);
-    moe__continue_report(pass);
-    moe__fenv_enter(&saved);
+    moe__enter_phase(pass, function, &saved);
     if (call->f.uses & MOE__USE_EXPERTS) status = combine_step(pass, &call->f, call->kernels);
-    status = moe__fail_on_ranks(pass, call->f.uses, status, function);
     if (status == MOE_OK && !call->f.recompute) write_results(pass, &call->f.a);
-    moe__fenv_leave(&saved);
+    status = moe__leave_phase(pass, call->f.uses, status, function, &saved);
     end_call(pass, status);
     return status;
 }

@@ -22,6 +22,11 @@ __attribute__((format(printf, 3, 4)))
 moe_status
 moe__fail(moe_status status, const char *function, const char *format, ...);
 enum { MOE__MESSAGE_SIZE = 512 };
+/* Whether a number from elsewhere is a status at all. */
+static inline bool moe__is_status(int64_t word)
+{
+    return word <= MOE_OK && word >= MOE_STATUS_LAST;
+}
 /* Makes a copy of moe_last_error() the message again. */
 void moe__restore_message(const char message[MOE__MESSAGE_SIZE]);
 

@@ -57,6 +57,21 @@ void moe__lap(moe_pass *pass, int slot)
     pass->lap_from = now;
 }
 
+void moe__enter_phase(moe_pass *pass, const char *function, fenv_t *saved)
+{
+    moe__name_function(pass, function);
+    moe__continue_report(pass);
+    moe__fenv_enter(saved);
+}
+
+moe_status moe__leave_phase(moe_pass *pass, int32_t uses, moe_status status, const char *function,
+                            const fenv_t *saved)
+{
+    status = moe__fail_on_ranks(pass, uses, status, function);
+    moe__fenv_leave(saved);
+    return status;
+}
+
 /* ---- the calls ------------------------------------------------------------------------------- */
 
 static moe_status check_pass(const moe_layer *layer, const moe_pass *pass, const char *function)

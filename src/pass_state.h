@@ -180,6 +180,10 @@ moe_status moe__pass_check_start(const moe_pass *pass, int32_t uses, const char 
 void moe__name_function(moe_pass *pass, const char *function);
 moe_status moe__fail_on_ranks(moe_pass *pass, int32_t uses, moe_status status,
                               const char *function);
+/* What begins and ends every phase but a start's checks; leaving, the ranks hear of a failure. */
+void moe__enter_phase(moe_pass *pass, const char *function, fenv_t *saved);
+moe_status moe__leave_phase(moe_pass *pass, int32_t uses, moe_status status, const char *function,
+                            const fenv_t *saved);
 /* The report: begins a call, goes on after the host had its turn, and gives the time since the last
  * of these to MOE_TIME_*. */
 void moe__begin_report(moe_pass *pass);
@@ -270,7 +274,7 @@ static inline bool moe__pass_has_branches(const moe_pass *pass, int32_t uses)
 void moe__lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__experts_room *c,
                           int64_t entries, bool save, int64_t real_size);
 
-/* Experts on several ranks. A function that fails has told the others, or ended their waits. */
+/* Experts on several ranks. After a failure of any of these the call ends by moe__fail_on_ranks. */
 static inline bool moe__pass_has_ranks(const moe_pass *pass, int32_t uses)
 {
     return (uses & MOE__USE_LAYER) && pass->layer->where;
@@ -291,8 +295,7 @@ moe_status moe__ranks_agree_backward(moe_pass *pass, const char *function);
  * ranks return an error and none waits. Returns `status`, or why the others were not told. */
 moe_status moe__ranks_decline(moe_pass *pass, bool backward, moe_status status,
                               const char *function);
-moe_status moe__ranks_decline_padded(moe_pass *pass, bool backward, moe_status status,
-                                     const char *function);
+moe_status moe__ranks_decline_padded(moe_pass *pass, bool backward, moe_status status);
 /* What a rank says first, and whether what another said is good. */
 void moe__ranks_header(const moe_pass *pass, bool backward, moe_status status, int64_t *words);
 moe_status moe__ranks_check_header(moe_pass *pass, int64_t rank, bool backward,
@@ -308,9 +311,8 @@ moe_status moe__ranks_check_backward(moe_pass *pass, const char *function);
 moe_status moe__ranks_work_backward(moe_pass *pass, const moe__backend *kernels,
                                     const char *function);
 moe_status moe__ranks_receive_backward(moe_pass *pass);
-/* Ends the waits of the others after a failure that they do not know of. */
-moe_status moe__ranks_end(moe_pass *pass, moe_status status);
-/* Likewise, and gives up what is in flight. */
+/* After a failure: gives up what is in flight, and ends the waits of the others if they do not know
+ * of it. */
 moe_status moe__ranks_stop(moe_pass *pass, moe_status status);
 
 /* ranks_second.c: makes the gate's jobs ask other ranks for what secondary gates there do. */
@@ -318,13 +320,16 @@ void moe__second_hook(moe_pass *pass, int32_t uses);
 
 /* ranks_rows.c */
 void moe__ranks_free(moe_pass *pass);
-/* With max_received: memory for as many rows as may come, and for this rank's `entries`, if the pass
- * has less; else NULL. The pass is as it was until it takes it. */
+/* With max_received: memory for as many rows as may come, and for this rank's `entries`, if the
+ * pass has less; else NULL. The pass is as it was until it takes it. */
 moe_status moe__ranks_set_aside(moe_pass *pass, int64_t entries, void **memory, int64_t *bytes,
                                 const char *function);
 void moe__ranks_take_memory(moe_pass *pass, void *memory, int64_t bytes);
 /* Gives back the rows. */
 void moe__ranks_trim(moe_pass *pass);
+
+/* to[i] += from[i]. reduce.c */
+void moe__add_reals(void *to, const void *from, int64_t n, int32_t dtype);
 
 /* share.c: losses and statistics of all ranks' tokens. */
 /* Numbers of scratch for P ranks, E experts and `parts` groups of a hierarchical gate; or -1. */

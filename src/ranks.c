@@ -13,29 +13,18 @@
 
 #include <string.h>
 
-moe_status moe__ranks_end(moe_pass *pass, moe_status status)
-{
-    if (status != MOE_OK && pass->ranks.took_part && !pass->ranks.agreed)
-        moe_comm_abort(moe__pass_comm(pass));
-    return status;
-}
-
 moe_status moe__ranks_stop(moe_pass *pass, moe_status status)
 {
     moe__ranks *k = &pass->ranks;
-    if (status == MOE_OK) return status;
     if (k->waiting) moe__comm_give_up(moe__pass_comm(pass), k->request);
     k->waiting = false;
-    return moe__ranks_end(pass, status);
+    if (!k->agreed) moe_comm_abort(moe__pass_comm(pass));
+    return status;
 }
 
 static int64_t element_bytes(const moe_pass *pass)
 {
     return moe__dtype_size(pass->experts->room.dtype);
-}
-static bool padded(const moe_pass *pass)
-{
-    return pass->layer->config.exchange == MOE_EXCHANGE_PADDED;
 }
 
 /* ---- forward --------------------------------------------------------------------------------- */
@@ -50,13 +39,14 @@ static moe_status send_forward(moe_pass *pass, int64_t round)
                                     {plan->weight_of_entry, plan->entry_of_row, size, size}};
     moe__ranks_set_round(pass, round);
     k->x_width = D + 1;
-    MOE_TRY(moe__ranks_pack_here(pass, columns, 2, k->x_width * size));
-    if (padded(pass)) moe__ranks_write_blocks(pass, false, MOE_OK, k->here, k->x_width * size);
+    MOE_TRY(moe__ranks_pack_here(pass, columns, 2));
+    if (moe__ranks_padded(pass))
+        moe__ranks_write_blocks(pass, false, MOE_OK, k->here, k->x_width * size);
     k->took_part = true;
     return moe__ranks_start(pass, k->x, k->here, k->x_width * size, false);
 }
 
-moe_status moe__ranks_send(moe_pass *pass) { return moe__ranks_end(pass, send_forward(pass, 0)); }
+moe_status moe__ranks_send(moe_pass *pass) { return send_forward(pass, 0); }
 
 /* The experts on what came. */
 static moe_status run_experts(moe_pass *pass, const moe__backend *kernels)
@@ -73,17 +63,17 @@ static moe_status run_experts(moe_pass *pass, const moe__backend *kernels)
     return MOE_OK;
 }
 
-static moe_status work_forward(moe_pass *pass, const moe__backend *kernels, const char *function)
+moe_status moe__ranks_work(moe_pass *pass, const moe__backend *kernels, const char *function)
 {
     moe__ranks *k = &pass->ranks;
     int64_t size = element_bytes(pass), O = pass->experts->room.d_out;
     for (int64_t round = 0; round < k->rounds; round++) {
         const moe__column out = {k->job.out, NULL, O * size, O * size};
         MOE_TRY(moe__ranks_wait(pass));
-        if (padded(pass))
+        if (moe__ranks_padded(pass))
             MOE_TRY(moe__ranks_read_blocks(pass, false, k->x, k->x_width * size, function));
         MOE_TRY(run_experts(pass, kernels));
-        MOE_TRY(moe__ranks_pack_there(pass, &out, 1, O * size));
+        MOE_TRY(moe__ranks_pack_there(pass, &out, 1));
         MOE_TRY(moe__ranks_start(pass, k->here, k->there, O * size, true));
         if (round + 1 == k->rounds) break;
         MOE_TRY(moe__ranks_wait(pass));
@@ -93,17 +83,12 @@ static moe_status work_forward(moe_pass *pass, const moe__backend *kernels, cons
     return MOE_OK;
 }
 
-moe_status moe__ranks_work(moe_pass *pass, const moe__backend *kernels, const char *function)
-{
-    return moe__ranks_end(pass, work_forward(pass, kernels, function));
-}
-
 static void report_rows(moe_pass *pass)
 {
     const moe__ranks *k = &pass->ranks;
     const moe__placement *w = pass->layer->where;
     int64_t P = moe__pass_comm(pass)->size, rank = moe__pass_comm(pass)->rank;
-    int64_t own = pass->experts->config.num_experts;
+    int64_t own = moe__ranks_own(pass);
     for (int64_t s = 0; s < w->slots; s++)
         if (s < w->first_slot[rank] || s >= w->first_slot[rank + 1])
             pass->report.rows_sent += k->count[s];
@@ -113,18 +98,13 @@ static void report_rows(moe_pass *pass)
     pass->report.rounds = k->rounds;
 }
 
-static moe_status receive_forward(moe_pass *pass)
+moe_status moe__ranks_receive(moe_pass *pass)
 {
     int64_t O = pass->experts->room.d_out;
     MOE_TRY(moe__ranks_wait(pass));
     moe__ranks_collect(pass, O * element_bytes(pass));
     report_rows(pass);
     return moe__ranks_merge(pass, O);
-}
-
-moe_status moe__ranks_receive(moe_pass *pass)
-{
-    return moe__ranks_end(pass, receive_forward(pass));
 }
 
 /* ---- backward -------------------------------------------------------------------------------- */
@@ -145,28 +125,21 @@ static moe_status send_backward(moe_pass *pass, int64_t round)
     int64_t width = again(pass) ? D + 1 + O : O;
     moe__ranks_set_round(pass, round);
     if (again(pass)) k->x_width = width;
-    MOE_TRY(moe__ranks_pack_here(pass, again(pass) ? columns : columns + 2, again(pass) ? 3 : 1,
-                                 width * size));
-    if (padded(pass)) moe__ranks_write_blocks(pass, true, MOE_OK, k->here, width * size);
+    MOE_TRY(moe__ranks_pack_here(pass, again(pass) ? columns : columns + 2, again(pass) ? 3 : 1));
+    if (moe__ranks_padded(pass)) moe__ranks_write_blocks(pass, true, MOE_OK, k->here, width * size);
     k->took_part = true;
     return moe__ranks_start(pass, again(pass) ? k->x : k->dy, k->here, width * size, false);
 }
 
-moe_status moe__ranks_send_backward(moe_pass *pass)
-{
-    return moe__ranks_end(pass, send_backward(pass, 0));
-}
+moe_status moe__ranks_send_backward(moe_pass *pass) { return send_backward(pass, 0); }
 
 /* MOE_EXCHANGE_PADDED: before anything is written it must be known that no rank declined. */
 moe_status moe__ranks_check_backward(moe_pass *pass, const char *function)
 {
-    moe__ranks *k = &pass->ranks;
-    if (!padded(pass)) return MOE_OK;
-    moe_status status = moe__ranks_wait(pass);
-    if (status == MOE_OK)
-        status = moe__ranks_read_blocks(pass, true, k->dy,
-                                        pass->experts->room.d_out * element_bytes(pass), function);
-    return moe__ranks_end(pass, status);
+    if (!moe__ranks_padded(pass)) return MOE_OK;
+    MOE_TRY(moe__ranks_wait(pass));
+    return moe__ranks_read_blocks(pass, true, pass->ranks.dy,
+                                  pass->experts->room.d_out * element_bytes(pass), function);
 }
 
 /* Rows of the first expert of the round that earlier rounds had, and of the last that later ones
@@ -174,7 +147,7 @@ moe_status moe__ranks_check_backward(moe_pass *pass, const char *function)
 static void find_carry(moe_pass *pass)
 {
     moe__ranks *k = &pass->ranks;
-    int64_t P = moe__pass_comm(pass)->size, own = pass->experts->config.num_experts;
+    int64_t P = moe__pass_comm(pass)->size, own = moe__ranks_own(pass);
     int64_t limit = k->limit[moe__pass_comm(pass)->rank], first = -1, last = -1;
     int64_t begin = k->round * limit, before = 0, after = 0;
     for (int64_t i = 0; i < own; i++) {
@@ -251,17 +224,18 @@ static int64_t back_width(const moe_pass *pass)
            wanted(pass, MOE__WANT_WEIGHTS);
 }
 
-static moe_status work_backward(moe_pass *pass, const moe__backend *kernels, const char *function)
+moe_status moe__ranks_work_backward(moe_pass *pass, const moe__backend *kernels,
+                                    const char *function)
 {
     moe__ranks *k = &pass->ranks;
     int64_t bytes = back_width(pass) * element_bytes(pass);
     moe__column columns[2];
     for (int64_t round = 0; round < k->rounds; round++) {
-        if (!padded(pass)) MOE_TRY(moe__ranks_wait(pass));
+        if (!moe__ranks_padded(pass)) MOE_TRY(moe__ranks_wait(pass));
         MOE_TRY(run_backward(pass, kernels, function));
         if (bytes > 0) {
             int count = back_columns(pass, columns);
-            MOE_TRY(moe__ranks_pack_there(pass, columns, count, bytes));
+            MOE_TRY(moe__ranks_pack_there(pass, columns, count));
             MOE_TRY(moe__ranks_start(pass, k->here, k->there, bytes, true));
         }
         if (round + 1 == k->rounds) break;
@@ -270,12 +244,6 @@ static moe_status work_backward(moe_pass *pass, const moe__backend *kernels, con
         MOE_TRY(send_backward(pass, round + 1));
     }
     return MOE_OK;
-}
-
-moe_status moe__ranks_work_backward(moe_pass *pass, const moe__backend *kernels,
-                                    const char *function)
-{
-    return moe__ranks_end(pass, work_backward(pass, kernels, function));
 }
 
 /* entry_grad of this rank's entries from the last column; of those without a row 0. */
@@ -290,7 +258,7 @@ static void take_weight_gradients(moe_pass *pass)
                (const char *)k->rows + (r * k->row_stride + last) * size, (size_t)size);
 }
 
-static moe_status receive_backward(moe_pass *pass)
+moe_status moe__ranks_receive_backward(moe_pass *pass)
 {
     int64_t width = back_width(pass);
     if (width == 0) return MOE_OK;
@@ -302,16 +270,10 @@ static moe_status receive_backward(moe_pass *pass)
     return MOE_OK;
 }
 
-moe_status moe__ranks_receive_backward(moe_pass *pass)
-{
-    return moe__ranks_end(pass, receive_backward(pass));
-}
-
 /* ---- a rank that declines ------------------------------------------------------------------- */
 
 /* What an earlier forward left for a backward stays: its counts, and x. */
-static moe_status decline_padded(moe_pass *pass, bool backward, moe_status status,
-                                 const char *function)
+moe_status moe__ranks_decline_padded(moe_pass *pass, bool backward, moe_status status)
 {
     moe__ranks *k = &pass->ranks;
     int64_t O = pass->experts->room.d_out, D = pass->experts->room.d_model;
@@ -322,12 +284,5 @@ static moe_status decline_padded(moe_pass *pass, bool backward, moe_status statu
     MOE_TRY(moe__ranks_start(pass, backward ? k->dy : k->there, k->here, bytes, false));
     MOE_TRY(moe__ranks_wait(pass));
     k->agreed = true;
-    (void)function;
     return status;
-}
-
-moe_status moe__ranks_decline_padded(moe_pass *pass, bool backward, moe_status status,
-                                     const char *function)
-{
-    return moe__ranks_end(pass, decline_padded(pass, backward, status, function));
 }

@@ -149,7 +149,8 @@ static moe_status refuse_difference(const field *f, int64_t there, int32_t rank,
 static moe_status compare(const int64_t *all, const description *d, int32_t P, const char *function)
 {
     for (int32_t p = 0; p < P; p++) {
-        moe_status status = (moe_status)all[p * FIELDS + STATUS];
+        int64_t word = all[p * FIELDS + STATUS];
+        moe_status status = moe__is_status(word) ? (moe_status)word : MOE_ERROR_TRANSPORT;
         if (status != MOE_OK) REFUSE(status, "rank %d failed: %s", (int)p, moe_status_text(status));
     }
     for (int32_t p = 1; p < P; p++)

@@ -12,12 +12,6 @@
 
 #include <string.h>
 
-static int64_t own_slots(const moe_pass *pass) { return pass->experts->config.num_experts; }
-static bool padded(const moe_pass *pass)
-{
-    return pass->layer->config.exchange == MOE_EXCHANGE_PADDED;
-}
-
 /* Rows of a block. */
 static int64_t block_rows(const moe_pass *pass)
 {
@@ -53,7 +47,8 @@ void moe__ranks_trim(moe_pass *pass)
     moe__ranks *k = &pass->ranks;
     moe__second_trim(pass);
     moe__ranks_give_back(pass, &k->keep_memory, &k->keep_bytes);
-    if (pass->layer && pass->layer->where && padded(pass)) return; /* needed to take part */
+    if (pass->layer && pass->layer->where && moe__ranks_padded(pass))
+        return; /* needed to take part */
     moe__ranks_give_back(pass, &k->rows_memory, &k->rows_bytes);
 }
 
@@ -101,11 +96,11 @@ static row_counts count_rows(const moe_pass *pass)
     const moe__placement *w = pass->layer->where;
     const moe__ranks *k = &pass->ranks;
     int64_t P = moe__pass_comm(pass)->size, limit = k->limit[moe__pass_comm(pass)->rank];
-    if (padded(pass)) {
+    if (moe__ranks_padded(pass)) {
         int64_t blocks = moe__mul(P, block_rows(pass)), each = pass->layer->config.padded_rows;
         return (row_counts){.sent = blocks,
                             .came = blocks,
-                            .rows = moe__mul(moe__mul(P, own_slots(pass)), each),
+                            .rows = moe__mul(moe__mul(P, moe__ranks_own(pass)), each),
                             .mine = moe__mul(w->numbers, each),
                             .plan = moe__mul(w->numbers / w->slices, each)};
     }
@@ -128,7 +123,8 @@ static void lay_out_rows(moe_pass *pass, moe__arena *arena, const row_counts *n,
     k->dy = save ? moe__arena_take(arena, moe__mul(n->came, O), size) : NULL;
     k->here = moe__arena_take(arena, moe__mul(n->sent, moe__max(widest, back)), size);
     k->there = moe__arena_take(arena, moe__mul(n->came, back), size);
-    bool apart = chunked || padded(pass); /* results do not come back as `results` has them */
+    bool apart = chunked ||
+                 moe__ranks_padded(pass); /* results do not come back as `results` has them */
     k->results = apart ? moe__arena_take(arena, moe__mul(n->mine, back), size) : k->here;
     k->merged = pass->layer->where->in_order
                     ? NULL
@@ -161,7 +157,7 @@ moe_status moe__ranks_set_aside(moe_pass *pass, int64_t entries, void **memory, 
     moe__arena arena = {NULL, 0};
     *memory = NULL;
     *bytes = 0;
-    if (padded(pass) || most == 0) return MOE_OK;
+    if (moe__ranks_padded(pass) || most == 0) return MOE_OK;
     lay_out_rows(pass, &arena, &n, true);
     pass->ranks = held;
     if (arena.used >= 0 && arena.used <= held.rows_bytes) return MOE_OK;
@@ -193,13 +189,29 @@ static void count_bytes(moe_pass *pass, const moe_exchange *e)
            : &pass->report.forward_bytes_received) += came * e->row_bytes;
 }
 
-moe_status moe__ranks_exchange(moe_pass *pass, const moe_exchange *e)
+static moe_status exchange(moe_pass *pass, const moe_exchange *e)
 {
     moe__lap(pass, MOE_TIME_PACK);
     count_bytes(pass, e);
     moe_status status = moe_comm_exchange(moe__pass_comm(pass), e);
     moe__lap(pass, MOE_TIME_EXCHANGE);
     return status;
+}
+
+moe_status moe__ranks_exchange(moe_pass *pass, void *recv, const int64_t *recv_begin,
+                               const void *send, const int64_t *send_begin, int64_t row_bytes)
+{
+    const moe_exchange e = {sizeof e, recv, recv_begin, send, send_begin, row_bytes, 0, 0};
+    return exchange(pass, &e);
+}
+
+moe_status moe__ranks_gather(moe_pass *pass, void *recv, const void *send, int64_t bytes)
+{
+    int64_t *begin = pass->ranks.in_begin;
+    const int64_t once[2] = {0, 1};
+    for (int64_t p = 0; p <= moe__pass_comm(pass)->size; p++) begin[p] = p;
+    const moe_exchange e = {sizeof e, recv, begin, send, once, bytes, 1, 0};
+    return exchange(pass, &e);
 }
 
 moe_status moe__ranks_start(moe_pass *pass, void *recv, const void *send, int64_t row_bytes,
@@ -249,12 +261,12 @@ static void place_rows(const moe_pass *pass, const moe__range *range, const int6
         int64_t first = first_slot ? first_slot[p] : p * own;
         int64_t last = first_slot ? first_slot[p + 1] : first + own;
         begin[p] = next;
-        if (padded(pass)) next += pass->layer->where->header_rows;
+        if (moe__ranks_padded(pass)) next += pass->layer->where->header_rows;
         for (int64_t s = first; s < last; s++) {
             at[s] = next;
-            next += padded(pass) ? pass->layer->config.padded_rows : range[s].rows;
+            next += moe__ranks_padded(pass) ? pass->layer->config.padded_rows : range[s].rows;
         }
-        if (padded(pass)) next = begin[p] + block_rows(pass);
+        if (moe__ranks_padded(pass)) next = begin[p] + block_rows(pass);
     }
     begin[P] = next;
 }
@@ -262,7 +274,7 @@ static void place_rows(const moe_pass *pass, const moe__range *range, const int6
 static void find_came(moe_pass *pass, int64_t round)
 {
     moe__ranks *k = &pass->ranks;
-    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass);
+    int64_t P = moe__pass_comm(pass)->size, own = moe__ranks_own(pass);
     int64_t limit = k->limit[moe__pass_comm(pass)->rank];
     for (int64_t i = 0; i < P * own; i++)
         k->come[i] = cut(k->in_place[i], k->in_count[i], round, limit);
@@ -312,7 +324,7 @@ moe_status moe__ranks_read_blocks(moe_pass *pass, bool backward, const char *blo
                                   int64_t row_bytes, const char *function)
 {
     moe__ranks *k = &pass->ranks;
-    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass), n;
+    int64_t P = moe__pass_comm(pass)->size, own = moe__ranks_own(pass), n;
     for (int64_t p = 0; p < P; p++) {
         int64_t header[MOE__RANKS_HEADER];
         const char *block = block_of(pass, (char *)(uintptr_t)blocks, p, row_bytes);
@@ -343,10 +355,10 @@ void moe__ranks_order(moe_pass *pass)
 {
     moe__ranks *k = &pass->ranks;
     moe__plan_arrays *plan = &k->plan;
-    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass), row = 0;
+    int64_t P = moe__pass_comm(pass)->size, own = moe__ranks_own(pass), row = 0;
     int64_t size = moe__dtype_size(plan->dtype), D = pass->experts->room.d_model;
     plan->tokens = plan->entries = k->recv_begin[P];
-    for (int64_t i = 0; i < plan->entries && padded(pass); i++)
+    for (int64_t i = 0; i < plan->entries && moe__ranks_padded(pass); i++)
         plan->row_of_entry[i] = plan->slot_of_entry[i] = plan->expert_of_entry[i] = -1;
     for (int64_t i = 0; i < own; i++) {
         plan->expert_begin[i] = row;
@@ -392,35 +404,40 @@ static void pack_range(void *argument, int64_t begin, int64_t end)
     }
 }
 
-moe_status moe__ranks_pack_here(moe_pass *pass, const moe__column *columns, int count,
-                                int64_t row_bytes)
+static int64_t bytes_of(const moe__column *columns, int count)
+{
+    int64_t bytes = 0;
+    for (int c = 0; c < count; c++) bytes += columns[c].bytes;
+    return bytes;
+}
+
+moe_status moe__ranks_pack(moe_pass *pass, void *to, const int64_t *place, int64_t row,
+                           int64_t rows, const moe__column *columns, int count)
+{
+    const moe__workers *workers = &pass->experts_job.workers;
+    packing p = {columns, count, to, bytes_of(columns, count), row, place};
+    return moe__parallel_range(workers->context, rows, 64, pack_range, &p, workers->function);
+}
+
+moe_status moe__ranks_pack_here(moe_pass *pass, const moe__column *columns, int count)
 {
     moe__ranks *k = &pass->ranks;
     const moe__placement *w = pass->layer->where;
-    const moe__workers *workers = &pass->experts_job.workers;
+    int64_t bytes = bytes_of(columns, count);
     for (int64_t s = 0; s < w->slots; s++) {
-        if (k->send[s].rows == 0) continue;
-        packing p = {columns,
-                     count,
-                     (char *)k->here + k->sent_at[s] * row_bytes,
-                     row_bytes,
-                     pass->plan.a.expert_begin[w->number_of_slot[s] / w->slices] + k->send[s].first,
-                     NULL};
-        MOE_TRY(moe__parallel_range(workers->context, k->send[s].rows, 64, pack_range, &p,
-                                    workers->function));
+        int64_t row = pass->plan.a.expert_begin[w->number_of_slot[s] / w->slices];
+        if (k->send[s].rows > 0)
+            MOE_TRY(moe__ranks_pack(pass, (char *)k->here + k->sent_at[s] * bytes, NULL,
+                                    row + k->send[s].first, k->send[s].rows, columns, count));
     }
     moe__lap(pass, MOE_TIME_PACK);
     return MOE_OK;
 }
 
-moe_status moe__ranks_pack_there(moe_pass *pass, const moe__column *columns, int count,
-                                 int64_t row_bytes)
+moe_status moe__ranks_pack_there(moe_pass *pass, const moe__column *columns, int count)
 {
     moe__ranks *k = &pass->ranks;
-    const moe__workers *workers = &pass->experts_job.workers;
-    packing p = {columns, count, k->there, row_bytes, 0, k->plan.entry_of_row};
-    MOE_TRY(
-        moe__parallel_range(workers->context, k->plan.rows, 64, pack_range, &p, workers->function));
+    MOE_TRY(moe__ranks_pack(pass, k->there, k->plan.entry_of_row, 0, k->plan.rows, columns, count));
     moe__lap(pass, MOE_TIME_PACK);
     return MOE_OK;
 }
@@ -445,16 +462,6 @@ typedef struct merging {
     int64_t width;
 } merging;
 
-static void add_row(void *to, const void *from, int64_t n, int32_t dtype)
-{
-    for (int64_t i = 0; i < n; i++) {
-        if (dtype == MOE_DTYPE_F64)
-            ((double *)to)[i] += ((const double *)from)[i];
-        else
-            ((float *)to)[i] += ((const float *)from)[i];
-    }
-}
-
 /* Row by row: slice 0, plus slice 1, and so on. */
 static void merge_range(void *argument, int64_t begin, int64_t end)
 {
@@ -472,7 +479,7 @@ static void merge_range(void *argument, int64_t begin, int64_t end)
             if (s == 0)
                 memcpy(to, from, (size_t)bytes);
             else
-                add_row(to, from, m->width, plan->dtype);
+                moe__add_reals(to, from, m->width, plan->dtype);
         }
     }
 }

@@ -8,8 +8,6 @@
  * are a range. The owner works on them by (group, source, token), the order of one rank. */
 #include "ranks_rows.h"
 
-#include <string.h>
-
 static int64_t local_groups(const moe_pass *pass) { return pass->gate->config.local_groups; }
 static int64_t width_of(const moe_pass *pass)
 {
@@ -126,35 +124,13 @@ static void order_rows(moe_pass *pass)
 static moe_status move(moe_pass *pass, void *to, const void *from, int64_t bytes, bool back)
 {
     moe__second *s = &pass->ranks.second;
-    moe_exchange e = {.struct_size = sizeof e,
-                      .recv = to,
-                      .recv_begin = back ? s->send_begin : s->recv_begin,
-                      .send = from,
-                      .send_begin = back ? s->recv_begin : s->send_begin,
-                      .row_bytes = bytes};
-    return moe__ranks_exchange(pass, &e);
-}
-
-/* to[r] = the columns of row r, or of the row that place[r] is for. */
-static void pack(void *to, const int64_t *place, int64_t rows, const moe__column *columns,
-                 int count)
-{
-    int64_t bytes = 0;
-    for (int c = 0; c < count; c++) bytes += columns[c].bytes;
-    for (int64_t r = 0; r < rows; r++) {
-        char *at = (char *)to + (place ? place[r] : r) * bytes;
-        for (int c = 0; c < count; c++) {
-            int64_t from = columns[c].index ? columns[c].index[r] : r;
-            memcpy(at, (const char *)columns[c].from + from * columns[c].stride,
-                   (size_t)columns[c].bytes);
-            at += columns[c].bytes;
-        }
-    }
+    return moe__ranks_exchange(pass, to, back ? s->send_begin : s->recv_begin, from,
+                               back ? s->recv_begin : s->send_begin, bytes);
 }
 
 /* ---- forward --------------------------------------------------------------------------------- */
 
-static moe_status fetch_logits(moe_pass *pass, moe__route_job *route, const char *function)
+static moe_status fetch_logits(moe_pass *pass, moe__route_job *route)
 {
     moe__second *s = &pass->ranks.second;
     const moe__plan_arrays *primary = route->primary;
@@ -166,7 +142,7 @@ static moe_status fetch_logits(moe_pass *pass, moe__route_job *route, const char
                            (route->x_jittered ? D : route->x_stride) * size, D * size};
     const moe__column logits[2] = {{s->job.logits, NULL, B * size, B * size},
                                    {s->job.noise_raw, NULL, B * size, B * size}};
-    pack(s->here, NULL, rows, &x, 1);
+    MOE_TRY(moe__ranks_pack(pass, s->here, NULL, 0, rows, &x, 1));
     MOE_TRY(move(pass, s->x, s->here, D * size, false));
     s->job.workers = route->workers;
     s->job.x = s->x;
@@ -176,13 +152,12 @@ static moe_status fetch_logits(moe_pass *pass, moe__route_job *route, const char
     s->job.weight_matrix = level->weight_matrix;
     s->job.noise_weight = level->noise_weight;
     MOE_TRY(pass->call.kernels->second_forward(&s->job));
-    pack(s->there, s->index, came, logits, columns);
+    MOE_TRY(moe__ranks_pack(pass, s->there, s->index, 0, came, logits, columns));
     MOE_TRY(move(pass, s->here, s->there, columns * B * size, true));
     const moe__column back = {s->here, NULL, columns * B * size, B * size};
     const moe__column raw = {(const char *)s->here + B * size, NULL, 2 * B * size, B * size};
-    pack(level->logits, NULL, rows, &back, 1);
-    if (level->noise) pack(level->noise_raw, NULL, rows, &raw, 1);
-    (void)function;
+    MOE_TRY(moe__ranks_pack(pass, level->logits, NULL, 0, rows, &back, 1));
+    if (level->noise) MOE_TRY(moe__ranks_pack(pass, level->noise_raw, NULL, 0, rows, &raw, 1));
     return MOE_OK;
 }
 
@@ -205,7 +180,7 @@ static moe_status forward_steps(moe_pass *pass, moe__route_job *route, const cha
     s->job.segments = moe__pass_comm(pass)->size;
     find_places(pass, primary);
     order_rows(pass);
-    MOE_TRY(fetch_logits(pass, route, function));
+    MOE_TRY(fetch_logits(pass, route));
     moe__lap(pass, MOE_TIME_PACK);
     return MOE_OK;
 }
@@ -213,7 +188,7 @@ static moe_status forward_steps(moe_pass *pass, moe__route_job *route, const cha
 static moe_status second_forward(moe__route_job *route)
 {
     moe_pass *pass = route->second_user;
-    return moe__ranks_end(pass, forward_steps(pass, route, route->workers.function));
+    return forward_steps(pass, route, route->workers.function);
 }
 
 /* ---- backward -------------------------------------------------------------------------------- */
@@ -229,7 +204,7 @@ static moe_status backward_steps(moe_pass *pass, moe__gate_backward_job *gate)
     const moe__column d[2] = {{level->d_logits, NULL, B * size, B * size},
                               {level->d_noise_raw, NULL, B * size, B * size}};
     void *dx_rows = s->job.dx_rows;
-    pack(s->here, NULL, rows, d, columns);
+    MOE_TRY(moe__ranks_pack(pass, s->here, NULL, 0, rows, d, columns));
     MOE_TRY(move(pass, s->d, s->here, columns * B * size, false));
     s->job.workers = route->workers;
     s->job.d = s->d;
@@ -244,7 +219,7 @@ static moe_status backward_steps(moe_pass *pass, moe__gate_backward_job *gate)
     s->job.dx_rows = dx_rows;
     if (status != MOE_OK || !dx_wanted) return status;
     const moe__column dx = {dx_rows, NULL, D * size, D * size};
-    pack(s->there, s->index, came, &dx, 1);
+    MOE_TRY(moe__ranks_pack(pass, s->there, s->index, 0, came, &dx, 1));
     return move(pass, level->dx_rows, s->there, D * size, true);
 }
 
@@ -252,7 +227,7 @@ static moe_status second_backward(moe__gate_backward_job *gate)
 {
     moe_pass *pass = gate->losses->route->second_user;
     moe__lap(pass, MOE_TIME_GATE);
-    return moe__ranks_end(pass, backward_steps(pass, gate));
+    return backward_steps(pass, gate);
 }
 
 /* ---- the hooks ------------------------------------------------------------------------------- */

@@ -2,24 +2,19 @@
  *
  *     words     to every rank: which call this is, of which layer, how it is going here; in a
  *               forward also this rank's rows for each of the receiver's slots
- *     scores    MOE_RECEIVED_DROP_SCORE: the weights of these rows
  *     answers   from each owner: whether it has memory, its rounds, and for each slot where the
  *               first of the asker's rows is among all of its rows, or how many of them stay
- *     keeps     MOE_RECEIVED_DROP_SCORE: a byte for each row
  *
  * A rank that cannot go on says so in words or answers: every rank then ends the call with an
- * error and the group lives on. MOE_EXCHANGE_PADDED puts the words into the blocks of rows. */
-#include "pass_state.h"
+ * error and the group lives on. MOE_EXCHANGE_PADDED puts the words into the blocks of rows. What a
+ * bound leaves of the rows is in ranks_bound.c. */
 #include "ranks_rows.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 enum { WORD_CALL = 0, WORD_LAYER = 1, WORD_STATUS = 2 };
 enum { CALL_FORWARD = 1, CALL_BACKWARD = 2, CALLS = 4 }; /* plus CALLS times MOE__WANT_* */
 enum { ANSWER = 3, ANSWER_STATUS = 0, ANSWER_ROUNDS = 1, ANSWER_LIMIT = 2 };
-
-static int64_t own_slots(const moe_pass *pass) { return pass->experts->config.num_experts; }
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
@@ -28,7 +23,8 @@ static void lay_out_counts(moe_pass *pass, moe__arena *arena)
 {
     moe__ranks *k = &pass->ranks;
     const moe__placement *w = pass->layer->where;
-    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass), word = (int64_t)sizeof(int64_t);
+    int64_t P = moe__pass_comm(pass)->size, own = moe__ranks_own(pass),
+            word = (int64_t)sizeof(int64_t);
     int64_t from_all = moe__mul(P, own);
     k->out_begin = moe__arena_take(arena, P + 1, word);
     k->in_begin = moe__arena_take(arena, P + 1, word);
@@ -61,22 +57,10 @@ moe_status moe__ranks_prepare(moe_pass *pass, const char *function)
     lay_out_counts(pass, &arena);
     k->rounds = 1;
     if (pass->layer->where->first_group) MOE_TRY(moe__second_prepare(pass, function));
-    if (pass->layer->config.exchange != MOE_EXCHANGE_PADDED) return MOE_OK;
+    if (!moe__ranks_padded(pass)) return MOE_OK;
     MOE_TRY(moe__ranks_lay_out(pass, true, function)); /* their sizes are known too */
     memset(k->rows_memory, 0, (size_t)k->rows_bytes);  /* unused rows of blocks travel as well */
     return MOE_OK;
-}
-
-/* What MOE_RECEIVED_DROP_SCORE looks at. */
-static void lay_out_scores(moe_pass *pass, moe__arena *arena)
-{
-    moe__ranks *k = &pass->ranks;
-    int64_t size = moe__dtype_size(pass->plan.a.dtype), sent = pass->plan.a.rows;
-    k->keep_here = moe__arena_take(arena, sent, 1);
-    k->keep_there = moe__arena_take(arena, k->in_rows, 1);
-    k->score_here = moe__arena_take(arena, sent, size);
-    k->score_there = moe__arena_take(arena, k->in_rows, size);
-    k->order = moe__arena_take(arena, k->in_rows, (int64_t)sizeof *k->order);
 }
 
 /* ---- words ----------------------------------------------------------------------------------- */
@@ -99,12 +83,12 @@ void moe__ranks_header(const moe_pass *pass, bool backward, moe_status status, i
     words[WORD_STATUS] = status;
 }
 
-/* Another rank's failure, which all ranks know of; a word that is no status is a failure of the
- * transport. */
-static moe_status failed_elsewhere(moe_pass *pass, int64_t rank, int64_t word, const char *function)
+/* A word that is no status is a failure of the transport. */
+moe_status moe__ranks_failed_elsewhere(moe_pass *pass, int64_t rank, int64_t word,
+                                       const char *function)
 {
     moe_status status = (moe_status)word;
-    if (word > MOE_OK || word < MOE_STATUS_LAST)
+    if (!moe__is_status(word))
         REFUSE(MOE_ERROR_TRANSPORT, "rank %lld sent status %lld", (ll)rank, (ll)word);
     pass->ranks.agreed = true;
     REFUSE(status, "rank %lld failed: %s", (ll)rank, moe_status_text(status));
@@ -123,7 +107,7 @@ moe_status moe__ranks_check_header(moe_pass *pass, int64_t p, bool backward, con
                (int)moe__pass_comm(pass)->rank, backward ? "backward" : "forward", (int)layer);
     if (backward) pass->ranks.wanted |= (int32_t)wants;
     if (words[WORD_STATUS] != MOE_OK)
-        return failed_elsewhere(pass, p, words[WORD_STATUS], function);
+        return moe__ranks_failed_elsewhere(pass, p, words[WORD_STATUS], function);
     return MOE_OK;
 }
 
@@ -143,14 +127,9 @@ moe_status moe__ranks_exchange_words(moe_pass *pass, bool backward, const moe__c
             words[MOE__RANKS_HEADER + s - counts->first[p]] = status == MOE_OK ? counts->rows[s]
                                                                                : 0;
     }
-    moe_exchange e = {.struct_size = sizeof e,
-                      .recv = k->words_in,
-                      .recv_begin = k->in_begin,
-                      .send = k->words_out,
-                      .send_begin = k->out_begin,
-                      .row_bytes = (int64_t)sizeof *k->words_out};
     k->took_part = true;
-    MOE_TRY(moe__ranks_exchange(pass, &e));
+    MOE_TRY(moe__ranks_exchange(pass, k->words_in, k->in_begin, k->words_out, k->out_begin,
+                                (int64_t)sizeof(int64_t)));
     if (status != MOE_OK) {
         k->agreed = true;
         return status;
@@ -179,14 +158,14 @@ moe_status moe__ranks_read_counts(moe_pass *pass, int64_t own, int64_t *in_count
 
 static moe__counts slot_counts(const moe_pass *pass)
 {
-    return (moe__counts){pass->ranks.count, pass->layer->where->first_slot, own_slots(pass)};
+    return (moe__counts){pass->ranks.count, pass->layer->where->first_slot, moe__ranks_own(pass)};
 }
 
 /* Where each source's rows are among all of this rank: by slot, then source. */
 static void find_in_places(moe_pass *pass)
 {
     moe__ranks *k = &pass->ranks;
-    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass), at = 0;
+    int64_t P = moe__pass_comm(pass)->size, own = moe__ranks_own(pass), at = 0;
     for (int64_t i = 0; i < own; i++)
         for (int64_t p = 0; p < P; p++) {
             k->in_place[p * own + i] = at;
@@ -195,170 +174,19 @@ static void find_in_places(moe_pass *pass)
     k->in_rows = at;
 }
 
-/* ---- what a bound leaves --------------------------------------------------------------------- */
-
-static int64_t rows_up_to(const moe__ranks *k, int64_t n, int64_t each)
-{
-    int64_t rows = 0;
-    for (int64_t i = 0; i < n; i++) rows += moe__min(k->in_count[i], each);
-    return rows;
-}
-
-/* in_count becomes what stays of each: at most `each` for the largest that fits, and one more where
- * there is room. */
-static void keep_by_position(moe_pass *pass, int64_t room)
-{
-    moe__ranks *k = &pass->ranks;
-    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass), low = 0, high = room;
-    if (k->in_rows <= room) return;
-    while (low < high) {
-        int64_t middle = low + (high - low + 1) / 2;
-        if (rows_up_to(k, P * own, middle) <= room)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    int64_t left = room - rows_up_to(k, P * own, low);
-    for (int64_t i = 0; i < own; i++)
-        for (int64_t p = 0; p < P; p++) {
-            int64_t *n = &k->in_count[p * own + i];
-            bool one_more = *n > low && left > 0;
-            left -= one_more;
-            *n = moe__min(*n, low + one_more);
-        }
-}
-
-/* A row that may stay: its weight, and its number by slot, source and order. */
-typedef struct candidate {
-    double score;
-    int64_t number;
-} candidate;
-
-/* The largest first, NaN last, equal ones by number. */
-static int by_score(const void *a, const void *b)
-{
-    const candidate *x = a, *y = b;
-    bool x_none = x->score != x->score, y_none = y->score != y->score;
-    if (x_none != y_none) return x_none ? 1 : -1;
-    if (x->score != y->score && !x_none) return x->score > y->score ? -1 : 1;
-    return x->number < y->number ? -1 : x->number > y->number;
-}
-
-/* keep_there of what arrived by source and slot, and in_count of what stays. */
-static moe_status keep_by_score(moe_pass *pass, int64_t room, const char *function)
-{
-    moe__ranks *k = &pass->ranks;
-    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass), at = 0;
-    bool f64 = pass->plan.a.dtype == MOE_DTYPE_F64;
-    if (k->in_rows > 0) memset(k->keep_there, 1, (size_t)k->in_rows);
-    if (room == 0 || k->in_rows <= room) return MOE_OK;
-    int64_t bytes = moe__mul(k->in_rows, (int64_t)sizeof(candidate));
-    candidate *all = moe__alloc(pass->context, bytes);
-    if (!all) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for %lld scores", (ll)k->in_rows);
-    for (int64_t p = 0; p < P; p++) /* at: in order of arrival; number: in the owner's order */
-        for (int64_t i = 0; i < own; i++)
-            for (int64_t n = 0; n < k->in_count[p * own + i]; n++, at++) {
-                int64_t number = k->in_place[p * own + i] + n;
-                double score = f64 ? ((const double *)k->score_there)[at]
-                                   : (double)((const float *)k->score_there)[at];
-                k->order[number] = at;
-                all[number] = (candidate){score, number};
-            }
-    qsort(all, (size_t)k->in_rows, sizeof *all, by_score);
-    for (int64_t c = room; c < k->in_rows; c++) k->keep_there[k->order[all[c].number]] = 0;
-    moe__free(pass->context, all, bytes);
-    at = 0;
-    for (int64_t i = 0; i < P * own; i++) {
-        int64_t stay = 0;
-        for (int64_t n = 0; n < k->in_count[i]; n++) stay += k->keep_there[at++];
-        k->in_count[i] = stay;
-    }
-    return MOE_OK;
-}
-
-/* Bytes or weights of rows in slot order, to the owners or back. */
-static moe_status exchange_rows(moe_pass *pass, void *recv, const void *send, int64_t size,
-                                bool back)
-{
-    moe__ranks *k = &pass->ranks;
-    const int64_t *first = pass->layer->where->first_slot;
-    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass);
-    k->send_begin[0] = k->recv_begin[0] = 0;
-    for (int64_t p = 0; p < P; p++) {
-        k->send_begin[p + 1] = k->send_begin[p];
-        k->recv_begin[p + 1] = k->recv_begin[p];
-        for (int64_t s = first[p]; s < first[p + 1]; s++) k->send_begin[p + 1] += k->count[s];
-        for (int64_t i = 0; i < own; i++)
-            k->recv_begin[p + 1] +=
-                k->words_in[p * (MOE__RANKS_HEADER + own) + MOE__RANKS_HEADER + i];
-    }
-    moe_exchange e = {.struct_size = sizeof e,
-                      .recv = recv,
-                      .recv_begin = back ? k->send_begin : k->recv_begin,
-                      .send = send,
-                      .send_begin = back ? k->recv_begin : k->send_begin,
-                      .row_bytes = size};
-    return moe__ranks_exchange(pass, &e);
-}
-
 moe_status moe__ranks_agree_on(moe_pass *pass, moe_status status, const char *function)
 {
     moe__ranks *k = &pass->ranks;
     int64_t P = moe__pass_comm(pass)->size;
     for (int64_t p = 0; p < P; p++) k->answer_out[p] = status, k->out_begin[p] = p;
     k->out_begin[P] = P;
-    moe_exchange e = {.struct_size = sizeof e,
-                      .recv = k->answer_in,
-                      .recv_begin = k->out_begin,
-                      .send = k->answer_out,
-                      .send_begin = k->out_begin,
-                      .row_bytes = (int64_t)sizeof *k->answer_in};
-    MOE_TRY(moe__ranks_exchange(pass, &e));
+    MOE_TRY(moe__ranks_exchange(pass, k->answer_in, k->out_begin, k->answer_out, k->out_begin,
+                                (int64_t)sizeof(int64_t)));
     k->agreed = status != MOE_OK;
     for (int64_t p = 0; p < P && status == MOE_OK; p++)
         if (k->answer_in[p] != MOE_OK)
-            status = failed_elsewhere(pass, p, k->answer_in[p], function);
+            status = moe__ranks_failed_elsewhere(pass, p, k->answer_in[p], function);
     return status;
-}
-
-/* The weights of all rows at their owners. */
-static moe_status fetch_scores(moe_pass *pass, const char *function)
-{
-    moe__ranks *k = &pass->ranks;
-    const moe__placement *w = pass->layer->where;
-    const moe__plan_arrays *plan = &pass->plan.a;
-    int64_t size = moe__dtype_size(plan->dtype), at = 0;
-    moe__arena arena = {NULL, 0};
-    lay_out_scores(pass, &arena);
-    MOE_TRY(moe__ranks_agree_on(
-        pass, moe__ranks_room(pass, &k->keep_memory, &k->keep_bytes, arena.used, function),
-        function));
-    arena = (moe__arena){k->keep_memory, 0};
-    lay_out_scores(pass, &arena);
-    for (int64_t s = 0; s < w->slots; s++) {
-        int64_t row = plan->expert_begin[w->number_of_slot[s]];
-        for (int64_t n = 0; n < k->count[s]; n++)
-            memcpy((char *)k->score_here + at++ * size,
-                   (const char *)plan->weight_of_entry + plan->entry_of_row[row + n] * size,
-                   (size_t)size);
-    }
-    return exchange_rows(pass, k->score_there, k->score_here, size, false);
-}
-
-/* What this owner makes of the rows that would come. */
-static moe_status bound(moe_pass *pass, const char *function)
-{
-    moe__ranks *k = &pass->ranks;
-    const moe_layer_config *c = &pass->layer->config;
-    int64_t room = c->max_received;
-    k->limit[moe__pass_comm(pass)->rank] = c->received == MOE_RECEIVED_CHUNK ? room : 0;
-    if (room == 0 && c->received != MOE_RECEIVED_DROP_SCORE) return MOE_OK;
-    if (c->received == MOE_RECEIVED_DROP_POSITION) keep_by_position(pass, room);
-    if (c->received == MOE_RECEIVED_DROP_SCORE) MOE_TRY(keep_by_score(pass, room, function));
-    if (c->received == MOE_RECEIVED_ERROR && k->in_rows > room)
-        REFUSE(MOE_ERROR_BUFFER_TOO_SMALL, "%lld rows come to rank %d, max_received is %lld",
-               (ll)k->in_rows, (int)moe__pass_comm(pass)->rank, (ll)room);
-    return MOE_OK;
 }
 
 /* ---- answers --------------------------------------------------------------------------------- */
@@ -367,7 +195,7 @@ static void write_answers(moe_pass *pass, moe_status status)
 {
     moe__ranks *k = &pass->ranks;
     const moe_layer_config *c = &pass->layer->config;
-    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass);
+    int64_t P = moe__pass_comm(pass)->size, own = moe__ranks_own(pass);
     int64_t limit = k->limit[moe__pass_comm(pass)->rank];
     bool kept = c->received == MOE_RECEIVED_DROP_POSITION;
     for (int64_t p = 0; p < P; p++) {
@@ -391,7 +219,7 @@ static moe_status read_answers(moe_pass *pass, moe_status status, const char *fu
     for (int64_t p = 0; p < P && status == MOE_OK; p++) {
         const int64_t *words = k->answer_in + k->in_begin[p];
         if (words[ANSWER_STATUS] != MOE_OK)
-            return failed_elsewhere(pass, p, words[ANSWER_STATUS], function);
+            return moe__ranks_failed_elsewhere(pass, p, words[ANSWER_STATUS], function);
         int64_t rounds = words[ANSWER_ROUNDS], limit = words[ANSWER_LIMIT], most = INT64_MAX / 4;
         if (rounds < 0 || limit < 0 || rounds > most / moe__max(limit, 1))
             REFUSE(MOE_ERROR_TRANSPORT, "rank %lld answered %lld rounds of %lld rows", (ll)p,
@@ -410,38 +238,15 @@ static moe_status read_answers(moe_pass *pass, moe_status status, const char *fu
 static moe_status exchange_answers(moe_pass *pass, moe_status status, const char *function)
 {
     moe__ranks *k = &pass->ranks;
-    int64_t P = moe__pass_comm(pass)->size, own = own_slots(pass);
+    int64_t P = moe__pass_comm(pass)->size, own = moe__ranks_own(pass);
     write_answers(pass, status);
     for (int64_t p = 0; p <= P; p++) {
         k->out_begin[p] = p * (ANSWER + own);
         k->in_begin[p] = p * ANSWER + pass->layer->where->first_slot[p];
     }
-    moe_exchange e = {.struct_size = sizeof e,
-                      .recv = k->answer_in,
-                      .recv_begin = k->in_begin,
-                      .send = k->answer_out,
-                      .send_begin = k->out_begin,
-                      .row_bytes = (int64_t)sizeof *k->answer_out};
-    MOE_TRY(moe__ranks_exchange(pass, &e));
+    MOE_TRY(moe__ranks_exchange(pass, k->answer_in, k->in_begin, k->answer_out, k->out_begin,
+                                (int64_t)sizeof(int64_t)));
     return read_answers(pass, status, function);
-}
-
-/* Entries whose row does not stay lose their slot. Returns whether there are any. */
-static bool drop(moe_pass *pass, bool by_score)
-{
-    moe__ranks *k = &pass->ranks;
-    const moe__placement *w = pass->layer->where;
-    const moe__plan_arrays *plan = &pass->plan.a;
-    bool any = false;
-    for (int64_t s = 0, at = 0; s < w->slots; s++) {
-        int64_t row = plan->expert_begin[w->number_of_slot[s]];
-        for (int64_t n = 0; n < k->count[s]; n++, at++) {
-            if (by_score ? k->keep_here[at] : n < k->place[s]) continue;
-            plan->slot_of_entry[plan->entry_of_row[row + n]] = -1;
-            any = true;
-        }
-    }
-    return any;
 }
 
 /* ---- the steps ------------------------------------------------------------------------------- */
@@ -461,37 +266,28 @@ static moe_status check_padded(moe_pass *pass, const char *function)
     return moe__ranks_exchange_words(pass, false, NULL, MOE_OK, function);
 }
 
-static moe_status agree_on_rows(moe_pass *pass, bool save, bool *dropped, const char *function)
+moe_status moe__ranks_agree(moe_pass *pass, bool save, bool *dropped, const char *function)
 {
     moe__ranks *k = &pass->ranks;
-    int32_t policy = pass->layer->config.received;
-    bool by_score = policy == MOE_RECEIVED_DROP_SCORE;
+    *dropped = false;
     moe__ranks_count(pass);
-    if (pass->layer->config.exchange == MOE_EXCHANGE_PADDED) return check_padded(pass, function);
+    if (moe__ranks_padded(pass)) return check_padded(pass, function);
     moe__counts counts = slot_counts(pass);
     MOE_TRY(moe__ranks_exchange_words(pass, false, &counts, MOE_OK, function));
     MOE_TRY(moe__ranks_read_counts(pass, counts.own, k->in_count, &k->in_rows, function));
     find_in_places(pass);
-    if (by_score) MOE_TRY(fetch_scores(pass, function));
-    moe_status status = bound(pass, function);
+    MOE_TRY(moe__bound_fetch_scores(pass, function));
+    moe_status status = moe__bound_rows(pass, function);
     find_in_places(pass);
     if (status == MOE_OK) status = moe__ranks_lay_out(pass, save, function);
     MOE_TRY(exchange_answers(pass, status, function));
-    if (by_score) MOE_TRY(exchange_rows(pass, k->keep_here, k->keep_there, 1, true));
-    if (by_score || policy == MOE_RECEIVED_DROP_POSITION) *dropped = drop(pass, by_score);
-    return MOE_OK;
-}
-
-moe_status moe__ranks_agree(moe_pass *pass, bool save, bool *dropped, const char *function)
-{
-    *dropped = false;
-    return moe__ranks_end(pass, agree_on_rows(pass, save, dropped, function));
+    return moe__bound_drop(pass, dropped);
 }
 
 moe_status moe__ranks_agree_backward(moe_pass *pass, const char *function)
 {
-    if (pass->layer->config.exchange == MOE_EXCHANGE_PADDED) return MOE_OK; /* in the blocks */
-    return moe__ranks_end(pass, moe__ranks_exchange_words(pass, true, NULL, MOE_OK, function));
+    if (moe__ranks_padded(pass)) return MOE_OK; /* in the blocks */
+    return moe__ranks_exchange_words(pass, true, NULL, MOE_OK, function);
 }
 
 /* The first thing that the others wait for is the words of the secondary gates' rows, of the
@@ -499,13 +295,11 @@ moe_status moe__ranks_agree_backward(moe_pass *pass, const char *function)
 moe_status moe__ranks_decline(moe_pass *pass, bool backward, moe_status status,
                               const char *function)
 {
-    const moe_layer_config *c = &pass->layer->config;
-    bool padded = c->exchange == MOE_EXCHANGE_PADDED;
-    if (pass->ranks.took_part) return status;
-    if (padded && (backward || c->loss_batch != MOE_BATCH_GLOBAL))
-        return moe__ranks_decline_padded(pass, backward, status, function);
+    bool padded = moe__ranks_padded(pass);
+    bool header = backward || padded; /* without counts */
+    if (padded && (backward || pass->layer->config.loss_batch != MOE_BATCH_GLOBAL))
+        return moe__ranks_decline_padded(pass, backward, status);
     moe__counts counts = slot_counts(pass);
     if (pass->ranks.routes && pass->layer->where->first_group) counts = moe__second_counts(pass);
-    return moe__ranks_exchange_words(pass, backward, backward || padded ? NULL : &counts, status,
-                                     function);
+    return moe__ranks_exchange_words(pass, backward, header ? NULL : &counts, status, function);
 }

@@ -31,7 +31,7 @@ static void copy_gradient(const moe__parameter *p, char *dense, bool to_dense)
     }
 }
 
-static void add(void *to, const void *from, int64_t n, int32_t dtype)
+void moe__add_reals(void *to, const void *from, int64_t n, int32_t dtype)
 {
     for (int64_t i = 0; i < n; i++) {
         if (dtype == MOE_DTYPE_F64)
@@ -66,7 +66,8 @@ static moe_status reduce_one(reduction *r, const moe__parameter *p)
                       .send_begin = r->begin,
                       .row_bytes = size};
     MOE_TRY(moe_comm_exchange(r->comm, &e));
-    for (int64_t q = 1; q < P; q++) add(r->slices, r->slices + q * own * size, own, p->dtype);
+    for (int64_t q = 1; q < P; q++)
+        moe__add_reals(r->slices, r->slices + q * own * size, own, p->dtype);
     MOE_TRY(moe_comm_all_gather(r->comm, r->dense, r->begin, r->slices, size));
     copy_gradient(p, r->dense, false);
     return MOE_OK;

@@ -80,22 +80,6 @@ static void walk_partial(moe__losses_job *job, cursor *c)
     one(c, &job->value[MOE_LOSS_SEQUENCE]);
 }
 
-/* all [P,n] of every rank; own [n] after it. */
-static moe_status gather(moe_pass *pass, double *all, const double *own, int64_t n)
-{
-    moe__ranks *k = &pass->ranks;
-    const int64_t once[2] = {0, 1};
-    for (int64_t p = 0; p <= moe__pass_comm(pass)->size; p++) k->in_begin[p] = p;
-    moe_exchange e = {.struct_size = sizeof e,
-                      .recv = all,
-                      .recv_begin = k->in_begin,
-                      .send = own,
-                      .send_begin = once,
-                      .row_bytes = n * (int64_t)sizeof *own,
-                      .to_all = 1};
-    return moe__ranks_exchange(pass, &e);
-}
-
 static moe_status share(moe__losses_job *job, bool partial)
 {
     moe_pass *pass = job->share_user;
@@ -105,7 +89,7 @@ static moe_status share(moe__losses_job *job, bool partial)
     cursor take = {own, false}, put = {own, true};
     partial ? walk_partial(job, &take) : walk_sums(job, &take);
     int64_t n = take.at - own;
-    MOE_TRY(moe__ranks_end(pass, gather(pass, all, own, n)));
+    MOE_TRY(moe__ranks_gather(pass, all, own, n * (int64_t)sizeof *own));
     for (int64_t i = 0; i < n; i++) {
         double sum = all[i];
         for (int64_t p = 1; p < P; p++) sum += all[p * n + i];

@@ -67,12 +67,17 @@ static void run_step(member *m)
     MUST(moe_pass_get_report(m->pass, &s->report));
 }
 
-static void run(int32_t ranks, void (*configure)(member *), member *m, step *s)
+static void run_as(crew c, member *m, step *s)
 {
-    crew c = {.ranks = ranks, .run = run_step, .configure = configure};
+    int32_t ranks = c.ranks;
     memset(m, 0, (size_t)ranks * sizeof *m), memset(s, 0, (size_t)ranks * sizeof *s);
     for (int32_t r = 0; r < ranks; r++) m[r].own = &s[r];
     crew_run(&c, m);
+}
+
+static void run(int32_t ranks, void (*configure)(member *), member *m, step *s)
+{
+    run_as((crew){.ranks = ranks, .run = run_step, .configure = configure}, m, s);
 }
 
 static int64_t dropped_of(const step *s) { return (int64_t)s->stats[MOE_STAT_DROPPED]; }
@@ -322,11 +327,8 @@ START_TEST(test_padded_backward_that_is_refused)
 {
     member m[3];
     step want[3], s[3];
-    crew c = {.ranks = 3, .run = run_refused_backward, .configure = padded_wide};
     run(3, padded_wide, m, want);
-    memset(m, 0, sizeof m), memset(s, 0, sizeof s);
-    for (int r = 0; r < 3; r++) m[r].own = &s[r];
-    crew_run(&c, m);
+    run_as((crew){.ranks = 3, .run = run_refused_backward, .configure = padded_wide}, m, s);
     for (int r = 0; r < 3; r++) {
         ck_assert_int_eq(m[r].status, MOE_ERROR_INVALID_ARGUMENT);
         ck_assert_int_eq(memcmp(s[r].dx, want[r].dx, sizeof s[r].dx), 0);
@@ -349,11 +351,8 @@ START_TEST(test_replicas_give_the_same_outputs)
 {
     member m[3];
     step want[3], s[3];
-    crew c = {.ranks = 3, .run = run_step, .configure = replicas_everywhere, .test = &c};
     run(3, NULL, m, want);
-    memset(m, 0, sizeof m), memset(s, 0, sizeof s);
-    for (int r = 0; r < 3; r++) m[r].own = &s[r];
-    crew_run(&c, m);
+    run_as((crew){.ranks = 3, .run = run_step, .configure = replicas_everywhere, .test = m}, m, s);
     for (int r = 0; r < 3; r++) {
         ck_assert_int_eq(m[r].status, MOE_OK);
         ck_assert_int_eq(memcmp(s[r].y, want[r].y, sizeof s[r].y), 0);
@@ -466,10 +465,7 @@ START_TEST(test_layer_fields_are_compared)
 {
     member m[3];
     step s[3];
-    crew c = {.ranks = 3, .run = run_step, .configure = differ, .test = &_i};
-    memset(m, 0, sizeof m), memset(s, 0, sizeof s);
-    for (int r = 0; r < 3; r++) m[r].own = &s[r];
-    crew_run(&c, m);
+    run_as((crew){.ranks = 3, .run = run_step, .configure = differ, .test = &_i}, m, s);
     for (int r = 0; r < 3; r++) {
         ck_assert_int_eq(m[r].status, MOE_ERROR_INVALID_ARGUMENT);
         ck_assert_msg(strstr(m[r].error, OTHER[_i]) != NULL, "%s", m[r].error);
@@ -719,10 +715,7 @@ START_TEST(test_phases_of_two_passes)
 {
     member m[3];
     step s[3];
-    crew c = {.ranks = 3, .run = run_two};
-    memset(m, 0, sizeof m), memset(s, 0, sizeof s);
-    for (int r = 0; r < 3; r++) m[r].own = &s[r];
-    crew_run(&c, m);
+    run_as((crew){.ranks = 3, .run = run_two}, m, s);
 }
 END_TEST
 
@@ -745,10 +738,7 @@ START_TEST(test_phases_abandoned)
 {
     member m[2];
     step s[2];
-    crew c = {.ranks = 2, .run = run_abandoned};
-    memset(m, 0, sizeof m), memset(s, 0, sizeof s);
-    for (int r = 0; r < 2; r++) m[r].own = &s[r];
-    crew_run(&c, m);
+    run_as((crew){.ranks = 2, .run = run_abandoned}, m, s);
     ck_assert_int_eq(m[0].status, MOE_ERROR_TRANSPORT);
 }
 END_TEST

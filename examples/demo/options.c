@@ -26,7 +26,7 @@ static const char USAGE[] =
     "  --balance W      weight of the importance and of the load loss (default %g)\n"
     "  --no-balance     the same as --balance 0: watch the experts collapse\n"
     "  --seed N         of parameters, batches and noise (default 1)\n"
-    "  --threads N      of each rank; 0: as many as the machine gives, of several ranks 1 (default)\n"
+    "  --threads N      of each rank; 0, the default: as many as the machine gives, 1 on ranks\n"
     "  --only moe|dense train one of the two\n"
     "  --log FILE       write a CSV row at every report\n"
     "  --save FILE      write a checkpoint at the end and when interrupted\n"
