@@ -1,21 +1,127 @@
-/* backend.h - the table a backend fills: one coarse function per step of the layer.
+/* backend.h - the tables a backend fills: one coarse function per step of the layer, and its memory.
  *
  * src/ checks arguments, lays out memory and orders the steps; a backend computes them and trusts
- * what it is given. All arrays are in backend memory; element type and instruction set are the
- * table's. "may be NULL" is said where it holds. Every function returns MOE_OK or what the host's
- * parallel-for made it (MOE_ERROR_CALLBACK). */
+ * what it is given. Arrays are in backend memory, which src/ never touches but through
+ * moe__memory; what is a plain field, or said to be the host's, is the host's. Element type and
+ * instruction set are the table's. "may be NULL" is said where it holds. A backend may put its work
+ * on the stream of the call and return before it is done. Every function returns MOE_OK or why it
+ * failed: the host's parallel-for (MOE_ERROR_CALLBACK), a device (MOE_ERROR_DEVICE). C11 and
+ * C++. */
 #ifndef MOE_BACKEND_H
 #define MOE_BACKEND_H
 
-#include "internal.h"
+#include "base.h"
+#include "cpu/grouped_gemm.h" /* moe__rows, moe__matrices: plain descriptions, no kernel */
 
-/* Scratch of the workers: context->threads pieces of worker_bytes each. */
+MOE_BEGIN_DECLS
+
+/* What every step is given. Scratch: pieces of worker_bytes each, one for each thread. */
 typedef struct moe__workers {
     moe_context *context;
-    char *scratch;        /* 64-byte aligned */
+    char *scratch;        /* 64-byte aligned backend memory, nothing in it is kept */
     int64_t worker_bytes; /* of the table, a multiple of 64 */
     const char *function; /* public call, for messages */
+    void *stream;         /* of this call */
+    void *of_pass;        /* what the backend keeps for the pass, of moe__memory.pass_create; NULL
+                             outside of a pass */
 } moe__workers;
+
+/* What a pass needs to know of a pool to make room for it; of a pool of parts, the most of each. */
+typedef struct moe__experts_room {
+    int64_t d_model, d_hidden, d_out, num_experts;
+    int64_t workspace_per_row; /* bytes of the host's experts */
+    int32_t dtype;
+    bool gated;
+    bool x_rows;         /* rows of x are gathered */
+    bool dz;             /* so are gradients by the rows of out */
+    bool combine_weight; /* parts differ in what the weight multiplies */
+} moe__experts_room;
+
+/* What a pass must have room for. */
+typedef struct moe__pass_shape {
+    const moe_gate_config *gate;                /* NULL: no gate */
+    const moe__experts_room *experts;           /* NULL: no experts */
+    const moe__experts_room *shared, *residual; /* NULL: not there */
+    int64_t tokens, entries, num_experts, groups, top_k;
+    int64_t padded_rows; /* rows of each expert of the pool, used or not; 0: those there are */
+    int32_t dtype, threads;
+    int32_t route;                     /* 1: the gate runs (no plan with weights) */
+    int32_t noise;                     /* 1: it draws noise */
+    int32_t logits_in;                 /* 1: the host may bring the logits */
+    int32_t jitter;                    /* 1: its input is jittered */
+    int32_t save;                      /* 1: a backward will come */
+    int32_t output_sigmoid;            /* of the layer */
+    int32_t shared_gate, residual_mix; /* likewise */
+    int32_t ranks;          /* 1: experts live on several ranks: their rows are in moe__ranks */
+    int32_t share_ranks;    /* P if losses are of all ranks' tokens, else 0 */
+    int32_t plain_counts;   /* 1: plain_ids are needed */
+    int32_t columns;        /* 1: a loss, the load or the choice needs columns */
+    int32_t priority;       /* 1: token_priority is needed */
+    int32_t softmax_losses; /* 1: switch, gshard or z is on */
+    int32_t sequence;       /* 1: the sequence loss is on */
+    int32_t threshold;      /* 1: the threshold loss is on */
+} moe__pass_shape;
+
+/* Backend memory, and what orders the work in it. Of every context, never NULL. The host's memory
+ * is src/memory.c; where a function may be NULL there is nothing to do. */
+typedef struct moe__memory {
+    const char *name;
+    int32_t is_host;  /* 1: src/ may read and write it as any memory, and there is no stream */
+    int32_t has_rows; /* 1: plan_rows leaves plan->rows right; 0: it is -1 until find_rows */
+    /* 64-byte aligned; NULL if there is none. zeroed: filled with zeros, at once */
+    void *(*alloc)(moe_context *context, int64_t bytes, bool zeroed);
+    void (*free)(moe_context *context, void *memory, int64_t bytes);
+    /* On the stream: zeros; a copy within backend memory. */
+    moe_status (*zero)(const moe__workers *workers, void *to, int64_t bytes);
+    moe_status (*copy)(const moe__workers *workers, void *to, const void *from, int64_t bytes);
+    /* To and from the host's memory, behind what is on the stream; both wait until it is done. */
+    moe_status (*fetch)(const moe__workers *workers, void *host, const void *from, int64_t bytes);
+    moe_status (*store)(const moe__workers *workers, void *to, const void *host, int64_t bytes);
+    /* On the stream: zeros at base[i stride[0] + j stride[1] + k stride[2]], i < count[0] and so on,
+     * elements of `element` bytes. */
+    moe_status (*zero_strided)(const moe__workers *workers, void *base, const int64_t count[3],
+                               const int64_t stride[3], int64_t element);
+    /* touched[e] = 1 for every expert with rows; forget: 0 for the others. NULL where is_host. */
+    moe_status (*note_touched)(const moe__workers *workers, uint8_t *touched,
+                               const moe__plan_arrays *plan, bool forget);
+    /* What the backend keeps for a pass; or NULL. */
+    moe_status (*pass_create)(moe_context *context, void **of_pass, const char *function);
+    void (*pass_destroy)(moe_context *context, void *of_pass);
+    /* Around every phase of a call: NULL, or the device of the context becomes the thread's, and
+     * what it was comes back. begin refuses a stream that is not of the device, and what is left of
+     * an earlier failure. */
+    moe_status (*begin)(const moe__workers *workers);
+    void (*end)(const moe__workers *workers);
+    /* Rows of a plan are final: what the host needs of them starts on its way. find_rows: plan->rows
+     * is set, which may wait. NULL: plan->rows is right. */
+    moe_status (*plan_ready)(const moe__workers *workers, const moe__plan_arrays *plan);
+    moe_status (*find_rows)(const moe__workers *workers, moe__plan_arrays *plan);
+    void (*context_destroy)(void *of_context); /* or NULL */
+} moe__memory;
+
+/* ---- jobs of the steps ----------------------------------------------------------------------- */
+
+/* What is known of a batch before anything is computed. src/cpu/batch.c */
+typedef struct moe__batch_job {
+    moe__workers workers;
+    int64_t tokens, groups;     /* T, G */
+    moe__plan_arrays *plan;     /* sizes are set; out, unless `given`: token_begin, group_begin */
+    int64_t entries_per_token;  /* token_begin[t] = t entries_per_token */
+    int32_t given;              /* 1: the plan is there */
+    const int64_t *group_begin; /* [G+1] the host's; NULL: one group, or given */
+    const uint8_t *token_mask;  /* [T] or NULL */
+    uint8_t *mask;              /* out: [T] 1, or 0 for masked tokens */
+    int64_t *valid_token;       /* out: [T] numbers of the unmasked tokens */
+    int64_t *valid_begin;       /* out: [G+1] first of each group among them */
+    moe__plan_arrays *primary;  /* out: of two levels: token_begin, group_begin; or NULL */
+    int64_t primary_per_token;  /* entries of a token there */
+    int64_t *second_begin;      /* out: [primary entries + 1] = r second_per_row; with primary */
+    int64_t second_per_row;
+    const moe_gate_config *config; /* of the capacity, as the steps see it */
+    int64_t capacity;              /* of this call; MOE_FROM_CONFIG: the config's */
+    int32_t train;
+    int64_t *group_capacity; /* out: [G] rows of an expert in each group; NULL: no limit */
+} moe__batch_job;
 
 /* How experts come to tokens; every MOE_GATE_* is one of these with some score (gate.c). */
 enum {
@@ -115,9 +221,8 @@ struct moe__losses_job {
     moe__route_job *route;        /* everything that forward made */
     const moe__plan_arrays *plan; /* after dropping */
     const double *weights;        /* [MOE_LOSS_SLOTS] of this call */
-    int64_t valid_tokens;         /* unmasked tokens */
-    const int64_t *valid_token;   /* [valid_tokens] their numbers, NULL without a mask: all */
-    const int64_t *valid_begin;   /* [G+1] first of each group among them */
+    const int64_t *valid_token;   /* numbers of the unmasked tokens, NULL without a mask: all */
+    const int64_t *valid_begin;   /* [G+1] first of each group among them; [G]: how many */
     double *importance, *load;    /* out: [E] */
     double *primary_load;         /* out: [A]; NULL but for a hierarchical gate, as the next */
     double *part_load;            /* out: [E] load of each expert among the rows of its group */
@@ -133,7 +238,7 @@ struct moe__losses_job {
     double *sequence_scale;       /* out: [G]; NULL if off */
     int64_t *over_taken;          /* out: [E] entries less tokens above the threshold; of all
                                      ranks on rank 0, and then 0 elsewhere; NULL if off */
-    int64_t *rows_of_expert;      /* [E] in: rows of the plan; out: of all ranks */
+    int64_t *rows_of_expert;      /* out: [E] rows of the plan; of all ranks */
     double *part_rows;            /* out: [A] rows of each group of a hierarchical gate, or NULL */
     double tokens, groups;        /* out: unmasked tokens; groups that have some */
     double rows;                  /* out: of the plan */
@@ -147,6 +252,8 @@ struct moe__losses_job {
     double *shared;      /* scratch of share */
     double *value;       /* out: [MOE_LOSS_SLOTS] weighted */
     double *stats;       /* out: [MOE_STAT_SLOTS] */
+    double *sums;        /* [MOE__SUM_SLOTS] where the plain fields above live if the host does not
+                            wait for them; else NULL */
     void *columns;       /* scratch [most rows x width] real; NULL if no loss needs it */
     double *token_value; /* scratch [T] */
     int32_t *plain_ids;  /* scratch [T,K] for sequence counts by plain scores; NULL if
@@ -157,7 +264,9 @@ struct moe__losses_job {
 typedef struct moe__gate_backward_job moe__gate_backward_job;
 struct moe__gate_backward_job {
     moe__losses_job *losses;
-    const double *loss_factor;     /* [MOE_LOSS_SLOTS] config weight times loss_grad */
+    const void *loss_grad;         /* [MOE_LOSS_SLOTS] real, the caller's; NULL: 1 */
+    double *loss_factor;           /* out: [MOE_LOSS_SLOTS] weight times loss_grad; 0 where the
+                                      weight is */
     const void *entry_weight_grad; /* [N] by the plan's (kept) weights, or NULL = 0 */
     void *d_weight;                /* scratch [N]: by the weights before dropping */
     double *d_importance;          /* scratch [E] */
@@ -270,6 +379,7 @@ typedef struct moe__rows_job {
     void *tokens_saved;        /* combine_forward: [T,width] dense copy of the result, or NULL */
     const uint8_t *token_mask; /* combine_forward, dispatch_backward: masked tokens get 0, whatever
                                   the functions above; or NULL */
+    int64_t padded_rows;       /* C: row r of expert e lies at e C + r - expert_begin[e]; 0: at r */
 } moe__rows_job;
 
 /* The experts of a pool, or of one part of it. All arrays have an entry or row for every one of the
@@ -282,6 +392,7 @@ typedef struct moe__experts_job {
     const moe__plan_arrays *plan;     /* num_experts and expert_begin are the part's */
     const void *x;                    /* [T,D] */
     int64_t x_stride;
+    int64_t padded_rows;                        /* as of moe__rows_job: all arrays of rows */
     moe__matrices w1, b1, w3, b3, w2, b2;       /* NULL: not there */
     moe__matrices dw1, db1, dw3, db3, dw2, db2; /* NULL: not wanted */
     int32_t overwrite;
@@ -312,9 +423,9 @@ typedef struct moe__experts_job {
     void *entry_weight_grad; /* [N] out, only of entries with a row, or NULL */
 } moe__experts_job;
 
-struct moe__backend {
-    const char *name; /* "cpu f32 avx512" */
-    int64_t (*worker_bytes)(void);
+typedef struct moe__backend {
+    const char *name;                                      /* "cpu f32 avx512" */
+    int64_t (*worker_bytes)(const moe__pass_shape *shape); /* NULL shape: of a call without pass */
     /* *entries = what MOE__CHOOSE_THRESHOLD will choose; needs the logits' room alone */
     moe_status (*route_count)(moe__route_job *job, int64_t *entries);
     moe_status (*route_forward)(moe__route_job *job);
@@ -322,6 +433,14 @@ struct moe__backend {
     moe_status (*second_backward)(moe__second_job *job);
     moe_status (*losses_forward)(moe__losses_job *job);
     moe_status (*gate_backward)(moe__gate_backward_job *job);
+    moe_status (*batch_forward)(moe__batch_job *job);
+    /* How many entries experts take that take tokens: E min(group_capacity, unmasked tokens), summed
+     * over the groups; waits */
+    moe_status (*entries_taken)(const moe__batch_job *job, int64_t *entries);
+    /* Every token to every expert with weight 1: token_begin, expert_of_entry, weight_of_entry */
+    moe_status (*everyone_forward)(const moe__workers *workers, moe__plan_arrays *plan);
+    /* The losses and statistics as the caller's reals; either may be NULL */
+    moe_status (*write_results)(const moe__losses_job *job, void *losses_out, void *stats_out);
     moe_status (*plan_rows)(moe__plan_rows_job *job);
     moe_status (*mix_forward)(moe__mix_job *job);
     moe_status (*mix_backward)(moe__mix_job *job);
@@ -335,11 +454,15 @@ struct moe__backend {
     moe_status (*experts_backward)(moe__experts_job *job);
     /* dy_out[t] = dy[t] * y (1 - y), dense [T,O]; tokens_in = dy, tokens_saved = y, tokens_out */
     moe_status (*output_backward)(moe__rows_job *job);
-};
+} moe__backend;
+
+enum { MOE__SUM_SLOTS = 16 }; /* doubles of moe__losses_job.sums; the backend numbers them */
 
 /* Every CPU table of this build, or NULL where the compiler cannot make it. src/cpu/table.c */
 const moe__backend *moe__cpu_backend(int32_t isa, int32_t dtype);
 /* The best MOE_ISA_* that this machine and this build have. */
 int32_t moe__cpu_best_isa(void);
+
+MOE_END_DECLS
 
 #endif

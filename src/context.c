@@ -1,5 +1,5 @@
 /* context.c - the context: where work runs, its memory and its parallel work. */
-#include "backend.h"
+#include "internal.h"
 #include "cpus.h"
 #include "pool.h"
 

@@ -1,5 +1,5 @@
 /* dispatch_combine.c - dispatch and combine around a host's own experts: their arguments. */
-#include "backend.h"
+#include "internal.h"
 
 static void args_defaults(void *instance) { *(moe_rows_args *)instance = (moe_rows_args){0}; }
 

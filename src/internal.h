@@ -4,51 +4,10 @@
 #ifndef MOE_INTERNAL_H
 #define MOE_INTERNAL_H
 
-#include <moe/moe.h>
+#include "backend.h"
 
 #include <fenv.h>
 #include <stdatomic.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-
-/* ---- errors (status.c) ----------------------------------------------------------------------- */
-
-/* Records the thread's message, "function: reason with values", and returns `status`. The function
- * that finds an error calls it; everyone above passes the code on. */
-#if defined(__GNUC__)
-__attribute__((format(printf, 3, 4)))
-#endif
-moe_status
-moe__fail(moe_status status, const char *function, const char *format, ...);
-enum { MOE__MESSAGE_SIZE = 512 };
-/* Whether a number from elsewhere is a status at all. */
-static inline bool moe__is_status(int64_t word)
-{
-    return word <= MOE_OK && word >= MOE_STATUS_LAST;
-}
-/* Makes a copy of moe_last_error() the message again. */
-void moe__restore_message(const char message[MOE__MESSAGE_SIZE]);
-
-/* For functions that are told whom they check for: const char *function. */
-#define REFUSE(status, ...) return moe__fail(status, function, __VA_ARGS__)
-#define REFUSE_ARGUMENT(...) REFUSE(MOE_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
-
-typedef long long ll; /* for %lld */
-
-#define MOE_TRY(call)                                \
-    do {                                             \
-        moe_status try_status = (call);              \
-        if (try_status != MOE_OK) return try_status; \
-    } while (0)
-
-/* MOE_ERROR_INVALID_ARGUMENT with the field's name and value unless low <= value <= high. */
-moe_status moe__check_range(const char *name, int64_t value, int64_t low, int64_t high,
-                            const char *function);
-
-/* A matrix [rows,width] of the host: resolves stride 0, checks it and the size of the whole. */
-moe_status moe__check_matrix(const char *name, const void *data, int64_t *stride, int64_t rows,
-                             int64_t width, int64_t element, bool required, const char *function);
 
 /* ---- structs of growing size (struct.c) ------------------------------------------------------ */
 
@@ -88,40 +47,9 @@ moe_status moe__struct_check_out(const moe__struct_info *info, const void *to,
                                  const char *function);
 void moe__struct_write(const moe__struct_info *info, void *to, const void *known);
 
-/* ---- sizes ----------------------------------------------------------------------------------- */
-
-/* Product or sum of non-negative sizes, or -1 if it does not fit in int64_t or one is -1. */
-static inline int64_t moe__mul(int64_t a, int64_t b)
-{
-    if (a < 0 || b < 0) return -1;
-    return b != 0 && a > INT64_MAX / b ? -1 : a * b;
-}
-static inline int64_t moe__add(int64_t a, int64_t b)
-{
-    if (a < 0 || b < 0) return -1;
-    return a > INT64_MAX - b ? -1 : a + b;
-}
-static inline int64_t moe__min(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t moe__max(int64_t a, int64_t b) { return a > b ? a : b; }
-
-/* Bytes of one element; 0 for a number that is no dtype. */
-static inline int64_t moe__dtype_size(int32_t dtype)
-{
-    switch (dtype) {
-    case MOE_DTYPE_F32:
-    case MOE_DTYPE_I32: return 4;
-    case MOE_DTYPE_F64:
-    case MOE_DTYPE_I64: return 8;
-    case MOE_DTYPE_BF16:
-    case MOE_DTYPE_F16: return 2;
-    default: return 0;
-    }
-}
-
 /* ---- context: memory and parallel work (context.c, pool.c) ----------------------------------- */
 
 typedef struct moe__pool moe__pool;
-typedef struct moe__backend moe__backend;
 
 struct moe_context {
     atomic_int references;
@@ -176,40 +104,7 @@ static inline const moe__backend *moe__kernels(const moe_context *context, int32
     return dtype == MOE_DTYPE_F64 ? context->kernels_f64 : context->kernels_f32;
 }
 
-/* ---- one block of memory cut into arrays ----------------------------------------------------- */
-
-/* With base NULL it only counts, so the same layout code answers "how much" and hands out. */
-typedef struct moe__arena {
-    char *base;
-    int64_t used; /* -1: overflow */
-} moe__arena;
-
-/* count elements of `size` bytes, 64-byte aligned; NULL while counting. */
-static inline void *moe__arena_take(moe__arena *arena, int64_t count, int64_t size)
-{
-    int64_t bytes = moe__mul(count, size);
-    int64_t begin = arena->used;
-    int64_t end = moe__add(begin, moe__add(bytes, 63));
-    arena->used = end < 0 ? -1 : end & ~(int64_t)63;
-    return arena->base && end >= 0 ? arena->base + begin : NULL;
-}
-
 /* ---- plan (plan.c) --------------------------------------------------------------------------- */
-
-/* The arrays of moe_plan_view, writable. */
-typedef struct moe__plan_arrays {
-    int64_t tokens, entries, rows, num_experts, groups;
-    int64_t *token_begin;     /* [T+1] */
-    int32_t *expert_of_entry; /* [N] */
-    void *weight_of_entry;    /* [N] dtype */
-    int64_t *row_of_entry;    /* [N] */
-    int64_t *slot_of_entry;   /* [N] */
-    int64_t *expert_begin;    /* [E+1] */
-    int64_t *token_of_row;    /* [N], R used */
-    int64_t *entry_of_row;    /* [N], R used */
-    int64_t *group_begin;     /* [G+1] */
-    int32_t dtype;
-} moe__plan_arrays;
 
 struct moe_plan {
     moe_context *context;
@@ -227,10 +122,6 @@ void moe__plan_copy_arrays(moe__plan_arrays *to, const moe__plan_arrays *from);
 /* Checks group_begin[groups+1]: from 0 to tokens, ascending. NULL with groups 0 or 1 is good. */
 moe_status moe__check_groups(const int64_t *group_begin, int64_t groups, int64_t tokens,
                              const char *function);
-
-/* ---- strided operands ------------------------------------------------------------------------ */
-
-#include "cpu/grouped_gemm.h" /* moe__rows, moe__matrices: plain descriptions, no kernel */
 
 /* ---- parameters (parameter.c) ---------------------------------------------------------------- */
 
@@ -323,17 +214,6 @@ struct moe_gate {
     moe_gate_config config;
     moe__parameter_list parameters;
 };
-
-/* What a pass needs to know of a pool to make room for it; of a pool of parts, the most of each. */
-typedef struct moe__experts_room {
-    int64_t d_model, d_hidden, d_out, num_experts;
-    int64_t workspace_per_row; /* bytes of the host's experts */
-    int32_t dtype;
-    bool gated;
-    bool x_rows;         /* rows of x are gathered */
-    bool dz;             /* so are gradients by the rows of out */
-    bool combine_weight; /* parts differ in what the weight multiplies */
-} moe__experts_room;
 
 /* An exchange in flight. */
 typedef struct moe__request {

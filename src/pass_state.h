@@ -5,7 +5,7 @@
 #ifndef MOE_PASS_STATE_H
 #define MOE_PASS_STATE_H
 
-#include "backend.h"
+#include "internal.h"
 #include "ranks.h"
 
 /* Every flag of a forward. */
@@ -13,30 +13,6 @@ enum {
     MOE__FORWARD_FLAGS = MOE_FORWARD_TRAIN | MOE_FORWARD_NO_SAVE | MOE_FORWARD_PLAN_ONLY |
                          MOE_FORWARD_RECOMPUTE | MOE_FORWARD_ADD
 };
-
-/* What a pass must have room for. */
-typedef struct moe__pass_shape {
-    const moe_gate_config *gate;                /* NULL: no gate */
-    const moe__experts_room *experts;           /* NULL: no experts */
-    const moe__experts_room *shared, *residual; /* NULL: not there */
-    int64_t tokens, entries, num_experts, groups, top_k;
-    int32_t dtype, threads;
-    int32_t route;                     /* 1: the gate runs (no plan with weights) */
-    int32_t noise;                     /* 1: it draws noise */
-    int32_t logits_in;                 /* 1: the host may bring the logits */
-    int32_t jitter;                    /* 1: its input is jittered */
-    int32_t save;                      /* 1: a backward will come */
-    int32_t output_sigmoid;            /* of the layer */
-    int32_t shared_gate, residual_mix; /* likewise */
-    int32_t ranks;          /* 1: experts live on several ranks: their rows are in moe__ranks */
-    int32_t share_ranks;    /* P if losses are of all ranks' tokens, else 0 */
-    int32_t plain_counts;   /* 1: plain_ids are needed */
-    int32_t columns;        /* 1: a loss, the load or the choice needs columns */
-    int32_t priority;       /* 1: token_priority is needed */
-    int32_t softmax_losses; /* 1: switch, gshard or z is on */
-    int32_t sequence;       /* 1: the sequence loss is on */
-    int32_t threshold;      /* 1: the threshold loss is on */
-} moe__pass_shape;
 
 enum {
     MOE__PASS_EMPTY = 0, /* before the first forward, after reserve */

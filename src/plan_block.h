@@ -2,7 +2,7 @@
 #ifndef MOE_PLAN_BLOCK_H
 #define MOE_PLAN_BLOCK_H
 
-#include "backend.h"
+#include "internal.h"
 
 typedef struct moe__plan_block {
     moe__plan_arrays a;

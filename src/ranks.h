@@ -6,7 +6,7 @@
 #ifndef MOE_RANKS_H
 #define MOE_RANKS_H
 
-#include "backend.h"
+#include "internal.h"
 
 enum { MOE__RANKS_HEADER = 3 }; /* words that a rank tells every rank in every call */
 

@@ -2,7 +2,7 @@
 #ifndef MOE_CPU_ACTIVATION_H
 #define MOE_CPU_ACTIVATION_H
 
-#include "backend.h"
+#include "internal.h"
 #include "cpu/real.h"
 
 /* h = act(z1), or act(z1) * z3 if z3 is given; h may be z1. All [rows,F] dense; act as the config

@@ -1,5 +1,5 @@
 /* dispatch_isa.c - chooses among the CPU tables by what the machine can do. Compiled once. */
-#include "backend.h"
+#include "internal.h"
 
 extern const moe__backend moe__cpu_table_f32_plain, moe__cpu_table_f64_plain;
 #ifdef MOE_HAVE_X86

@@ -2,7 +2,7 @@
 #ifndef MOE_CPU_EXPERT_OTHER_H
 #define MOE_CPU_EXPERT_OTHER_H
 
-#include "backend.h"
+#include "internal.h"
 #include "cpu/real.h"
 
 static inline int64_t job_first(const moe__experts_job *job) { return job->plan->expert_begin[0]; }

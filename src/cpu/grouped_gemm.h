@@ -29,6 +29,7 @@ typedef struct moe__matrices {
     void *const *each;
     int64_t offset;
     int64_t stride_expert, stride_row, stride_col;
+    int32_t dtype; /* MOE_DTYPE_* of its elements */
 } moe__matrices;
 
 typedef struct moe__gemm_rows_job {

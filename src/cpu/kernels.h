@@ -2,7 +2,7 @@
 #ifndef MOE_CPU_KERNELS_H
 #define MOE_CPU_KERNELS_H
 
-#include "backend.h"
+#include "internal.h"
 #include "cpu/real.h"
 
 /* grouped_gemm.c: the three products over all experts of a plan. _plan fills tile_begin and returns

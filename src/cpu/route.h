@@ -3,7 +3,7 @@
 #ifndef MOE_CPU_ROUTE_H
 #define MOE_CPU_ROUTE_H
 
-#include "backend.h"
+#include "internal.h"
 #include "cpu/lanes.h"
 #include "cpu/real.h"
 #include "numeric.h"

@@ -2,7 +2,7 @@
 #ifndef MOE_CPU_STATISTICS_H
 #define MOE_CPU_STATISTICS_H
 
-#include "backend.h"
+#include "internal.h"
 #include "cpu/real.h"
 #include "numeric.h"
 

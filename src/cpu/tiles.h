@@ -6,7 +6,7 @@
 #ifndef MOE_CPU_TILES_H
 #define MOE_CPU_TILES_H
 
-#include "backend.h"
+#include "internal.h"
 #include "cpu/kernels.h"
 
 typedef struct tile_run {
