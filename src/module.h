@@ -6,6 +6,10 @@
 
 #include <moe/moe.h>
 
+#include "backend.h"
+
+MOE_BEGIN_DECLS
+
 /* The number of this interface; a module and libmoe must have the same. */
 enum { MOE__MODULE_VERSION = 1 };
 
@@ -34,5 +38,22 @@ MOE_API moe_status moe__module_comm(moe_comm **comm, moe_context *context,
 
 /* Part number `part` of a pool of parts, or for 0 a plain pool itself; NULL beyond. */
 MOE_API const moe_experts *moe__module_part(const moe_experts *experts, int64_t part);
+
+/* Makes a context of a module's backend.
+ *   host        allocator and log of the host, NULL for the defaults; its backend is not read
+ *   memory      the backend's; lives as long as the process
+ *   tables      [4] by MOE_DTYPE_*; NULL: not there
+ *   of_context  what moe__module_of_context gives, memory->context_destroy frees; after a failure
+ *               it is still the caller's */
+MOE_API moe_status moe__module_context(moe_context **context, const moe_context_config *host,
+                                       const moe__memory *memory,
+                                       const moe__backend *const tables[4], void *of_context,
+                                       const char *function);
+/* of_context; NULL for a context of the CPU. */
+MOE_API void *moe__module_of_context(const moe_context *context);
+/* moe__workers.of_pass of the pass; NULL on the CPU. */
+MOE_API void *moe__module_pass_of(const moe_pass *pass);
+
+MOE_END_DECLS
 
 #endif
