@@ -128,8 +128,8 @@ moe_status moe_context_create(moe_context **context, const moe_context_config *c
                      .parallel_user = k.parallel_user,
                      .log = k.log,
                      .log_user = k.log_user};
-    c.kernels_f32 = moe__cpu_backend(c.isa, MOE_DTYPE_F32);
-    c.kernels_f64 = moe__cpu_backend(c.isa, MOE_DTYPE_F64);
+    for (int32_t dtype = MOE_DTYPE_F32; dtype <= MOE_DTYPE_F16; dtype++)
+        c.kernels[dtype] = moe__cpu_backend(c.isa, dtype);
     moe_context *made = allocate(&c, sizeof c);
     if (!made) return moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for the context");
     *made = c;

@@ -10,6 +10,7 @@
  * parameters". */
 #include "pass_state.h"
 #include "philox.h"
+#include "reals.h"
 
 #include <string.h>
 
@@ -66,10 +67,7 @@ static void fill_range(void *argument, int64_t begin, int64_t end)
         for (int64_t j = 0; j < width; j++) {
             int64_t expert = r / stored_rows, i = r % stored_rows;
             float value = first_value(f, expert, out_in ? j : i, out_in ? i : j);
-            if (f->p->dtype == MOE_DTYPE_F64)
-                ((double *)f->p->own_data)[r * width + j] = (double)value;
-            else
-                ((float *)f->p->own_data)[r * width + j] = value;
+            moe__set_real(f->p->own_data, r * width + j, f->p->dtype, (double)value);
         }
 }
 
@@ -157,7 +155,7 @@ static void zero_range(void *argument, int64_t begin, int64_t end)
 {
     const zeroing *z = argument;
     const moe__parameter *p = z->p;
-    int64_t element = moe__dtype_size(p->dtype), width = p->shape[p->dims - 1];
+    int64_t element = moe__dtype_size(p->grad_dtype), width = p->shape[p->dims - 1];
     int64_t rows = p->dims == 3 ? p->shape[1] : 1, step = p->grad_stride[p->dims - 1];
     for (int64_t r = begin; r < end; r++) {
         int64_t outer = p->dims == 1 ? 0 : r / rows, inner = p->dims == 3 ? r % rows : 0;
