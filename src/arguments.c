@@ -111,7 +111,7 @@ static moe_status check_replay(const moe__forward *f, const moe_pass *pass,
     if (plan->num_experts != experts)
         REFUSE_ARGUMENT("the plan is for %lld experts, there are %lld", (ll)plan->num_experts,
                         (ll)experts);
-    if (plan->dtype != dtype)
+    if (plan->dtype != moe__real_dtype(dtype))
         REFUSE_ARGUMENT("the plan's dtype is %d, the object's is %d", (int)plan->dtype, (int)dtype);
     if (f->recompute) return check_replayed_mask(a, pass, plan, function);
     if (a->top_k != MOE_FROM_CONFIG)
@@ -144,7 +144,7 @@ static moe_status check_routing(moe__forward *f, const moe_pass *pass, const cha
 {
     const moe_forward_args *a = &f->a;
     int64_t experts = moe__pass_experts(pass);
-    int32_t dtype = pass->gate ? pass->gate->config.dtype : pass->experts->config.dtype;
+    int32_t dtype = moe__pass_dtype(pass);
     const moe_plan *plan = NULL;
     if (a->plan_use != MOE_PLAN_IDS_AND_WEIGHTS && a->plan_use != MOE_PLAN_IDS)
         REFUSE_ARGUMENT("plan_use is %d", (int)a->plan_use);
@@ -349,6 +349,7 @@ static moe_status check_gate(moe__forward *f, const moe_pass *pass, const char *
     moe_forward_args *a = &f->a;
     const moe_gate_config *c = &pass->gate->config;
     int64_t element = moe__dtype_size(c->dtype);
+    int64_t real_size = moe__dtype_size(moe__real_dtype(c->dtype));
     MOE_TRY(check_top_k(f, pass, c, function));
     if (f->replay && c->kind == MOE_GATE_HIERARCHICAL) {
         const moe_plan *plan = f->own_plan ? &pass->plan : a->plan;
@@ -381,11 +382,11 @@ static moe_status check_gate(moe__forward *f, const moe_pass *pass, const char *
         MOE_TRY(moe__check_matrix("x", a->x, &a->x_stride, a->tokens, c->d_model, element, reads,
                                   function));
     MOE_TRY(moe__check_matrix("logits", a->logits_in, &a->logits_stride, a->tokens, c->num_experts,
-                              element, false, function));
+                              real_size, false, function));
     MOE_TRY(moe__check_matrix("noise", a->noise, &a->noise_stride, a->tokens, c->num_experts,
-                              element, false, function));
+                              real_size, false, function));
     MOE_TRY(moe__check_matrix("noise_primary", a->noise_primary, &a->noise_primary_stride,
-                              a->tokens, c->expert_groups, element, false, function));
+                              a->tokens, c->expert_groups, real_size, false, function));
     return check_gate_bound(pass->gate, a->logits_in && !draws, function);
 }
 
@@ -458,7 +459,8 @@ moe_status moe__backward_check(moe_backward_args *b, const moe_pass *pass,
     MOE_TRY(moe__struct_read(&moe__backward_args_info, b, args, false, function));
     MOE_TRY(check_backward_flags(b, pass, uses, function));
     int64_t T = pass->plan.a.tokens, E = pass->plan.a.num_experts;
-    int64_t element = moe__dtype_size(pass->plan.a.dtype);
+    int64_t element = moe__dtype_size(moe__pass_dtype(pass));
+    int64_t real_size = moe__dtype_size(pass->plan.a.dtype);
     const moe_experts_config *c = uses & MOE__USE_EXPERTS ? &pass->experts->config : NULL;
     int64_t gate_width = pass->gate ? pass->gate->config.d_model : 0;
     int64_t width = c ? c->d_model : gate_width;
@@ -477,7 +479,7 @@ moe_status moe__backward_check(moe_backward_args *b, const moe_pass *pass,
     MOE_TRY(moe__check_matrix("dx", b->dx, &b->dx_stride, T, width, element, false, function));
     MOE_TRY(moe__check_matrix("d_gate_x", b->d_gate_x, &b->d_gate_x_stride, T, gate_width, element,
                               false, function));
-    MOE_TRY(moe__check_matrix("d_logits", b->d_logits_out, &b->d_logits_stride, T, E, element,
+    MOE_TRY(moe__check_matrix("d_logits", b->d_logits_out, &b->d_logits_stride, T, E, real_size,
                               false, function));
     if (c && overlap(b->dx, b->dx_stride, width, b->dy, b->dy_stride, c->d_out, T, element))
         REFUSE_ARGUMENT("dx and dy overlap");

@@ -236,7 +236,7 @@ moe_status moe__backward_start(moe_pass *pass, const moe_backward_args *args, in
     if (status != MOE_OK) return moe__fail_on_ranks(pass, uses, status, function);
     pass->ranks.wants = wants(pass, &call->b);
     moe__begin_report(pass);
-    call->kernels = moe__kernels(pass->context, pass->plan.a.dtype);
+    call->kernels = moe__kernels(pass->context, moe__pass_dtype(pass));
     fenv_t saved;
     status = moe__enter_phase(pass, function, call->b.stream, &saved);
     if (status == MOE_OK) status = start_steps(pass, &call->b, call->kernels, function);

@@ -344,9 +344,10 @@ static moe__matrices strided(const moe_experts *experts, operand o, bool gradien
     if (!p) return m;
     const int64_t *stride = gradient ? p->grad_stride : p->data_stride;
     bool out_in = experts->config.weight_layout == MOE_WEIGHT_OUT_IN && p->dims == 3;
-    m.dtype = p->dtype;
+    m.dtype = gradient ? p->grad_dtype : p->data_dtype;
     m.base = gradient ? p->grad : p->data;
     m.each = gradient ? p->grad_each : p->data_each;
+    m.wide = moe__parameter_is_wide(p, gradient);
     m.stride_expert = stride[0];
     m.stride_row = p->dims == 3 ? stride[out_in ? 2 : 1] : 0;
     m.stride_col = stride[p->dims == 2 || out_in ? 1 : 2];

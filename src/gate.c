@@ -4,6 +4,7 @@
 #include "numeric.h"
 #include "pass_state.h"
 #include "philox.h"
+#include "reals.h"
 
 /* ---- life ------------------------------------------------------------------------------------ */
 
@@ -76,24 +77,12 @@ moe_status moe_gate_backward(moe_gate *gate, moe_pass *pass, const moe_backward_
     return moe__run_backward(pass, args, MOE__USE_GATE, __func__);
 }
 
-/* Element i of a vector of f32 or f64. */
-static double element(const void *v, int64_t i, int32_t dtype)
-{
-    return dtype == MOE_DTYPE_F64 ? ((const double *)v)[i] : (double)((const float *)v)[i];
-}
-
-static void set_element(void *v, int64_t i, int32_t dtype, double value)
-{
-    if (dtype == MOE_DTYPE_F64)
-        ((double *)v)[i] = value;
-    else
-        ((float *)v)[i] = (float)value;
-}
-
+/* Vectors of f32 or f64 alone: what these calls are for is computed in no fewer bits. */
 static moe_status check_real(int32_t dtype, const char *function)
 {
-    if (dtype == MOE_DTYPE_BF16 || dtype == MOE_DTYPE_F16)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d is not available on CPU", (int)dtype);
+    if (moe__is_half(dtype))
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d has 16 bits; this vector is f32 or f64",
+               (int)dtype);
     if (dtype != MOE_DTYPE_F32 && dtype != MOE_DTYPE_F64)
         REFUSE_ARGUMENT("dtype is %d", (int)dtype);
     return MOE_OK;
@@ -124,7 +113,7 @@ static moe_status step_bias(void *next, const void *bias, const int64_t *counts,
     for (int64_t e = 0; e < n; e++) {
         int64_t scaled = n * counts[e];
         double sign = scaled < sum ? 1 : scaled > sum ? -1 : 0;
-        set_element(next, e, dtype, element(bias, e, dtype) + rate * sign);
+        moe__set_real(next, e, dtype, moe__real_at(bias, e, dtype) + rate * sign);
     }
     moe__fenv_leave(&saved);
     return MOE_OK;
@@ -180,10 +169,10 @@ moe_status moe_cv_squared(double *cv2, void *dv, const void *v, int64_t n, int32
     fenv_t saved;
     moe__fenv_enter(&saved);
     moe__cv cv = {.n = n, .ddof = ddof};
-    for (int64_t i = 0; i < n; i++) moe__cv_add(&cv, element(v, i, dtype));
-    for (int64_t i = 0; i < n; i++) moe__cv_add_square(&cv, element(v, i, dtype));
+    for (int64_t i = 0; i < n; i++) moe__cv_add(&cv, moe__real_at(v, i, dtype));
+    for (int64_t i = 0; i < n; i++) moe__cv_add_square(&cv, moe__real_at(v, i, dtype));
     for (int64_t i = 0; dv && i < n; i++) {
-        set_element(dv, i, dtype, moe__cv_gradient(&cv, element(v, i, dtype)));
+        moe__set_real(dv, i, dtype, moe__cv_gradient(&cv, moe__real_at(v, i, dtype)));
     }
     if (cv2) *cv2 = moe__cv_value(&cv);
     moe__fenv_leave(&saved);

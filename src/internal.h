@@ -149,12 +149,15 @@ typedef struct moe__parameter {
     const char *name;
     int64_t shape[MOE_MAX_DIMS];
     int32_t dims;
-    int32_t per_expert; /* 1: the first dimension is the expert */
-    int32_t dtype;
+    int32_t per_expert;             /* 1: the first dimension is the expert */
+    int32_t dtype;                  /* of memory of its own */
+    int32_t data_dtype, grad_dtype; /* of what is there now */
+    int32_t object_dtype;           /* what a binding may have, beside f32: see may_be_f32 */
+    int32_t may_be_f32;             /* data of a router whose elements have 16 bits */
     int32_t init_tensor; /* number in the counter of init_parameters, frozen: see parameter.c */
     double init_std;     /* 0: zeros */
-    void *own_data, *own_grad;     /* memory of the object, or NULL */
-    int64_t own_bytes;             /* of each */
+    void *own_data, *own_grad; /* memory of the object, or NULL */
+    int64_t own_bytes, own_grad_bytes;
     void *data, *grad;             /* element 0, or NULL */
     void **data_each, **grad_each; /* [E] or NULL; point into `lists` */
     void **lists;                  /* [2E] or NULL; kept once allocated */
@@ -189,6 +192,11 @@ moe_status moe__parameters_check_bound(const moe__parameter_list *list, const ch
 /* Product of the shape, or -1 if it does not fit. */
 int64_t moe__parameter_elements(const moe__parameter *p);
 const moe__parameter *moe__parameter_by_name(const moe__parameter_list *list, const char *name);
+/* Whether its data or gradient is what is computed with, rather than 16 bits. */
+static inline int32_t moe__parameter_is_wide(const moe__parameter *p, bool gradient)
+{
+    return !moe__is_half(gradient ? p->grad_dtype : p->data_dtype);
+}
 /* [each,rows,cols], [rows,cols] or [cols] of its data or gradient. */
 moe__matrices moe__parameter_operand(const moe__parameter *p, bool gradient);
 

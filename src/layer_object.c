@@ -75,6 +75,11 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
                         (int)e->config.dtype);
     if (c->comm && c->comm->context != e->context)
         REFUSE_ARGUMENT("comm and experts are of different contexts");
+    if (moe__ranks_travels(c) && moe__is_half(e->config.dtype))
+        REFUSE(MOE_ERROR_NOT_SUPPORTED,
+               "dtype %d is not available where rows travel, on %d ranks or with expert_slices, "
+               "placement, max_received or padded_rows",
+               (int)e->config.dtype, (int)c->comm->size);
     if (c->comm && c->comm->size > 1 && e->made_of_parts)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "a pool of parts on %d ranks is not available",
                (int)c->comm->size);

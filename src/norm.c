@@ -7,6 +7,7 @@
  * own experts; all gather them and add in order of expert, so that every rank has the same bytes,
  * those of one rank with the same gradients. */
 #include "pass_state.h"
+#include "reals.h"
 
 /* A parameter whose experts are summed: sums[e * step], e from 0. */
 typedef struct summing {
@@ -17,14 +18,14 @@ typedef struct summing {
 
 static double sum_squares(const moe__parameter *p, int64_t expert)
 {
-    const int64_t *n = p->shape, *s = p->grad_stride, size = moe__dtype_size(p->dtype);
+    const int64_t *n = p->shape, *s = p->grad_stride, size = moe__dtype_size(p->grad_dtype);
     const char *part = p->grad_each ? p->grad_each[expert]
                                     : (const char *)p->grad + expert * s[0] * size;
     double sum = 0;
     for (int64_t j = 0; part && j < n[1]; j++)
         for (int64_t k = 0; k < n[2]; k++) {
             const void *at = part + (j * s[1] + k * s[2]) * size;
-            double g = p->dtype == MOE_DTYPE_F64 ? *(const double *)at : (double)*(const float *)at;
+            double g = moe__real_at(at, 0, p->grad_dtype);
             sum += g * g;
         }
     return sum;

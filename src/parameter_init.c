@@ -10,6 +10,7 @@
  * parameters". */
 #include "pass_state.h"
 #include "philox.h"
+#include "reals.h"
 
 #include <string.h>
 
@@ -67,10 +68,7 @@ static void fill_range(void *argument, int64_t begin, int64_t end)
         for (int64_t j = 0; j < width; j++) {
             int64_t expert = r / stored_rows, i = r % stored_rows;
             float value = first_value(f, expert, out_in ? j : i, out_in ? i : j);
-            if (f->p->dtype == MOE_DTYPE_F64)
-                ((double *)f->to)[r * width + j] = (double)value;
-            else
-                ((float *)f->to)[r * width + j] = value;
+            moe__set_real(f->to, r * width + j, f->p->dtype, (double)value);
         }
 }
 
@@ -173,7 +171,7 @@ static void zero_range(void *argument, int64_t begin, int64_t end)
 {
     const zeroing *z = argument;
     const moe__parameter *p = z->p;
-    int64_t element = moe__dtype_size(p->dtype), width = p->shape[p->dims - 1];
+    int64_t element = moe__dtype_size(p->grad_dtype), width = p->shape[p->dims - 1];
     int64_t rows = p->dims == 3 ? p->shape[1] : 1, step = p->grad_stride[p->dims - 1];
     for (int64_t r = begin; r < end; r++) {
         int64_t outer = p->dims == 1 ? 0 : r / rows, inner = p->dims == 3 ? r % rows : 0;
@@ -195,7 +193,7 @@ static void zero_range(void *argument, int64_t begin, int64_t end)
 static moe_status zero_elsewhere(const moe__workers *workers, const moe__parameter *p)
 {
     const moe__memory *memory = workers->context->memory;
-    int64_t element = moe__dtype_size(p->dtype), count[3], stride[3];
+    int64_t element = moe__dtype_size(p->grad_dtype), count[3], stride[3];
     for (int d = 0; d < 3; d++) {
         count[d] = d < p->dims ? p->shape[d] : 1;
         stride[d] = d < p->dims ? p->grad_stride[d] : 0;

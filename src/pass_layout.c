@@ -105,7 +105,7 @@ static void lay_out_primary(moe_pass *pass, moe__arena *arena, const moe__pass_s
 {
     const moe_gate_config *c = s->gate;
     moe__plan_layout(&pass->primary.a, arena, s->tokens, moe__mul(s->tokens, c->top_groups),
-                     c->expert_groups, s->groups, s->dtype);
+                     c->expert_groups, s->groups, moe__real_dtype(s->dtype));
 }
 
 static void lay_out_losses(moe_pass *pass, moe__arena *arena, const moe__pass_shape *s,
@@ -209,24 +209,25 @@ static void lay_out_gate_backward(moe_pass *pass, moe__arena *arena, const moe__
 }
 
 void moe__lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__experts_room *c,
-                          int64_t entries, bool save, int64_t real_size)
+                          int64_t entries, bool save, int32_t dtype)
 {
+    int64_t size = moe__dtype_size(dtype), real_size = moe__dtype_size(moe__real_dtype(dtype));
     int64_t hidden = moe__mul(entries, c->d_hidden), output = moe__mul(entries, c->d_out);
     int64_t input = moe__mul(entries, c->d_model), bytes = c->workspace_per_row;
-    e->z1 = moe__arena_take(arena, hidden, real_size);
-    e->z3 = c->gated ? moe__arena_take(arena, hidden, real_size) : NULL;
-    e->h = save ? moe__arena_take(arena, hidden, real_size) : e->z1;
-    e->out = moe__arena_take(arena, output, real_size);
+    e->z1 = moe__arena_take(arena, hidden, size);
+    e->z3 = c->gated ? moe__arena_take(arena, hidden, size) : NULL;
+    e->h = save ? moe__arena_take(arena, hidden, size) : e->z1;
+    e->out = moe__arena_take(arena, output, size);
     e->weight_of_row = moe__arena_take(arena, entries, real_size);
     e->tile_begin = moe__arena_take(arena, moe__add(c->num_experts, 1), sizeof *e->tile_begin);
-    e->x_rows = c->x_rows ? moe__arena_take(arena, input, real_size) : NULL;
+    e->x_rows = c->x_rows ? moe__arena_take(arena, input, size) : NULL;
     e->workspace = bytes ? moe__arena_take(arena, entries, bytes) : NULL;
     e->combine_weight = c->combine_weight ? moe__arena_take(arena, entries, real_size) : NULL;
     if (!save) return;
-    e->dz = c->dz ? moe__arena_take(arena, output, real_size) : NULL;
-    e->dh = moe__arena_take(arena, hidden, real_size);
-    e->dz3 = c->gated ? moe__arena_take(arena, hidden, real_size) : NULL;
-    e->dx_rows = moe__arena_take(arena, input, real_size);
+    e->dz = c->dz ? moe__arena_take(arena, output, size) : NULL;
+    e->dh = moe__arena_take(arena, hidden, size);
+    e->dz3 = c->gated ? moe__arena_take(arena, hidden, size) : NULL;
+    e->dx_rows = moe__arena_take(arena, input, size);
 }
 
 /* Scratch of a worker, on a CPU the same whatever instruction set a context is restricted to. */
@@ -242,13 +243,14 @@ static void lay_out_branch(moe__branch *b, moe__arena *arena, const moe__experts
                            const moe__pass_shape *s, bool weighted, int64_t real_size)
 {
     int64_t entries = moe__mul(s->tokens, room->num_experts);
-    moe__plan_layout(&b->plan, arena, s->tokens, entries, room->num_experts, s->groups, s->dtype);
+    moe__plan_layout(&b->plan, arena, s->tokens, entries, room->num_experts, s->groups,
+                     moe__real_dtype(s->dtype));
     b->entry_grad = weighted && s->save ? moe__arena_take(arena, entries, real_size) : NULL;
     int64_t segments = moe__mul(room->num_experts, s->groups);
     b->segment_begin = s->save
                            ? moe__arena_take(arena, moe__add(segments, 1), sizeof *b->segment_begin)
                            : NULL;
-    moe__lay_out_experts(&b->job, arena, room, entries, s->save, real_size);
+    moe__lay_out_experts(&b->job, arena, room, entries, s->save, s->dtype);
 }
 
 /* Coefficients [T,width] of the layer. */
@@ -278,11 +280,11 @@ static void lay_out_branches(moe_pass *pass, moe__arena *arena, const moe__pass_
 
 void moe__pass_layout(moe_pass *pass, moe__arena *arena, const moe__pass_shape *s)
 {
-    int64_t real_size = moe__dtype_size(s->dtype);
+    int64_t real_size = moe__dtype_size(moe__real_dtype(s->dtype));
     int64_t worker_bytes = most_worker_bytes(pass->context, s);
     bool two = s->gate && s->route && s->gate->kind == MOE_GATE_HIERARCHICAL;
     moe__plan_layout(&pass->plan.a, arena, s->tokens, s->entries, s->num_experts, s->groups,
-                     s->dtype);
+                     moe__real_dtype(s->dtype));
     pass->results = moe__arena_take(arena, RESULTS, sizeof *pass->results);
     if (two) lay_out_primary(pass, arena, s);
     pass->again = moe__arena_take(arena, RESULTS, sizeof *pass->again);
@@ -301,13 +303,14 @@ void moe__pass_layout(moe_pass *pass, moe__arena *arena, const moe__pass_shape *
                                           : s->entries;
         pass->experts_job.padded_rows = s->padded_rows;
         moe__lay_out_experts(&pass->experts_job, arena, s->experts,
-                             rows < 0 ? rows : moe__max(rows, s->entries), s->save, real_size);
+                             rows < 0 ? rows : moe__max(rows, s->entries), s->save, s->dtype);
     }
     lay_out_branches(pass, arena, s, real_size);
     int64_t output = s->experts ? moe__mul(s->tokens, s->experts->d_out) : 0;
     bool saved = s->experts && s->output_sigmoid && s->save;
-    pass->y_saved = saved ? moe__arena_take(arena, output, real_size) : NULL;
-    pass->dy_inner = saved ? moe__arena_take(arena, output, real_size) : NULL;
+    int64_t size = moe__dtype_size(s->dtype);
+    pass->y_saved = saved ? moe__arena_take(arena, output, size) : NULL;
+    pass->dy_inner = saved ? moe__arena_take(arena, output, size) : NULL;
     pass->workers.scratch = moe__arena_take(arena, s->threads, worker_bytes);
     pass->workers.worker_bytes = worker_bytes;
     moe__set_workers(pass, pass->workers.function, pass->workers.stream);

@@ -248,7 +248,7 @@ static inline bool moe__pass_has_branches(const moe_pass *pass, int32_t uses)
 
 /* Rows of a pool for `entries` entries. pass_layout.c */
 void moe__lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__experts_room *c,
-                          int64_t entries, bool save, int64_t real_size);
+                          int64_t entries, bool save, int32_t dtype);
 
 /* Experts on several ranks. After a failure of any of these the call ends by moe__fail_on_ranks. */
 static inline bool moe__pass_has_ranks(const moe_pass *pass, int32_t uses)
@@ -317,6 +317,8 @@ void moe__share_losses(moe_pass *pass, int32_t uses);
 /* ranks_join.c */
 /* Compares the layers of a group and finds where the experts are; on every rank at once. */
 moe_status moe__ranks_join(moe_layer *layer, const char *function);
+/* Whether the layer's rows go through an exchange. */
+bool moe__ranks_travels(const moe_layer_config *config);
 /* A layer that is not made after all tells the others. Returns `status`. */
 moe_status moe__ranks_join_failed(const moe_layer_config *config, moe_status status,
                                   const char *function);
@@ -329,6 +331,11 @@ static inline int64_t moe__expert_number(const moe_layer *layer, int64_t index)
 }
 
 /* Experts of the gate or pool of a pass, on all ranks. */
+/* Of tokens and rows; the plan's is that of what is computed with. */
+static inline int32_t moe__pass_dtype(const moe_pass *pass)
+{
+    return pass->gate ? pass->gate->config.dtype : pass->experts->config.dtype;
+}
 static inline int64_t moe__pass_experts(const moe_pass *pass)
 {
     if (pass->layer) return pass->layer->num_experts;

@@ -325,8 +325,9 @@ static moe_status check_fields(const moe_plan_args *a, const char *function)
         REFUSE_ARGUMENT("num_experts is %lld; it must be in [1, 2^31 - 1]", (ll)a->num_experts);
     if (a->id_dtype != MOE_DTYPE_I32 && a->id_dtype != MOE_DTYPE_I64)
         REFUSE_ARGUMENT("id_dtype is %d", (int)a->id_dtype);
-    if (a->dtype == MOE_DTYPE_BF16 || a->dtype == MOE_DTYPE_F16)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d is not available on CPU", (int)a->dtype);
+    if (moe__is_half(a->dtype))
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype is %d; the plan of a 16-bit layer is of f32",
+               (int)a->dtype);
     if (a->dtype != MOE_DTYPE_F32 && a->dtype != MOE_DTYPE_F64)
         REFUSE_ARGUMENT("dtype is %d", (int)a->dtype);
     if (a->capacity < MOE_FROM_CONFIG) REFUSE_ARGUMENT("capacity is %lld", (ll)a->capacity);

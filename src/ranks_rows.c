@@ -131,7 +131,7 @@ static void lay_out_rows(moe_pass *pass, moe__arena *arena, const row_counts *n,
                     : moe__arena_take(arena, moe__mul(n->plan, back), size);
     k->entry_grad = save ? moe__arena_take(arena, n->came, size) : NULL;
     if (again) lay_out_carry(k, arena, room);
-    moe__lay_out_experts(&k->job, arena, room, n->rows, save, size);
+    moe__lay_out_experts(&k->job, arena, room, n->rows, save, room->dtype);
 }
 
 moe_status moe__ranks_lay_out(moe_pass *pass, bool save, const char *function)
