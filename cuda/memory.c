@@ -80,6 +80,32 @@ void moe__cuda_memory_free(moe_context *context, void *memory, int64_t bytes)
     moe__cuda_leave(&scope);
 }
 
+/* Remembers that the stream has work of the library; the oldest use makes room. */
+static void note_use(const moe__workers *workers, moe__cuda_context *c)
+{
+    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    cudaStream_t stream = (cudaStream_t)workers->stream;
+    moe__cuda_use *use = NULL;
+    if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess ||
+        capture != cudaStreamCaptureStatusNone) {
+        (void)cudaGetLastError();
+        return;
+    }
+    (void)pthread_mutex_lock(&c->mutex);
+    for (int i = 0; i < MOE__CUDA_STREAMS && !use; i++)
+        if (c->use[i].used && c->use[i].stream == workers->stream) use = &c->use[i];
+    for (int i = 0; i < MOE__CUDA_STREAMS && !use; i++)
+        if (!c->use[i].used || cudaEventQuery(c->use[i].done) == cudaSuccess) use = &c->use[i];
+    if (!use) {
+        use = &c->use[0];
+        (void)moe__cuda_wait(workers, use->done, "the work of earlier calls");
+    }
+    use->stream = workers->stream;
+    use->used = cudaEventRecord(use->done, stream) == cudaSuccess;
+    (void)pthread_mutex_unlock(&c->mutex);
+    (void)cudaGetLastError();
+}
+
 /* ---- on the stream --------------------------------------------------------------------------- */
 
 static moe_status zero(const moe__workers *workers, void *to, int64_t bytes)
@@ -91,10 +117,13 @@ static moe_status zero(const moe__workers *workers, void *to, int64_t bytes)
 
 static moe_status copy(const moe__workers *workers, void *to, const void *from, int64_t bytes)
 {
+    moe__cuda_context *c = moe__cuda_of(workers);
     if (bytes <= 0) return MOE_OK;
-    return moe__cuda_status(cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice,
-                                            (cudaStream_t)workers->stream),
-                            workers, "cudaMemcpyAsync");
+    MOE_TRY(moe__cuda_status(cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice,
+                                             (cudaStream_t)workers->stream),
+                             workers, "cudaMemcpyAsync"));
+    if (c->free) note_use(workers, c); /* memory may go back in the same call */
+    return MOE_OK;
 }
 
 /* ---- to and from the host -------------------------------------------------------------------- */
@@ -236,32 +265,6 @@ static moe_status begin(const moe__workers *workers)
     if (status != MOE_OK && now != c->device) (void)cudaSetDevice(now);
     device_before = now;
     return status;
-}
-
-/* Remembers that the stream has work of the library; the oldest use makes room. */
-static void note_use(const moe__workers *workers, moe__cuda_context *c)
-{
-    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    cudaStream_t stream = (cudaStream_t)workers->stream;
-    moe__cuda_use *use = NULL;
-    if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess ||
-        capture != cudaStreamCaptureStatusNone) {
-        (void)cudaGetLastError();
-        return;
-    }
-    (void)pthread_mutex_lock(&c->mutex);
-    for (int i = 0; i < MOE__CUDA_STREAMS && !use; i++)
-        if (c->use[i].used && c->use[i].stream == workers->stream) use = &c->use[i];
-    for (int i = 0; i < MOE__CUDA_STREAMS && !use; i++)
-        if (!c->use[i].used || cudaEventQuery(c->use[i].done) == cudaSuccess) use = &c->use[i];
-    if (!use) {
-        use = &c->use[0];
-        (void)moe__cuda_wait(workers, use->done, "the work of earlier calls");
-    }
-    use->stream = workers->stream;
-    use->used = cudaEventRecord(use->done, stream) == cudaSuccess;
-    (void)pthread_mutex_unlock(&c->mutex);
-    (void)cudaGetLastError();
 }
 
 static void end(const moe__workers *workers)

@@ -97,7 +97,7 @@ moe_status moe_cuda_pass_config_init(moe_cuda_pass_config *config, size_t size)
 moe_status moe_cuda_pass_set(moe_pass *pass, const moe_cuda_pass_config *config)
 {
     moe_cuda_pass_config k;
-    moe__cuda_pass *p = pass ? moe__module_pass_of(pass) : NULL;
+    moe__cuda_pass *p = pass ? moe__module_of_pass(pass) : NULL;
     if (!p)
         return moe__module_fail(MOE_ERROR_INVALID_ARGUMENT, __func__,
                                 pass ? "pass is not of a context on a GPU" : "pass is NULL");
