@@ -49,6 +49,21 @@ moe_status moe__check_range(const char *name, int64_t value, int64_t low, int64_
 moe_status moe__check_matrix(const char *name, const void *data, int64_t *stride, int64_t rows,
                              int64_t width, int64_t element, bool required, const char *function);
 
+/* ---- structs of growing size (struct.c) ------------------------------------------------------ */
+
+/* All of a public struct that this library knows: `size` now, `first_size` in its first release. */
+typedef struct moe__struct_info {
+    const char *name;
+    size_t size, first_size;
+    void (*defaults)(void *instance); /* writes every field but struct_size */
+} moe__struct_info;
+
+/* A struct that has not grown since its first release. */
+#define MOE__STRUCT_INFO(type, defaults)            \
+    {                                               \
+#type, sizeof(type), sizeof(type), defaults \
+    }
+
 /* ---- sizes ----------------------------------------------------------------------------------- */
 
 /* Product or sum of non-negative sizes, or -1 if it does not fit in int64_t or one is -1. */
