@@ -40,7 +40,11 @@ CFLAGS ?=
 
 CORE := $(wildcard src/*.c) $(filter-out src/comm/mpi.c,$(wildcard src/comm/*.c))
 KERNELS := $(filter-out src/cpu/dispatch_isa.c,$(wildcard src/cpu/*.c))
-VARIANTS := f32_plain f64_plain
+VARIANTS := f32_plain f64_plain bf16_plain f16_plain
+# What is stored; f32 is the sources' own.
+ELEMENT_f64 := -DMOE_F64
+ELEMENT_bf16 := -DMOE_BF16
+ELEMENT_f16 := -DMOE_F16
 ISA_FLAGS_plain :=
 ISA_FLAGS_avx2 := -mavx2 -mfma
 ISA_FLAGS_avx512 := -mavx512f -mavx512vl -mavx512dq -mavx512bw -mfma -mprefer-vector-width=512
@@ -48,7 +52,7 @@ ISA_FLAGS_avx512 := -mavx512f -mavx512vl -mavx512dq -mavx512bw -mfma -mprefer-ve
 X86 := $(shell $(CC) $(CFLAGS) $(ISA_FLAGS_avx2) $(ISA_FLAGS_avx512) -dM -E -x c /dev/null 2>/dev/null | \
     grep -cE '__(x86_64|AVX512BW|FMA)__')
 ifeq ($(X86),3)
-VARIANTS += f32_avx2 f64_avx2 f32_avx512 f64_avx512
+VARIANTS += $(foreach i,avx2 avx512,f32_$(i) f64_$(i) bf16_$(i) f16_$(i))
 HAVE_X86 := -DMOE_HAVE_X86
 endif
 
@@ -94,7 +98,7 @@ $(BUILD)/src/%.o: src/%.c $(FLAGS_STAMP)
 define KERNEL_RULE
 $(BUILD)/src/cpu/%.$(1).o: src/cpu/%.c $(FLAGS_STAMP)
 	@mkdir -p $$(@D)
-	$$(CC) $$(SHIPPED) -O3 -DMOE_VARIANT=$(1) $(if $(filter f64_%,$(1)),-DMOE_F64) \
+	$$(CC) $$(SHIPPED) -O3 -DMOE_VARIANT=$(1) $$(ELEMENT_$(firstword $(subst _, ,$(1)))) \
 	    $$(ISA_FLAGS_$(word 2,$(subst _, ,$(1)))) $$(CFLAGS) -MMD -MP -c $$< -o $$@
 endef
 $(foreach v,$(VARIANTS),$(eval $(call KERNEL_RULE,$(v))))

@@ -3,10 +3,13 @@
  * src/ checks arguments, lays out memory and orders the steps; a backend computes them and trusts
  * what it is given. Arrays are in backend memory, which src/ never touches but through
  * moe__memory; what is a plain field, or said to be the host's, is the host's. Element type and
- * instruction set are the table's. "may be NULL" is said where it holds. A backend may put its work
- * on the stream of the call and return before it is done. Every function returns MOE_OK or why it
- * failed: the host's parallel-for (MOE_ERROR_CALLBACK), a device (MOE_ERROR_DEVICE). C11 and
- * C++. */
+ * instruction set are the table's. Where that type has 16 bits, elements are: tokens and their
+ * gradients (x, y, dx, dy, gate_x), the rows of experts (x_rows, z1, z3, h, out and their
+ * gradients), y_saved, and parameters unless their operand says otherwise; everything else that
+ * has no type of its own, such as logits, noise, weights and what is made of them, is float. "may be
+ * NULL" is said where it holds. A backend may put its work on the stream of the call and return
+ * before it is done. Every function returns MOE_OK or why it failed: the host's parallel-for
+ * (MOE_ERROR_CALLBACK), a device (MOE_ERROR_DEVICE). C11 and C++. */
 #ifndef MOE_BACKEND_H
 #define MOE_BACKEND_H
 
@@ -162,7 +165,7 @@ typedef struct moe__gate_level {
     double *d_load;           /* [parts,width] */
     moe__matrices d_weight_matrix, d_bias, d_noise_weight; /* NULL: not wanted; added to */
     int64_t *segment_begin; /* [parts*G+1] rows of each part's token groups */
-    void *dx_rows;          /* [rows,D]; NULL where a row is a token */
+    void *dx_rows;          /* [rows,D] reals; NULL where a row is a token */
 } moe__gate_level;
 
 /* route: logits -> noise -> choice -> weights. src/cpu/route.c, choose.c */
@@ -177,7 +180,7 @@ struct moe__route_job {
     int64_t input_width;           /* D of the gate */
     const void *x;                 /* [T,D], NULL if logits_in and no noise */
     int64_t x_stride;
-    void *x_jittered; /* [T,D] dense, what the products read instead of x; NULL without jitter */
+    void *x_jittered; /* [T,D] dense reals, what the products read instead of x; NULL without jitter */
     uint32_t jitter_stream, choice_stream;
     const void *logits_in; /* [T,E] or NULL */
     int64_t logits_stride;
@@ -275,7 +278,7 @@ struct moe__gate_backward_job {
     void *dx;                      /* [T,D] or NULL */
     int64_t dx_stride;
     int32_t dx_add;
-    void *d_x_jittered; /* scratch [T,D]; NULL without jitter */
+    void *d_x_jittered; /* scratch [T,D] reals; NULL without jitter */
     void *d_logits_out; /* [T,E] or NULL */
     int64_t d_logits_stride;
     moe__matrices d_threshold; /* NULL: not wanted; added to */
@@ -368,9 +371,11 @@ typedef struct moe__rows_job {
     const void *rows_in;
     int64_t rows_in_stride; /* [R,width] */
     void *rows_out;
-    int64_t rows_out_stride; /* may be NULL in combine_backward */
-    void *entry_weight_grad; /* [N] or NULL */
-    int32_t add;             /* tokens_out += */
+    int64_t rows_out_stride;        /* may be NULL in combine_backward */
+    void *entry_weight_grad;        /* [N] or NULL */
+    int32_t add;                    /* tokens_out += */
+    int32_t rows_wide, tokens_wide; /* dispatch_backward: rows_in, and then tokens_out too, are
+                                       reals */
     int32_t unweighted;
     const void *weights;       /* combine_forward: [N] instead of the plan's, or NULL */
     int32_t sigmoid;           /* combine_forward: of the sum, added or not */

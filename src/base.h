@@ -79,6 +79,16 @@ static inline int64_t moe__dtype_size(int32_t dtype)
     }
 }
 
+static inline bool moe__is_half(int32_t dtype)
+{
+    return dtype == MOE_DTYPE_BF16 || dtype == MOE_DTYPE_F16;
+}
+/* What is computed with, and what logits, weights and losses are. */
+static inline int32_t moe__real_dtype(int32_t dtype)
+{
+    return moe__is_half(dtype) ? MOE_DTYPE_F32 : dtype;
+}
+
 /* ---- one block of memory cut into arrays ----------------------------------------------------- */
 
 /* With base NULL it only counts, so the same layout code answers "how much" and hands out. */

@@ -8,6 +8,7 @@
 #include "check_twin.h"
 #include "numeric.h"
 #include "philox.h"
+#include "reals.h"
 
 #include <float.h>
 #include <string.h>
@@ -36,18 +37,17 @@ static double drawn_scale(const moe__parameter *p, int32_t weight_layout)
     return matrix ? 1 / moe__sqrt_f64((double)p->shape[in]) : 0.5;
 }
 
-/* The layer's own values, of any strides and f32 or f64, in the order of the shape. */
+/* The layer's own values, of any strides and dtype, in the order of the shape. */
 static void convert(double *to, const moe__parameter *p)
 {
     const int64_t *n = p->shape, *s = p->data_stride;
-    int64_t size = moe__dtype_size(p->dtype);
+    int64_t size = moe__dtype_size(p->data_dtype);
     for (int64_t i = 0; i < n[0]; i++) {
         const char *part = p->data_each ? p->data_each[i] : (const char *)p->data + i * s[0] * size;
         for (int64_t j = 0; j < n[1]; j++)
             for (int64_t k = 0; k < n[2]; k++) {
                 const void *at = part + (j * s[1] + k * s[2]) * size;
-                *to++ = p->dtype == MOE_DTYPE_F64 ? *(const double *)at
-                                                  : (double)*(const float *)at;
+                *to++ = moe__real_at(at, 0, p->data_dtype);
             }
     }
 }

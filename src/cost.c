@@ -168,6 +168,12 @@ static int64_t gate_parameters(const moe_gate_config *g)
     return moe__add(router_matrices(g, moe__gate_is_noisy(g)), moe__mul(vectors, g->num_experts));
 }
 
+/* Of them, those that are f32 where the others have 16 bits. */
+static int64_t f32_vectors(const moe_gate_config *g)
+{
+    return moe__mul(g->selection_bias + (g->kind == MOE_GATE_BALANCED), g->num_experts);
+}
+
 /* Parameters of everything that each token meets but the routed experts. */
 static int64_t fixed_parameters(const cost_case *c)
 {
@@ -187,7 +193,9 @@ moe_status moe_layer_memory(const moe_cost_query *query, moe_cost *cost)
     double weights[MOE_LOSS_SLOTS] = {0};
     MOE_TRY(moe__struct_check_out(&moe__cost_info, cost, __func__));
     MOE_TRY(read_query(&c, query, __func__));
-    int64_t element = moe__dtype_size(c.has_gate ? c.gate.dtype : c.experts.dtype);
+    int32_t dtype = c.has_gate ? c.gate.dtype : c.experts.dtype;
+    int64_t element = moe__dtype_size(dtype), vectors = c.has_gate ? f32_vectors(&c.gate) : 0;
+    int64_t real_size = moe__dtype_size(moe__real_dtype(dtype));
     int64_t fixed = fixed_parameters(&c);
     int64_t expert = c.has_experts ? expert_parameters(&c.experts) : 0;
     int64_t per_token = c.has_gate ? moe__gate_entries_per_token(&c.gate, c.top_k) : c.top_k;
@@ -203,12 +211,14 @@ moe_status moe_layer_memory(const moe_cost_query *query, moe_cost *cost)
     shape.groups = c.groups;
     shape.top_k = c.top_k;
     shape.threads = (int32_t)c.threads;
-    moe_cost known = {.parameter_bytes = moe__mul(count, element),
-                      .gradient_bytes = moe__mul(count, element),
+    int64_t wider = moe__mul(vectors, real_size - element);
+    moe_cost known = {.parameter_bytes = moe__add(moe__mul(count, element), wider),
+                      .gradient_bytes = moe__mul(count, real_size),
                       .parameter_count = count,
-                      .pass_bytes = moe__pass_shape_bytes(&shape),
+                      .pass_bytes = moe__pass_shape_bytes(NULL, &shape),
                       .active_parameters = moe__add(fixed, moe__mul(per_token, expert))};
-    if (known.parameter_bytes < 0 || known.pass_bytes < 0 || known.active_parameters < 0)
+    if (known.parameter_bytes < 0 || known.gradient_bytes < 0 || known.pass_bytes < 0 ||
+        known.active_parameters < 0)
         return moe__fail(MOE_ERROR_OVERFLOW, __func__, "the answer does not fit in 63 bits");
     moe__struct_write(&moe__cost_info, cost, &known);
     return MOE_OK;

@@ -4,7 +4,11 @@
 
 #include <string.h>
 
-static const char *dtype_name(int32_t dtype) { return dtype == MOE_DTYPE_F64 ? "f64" : "f32"; }
+static const char *dtype_name(int32_t dtype)
+{
+    static const char *const NAME[] = {"f32", "f64", "bf16", "f16"};
+    return NAME[dtype];
+}
 
 /* ---- gate: logits, choice -------------------------------------------------------------------- */
 

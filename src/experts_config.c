@@ -31,10 +31,7 @@ static moe_status check_supported(const moe_experts_config *c, const char *funct
     if (c->storage != MOE_STORAGE_ROW_MAJOR)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "storage %s is not available",
                c->storage == MOE_STORAGE_PANELS ? "MOE_STORAGE_PANELS" : "MOE_STORAGE_PREPACKED");
-    if (c->dtype == MOE_DTYPE_BF16 || c->dtype == MOE_DTYPE_F16)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d is not available on CPU", (int)c->dtype);
-    if (c->dtype != MOE_DTYPE_F32 && c->dtype != MOE_DTYPE_F64)
-        REFUSE_ARGUMENT("dtype is %d", (int)c->dtype);
+    MOE_TRY(moe__check_range("dtype", c->dtype, MOE_DTYPE_F32, MOE_DTYPE_F16, function));
     return MOE_OK;
 }
 

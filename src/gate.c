@@ -4,6 +4,7 @@
 #include "numeric.h"
 #include "pass_state.h"
 #include "philox.h"
+#include "reals.h"
 
 /* ---- life ------------------------------------------------------------------------------------ */
 
@@ -15,6 +16,9 @@ moe_status moe_gate_create(moe_gate **gate, moe_context *context, const moe_gate
                          gate ? "context" : "gate");
     MOE_TRY(moe__struct_read(&moe__gate_config_info, &c, config, false, __func__));
     MOE_TRY(moe__gate_config_check(&c, __func__));
+    if (!moe__kernels(context, c.dtype))
+        return moe__fail(MOE_ERROR_NOT_SUPPORTED, __func__, "dtype %d is not available on %s",
+                         (int)c.dtype, context->memory->name);
     moe_gate *g = moe__alloc_zeroed(context, sizeof *g);
     if (!g) return moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for the gate");
     atomic_init(&g->references, 1);
@@ -73,24 +77,12 @@ moe_status moe_gate_backward(moe_gate *gate, moe_pass *pass, const moe_backward_
     return moe__run_backward(pass, args, MOE__USE_GATE, __func__);
 }
 
-/* Element i of a vector of f32 or f64. */
-static double element(const void *v, int64_t i, int32_t dtype)
-{
-    return dtype == MOE_DTYPE_F64 ? ((const double *)v)[i] : (double)((const float *)v)[i];
-}
-
-static void set_element(void *v, int64_t i, int32_t dtype, double value)
-{
-    if (dtype == MOE_DTYPE_F64)
-        ((double *)v)[i] = value;
-    else
-        ((float *)v)[i] = (float)value;
-}
-
+/* Vectors of f32 or f64 alone: what these calls are for is computed in no fewer bits. */
 static moe_status check_real(int32_t dtype, const char *function)
 {
-    if (dtype == MOE_DTYPE_BF16 || dtype == MOE_DTYPE_F16)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d is not available on CPU", (int)dtype);
+    if (moe__is_half(dtype))
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d has 16 bits; this vector is f32 or f64",
+               (int)dtype);
     if (dtype != MOE_DTYPE_F32 && dtype != MOE_DTYPE_F64)
         REFUSE_ARGUMENT("dtype is %d", (int)dtype);
     return MOE_OK;
@@ -121,7 +113,7 @@ static moe_status step_bias(void *next, const void *bias, const int64_t *counts,
     for (int64_t e = 0; e < n; e++) {
         int64_t scaled = n * counts[e];
         double sign = scaled < sum ? 1 : scaled > sum ? -1 : 0;
-        set_element(next, e, dtype, element(bias, e, dtype) + rate * sign);
+        moe__set_real(next, e, dtype, moe__real_at(bias, e, dtype) + rate * sign);
     }
     moe__fenv_leave(&saved);
     return MOE_OK;
@@ -133,6 +125,26 @@ moe_status moe_selection_bias_step(void *next, const void *bias, const int64_t *
     return step_bias(next, bias, counts, n, rate, dtype, __func__);
 }
 
+/* A bias that is not in the host's memory; nor need the counts be. */
+static moe_status step_elsewhere(moe_context *context, const moe__parameter *p,
+                                 const int64_t *counts, int64_t n, double rate,
+                                 const char *function)
+{
+    const moe__memory *memory = context->memory;
+    moe__workers workers = moe__workers_of(context, function, NULL);
+    int64_t words = n * (int64_t)sizeof *counts, bytes = words + p->own_bytes;
+    if (!counts) REFUSE_ARGUMENT("counts is NULL for %lld experts", (ll)n);
+    int64_t *here = moe__alloc(context, bytes);
+    if (!here) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no %lld bytes", (ll)bytes);
+    void *bias = here + n;
+    moe_status status = memory->fetch(&workers, here, counts, words);
+    if (status == MOE_OK) status = memory->fetch(&workers, bias, p->own_data, p->own_bytes);
+    if (status == MOE_OK) status = step_bias(bias, bias, here, n, rate, p->dtype, function);
+    if (status == MOE_OK) status = memory->store(&workers, p->own_data, bias, p->own_bytes);
+    moe__free(context, here, bytes);
+    return status;
+}
+
 moe_status moe_gate_update_selection_bias(moe_gate *gate, const int64_t *counts, double rate)
 {
     const char *function = __func__;
@@ -140,8 +152,10 @@ moe_status moe_gate_update_selection_bias(moe_gate *gate, const int64_t *counts,
     const moe__parameter *p = moe__parameter_by_name(&gate->parameters, "selection_bias");
     if (!p) REFUSE(MOE_ERROR_INVALID_STATE, "the gate has no selection_bias");
     if (!p->owned) REFUSE(MOE_ERROR_INVALID_STATE, "selection_bias is bound: it is the host's");
-    return step_bias(p->own_data, p->own_data, counts, gate->config.num_experts, rate, p->dtype,
-                     function);
+    int64_t n = gate->config.num_experts;
+    if (gate->context->memory->is_host)
+        return step_bias(p->own_data, p->own_data, counts, n, rate, p->dtype, function);
+    return step_elsewhere(gate->context, p, counts, n, rate, function);
 }
 
 moe_status moe_cv_squared(double *cv2, void *dv, const void *v, int64_t n, int32_t ddof,
@@ -155,10 +169,10 @@ moe_status moe_cv_squared(double *cv2, void *dv, const void *v, int64_t n, int32
     fenv_t saved;
     moe__fenv_enter(&saved);
     moe__cv cv = {.n = n, .ddof = ddof};
-    for (int64_t i = 0; i < n; i++) moe__cv_add(&cv, element(v, i, dtype));
-    for (int64_t i = 0; i < n; i++) moe__cv_add_square(&cv, element(v, i, dtype));
+    for (int64_t i = 0; i < n; i++) moe__cv_add(&cv, moe__real_at(v, i, dtype));
+    for (int64_t i = 0; i < n; i++) moe__cv_add_square(&cv, moe__real_at(v, i, dtype));
     for (int64_t i = 0; dv && i < n; i++) {
-        set_element(dv, i, dtype, moe__cv_gradient(&cv, element(v, i, dtype)));
+        moe__set_real(dv, i, dtype, moe__cv_gradient(&cv, moe__real_at(v, i, dtype)));
     }
     if (cv2) *cv2 = moe__cv_value(&cv);
     moe__fenv_leave(&saved);

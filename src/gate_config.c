@@ -141,10 +141,7 @@ static moe_status check_numbers(const moe_gate_config *c, const char *function)
 
 static moe_status check_dtype(const moe_gate_config *c, const char *function)
 {
-    if (c->dtype == MOE_DTYPE_F32 || c->dtype == MOE_DTYPE_F64) return MOE_OK;
-    if (c->dtype != MOE_DTYPE_BF16 && c->dtype != MOE_DTYPE_F16)
-        REFUSE_ARGUMENT("dtype is %d", (int)c->dtype);
-    REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d is not available on CPU", (int)c->dtype);
+    return moe__check_range("dtype", c->dtype, MOE_DTYPE_F32, MOE_DTYPE_F16, function);
 }
 
 /* ---- fields that contradict each other ------------------------------------------------------- */

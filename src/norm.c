@@ -7,6 +7,7 @@
  * own experts; all gather them and add in order of expert, so that every rank has the same bytes,
  * those of one rank with the same gradients. */
 #include "pass_state.h"
+#include "reals.h"
 
 /* A parameter whose experts are summed: sums[e * step], e from 0. */
 typedef struct summing {
@@ -17,14 +18,14 @@ typedef struct summing {
 
 static double sum_squares(const moe__parameter *p, int64_t expert)
 {
-    const int64_t *n = p->shape, *s = p->grad_stride, size = moe__dtype_size(p->dtype);
+    const int64_t *n = p->shape, *s = p->grad_stride, size = moe__dtype_size(p->grad_dtype);
     const char *part = p->grad_each ? p->grad_each[expert]
                                     : (const char *)p->grad + expert * s[0] * size;
     double sum = 0;
     for (int64_t j = 0; part && j < n[1]; j++)
         for (int64_t k = 0; k < n[2]; k++) {
             const void *at = part + (j * s[1] + k * s[2]) * size;
-            double g = p->dtype == MOE_DTYPE_F64 ? *(const double *)at : (double)*(const float *)at;
+            double g = moe__real_at(at, 0, p->grad_dtype);
             sum += g * g;
         }
     return sum;
@@ -36,13 +37,59 @@ static void sum_range(void *argument, int64_t begin, int64_t end)
     for (int64_t e = begin; e < end; e++) s->sums[e * s->step] = sum_squares(s->p, e);
 }
 
+/* ---- gradients that are not in the host's memory --------------------------------------------- */
+
+/* Elements from the lowest to the highest place of dimensions first..2, and the lowest place. */
+static int64_t span_of(const moe__parameter *p, int first, int64_t *lowest)
+{
+    int64_t span = 1;
+    *lowest = 0;
+    for (int d = first; d < 3; d++) {
+        int64_t reach = (p->shape[d] - 1) * p->grad_stride[d];
+        if (reach < 0) *lowest += reach;
+        span += reach < 0 ? -reach : reach;
+    }
+    return span;
+}
+
+/* The same sums over a copy: of each expert in turn, or of the whole. */
+static moe_status sum_copies(const moe__workers *w, const moe__parameter *p, double *sums,
+                             int64_t step)
+{
+    const moe__memory *memory = w->context->memory;
+    int64_t lowest, size = moe__dtype_size(p->grad_dtype), count = p->per_expert ? p->shape[0] : 1;
+    int64_t bytes = span_of(p, p->per_expert, &lowest) * size;
+    moe_status status = MOE_OK;
+    char *copy = moe__alloc(w->context, bytes);
+    if (!copy)
+        return moe__fail(MOE_ERROR_OUT_OF_MEMORY, w->function, "no %lld bytes for a gradient",
+                         (ll)bytes);
+    for (int64_t i = 0; i < count && status == MOE_OK; i++) {
+        moe__parameter here = *p;
+        const char *from = p->grad_each ? p->grad_each[i]
+                                        : (const char *)p->grad + i * p->grad_stride[0] * size;
+        if (!from) continue;
+        status = memory->fetch(w, copy, from + lowest * size, bytes);
+        here.grad = copy - lowest * size;
+        here.grad_each = NULL;
+        int64_t rows = p->per_expert ? 1 : p->shape[0];
+        for (int64_t e = 0; e < rows && status == MOE_OK; e++)
+            sums[(i + e) * step] = sum_squares(&here, e);
+    }
+    moe__free(w->context, copy, bytes);
+    return status;
+}
+
 /* sums[e * step] of the first dimension of a parameter; 0 without a gradient. */
 static moe_status sum_parameter(moe_layer *layer, const moe__parameter *p, double *sums,
-                                int64_t step, const char *function)
+                                int64_t step, void *stream, const char *function)
 {
+    moe__workers workers = moe__workers_of(layer->context, function, stream);
     summing s = {p, sums, step};
     for (int64_t e = 0; e < p->shape[0]; e++) sums[e * step] = 0;
     if (!p->grad && !p->grad_each) return MOE_OK;
+    if (moe__parameter_elements(p) == 0) return MOE_OK;
+    if (!layer->context->memory->is_host) return sum_copies(&workers, p, sums, step);
     return moe__parallel_range(layer->context, p->shape[0], 1, sum_range, &s, function);
 }
 
@@ -59,7 +106,7 @@ static moe_status gather_groups(moe_layer *layer, const moe__parameter *p, doubl
                                 const char *function)
 {
     double *own = scratch + layer->gate->config.expert_groups;
-    MOE_TRY(sum_parameter(layer, p, own, 1, function));
+    MOE_TRY(sum_parameter(layer, p, own, 1, NULL, function));
     return moe_comm_all_gather(layer->comm, scratch, layer->where->first_group, own,
                                (int64_t)sizeof *own);
 }
@@ -74,7 +121,7 @@ static moe_status gather(moe_layer *layer, double *all, double *own, int64_t cou
     for (int64_t i = 0; i < layer->listing.count; i++)
         if (is_of_experts(layer, i))
             MOE_TRY(sum_parameter(layer, moe__listed_parameter(&layer->listing, i), own + k++,
-                                  count, function));
+                                  count, NULL, function));
     return moe_comm_all_gather(layer->comm, all, layer->where->first_slot, own,
                                count * (int64_t)sizeof *own);
 }
@@ -93,7 +140,7 @@ static void add_experts(const moe_layer *layer, const double *all, int64_t count
 /* Adds up in the order of the listing, where the experts' parameters follow the gate's. `scratch`
  * has room for the largest first dimension. */
 static moe_status add_up(moe_layer *layer, const double *all, int64_t count, double *scratch,
-                         double *squared, const char *function)
+                         double *squared, void *stream, const char *function)
 {
     double total = 0;
     int64_t of_gate = layer->gate ? layer->gate->parameters.count : 0;
@@ -105,7 +152,7 @@ static moe_status add_up(moe_layer *layer, const double *all, int64_t count, dou
         double sum = 0;
         if (is_of_experts(layer, i)) continue;
         MOE_TRY(by_group ? gather_groups(layer, p, scratch, function)
-                         : sum_parameter(layer, p, scratch, 1, function));
+                         : sum_parameter(layer, p, scratch, 1, stream, function));
         for (int64_t e = 0; e < n; e++) sum += scratch[e];
         total += sum;
         if (i + 1 == of_gate) add_experts(layer, all, count, &total);
@@ -124,7 +171,7 @@ moe_status moe_layer_gradient_norm(moe_layer *layer, double *squared, void *stre
 {
     const char *function = __func__;
     if (!layer || !squared) REFUSE_ARGUMENT("%s is NULL", layer ? "squared" : "layer");
-    if (stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
+    MOE_TRY(moe__check_stream(layer->context, stream, function));
     int64_t count = layer->where ? layer->where->most_parameters : 0;
     int64_t most = 0, own = layer->experts->config.num_experts;
     for (int64_t i = 0; i < layer->listing.count; i++)
@@ -141,7 +188,7 @@ moe_status moe_layer_gradient_norm(moe_layer *layer, double *squared, void *stre
     fenv_t saved;
     moe__fenv_enter(&saved);
     moe_status status = count ? gather(layer, all, own_sums, count, function) : MOE_OK;
-    if (status == MOE_OK) status = add_up(layer, all, count, memory, squared, function);
+    if (status == MOE_OK) status = add_up(layer, all, count, memory, squared, stream, function);
     moe__fenv_leave(&saved);
     if (status != MOE_OK) end_waits(layer);
     moe__comm_free(layer->comm, layer->context, memory, bytes);

@@ -2,7 +2,9 @@
  * zeroing.
  *
  * A parameter is [E,rows,cols] or [E,cols] in a pool, [rows,cols] or [cols] in a gate. Data and
- * gradient each live at a base with strides, or (pools only) at one pointer per expert. */
+ * gradient each live at a base with strides, or (pools only) at one pointer per expert. Of an object
+ * whose elements have 16 bits, own gradients are f32, and so are a gate's own selection_bias and
+ * thresholds, which take small steps. */
 #include "pass_state.h"
 
 #include <string.h>
@@ -55,6 +57,9 @@ moe__parameter *moe__parameter_add(moe__parameter_list *list, const char *name, 
                           .dims = dims,
                           .per_expert = per_expert,
                           .dtype = dtype,
+                          .data_dtype = dtype,
+                          .grad_dtype = moe__real_dtype(dtype),
+                          .object_dtype = dtype,
                           .init_tensor = init_tensor,
                           .init_std = init_std,
                           .kind = MOE_KIND_WEIGHT,
@@ -70,11 +75,13 @@ moe__matrices moe__parameter_operand(const moe__parameter *p, bool gradient)
     const int64_t *stride = gradient ? p->grad_stride : p->data_stride;
     int32_t first = p->per_expert; /* dimensions before the matrix or vector */
     bool matrix = p->dims - first == 2;
-    return (moe__matrices){.base = gradient ? p->grad : p->data,
+    return (moe__matrices){.dtype = gradient ? p->grad_dtype : p->data_dtype,
+                           .base = gradient ? p->grad : p->data,
                            .each = gradient ? p->grad_each : p->data_each,
                            .stride_expert = first ? stride[0] : 0,
                            .stride_row = matrix ? stride[first] : 0,
-                           .stride_col = stride[p->dims - 1]};
+                           .stride_col = stride[p->dims - 1],
+                           .wide = moe__parameter_is_wide(p, gradient)};
 }
 
 /* Numbers of tensors in the counter of init_parameters, frozen; see parameter_init.c. */
@@ -110,6 +117,16 @@ static void describe_two_levels(const moe_gate_config *c, moe__parameter_list *l
         if (!with_group) list->p[i].sharding = MOE_SHARD_REPLICATED;
 }
 
+/* A gate's data may be f32 whatever its elements; buffer and thresholds of its own always are. */
+static void use_f32(moe__parameter_list *list)
+{
+    for (int64_t i = 0; i < list->count; i++) {
+        moe__parameter *p = &list->p[i];
+        p->may_be_f32 = 1;
+        if (p->kind != MOE_KIND_WEIGHT) p->dtype = p->data_dtype = moe__real_dtype(p->dtype);
+    }
+}
+
 void moe__gate_parameters_describe(moe_gate *gate)
 {
     const moe_gate_config *c = &gate->config;
@@ -121,6 +138,7 @@ void moe__gate_parameters_describe(moe_gate *gate)
     list->num_experts = c->num_experts;
     if (two) {
         describe_two_levels(c, list, std);
+        use_f32(list);
         return;
     }
     if (c->d_model > 0) {
@@ -135,6 +153,7 @@ void moe__gate_parameters_describe(moe_gate *gate)
     if (c->kind == MOE_GATE_BALANCED)
         moe__parameter_add(list, "threshold", 0, 1, E, c->dtype, NOT_DRAWN, 0)->kind =
             MOE_KIND_THRESHOLD;
+    use_f32(list);
 }
 
 void moe__layer_parameters_describe(moe_layer *layer)
@@ -230,10 +249,11 @@ static int64_t lists_bytes(const moe__parameter_list *list)
 
 void moe__parameters_free(moe__parameter_list *list)
 {
+    const moe__memory *memory = list->context ? list->context->memory : NULL;
     for (int64_t i = 0; i < list->count; i++) {
         moe__parameter *p = &list->p[i];
-        moe__free(list->context, p->own_data, p->own_bytes);
-        moe__free(list->context, p->own_grad, p->own_bytes);
+        memory->free(list->context, p->own_data, p->own_bytes);
+        memory->free(list->context, p->own_grad, p->own_grad_bytes);
         moe__free(list->context, p->lists, lists_bytes(list));
     }
     list->count = 0;
@@ -244,6 +264,8 @@ static void use_own(moe__parameter *p)
     p->data = p->own_data;
     p->grad = p->own_grad;
     p->data_each = p->grad_each = NULL;
+    p->data_dtype = p->dtype;
+    p->grad_dtype = moe__real_dtype(p->dtype);
     p->owned = p->own_data != NULL;
     contiguous(p->data_stride, p->shape, p->dims);
     contiguous(p->grad_stride, p->shape, p->dims);
@@ -252,19 +274,24 @@ static void use_own(moe__parameter *p)
 moe_status moe__parameters_allocate(moe__parameter_list *list, int32_t parameters,
                                     const char *function)
 {
+    const moe__memory *memory = list->context->memory;
     moe_status status = MOE_OK;
     for (int64_t i = 0; i < list->count && status == MOE_OK; i++) {
         moe__parameter *p = &list->p[i];
-        p->own_bytes = moe__mul(moe__parameter_elements(p), moe__dtype_size(p->dtype));
-        if (p->own_bytes < 0) {
+        int64_t count = moe__parameter_elements(p);
+        p->own_bytes = moe__mul(count, moe__dtype_size(p->dtype));
+        p->own_grad_bytes = moe__mul(count, moe__dtype_size(moe__real_dtype(p->dtype)));
+        if (p->own_bytes < 0 || p->own_grad_bytes < 0) {
             status = moe__fail(MOE_ERROR_OVERFLOW, function, "%s does not fit in 63 bits", p->name);
             break;
         }
         if (parameters == MOE_PARAMETERS_BOUND) continue;
         p->own_bytes = moe__max(p->own_bytes, 1); /* a pool without experts has an address too */
+        p->own_grad_bytes = moe__max(p->own_grad_bytes, 1);
         bool grad = parameters == MOE_PARAMETERS_OWNED && p->kind != MOE_KIND_BUFFER;
-        p->own_data = moe__alloc_zeroed(list->context, p->own_bytes);
-        if (p->own_data && grad) p->own_grad = moe__alloc_zeroed(list->context, p->own_bytes);
+        p->own_data = memory->alloc(list->context, p->own_bytes, true);
+        if (p->own_data && grad)
+            p->own_grad = memory->alloc(list->context, p->own_grad_bytes, true);
         if (!p->own_data || (grad && !p->own_grad))
             status = moe__fail(MOE_ERROR_OUT_OF_MEMORY, function, "no %lld bytes for %s",
                                (ll)p->own_bytes, p->name);
@@ -345,8 +372,8 @@ static moe_status write_record(const moe__parameter *p, const char *name, int64_
                                   .element_count = moe__parameter_elements(p),
                                   .dims = p->dims,
                                   .kind = p->kind,
-                                  .data_dtype = p->dtype,
-                                  .grad_dtype = p->dtype,
+                                  .data_dtype = p->data_dtype,
+                                  .grad_dtype = p->grad_dtype,
                                   .sharding = p->sharding,
                                   .trainable = p->kind != MOE_KIND_BUFFER,
                                   .owned = p->owned};
@@ -415,8 +442,8 @@ static bool all_zero(const int64_t stride[MOE_MAX_DIMS])
  * size, each must step over all that the smaller ones span. `first` is 1 with a pointer per
  * expert. */
 static moe_status resolve_strides(int64_t out[MOE_MAX_DIMS], const int64_t asked[MOE_MAX_DIMS],
-                                  const moe__parameter *p, int32_t first, const char *which,
-                                  const char *function)
+                                  const moe__parameter *p, int32_t dtype, int32_t first,
+                                  const char *which, const char *function)
 {
     bool used[MOE_MAX_DIMS] = {false};
     int64_t span = 1; /* elements from the first to the last place so far */
@@ -439,7 +466,7 @@ static moe_status resolve_strides(int64_t out[MOE_MAX_DIMS], const int64_t asked
             REFUSE_ARGUMENT("%s_stride[%d] of %s is %lld: elements would share a place", which,
                             (int)least, p->name, (ll)out[least]);
         span = moe__add(span, moe__mul(size, p->shape[least] - 1));
-        if (moe__mul(span, moe__dtype_size(p->dtype)) < 0)
+        if (moe__mul(span, moe__dtype_size(dtype)) < 0)
             REFUSE(MOE_ERROR_OVERFLOW, "%s_stride[%d] of %s is %lld", which, (int)least, p->name,
                    (ll)out[least]);
     }
@@ -474,12 +501,14 @@ static moe_status check_dtypes(const moe__parameter *p, const moe_binding *b, co
         REFUSE_ARGUMENT("%s: data_dtype is %d", p->name, (int)b->data_dtype);
     if (moe__dtype_size(b->grad_dtype) == 0 || b->grad_dtype >= MOE_DTYPE_I32)
         REFUSE_ARGUMENT("%s: grad_dtype is %d", p->name, (int)b->grad_dtype);
-    if (b->data_dtype != p->dtype)
+    if (b->data_dtype != p->object_dtype &&
+        !(p->may_be_f32 && b->data_dtype == moe__real_dtype(p->object_dtype)))
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "%s: data_dtype is %d, the object's is %d", p->name,
-               (int)b->data_dtype, (int)p->dtype);
-    if ((b->grad || b->grad_per_expert) && b->grad_dtype != p->dtype)
+               (int)b->data_dtype, (int)p->object_dtype);
+    if ((b->grad || b->grad_per_expert) && b->grad_dtype != p->object_dtype &&
+        b->grad_dtype != moe__real_dtype(p->object_dtype))
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "%s: grad_dtype is %d, the object's is %d", p->name,
-               (int)b->grad_dtype, (int)p->dtype);
+               (int)b->grad_dtype, (int)p->object_dtype);
     return MOE_OK;
 }
 
@@ -509,16 +538,18 @@ static moe_status bind(moe__parameter_list *list, int64_t index, const moe_bindi
     MOE_TRY(moe__struct_read(&moe__binding_info, &b, binding, false, function));
     MOE_TRY(check_pointers(p, &b, E, function));
     MOE_TRY(check_dtypes(p, &b, function));
-    MOE_TRY(resolve_strides(data_stride, b.data_stride, p, b.data_per_expert != NULL, "data",
-                            function));
-    MOE_TRY(resolve_strides(grad_stride, b.grad_stride, p, b.grad_per_expert != NULL, "grad",
-                            function));
+    MOE_TRY(resolve_strides(data_stride, b.data_stride, p, b.data_dtype, b.data_per_expert != NULL,
+                            "data", function));
+    MOE_TRY(resolve_strides(grad_stride, b.grad_stride, p, b.grad_dtype, b.grad_per_expert != NULL,
+                            "grad", function));
     if (b.data_per_expert || b.grad_per_expert) MOE_TRY(make_lists(list, p, function));
     for (int64_t e = 0; b.data_per_expert && e < E; e++)
         p->lists[e] = (void *)(uintptr_t)b.data_per_expert[e]; /* read only */
     for (int64_t e = 0; b.grad_per_expert && e < E; e++) p->lists[E + e] = b.grad_per_expert[e];
     p->data = (void *)(uintptr_t)b.data; /* read only */
     p->grad = b.grad;
+    p->data_dtype = b.data_dtype;
+    p->grad_dtype = b.grad_dtype;
     p->data_each = b.data_per_expert ? p->lists : NULL;
     p->grad_each = b.grad_per_expert ? p->lists + E : NULL;
     memcpy(p->data_stride, data_stride, sizeof data_stride);

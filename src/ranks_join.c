@@ -321,8 +321,7 @@ done:
 
 /* ---- joining --------------------------------------------------------------------------------- */
 
-/* Whether the layer's rows go through an exchange. */
-static bool travels(const moe_layer_config *c)
+bool moe__ranks_travels(const moe_layer_config *c)
 {
     return c->comm && (c->comm->size > 1 || c->expert_slices > 1 || c->placement ||
                        c->max_received > 0 || c->exchange == MOE_EXCHANGE_PADDED);
@@ -369,7 +368,7 @@ static moe_status join(moe_comm *comm, moe_context *context, moe_layer *layer, m
 
 moe_status moe__ranks_join(moe_layer *layer, const char *function)
 {
-    if (!travels(&layer->config)) return MOE_OK;
+    if (!moe__ranks_travels(&layer->config)) return MOE_OK;
     return join(layer->config.comm, layer->context, layer, MOE_OK, function);
 }
 

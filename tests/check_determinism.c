@@ -319,7 +319,7 @@ START_TEST(test_determinism_of_single_tokens_in_inference)
     layer_case_make(&c, 5);
     moe_context_config k = with(3, MOE_ISA_AUTO);
     layer_run_make(&r, &c, _i ? MOE_DTYPE_F64 : MOE_DTYPE_F32, &k);
-    size_t row = (size_t)c.D * layer_run_element(&r);
+    size_t row = (size_t)c.D * number_bytes(r.dtype);
     r.f.flags = MOE_FORWARD_NO_SAVE;
     MUST(layer_run_forward(&r));
     char *y = malloc(row);

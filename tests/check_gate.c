@@ -25,7 +25,6 @@ static const layer_case base = {.name = "gate",
 /* ---- creation -------------------------------------------------------------------------------- */
 
 #define I(field, value) BAD_INTEGER(moe_gate_config, field, value, INVALID_ARGUMENT)
-#define N(field, value) BAD_INTEGER(moe_gate_config, field, value, NOT_SUPPORTED)
 #define R(field, value) BAD_DOUBLE(moe_gate_config, field, value, INVALID_ARGUMENT)
 static const bad_field bad_configs[] = {
     BAD_INTEGER(moe_gate_config, struct_size, 0, STRUCT_SIZE),
@@ -64,8 +63,7 @@ static const bad_field bad_configs[] = {
     I(dtype, 99),
     I(dtype, -1),
     I(dtype, MOE_DTYPE_I32),
-    N(dtype, MOE_DTYPE_BF16),
-    N(dtype, MOE_DTYPE_F16),
+    I(dtype, MOE_DTYPE_F16 + 1),
     R(noise_epsilon, -1),
     R(noise_epsilon, NAN),
     R(cdf_guard, INFINITY),
@@ -134,7 +132,6 @@ static const bad_field bad_by_expert[] = {
     I(drop_policy, MOE_DROP_CHOICE), I(second_choice, MOE_SECOND_CHOICE_NONE),
     I(renormalize_after_drop, 1), I(capacity_kind, MOE_CAPACITY_NONE), R(load_weight, 0.1)};
 #undef I
-#undef N
 #undef R
 
 static void refuse_configs(const bad_field *bad, size_t count, const moe_gate_config *good)

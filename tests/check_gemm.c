@@ -219,8 +219,10 @@ static operand new_operand(const gemm_case *c, bool f64, int64_t count, int64_t 
     int64_t stride = columns + (c->padded ? 5 : 0);
     o.data = new_buffer(f64, (count - 1) * stride + columns);
     o.scale = new_buffer(f64, count);
-    o.rows = (moe__rows){start(&o.data), stride, c->gather ? o.index : NULL,
-                         c->scale ? start(&o.scale) : NULL};
+    o.rows = (moe__rows){.data = start(&o.data),
+                         .stride = stride,
+                         .row_index = c->gather ? o.index : NULL,
+                         .scale = c->scale ? start(&o.scale) : NULL};
     return o;
 }
 

@@ -124,10 +124,10 @@ static double *library_gradient(const layer_run *r, const char *name, int64_t co
     if (!from) return layer_run_gradient(r, name, &got);
     double *gradient = malloc(((size_t)count + 1) * sizeof *gradient);
     ck_assert_ptr_nonnull(gradient);
-    for (int64_t i = 0; i < count; i++) gradient[i] = layer_run_at(r, from, i);
+    for (int64_t i = 0; i < count; i++) gradient[i] = number_at(from, i, r->dtype);
     if (from != r->dx || r->c->p.gate_x || !r->b.d_gate_x) return gradient;
     for (int64_t i = 0; i < count; i++)
-        gradient[i] += layer_run_at(r, r->d_gate_x, i); /* its share by itself */
+        gradient[i] += number_at(r->d_gate_x, i, r->dtype); /* its share by itself */
     return gradient;
 }
 

@@ -204,8 +204,9 @@ MOE_API moe_status moe_layer_reduce_gradients(moe_layer *layer, void *stream);
  * same bytes on every rank, and on one rank with the same gradients. Parameters without a gradient
  * count as 0; a pool that two layers share counts in both. On several ranks every one makes this
  * call, after moe_layer_reduce_gradients.
- *   squared  out; untouched on error
- *   stream   NULL on CPU
+ *   squared  out, the host's; untouched on error
+ *   stream   NULL on CPU; elsewhere the gradients are read behind what is on it, expert by expert
+ *            into the host's memory, and the call waits
  * Returns as moe_layer_reduce_gradients. Since 0.1. */
 MOE_API moe_status moe_layer_gradient_norm(moe_layer *layer, double *squared, void *stream);
 

@@ -8,7 +8,7 @@
  *
  *     g = min(z1, limit),  u = clamp(z3, -limit, limit),  h = g s(alpha g) (u + offset)
  *
- * A NaN stays a NaN. */
+ * A NaN stays a NaN. Elements are widened when read; each result is rounded once. */
 #include "cpu/activation.h"
 #include "numeric.h"
 
@@ -54,8 +54,8 @@ static inline real derivative(int kind, real z)
 typedef struct activation_run {
     int32_t kind;
     real alpha, limit, offset; /* of CLAMPED */
-    real *h, *dh, *dz3;
-    const real *z1, *z3;
+    element *h, *dh, *dz3;
+    const element *z1, *z3;
 } activation_run;
 
 /* Comparisons let a NaN through. */
@@ -67,12 +67,12 @@ static inline real clamp_both(real z, real limit)
 
 static void clamped_forward(const activation_run *run, int64_t begin, int64_t end)
 {
-    const real *z1 = run->z1, *z3 = run->z3;
-    real *h = run->h;
+    const element *z1 = run->z1, *z3 = run->z3;
+    element *h = run->h;
     const real alpha = run->alpha, limit = run->limit, offset = run->offset;
     for (int64_t i = begin; i < end; i++) {
-        real g = clamp_high(z1[i], limit), u = clamp_both(z3[i], limit);
-        h[i] = g * r_sigmoid(alpha * g) * (u + offset);
+        real g = clamp_high(get(z1[i]), limit), u = clamp_both(get(z3[i]), limit);
+        h[i] = put(g * r_sigmoid(alpha * g) * (u + offset));
     }
 }
 
@@ -80,33 +80,35 @@ static void clamped_forward(const activation_run *run, int64_t begin, int64_t en
  * and 0 beyond it. */
 static void clamped_backward(const activation_run *run, int64_t begin, int64_t end)
 {
-    const real *restrict z1 = run->z1, *restrict z3 = run->z3;
-    real *restrict h = run->h, *restrict dh = run->dh, *restrict dz3 = run->dz3;
+    const element *restrict z1 = run->z1, *restrict z3 = run->z3;
+    element *restrict h = run->h, *restrict dh = run->dh, *restrict dz3 = run->dz3;
     const real alpha = run->alpha, limit = run->limit, offset = run->offset;
     for (int64_t i = begin; i < end; i++) {
-        real g = clamp_high(z1[i], limit), d = dh[i];
-        real up = clamp_both(z3[i], limit) + offset;
+        real first = get(z1[i]), second = get(z3[i]);
+        real g = clamp_high(first, limit), d = get(dh[i]);
+        real up = clamp_both(second, limit) + offset;
         real s = r_sigmoid(alpha * g), a = g * s;
         real slope = s * r_fma(alpha * g, R(1.0) - s, R(1.0));
-        h[i] = a * up;
-        dz3[i] = z3[i] > limit || z3[i] < -limit ? R(0.0) : d * a;
-        dh[i] = z1[i] > limit ? R(0.0) : d * up * slope;
+        h[i] = put(a * up);
+        dz3[i] = put(second > limit || second < -limit ? R(0.0) : d * a);
+        dh[i] = put(first > limit ? R(0.0) : d * up * slope);
     }
 }
 
-#define FORWARD_LOOPS(kind)                                                          \
-    case kind:                                                                       \
-        if (z3)                                                                      \
-            for (int64_t i = begin; i < end; i++) h[i] = value(kind, z1[i]) * z3[i]; \
-        else                                                                         \
-            for (int64_t i = begin; i < end; i++) h[i] = value(kind, z1[i]);         \
+#define FORWARD_LOOPS(kind)                                                            \
+    case kind:                                                                         \
+        if (z3)                                                                        \
+            for (int64_t i = begin; i < end; i++)                                      \
+                h[i] = put(value(kind, get(z1[i])) * get(z3[i]));                      \
+        else                                                                           \
+            for (int64_t i = begin; i < end; i++) h[i] = put(value(kind, get(z1[i]))); \
         break;
 
 static void forward_range(void *argument, int64_t begin, int64_t end)
 {
     const activation_run *run = argument;
-    const real *z1 = run->z1, *z3 = run->z3;
-    real *h = run->h;
+    const element *z1 = run->z1, *z3 = run->z3;
+    element *h = run->h;
     switch (run->kind) {
         FORWARD_LOOPS(RELU)
         FORWARD_LOOPS(GELU_TANH)
@@ -117,27 +119,29 @@ static void forward_range(void *argument, int64_t begin, int64_t end)
 }
 
 /* h = a z3, a = act(z1):  dz1 = dh z3 act'(z1),  dz3 = dh a. */
-#define BACKWARD_LOOPS(kind)                                 \
-    case kind:                                               \
-        if (z3)                                              \
-            for (int64_t i = begin; i < end; i++) {          \
-                real a = value(kind, z1[i]), d = dh[i];      \
-                h[i] = a * z3[i];                            \
-                dz3[i] = d * a;                              \
-                dh[i] = d * z3[i] * derivative(kind, z1[i]); \
-            }                                                \
-        else                                                 \
-            for (int64_t i = begin; i < end; i++) {          \
-                h[i] = value(kind, z1[i]);                   \
-                dh[i] = dh[i] * derivative(kind, z1[i]);     \
-            }                                                \
+#define BACKWARD_LOOPS(kind)                                          \
+    case kind:                                                        \
+        if (z3)                                                       \
+            for (int64_t i = begin; i < end; i++) {                   \
+                real z = get(z1[i]), up = get(z3[i]), d = get(dh[i]); \
+                real a = value(kind, z);                              \
+                h[i] = put(a * up);                                   \
+                dz3[i] = put(d * a);                                  \
+                dh[i] = put(d * up * derivative(kind, z));            \
+            }                                                         \
+        else                                                          \
+            for (int64_t i = begin; i < end; i++) {                   \
+                real z = get(z1[i]);                                  \
+                h[i] = put(value(kind, z));                           \
+                dh[i] = put(get(dh[i]) * derivative(kind, z));        \
+            }                                                         \
         break;
 
 static void backward_range(void *argument, int64_t begin, int64_t end)
 {
     const activation_run *run = argument;
-    const real *restrict z1 = run->z1, *restrict z3 = run->z3;
-    real *restrict h = run->h, *restrict dh = run->dh, *restrict dz3 = run->dz3;
+    const element *restrict z1 = run->z1, *restrict z3 = run->z3;
+    element *restrict h = run->h, *restrict dh = run->dh, *restrict dz3 = run->dz3;
     switch (run->kind) {
         BACKWARD_LOOPS(RELU)
         BACKWARD_LOOPS(GELU_TANH)
@@ -176,7 +180,8 @@ static activation_run run_of(const moe_experts_config *c)
 enum { GRAIN = 16384 }; /* elements a task is worth starting for */
 
 moe_status MOE_KERNEL(activation_forward)(const moe__workers *workers, const moe_experts_config *c,
-                                          int64_t count, real *h, const real *z1, const real *z3)
+                                          int64_t count, element *h, const element *z1,
+                                          const element *z3)
 {
     activation_run run = run_of(c);
     run.h = h, run.z1 = z1, run.z3 = z3;
@@ -185,8 +190,8 @@ moe_status MOE_KERNEL(activation_forward)(const moe__workers *workers, const moe
 }
 
 moe_status MOE_KERNEL(activation_backward)(const moe__workers *workers, const moe_experts_config *c,
-                                           int64_t count, real *dh, real *dz3, real *h,
-                                           const real *z1, const real *z3)
+                                           int64_t count, element *dh, element *dz3, element *h,
+                                           const element *z1, const element *z3)
 {
     activation_run run = run_of(c);
     run.h = h, run.dh = dh, run.dz3 = dz3, run.z1 = z1, run.z3 = z3;

@@ -8,10 +8,11 @@
 /* h = act(z1), or act(z1) * z3 if z3 is given; h may be z1. All [rows,F] dense; act as the config
  * says. */
 moe_status MOE_KERNEL(activation_forward)(const moe__workers *workers, const moe_experts_config *c,
-                                          int64_t count, real *h, const real *z1, const real *z3);
+                                          int64_t count, element *h, const element *z1,
+                                          const element *z3);
 /* From dh [rows,F]: dh becomes dz1, dz3 is written if z3 is given, and h is computed again. */
 moe_status MOE_KERNEL(activation_backward)(const moe__workers *workers, const moe_experts_config *c,
-                                           int64_t count, real *dh, real *dz3, real *h,
-                                           const real *z1, const real *z3);
+                                           int64_t count, element *dh, element *dz3, element *h,
+                                           const element *z1, const element *z3);
 
 #endif

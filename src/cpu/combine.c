@@ -5,7 +5,8 @@
  *     backward:  rows_out[r] = weight tokens_in[t],  entry_weight_grad[n] = tokens_in[t] .
  *                rows_in[row]
  *
- * o is the identity or the logistic function; output_backward is its gradient. */
+ * o is the identity or the logistic function; output_backward is its gradient. Weights and
+ * entry_weight_grad are reals, all matrices are elements. */
 #include "cpu/kernels.h"
 #include "cpu/lanes.h"
 
@@ -17,9 +18,10 @@ static void accumulate(const moe__rows_job *job, int64_t t, int64_t j, int64_t w
     for (int64_t i = 0; i < width; i++) acc[i] = R(0.0);
     for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++) {
         if (p->row_of_entry[n] < 0) continue;
-        const real *in = (const real *)job->rows_in + p->row_of_entry[n] * job->rows_in_stride + j;
+        const element *in = (const element *)job->rows_in +
+                            p->row_of_entry[n] * job->rows_in_stride + j;
         real w = job->unweighted ? R(1.0) : weight[n];
-        for (int64_t i = 0; i < width; i++) acc[i] = r_fma(w, in[i], acc[i]);
+        for (int64_t i = 0; i < width; i++) acc[i] = r_fma(w, get(in[i]), acc[i]);
     }
 }
 
@@ -33,7 +35,7 @@ static int has_rows(const moe__plan_arrays *p, int64_t t)
 static void forward_token(const moe__rows_job *job, int64_t t)
 {
     enum { STRETCH = 64 };
-    real *out = (real *)job->tokens_out + t * job->tokens_out_stride;
+    element *out = (element *)job->tokens_out + t * job->tokens_out_stride;
     int masked = job->token_mask && !job->token_mask[t];
     int dropped = job->dropped != MOE_DROPPED_ZERO && !masked && !has_rows(job->plan, t);
     if (dropped && job->dropped == MOE_DROPPED_UNTOUCHED) return;
@@ -42,14 +44,14 @@ static void forward_token(const moe__rows_job *job, int64_t t)
         real acc[STRETCH];
         accumulate(job, t, j, width, acc);
         for (int64_t i = 0; i < width && dropped; i++)
-            acc[i] = ((const real *)job->tokens_in)[t * job->tokens_in_stride + j + i];
+            acc[i] = get(((const element *)job->tokens_in)[t * job->tokens_in_stride + j + i]);
         for (int64_t i = 0; i < width && masked; i++) acc[i] = R(0.0);
-        for (int64_t i = 0; i < width && job->add; i++) acc[i] = out[j + i] + acc[i];
+        for (int64_t i = 0; i < width && job->add; i++) acc[i] = get(out[j + i]) + acc[i];
         for (int64_t i = 0; i < width && job->sigmoid && !masked; i++) acc[i] = r_sigmoid(acc[i]);
-        for (int64_t i = 0; i < width; i++) out[j + i] = acc[i];
+        for (int64_t i = 0; i < width; i++) out[j + i] = put(acc[i]);
         if (!job->tokens_saved) continue;
-        real *saved = (real *)job->tokens_saved + t * job->width + j;
-        for (int64_t i = 0; i < width; i++) saved[i] = acc[i];
+        element *saved = (element *)job->tokens_saved + t * job->width + j;
+        for (int64_t i = 0; i < width; i++) saved[i] = put(acc[i]);
     }
 }
 
@@ -72,18 +74,18 @@ static void backward_range(void *argument, int64_t begin, int64_t end)
     const real *weight = p->weight_of_entry;
     real *grad = job->entry_weight_grad;
     for (int64_t t = begin; t < end; t++) {
-        const real *d = (const real *)job->tokens_in + t * job->tokens_in_stride;
+        const element *d = (const element *)job->tokens_in + t * job->tokens_in_stride;
         for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++) {
             int64_t row = p->row_of_entry[n];
             if (grad) grad[n] = R(0.0);
             if (row < 0) continue;
             if (grad)
-                grad[n] = lane_dot(d, (const real *)job->rows_in + row * job->rows_in_stride,
-                                   job->width);
+                grad[n] = element_dot(d, (const element *)job->rows_in + row * job->rows_in_stride,
+                                      job->width);
             if (!job->rows_out) continue;
-            real *out = (real *)job->rows_out + row * job->rows_out_stride;
+            element *out = (element *)job->rows_out + row * job->rows_out_stride;
             real w = job->unweighted ? R(1.0) : weight[n];
-            for (int64_t j = 0; j < job->width; j++) out[j] = w * d[j];
+            for (int64_t j = 0; j < job->width; j++) out[j] = put(w * get(d[j]));
         }
     }
 }
@@ -99,10 +101,13 @@ static void output_range(void *argument, int64_t begin, int64_t end)
 {
     const moe__rows_job *job = argument;
     for (int64_t t = begin; t < end; t++) {
-        const real *d = (const real *)job->tokens_in + t * job->tokens_in_stride;
-        const real *y = (const real *)job->tokens_saved + t * job->width;
-        real *out = (real *)job->tokens_out + t * job->tokens_out_stride;
-        for (int64_t j = 0; j < job->width; j++) out[j] = d[j] * (y[j] * (R(1.0) - y[j]));
+        const element *d = (const element *)job->tokens_in + t * job->tokens_in_stride;
+        const element *saved = (const element *)job->tokens_saved + t * job->width;
+        element *out = (element *)job->tokens_out + t * job->tokens_out_stride;
+        for (int64_t j = 0; j < job->width; j++) {
+            real y = get(saved[j]);
+            out[j] = put(get(d[j]) * (y * (R(1.0) - y)));
+        }
     }
 }
 

@@ -1,10 +1,20 @@
 /* dispatch_isa.c - chooses among the CPU tables by what the machine can do. Compiled once. */
 #include "internal.h"
 
-extern const moe__backend moe__cpu_table_f32_plain, moe__cpu_table_f64_plain;
+#define TABLES(isa)                                                                \
+    extern const moe__backend moe__cpu_table_f32_##isa, moe__cpu_table_f64_##isa;  \
+    extern const moe__backend moe__cpu_table_bf16_##isa, moe__cpu_table_f16_##isa; \
+    static const moe__backend *const isa[] = {                                     \
+        [MOE_DTYPE_F32] = &moe__cpu_table_f32_##isa,                               \
+        [MOE_DTYPE_F64] = &moe__cpu_table_f64_##isa,                               \
+        [MOE_DTYPE_BF16] = &moe__cpu_table_bf16_##isa,                             \
+        [MOE_DTYPE_F16] = &moe__cpu_table_f16_##isa,                               \
+    };
+
+TABLES(plain)
 #ifdef MOE_HAVE_X86
-extern const moe__backend moe__cpu_table_f32_avx2, moe__cpu_table_f64_avx2;
-extern const moe__backend moe__cpu_table_f32_avx512, moe__cpu_table_f64_avx512;
+TABLES(avx2)
+TABLES(avx512)
 #endif
 
 int32_t moe__cpu_best_isa(void)
@@ -22,12 +32,11 @@ int32_t moe__cpu_best_isa(void)
 
 const moe__backend *moe__cpu_backend(int32_t isa, int32_t dtype)
 {
-    int f64 = dtype == MOE_DTYPE_F64;
     if (isa < MOE_ISA_PLAIN || isa > moe__cpu_best_isa()) return NULL;
-    if (dtype != MOE_DTYPE_F32 && !f64) return NULL;
+    if (dtype < MOE_DTYPE_F32 || dtype > MOE_DTYPE_F16) return NULL;
 #ifdef MOE_HAVE_X86
-    if (isa == MOE_ISA_AVX512) return f64 ? &moe__cpu_table_f64_avx512 : &moe__cpu_table_f32_avx512;
-    if (isa == MOE_ISA_AVX2) return f64 ? &moe__cpu_table_f64_avx2 : &moe__cpu_table_f32_avx2;
+    if (isa == MOE_ISA_AVX512) return avx512[dtype];
+    if (isa == MOE_ISA_AVX2) return avx2[dtype];
 #endif
-    return f64 ? &moe__cpu_table_f64_plain : &moe__cpu_table_f32_plain;
+    return plain[dtype];
 }

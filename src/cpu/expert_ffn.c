@@ -4,16 +4,17 @@
  *
  * Row r of a plan is token token_of_row[r]; x is gathered while it is packed. o is the identity or
  * the logistic function. The weight w of a row's entry multiplies out (in combine), h, or x, as the
- * config says. Shapes: x [T,D], z1, z3, h [R,F], out [R,O]; the rows are those of the job's
- * experts, expert_begin[0] and on. */
+ * config says. Shapes: x [T,D], z1, z3, h [R,F], out [R,O], all of elements; the rows are those of
+ * the job's experts, expert_begin[0] and on. */
 #include "cpu/activation.h"
 #include "cpu/expert_other.h"
 #include "cpu/lanes.h"
 #include "cpu/tiles.h"
 #include "numeric.h"
 
-int64_t MOE_KERNEL(worker_bytes)(void)
+int64_t MOE_KERNEL(worker_bytes)(const moe__pass_shape *shape)
 {
+    (void)shape; /* tiles are of one size */
     return ((int64_t)MOE_KERNEL(gemm_scratch)() + 63) & ~(int64_t)63;
 }
 
@@ -48,25 +49,29 @@ static moe__matrices transposed(moe__matrices m)
 static moe__rows input_rows(const moe__experts_job *job)
 {
     bool weighted = job->config->weight_position == MOE_WEIGHT_ON_INPUT;
-    return (moe__rows){job->x, job->x_stride, job->plan->token_of_row,
-                       weighted ? job->weight_of_row : NULL};
+    return (moe__rows){.data = job->x,
+                       .stride = job->x_stride,
+                       .row_index = job->plan->token_of_row,
+                       .scale = weighted ? job->weight_of_row : NULL};
 }
 static moe__rows hidden_rows(const moe__experts_job *job)
 {
     bool weighted = job->config->weight_position == MOE_WEIGHT_ON_HIDDEN;
-    return (moe__rows){job->h, job->config->d_hidden, NULL, weighted ? job->weight_of_row : NULL};
+    return (moe__rows){.data = job->h,
+                       .stride = job->config->d_hidden,
+                       .scale = weighted ? job->weight_of_row : NULL};
 }
 
 /* Element 0 of the first row of the job's experts. */
-static real *first_row(const moe__experts_job *job, void *rows, int64_t width)
+static element *first_row(const moe__experts_job *job, void *rows, int64_t width)
 {
-    return rows ? (real *)rows + job_first(job) * width : NULL;
+    return rows ? (element *)rows + job_first(job) * width : NULL;
 }
 
 static void sigmoid_range(void *argument, int64_t begin, int64_t end)
 {
-    real *out = argument;
-    for (int64_t i = begin; i < end; i++) out[i] = r_sigmoid(out[i]);
+    element *out = argument;
+    for (int64_t i = begin; i < end; i++) out[i] = put(r_sigmoid(get(out[i])));
 }
 
 static moe_status ffn_forward(moe__experts_job *job)
@@ -117,11 +122,14 @@ static void dz_range(void *argument, int64_t begin, int64_t end)
     bool weighted = job->config->weight_position == MOE_WEIGHT_ON_OUTPUT;
     int64_t O = job->config->d_out, first = job_first(job);
     for (int64_t r = first + begin; r < first + end; r++) {
-        const real *dy = (const real *)job->dy + job->plan->token_of_row[r] * job->dy_stride;
-        const real *out = (const real *)job->out + r * O;
-        real *dz = (real *)job->dz + r * O;
+        const element *dy = (const element *)job->dy + job->plan->token_of_row[r] * job->dy_stride;
+        const element *out = (const element *)job->out + r * O;
+        element *dz = (element *)job->dz + r * O;
         real weight = weighted ? ((const real *)job->weight_of_row)[r] : R(1.0);
-        for (int64_t j = 0; j < O; j++) dz[j] = weight * dy[j] * (out[j] * (R(1.0) - out[j]));
+        for (int64_t j = 0; j < O; j++) {
+            real o = get(out[j]);
+            dz[j] = put(weight * get(dy[j]) * (o * (R(1.0) - o)));
+        }
     }
 }
 
@@ -158,17 +166,17 @@ static void output_weight_range(void *argument, int64_t begin, int64_t end)
     real *grad = job->entry_weight_grad;
     int64_t O = job->config->d_out, first = job_first(job);
     for (int64_t r = first + begin; r < first + end; r++)
-        grad[p->entry_of_row[r]] = lane_dot((const real *)job->dy +
-                                                p->token_of_row[r] * job->dy_stride,
-                                            (const real *)job->out + r * O, O);
+        grad[p->entry_of_row[r]] = element_dot((const element *)job->dy +
+                                                   p->token_of_row[r] * job->dy_stride,
+                                               (const element *)job->out + r * O, O);
 }
 
-static void weigh_row(const moe__experts_job *job, int64_t r, const real *in, real *d,
+static void weigh_row(const moe__experts_job *job, int64_t r, const element *in, element *d,
                       int64_t width)
 {
     real *grad = job->entry_weight_grad, weight = ((const real *)job->weight_of_row)[r];
-    if (grad) grad[job->plan->entry_of_row[r]] = lane_dot(d, in, width);
-    for (int64_t j = 0; j < width; j++) d[j] = weight * d[j];
+    if (grad) grad[job->plan->entry_of_row[r]] = element_dot(d, in, width);
+    for (int64_t j = 0; j < width; j++) d[j] = put(weight * get(d[j]));
 }
 
 static void hidden_weight_range(void *argument, int64_t begin, int64_t end)
@@ -176,7 +184,7 @@ static void hidden_weight_range(void *argument, int64_t begin, int64_t end)
     const moe__experts_job *job = argument;
     int64_t F = job->config->d_hidden, first = job_first(job);
     for (int64_t r = first + begin; r < first + end; r++)
-        weigh_row(job, r, (const real *)job->h + r * F, (real *)job->dh + r * F, F);
+        weigh_row(job, r, (const element *)job->h + r * F, (element *)job->dh + r * F, F);
 }
 
 static void input_weight_range(void *argument, int64_t begin, int64_t end)
@@ -184,8 +192,8 @@ static void input_weight_range(void *argument, int64_t begin, int64_t end)
     const moe__experts_job *job = argument;
     int64_t D = job->config->d_model, first = job_first(job);
     for (int64_t r = first + begin; r < first + end; r++)
-        weigh_row(job, r, (const real *)job->x + job->plan->token_of_row[r] * job->x_stride,
-                  (real *)job->dx_rows + r * D, D);
+        weigh_row(job, r, (const element *)job->x + job->plan->token_of_row[r] * job->x_stride,
+                  (element *)job->dx_rows + r * D, D);
 }
 
 static moe_status over_rows(moe__experts_job *job, moe__range_fn body)
@@ -213,13 +221,15 @@ static moe_status ffn_backward(moe__experts_job *job)
     const moe_experts_config *c = job->config;
     int64_t rows = job_rows(job), D = c->d_model, F = c->d_hidden, O = c->d_out;
     moe__rows x = input_rows(job), h = hidden_rows(job);
-    moe__rows dz1 = {job->dh, F, NULL, NULL}, dz3 = {job->dz3, F, NULL, NULL};
-    moe__rows dz = {job->dy, job->dy_stride, job->plan->token_of_row, NULL};
+    moe__rows dz1 = {.data = job->dh, .stride = F}, dz3 = {.data = job->dz3, .stride = F};
+    moe__rows dz = {.data = job->dy,
+                    .stride = job->dy_stride,
+                    .row_index = job->plan->token_of_row};
     if (c->weight_position == MOE_WEIGHT_ON_OUTPUT) dz.scale = job->weight_of_row;
 
     if (c->output == MOE_OUTPUT_SIGMOID) {
         MOE_TRY(over_rows(job, dz_range));
-        dz = (moe__rows){job->dz, O, NULL, NULL};
+        dz = (moe__rows){.data = job->dz, .stride = O};
     }
     MOE_TRY(product(job, O, F, dz, transposed(job->w2), NULL, job->dh, 0));
     if (c->weight_position == MOE_WEIGHT_ON_HIDDEN) MOE_TRY(over_rows(job, hidden_weight_range));

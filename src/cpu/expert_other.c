@@ -15,9 +15,9 @@
 /* to[r,:] = from[token_of_row[r],:] */
 typedef struct gather {
     const moe__experts_job *job;
-    const real *from;
+    const element *from;
     int64_t stride, width;
-    real *to;
+    element *to;
     bool weighted; /* times the row's weight */
 } gather;
 
@@ -27,12 +27,12 @@ static void gather_range(void *argument, int64_t begin, int64_t end)
     const real *weight = g->job->weight_of_row;
     int64_t first = job_first(g->job);
     for (int64_t r = first + begin; r < first + end; r++) {
-        const real *from = g->from + g->job->plan->token_of_row[r] * g->stride;
-        real *to = g->to + r * g->width;
+        const element *from = g->from + g->job->plan->token_of_row[r] * g->stride;
+        element *to = g->to + r * g->width;
         if (!g->weighted)
             memcpy(to, from, (size_t)g->width * sizeof *to);
         else
-            for (int64_t j = 0; j < g->width; j++) to[j] = weight[r] * from[j];
+            for (int64_t j = 0; j < g->width; j++) to[j] = put(weight[r] * get(from[j]));
     }
 }
 
@@ -76,8 +76,8 @@ static moe_status call_host(const moe__experts_job *job, moe_expert_fn function,
 {
     const moe_experts_config *c = job->config;
     const int64_t *begin = job->plan->expert_begin;
-    int64_t x_bytes = c->d_model * (int64_t)sizeof(real);
-    int64_t out_bytes = c->d_out * (int64_t)sizeof(real);
+    int64_t x_bytes = c->d_model * (int64_t)sizeof(element);
+    int64_t out_bytes = c->d_out * (int64_t)sizeof(element);
     for (int64_t e = 0; e < job->plan->num_experts; e++) {
         int64_t r = begin[e];
         if (begin[e + 1] == r) continue;

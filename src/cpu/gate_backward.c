@@ -211,7 +211,7 @@ static moe_status level_backward(const moe__gate_backward_job *job, const moe__g
 typedef struct destination {
     void *data;
     int64_t stride;
-    int32_t add;
+    int32_t add, wide;
 } destination;
 
 /* to[rows,D] (=|+=) g[rows,width] w^T */
@@ -223,9 +223,10 @@ static moe_status input_product(const moe__route_job *route, const moe__gate_lev
                                .expert_begin = level->part_begin ? level->part_begin : all,
                                .k = level->width,
                                .n = route->input_width,
-                               .a = {g, level->width, NULL, NULL},
+                               .a = {.data = g, .stride = level->width, .wide = 1},
                                .b = *w,
                                .out = to->data,
+                               .out_wide = to->wide,
                                .out_stride = to->stride,
                                .out_add = to->add,
                                .tile_begin = route->tile_begin};
@@ -240,7 +241,7 @@ static moe_status level_input(const moe__gate_backward_job *job, const moe__gate
                               bool made, destination *dx)
 {
     const moe__route_job *route = job->losses->route;
-    destination rows = {level->dx_rows, route->input_width, 0};
+    destination rows = {level->dx_rows, route->input_width, 0, 1};
     destination *to = level->dx_rows ? &rows : dx;
     if (!job->logits_from_host && !made)
         MOE_TRY(input_product(route, level, level->d_logits, &level->weight_matrix, to));
@@ -254,7 +255,9 @@ static moe_status level_input(const moe__gate_backward_job *job, const moe__gate
                          .rows_in_stride = rows.stride,
                          .tokens_out = dx->data,
                          .tokens_out_stride = dx->stride,
-                         .add = dx->add};
+                         .add = dx->add,
+                         .rows_wide = 1,
+                         .tokens_wide = dx->wide};
     return MOE_KERNEL(dispatch_backward)(&sum);
 }
 
@@ -262,8 +265,8 @@ static void zero_dx_range(void *argument, int64_t begin, int64_t end)
 {
     const moe__gate_backward_job *job = argument;
     for (int64_t t = begin; t < end; t++) {
-        real *dx = (real *)job->dx + t * job->dx_stride;
-        for (int64_t j = 0; j < job->losses->route->input_width; j++) dx[j] = R(0.0);
+        element *dx = (element *)job->dx + t * job->dx_stride;
+        for (int64_t j = 0; j < job->losses->route->input_width; j++) dx[j] = put(R(0.0));
     }
 }
 
@@ -274,11 +277,12 @@ static void jitter_backward_range(void *argument, int64_t begin, int64_t end)
     int64_t D = job->losses->route->input_width;
     for (int64_t t = begin; t < end; t++) {
         const real *in = (const real *)job->d_x_jittered + t * D;
-        real *dx = (real *)job->dx + t * job->dx_stride, factor[4];
+        element *dx = (element *)job->dx + t * job->dx_stride;
+        real factor[4];
         for (int64_t j = 0; j < D; j++) {
             if (j % 4 == 0) MOE_KERNEL(jitter4)(job->losses->route, t, j, factor);
             real d = in[j] * factor[j % 4];
-            dx[j] = job->dx_add ? dx[j] + d : d;
+            dx[j] = put(job->dx_add ? get(dx[j]) + d : d);
         }
     }
 }
@@ -314,12 +318,14 @@ static moe_status parameter_product(const moe__gate_backward_job *job, const moe
         .segments_per_expert = losses->plan->groups,
         .k = route->input_width,
         .n = level->width,
-        .a = {route->x, route->x_stride, tokens ? losses->valid_token : level->token_of_row, NULL},
-        .g = {g, level->width, tokens ? losses->valid_token : NULL, NULL},
+        .a = MOE_KERNEL(gate_input)(route, tokens ? losses->valid_token : level->token_of_row),
+        .g = {.data = g,
+              .stride = level->width,
+              .row_index = tokens ? losses->valid_token : NULL,
+              .wide = 1},
         .dw = *dw,
         .dbias = *dbias,
         .tile_begin = route->tile_begin};
-    if (route->x_jittered) gemm.a.data = route->x_jittered, gemm.a.stride = route->input_width;
     return run_gemm_dw(&route->workers, &gemm);
 }
 
@@ -356,17 +362,28 @@ static void threshold_gradient(const moe__gate_backward_job *job)
     double factor = job->loss_factor[MOE_LOSS_THRESHOLD];
     if (factor == 0 || !d->base || !losses->over_taken) return;
     for (int64_t e = 0; e < losses->plan->num_experts; e++) {
-        real *to = (real *)d->base + d->offset + e * d->stride_col;
-        *to = *to + (real)(factor * (double)losses->over_taken[e]);
+        int64_t at = d->offset + e * d->stride_col;
+        put_at(d->base, at, d->wide,
+               get_at(d->base, at, d->wide) + (real)(factor * (double)losses->over_taken[e]));
     }
+}
+
+/* Weight of each loss times the caller's factor. */
+static void find_loss_factors(const moe__gate_backward_job *job)
+{
+    const double *weight = job->losses->weights;
+    const real *grad = job->loss_grad;
+    for (int64_t i = 0; i < MOE_LOSS_SLOTS; i++)
+        job->loss_factor[i] = weight[i] != 0 ? weight[i] * (grad ? (double)grad[i] : 1) : 0;
 }
 
 moe_status MOE_KERNEL(gate_backward)(moe__gate_backward_job *job)
 {
     const moe__route_job *route = job->losses->route;
     const moe__workers *w = &route->workers;
-    destination dx = {job->dx, job->dx_stride, job->dx_add};
-    if (job->d_x_jittered) dx = (destination){job->d_x_jittered, route->input_width, 0};
+    destination dx = {job->dx, job->dx_stride, job->dx_add, 0};
+    if (job->d_x_jittered) dx = (destination){job->d_x_jittered, route->input_width, 0, 1};
+    find_loss_factors(job);
     MOE_KERNEL(losses_backward_prepare)(job);
     MOE_TRY(moe__parallel_range(w->context, route->tokens, 64, weights_backward_range, job,
                                 w->function));

@@ -8,7 +8,10 @@
  * result in registers. Between two blocks the accumulators wait in scratch, exactly, so that every
  * element is one chain of fused multiply-adds from +0 in ascending index, whatever the tile. For dW
  * a chain ends after SUM_ROWS rows of a segment: block sums are added in order, then segment
- * sums. */
+ * sums.
+ *
+ * Everything between packing and the finished result is `real`: packing widens elements of 16 bits,
+ * and what stores a result rounds it once. */
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -51,9 +54,10 @@ static int64_t part(int64_t n, int64_t parts, int64_t i)
 
 /* ---- micro-kernel ---------------------------------------------------------------------------- */
 
-/* The lines that a later product reads: line p of a block is at + (p / 8) jump + (p % 8) step. */
+/* The lines that a later product reads: line p of a block is at + (p / 8) jump + (p % 8) step, in
+ * bytes. */
 typedef struct read_ahead {
-    const real *at;
+    const void *at;
     int64_t step, jump;
 } read_ahead;
 
@@ -93,7 +97,8 @@ V_INLINE void micro_store(const int m, const micro_job *job, vec acc[TILE_M][TIL
 /* m is a constant at every call, so that the loops unroll and acc lives in registers. */
 V_INLINE void micro(const int m, const micro_job *job)
 {
-    const real *a = job->a, *b = job->b, *line = job->ahead.at;
+    const real *a = job->a, *b = job->b;
+    const char *line = job->ahead.at;
     const int64_t k = job->k, stride = job->b_stride;
     vec acc[TILE_M][TILE_V];
     V_UNROLL
@@ -106,9 +111,9 @@ V_INLINE void micro(const int m, const micro_job *job)
         vec row[TILE_V];
         V_UNROLL
         for (int v = 0; v < TILE_V; v++) row[v] = v_load(b + v * VEC_N);
-        const real *ahead = line + (p >> 3) * job->ahead.jump + (p & 7) * job->ahead.step;
+        const char *ahead = line + (p >> 3) * job->ahead.jump + (p & 7) * job->ahead.step;
         __builtin_prefetch(ahead);
-        __builtin_prefetch(ahead + 64 / sizeof(real));
+        __builtin_prefetch(ahead + 64);
         V_UNROLL
         for (int i = 0; i < m; i++) {
             vec x = v_set1(a[i]);
@@ -149,9 +154,11 @@ static void micro_rows(int64_t m, const micro_job *job)
 
 /* ---- packing --------------------------------------------------------------------------------- */
 
-static const real *row_of(const moe__rows *rows, int64_t r)
+/* Element i of row r. */
+static const void *row_of(const moe__rows *rows, int64_t r, int64_t i)
 {
-    return (const real *)rows->data + (rows->row_index ? rows->row_index[r] : r) * rows->stride;
+    int64_t row = rows->row_index ? rows->row_index[r] : r;
+    return place_at(rows->data, row * rows->stride + i, rows->wide);
 }
 
 /* x * 1 is x, so rows without a scale are multiplied too. */
@@ -161,28 +168,39 @@ static real scale_of(const moe__rows *rows, int64_t r)
 }
 
 /* to[k][m] = columns p .. p+k-1 of rows r .. r+m-1, m <= TILE_M. Whole vectors are stored, in
- * ascending order: what is beyond the m columns of one line is overwritten by the next. */
-static void pack_rows(real *to, const moe__rows *a, int64_t r, int64_t m, int64_t p, int64_t k)
+ * ascending order: what is beyond the m columns of one line is overwritten by the next. `wide` is a
+ * constant at every call, here and below. */
+V_INLINE void pack_rows_of(real *to, const moe__rows *a, int64_t r, int64_t m, int64_t p, int64_t k,
+                           const int wide)
 {
-    const real *from[GROUPS_M * VEC_N];
+    const void *from[GROUPS_M * VEC_N];
     real scale[GROUPS_M * VEC_N];
     int64_t groups = blocks(m, VEC_N), q = 0;
     for (int64_t i = 0; i < groups * VEC_N; i++) {
-        from[i] = row_of(a, r + moe__min(i, m - 1)) + p;
+        from[i] = row_of(a, r + moe__min(i, m - 1), p);
         scale[i] = scale_of(a, r + moe__min(i, m - 1));
     }
     for (; q + VEC_N <= k; q += VEC_N) {
         vec t[GROUPS_M][VEC_N];
         for (int64_t g = 0; g < groups; g++) {
             for (int i = 0; i < VEC_N; i++)
-                t[g][i] = v_mul(v_load(from[g * VEC_N + i] + q), v_set1(scale[g * VEC_N + i]));
+                t[g][i] = v_mul(v_get_at(from[g * VEC_N + i], q, wide),
+                                v_set1(scale[g * VEC_N + i]));
             v_transpose(t[g]);
         }
         for (int i = 0; i < VEC_N; i++)
             for (int64_t g = 0; g < groups; g++) v_store(to + (q + i) * m + g * VEC_N, t[g][i]);
     }
     for (; q < k; q++)
-        for (int64_t i = 0; i < m; i++) to[q * m + i] = from[i][q] * scale[i];
+        for (int64_t i = 0; i < m; i++) to[q * m + i] = get_at(from[i], q, wide) * scale[i];
+}
+
+static void pack_rows(real *to, const moe__rows *a, int64_t r, int64_t m, int64_t p, int64_t k)
+{
+    if (WIDE(a->wide))
+        pack_rows_of(to, a, r, m, p, k, 1);
+    else
+        pack_rows_of(to, a, r, m, p, k, 0);
 }
 
 /* The panels of rows r .. r+m-1. */
@@ -197,65 +215,92 @@ static void pack_a_rows(tile_scratch *s, const moe__rows *a, int64_t r, int64_t 
 }
 
 /* The panels of columns i .. i+m-1 of rows r .. r+k-1: column i of a is row i of dW. */
-static void pack_a_columns(tile_scratch *s, const moe__rows *a, int64_t r, int64_t k, int64_t i,
-                           int64_t m)
+V_INLINE void pack_a_columns_of(tile_scratch *s, const moe__rows *a, int64_t r, int64_t k,
+                                int64_t i, int64_t m, const int wide)
 {
     int64_t panels = blocks(m, TILE_M);
     for (int64_t p = 0; p < k; p++) {
-        const real *from = row_of(a, r + p) + i;
+        const void *from = row_of(a, r + p, i);
         real scale = scale_of(a, r + p);
         for (int64_t q = 0; q < panels; q++) {
             int64_t first = part(m, panels, q), width = part(m, panels, q + 1) - first;
             real *to = s->a + q * PANEL_A + p * width;
             if (first + GROUPS_M * VEC_N <= m)
                 for (int g = 0; g < GROUPS_M * VEC_N; g += VEC_N)
-                    v_store(to + g, v_mul(v_load(from + first + g), v_set1(scale)));
+                    v_store(to + g, v_mul(v_get_at(from, first + g, wide), v_set1(scale)));
             else
-                for (int64_t l = 0; l < width; l++) to[l] = from[first + l] * scale;
+                for (int64_t l = 0; l < width; l++) to[l] = get_at(from, first + l, wide) * scale;
         }
     }
 }
 
+static void pack_a_columns(tile_scratch *s, const moe__rows *a, int64_t r, int64_t k, int64_t i,
+                           int64_t m)
+{
+    if (WIDE(a->wide))
+        pack_a_columns_of(s, a, r, k, i, m, 1);
+    else
+        pack_a_columns_of(s, a, r, k, i, m, 0);
+}
+
 /* to[k][TILE_N] = b[k,n] where columns (stride_row 1) or rows (stride_col 1) are contiguous or
  * neither is; columns beyond n are 0. */
-static void pack_b(real *to, const real *b, int64_t row, int64_t col, int64_t k, int64_t n)
+V_INLINE void pack_b_of(real *to, const void *b, int64_t row, int64_t col, int64_t k, int64_t n,
+                        const int wide)
 {
     int64_t p = 0;
     if (n == TILE_N && col == 1) {
         for (; p < k; p++)
             for (int v = 0; v < TILE_N; v += VEC_N)
-                v_store(to + p * TILE_N + v, v_load(b + p * row + v));
+                v_store(to + p * TILE_N + v, v_get_at(b, p * row + v, wide));
     } else if (n == TILE_N && row == 1) {
         for (; p + VEC_N <= k; p += VEC_N)
             for (int v = 0; v < TILE_N; v += VEC_N) {
                 vec t[VEC_N];
                 V_UNROLL
-                for (int i = 0; i < VEC_N; i++) t[i] = v_load(b + (v + i) * col + p);
+                for (int i = 0; i < VEC_N; i++) t[i] = v_get_at(b, (v + i) * col + p, wide);
                 v_transpose(t);
                 V_UNROLL
                 for (int i = 0; i < VEC_N; i++) v_store(to + (p + i) * TILE_N + v, t[i]);
             }
     }
     for (; p < k; p++) {
-        for (int64_t j = 0; j < n; j++) to[p * TILE_N + j] = b[p * row + j * col];
+        for (int64_t j = 0; j < n; j++) to[p * TILE_N + j] = get_at(b, p * row + j * col, wide);
         for (int64_t j = n; j < TILE_N; j++) to[p * TILE_N + j] = R(0.0);
     }
 }
 
+static void pack_b(real *to, const void *b, const moe__matrices *m, int64_t k, int64_t n)
+{
+    if (WIDE(m->wide))
+        pack_b_of(to, b, m->stride_row, m->stride_col, k, n, 1);
+    else
+        pack_b_of(to, b, m->stride_row, m->stride_col, k, n, 0);
+}
+
 /* Columns j .. j+n-1 of rows r .. r+k-1 of g as a panel of b. */
-static void pack_g(real *to, const moe__rows *g, int64_t r, int64_t k, int64_t j, int64_t n)
+V_INLINE void pack_g_of(real *to, const moe__rows *g, int64_t r, int64_t k, int64_t j, int64_t n,
+                        const int wide)
 {
     for (int64_t p = 0; p < k; p++, to += TILE_N) {
-        const real *from = row_of(g, r + p) + j;
+        const void *from = row_of(g, r + p, j);
         real scale = scale_of(g, r + p);
         if (n == TILE_N) {
             for (int v = 0; v < TILE_N; v += VEC_N)
-                v_store(to + v, v_mul(v_load(from + v), v_set1(scale)));
+                v_store(to + v, v_mul(v_get_at(from, v, wide), v_set1(scale)));
         } else {
-            for (int64_t l = 0; l < n; l++) to[l] = from[l] * scale;
+            for (int64_t l = 0; l < n; l++) to[l] = get_at(from, l, wide) * scale;
             for (int64_t l = n; l < TILE_N; l++) to[l] = R(0.0);
         }
     }
+}
+
+static void pack_g(real *to, const moe__rows *g, int64_t r, int64_t k, int64_t j, int64_t n)
+{
+    if (WIDE(g->wide))
+        pack_g_of(to, g, r, k, j, n, 1);
+    else
+        pack_g_of(to, g, r, k, j, n, 0);
 }
 
 /* ---- results --------------------------------------------------------------------------------- */
@@ -263,25 +308,42 @@ static void pack_g(real *to, const moe__rows *g, int64_t r, int64_t k, int64_t j
 /* Where a tile's finished chains go: (i,j) to out[row(i) * stride_row + j * stride_col], row(i)
  * being index[i] if there is an index, else i. */
 typedef struct sink {
-    real *out;
+    void *out;
     int64_t stride_row, stride_col;
     const int64_t *index;
-    const real *bias; /* by bias_step, or NULL */
+    const void *bias; /* by bias_step, or NULL */
     int64_t bias_step;
-    int32_t add;
+    int32_t add, wide, bias_wide;
 } sink;
+
+/* from[n] to, or onto, what lies `step` apart from `out` on. */
+V_INLINE void store_line_of(void *out, int64_t step, const real *from, int64_t n, int add,
+                            const int wide)
+{
+    if (!WIDE(wide) && step == 1) { /* so that rounding vectorises */
+        for (int64_t c = 0; c < n; c++)
+            put_at(out, c, wide, add ? get_at(out, c, wide) + from[c] : from[c]);
+        return;
+    }
+    for (int64_t c = 0; c < n; c++)
+        put_at(out, c * step, wide, add ? get_at(out, c * step, wide) + from[c] : from[c]);
+}
+
+static void store_line(const sink *to, int64_t row, int64_t j, const real *from, int64_t n)
+{
+    void *out = place_at(to->out, row * to->stride_row + j * to->stride_col, to->wide);
+    if (WIDE(to->wide))
+        store_line_of(out, to->stride_col, from, n, to->add, 1);
+    else
+        store_line_of(out, to->stride_col, from, n, to->add, 0);
+}
 
 /* edge[m,TILE_N], bias added, to columns j .. j+n-1 of rows i .. i+m-1. */
 static void store_edge(const tile_scratch *s, const sink *to, int64_t i, int64_t m, int64_t j,
                        int64_t n)
 {
-    for (int64_t l = 0; l < m; l++) {
-        const real *from = s->edge + l * TILE_N;
-        real *out = to->out + (to->index ? to->index[i + l] : i + l) * to->stride_row +
-                    j * to->stride_col;
-        for (int64_t c = 0; c < n; c++)
-            out[c * to->stride_col] = to->add ? out[c * to->stride_col] + from[c] : from[c];
-    }
+    for (int64_t l = 0; l < m; l++)
+        store_line(to, to->index ? to->index[i + l] : i + l, j, s->edge + l * TILE_N, n);
 }
 
 /* A block of k for panel j .. j+n-1 of a tile [m,..]: all packed rows of a times job->b. The chains
@@ -290,10 +352,10 @@ static void run_panel(tile_scratch *s, micro_job job, int64_t m, int64_t j, int6
                       const sink *to)
 {
     int64_t panels = blocks(m, TILE_M);
-    int direct = to && n == TILE_N && to->stride_col == 1 && !to->index;
+    int direct = to && WIDE(to->wide) && n == TILE_N && to->stride_col == 1 && !to->index;
     if (to && to->bias) {
         for (int64_t l = 0; l < TILE_N; l++)
-            s->bias[l] = l < n ? to->bias[(j + l) * to->bias_step] : R(0.0);
+            s->bias[l] = l < n ? get_at(to->bias, (j + l) * to->bias_step, to->bias_wide) : R(0.0);
         job.bias = s->bias;
     }
     for (int64_t q = 0; q < panels; q++) {
@@ -301,7 +363,7 @@ static void run_panel(tile_scratch *s, micro_job job, int64_t m, int64_t j, int6
         real *chain = s->chain + i * BLOCK_N + j;
         job.a = s->a + q * PANEL_A;
         job.from = first ? NULL : chain;
-        job.out = direct ? to->out + i * to->stride_row + j : to ? s->edge : chain;
+        job.out = direct ? (real *)to->out + i * to->stride_row + j : to ? s->edge : chain;
         job.out_stride = direct ? to->stride_row : to ? TILE_N : BLOCK_N;
         job.add = direct && to->add;
         micro_rows(rows, &job);
@@ -326,10 +388,10 @@ static int64_t expert_of_tile(const int64_t *tile_begin, int64_t experts, int64_
     return low;
 }
 
-static real *matrix_of(const moe__matrices *m, int64_t e)
+static void *matrix_of(const moe__matrices *m, int64_t e)
 {
-    real *base = m->each ? m->each[e] : m->base ? (real *)m->base + e * m->stride_expert : NULL;
-    return base ? base + m->offset : NULL;
+    if (m->each) return m->each[e] ? place_at(m->each[e], m->offset, m->wide) : NULL;
+    return m->base ? place_at(m->base, e * m->stride_expert + m->offset, m->wide) : NULL;
 }
 
 int64_t MOE_KERNEL(gemm_rows_plan)(moe__gemm_rows_job *job)
@@ -343,21 +405,25 @@ int64_t MOE_KERNEL(gemm_rows_plan)(moe__gemm_rows_job *job)
     return job->tile_begin[job->experts];
 }
 
-/* A block of k of b: in place for a few rows, else packed while the panel after it is fetched. */
-static micro_job right_operand(tile_scratch *s, const moe__matrices *m, const real *b, int64_t k,
+/* A block of k of b: in place for a few rows, else packed while the panel after it is fetched, two
+ * cache lines at a time. */
+static micro_job right_operand(tile_scratch *s, const moe__matrices *m, const void *b, int64_t k,
                                int64_t n, int64_t rows)
 {
-    int64_t row = m->stride_row, col = m->stride_col;
-    int by_columns = row == 1 && col != 1;
-    if (rows <= IN_PLACE_M && n == TILE_N && col == 1)
-        return (micro_job){.k = k, .b = b, .b_stride = row, .ahead = {b + 16 * row, row, 8 * row}};
-    pack_b(s->b, b, row, col, k, n);
-    const real *next = b + TILE_N * col;
-    int64_t line = 128 / (int64_t)sizeof(real); /* two cache lines */
+    int64_t bytes = WIDE(m->wide) ? (int64_t)sizeof(real) : (int64_t)sizeof(element);
+    int64_t row = m->stride_row * bytes, col = m->stride_col * bytes;
+    int by_columns = m->stride_row == 1 && m->stride_col != 1;
+    if (WIDE(m->wide) && rows <= IN_PLACE_M && n == TILE_N && m->stride_col == 1)
+        return (micro_job){.k = k,
+                           .b = b,
+                           .b_stride = m->stride_row,
+                           .ahead = {(const char *)b + 16 * row, row, 8 * row}};
+    pack_b(s->b, b, m, k, n);
+    const char *next = (const char *)b + TILE_N * col;
     return (micro_job){.k = k,
                        .b = s->b,
                        .b_stride = TILE_N,
-                       .ahead = by_columns ? (read_ahead){next, line, col}
+                       .ahead = by_columns ? (read_ahead){next, 128, col}
                                            : (read_ahead){next, row, 8 * row}};
 }
 
@@ -370,21 +436,25 @@ void MOE_KERNEL(gemm_rows_tile)(const moe__gemm_rows_job *job, int64_t tile, voi
     int64_t i = part(all, parts, place / columns), m = part(all, parts, place / columns + 1) - i;
     int64_t r = job->expert_begin[e] + i, j = place % columns * BLOCK_N;
     int64_t n = moe__min(BLOCK_N, job->n - j), row = job->b.stride_row, col = job->b.stride_col;
-    const real *b = matrix_of(&job->b, e), *bias = matrix_of(&job->bias, e);
-    const sink out = {.out = (real *)job->out + (job->out_index ? 0 : r * job->out_stride) + j,
+    const void *b = matrix_of(&job->b, e), *bias = matrix_of(&job->bias, e);
+    int64_t bias_at = j * job->bias.stride_col, first = job->out_index ? 0 : r * job->out_stride;
+    const sink out = {.out = place_at(job->out, first + j, job->out_wide),
                       .stride_row = job->out_stride,
                       .stride_col = 1,
                       .index = job->out_index ? job->out_index + r : NULL,
-                      .bias = bias ? bias + j * job->bias.stride_col : NULL,
+                      .bias = bias ? place_at(bias, bias_at, job->bias.wide) : NULL,
                       .bias_step = job->bias.stride_col,
-                      .add = job->out_add};
+                      .bias_wide = job->bias.wide,
+                      .add = job->out_add,
+                      .wide = job->out_wide};
     int64_t p = 0;
     do { /* once for k = 0, whose chains are +0 */
         int64_t k = moe__min(BLOCK_K, job->k - p);
         pack_a_rows(s, &job->a, r, m, p, k);
         for (int64_t l = 0; l < n; l += TILE_N) {
             int64_t width = moe__min(TILE_N, n - l);
-            micro_job work = right_operand(s, &job->b, b + p * row + (j + l) * col, k, width, m);
+            const void *at = place_at(b, p * row + (j + l) * col, job->b.wide);
+            micro_job work = right_operand(s, &job->b, at, k, width, m);
             run_panel(s, work, m, l, width, p == 0, p + k == job->k ? &out : NULL);
         }
         p += BLOCK_K;
@@ -443,9 +513,10 @@ static void bias_chain(const moe__gemm_dw_job *job, tile_scratch *s, const place
 {
     if (fresh) memset(s->chain, 0, BLOCK_N * sizeof *s->chain);
     for (int64_t p = r; p < r + count; p++) {
-        const real *from = row_of(&job->g, p) + at->j;
+        const void *from = row_of(&job->g, p, at->j);
         real scale = scale_of(&job->g, p);
-        for (int64_t l = 0; l < at->n; l++) s->chain[l] = s->chain[l] + from[l] * scale;
+        for (int64_t l = 0; l < at->n; l++)
+            s->chain[l] = s->chain[l] + get_at(from, l, job->g.wide) * scale;
     }
 }
 
@@ -534,12 +605,7 @@ static int sum_on(const moe__gemm_dw_job *job, tile_scratch *s, const place *at)
 
 static void store_sum(const tile_scratch *s, const sink *to, int64_t m, int64_t n)
 {
-    for (int64_t i = 0; i < m; i++) {
-        real *out = to->out + i * to->stride_row;
-        const real *from = s->sum + i * BLOCK_N;
-        for (int64_t l = 0; l < n; l++)
-            out[l * to->stride_col] = to->add ? out[l * to->stride_col] + from[l] : from[l];
-    }
+    for (int64_t i = 0; i < m; i++) store_line(to, i, 0, s->sum + i * BLOCK_N, n);
 }
 
 void MOE_KERNEL(gemm_dw_tile)(const moe__gemm_dw_job *job, int64_t tile, void *scratch)
@@ -549,22 +615,26 @@ void MOE_KERNEL(gemm_dw_tile)(const moe__gemm_dw_job *job, int64_t tile, void *s
     int64_t number = tile - job->tile_begin[e], columns = blocks(job->n, BLOCK_N);
     int64_t i = number / columns * BLOCK_M, j = number % columns * BLOCK_N;
     int64_t n = moe__min(BLOCK_N, job->n - j), rows = rows_of_expert(job, e);
-    real *dw = matrix_of(&job->dw, e), *dbias = matrix_of(&job->dbias, e);
+    const void *dw = matrix_of(&job->dw, e), *dbias = matrix_of(&job->dbias, e);
     int cut = went_before(job, e) || will_come(job, e);
     if (dbias && i == 0) {
         int64_t col = job->dbias.stride_col;
         const place of_bias = {e, 0, 0, j, n};
-        const sink bias = {.out = dbias + j * col, .stride_col = col, .add = !job->overwrite};
+        const sink bias = {.out = place_at(dbias, j * col, job->dbias.wide),
+                           .stride_col = col,
+                           .add = !job->overwrite,
+                           .wide = job->dbias.wide};
         if (!cut) sum_segments(job, s, &of_bias);
         if (!cut || sum_on(job, s, &of_bias)) store_sum(s, &bias, 1, n);
     }
     if (!dw || job->k == 0) return;
     const place at = {e, i, moe__min(BLOCK_M, job->k - i), j, n};
     int64_t row = job->dw.stride_row, col = job->dw.stride_col;
-    const sink to = {.out = dw + i * row + j * col,
+    const sink to = {.out = place_at(dw, i * row + j * col, job->dw.wide),
                      .stride_row = row,
                      .stride_col = col,
-                     .add = !job->overwrite};
+                     .add = !job->overwrite,
+                     .wide = job->dw.wide};
     if (cut) {
         if (sum_on(job, s, &at)) store_sum(s, &to, at.m, n);
     } else if (job->segments_per_expert == 1 && rows <= SUM_ROWS) {

@@ -3,7 +3,8 @@
  *     rows:  out[r,:] (=|+=) (scale_r a[r,:]) b_e (+ bias_e)    for the rows r of each expert e
  *     dw:    dw_e (=|+=) sum over e's rows of a[r,:]^T g[r,:],  dbias_e (=|+=) sum of g[r,:]
  *
- * Elements are the kernel's `real`, strides count elements. dX is the first with the strides of the
+ * Strides count elements: the kernel's `element`, or its `real` where an operand is `wide`; they are
+ * the same type in the f32 and f64 tables. dX is the first with the strides of the
  * weights exchanged. Each element of a product is one chain of fused multiply-adds from +0 in
  * ascending index of the summed dimension; docs/numerics.md has the rule for sums over rows. */
 #ifndef MOE_CPU_GROUPED_GEMM_H
@@ -18,7 +19,8 @@ typedef struct moe__rows {
     const void *data;
     int64_t stride;
     const int64_t *row_index;
-    const void *scale;
+    const void *scale; /* reals */
+    int32_t wide;      /* 1: that is what is computed with, rather than 16 bits */
 } moe__rows;
 
 /* Element (e,i,j) is (each ? each[e] : base + e stride_expert)[offset + i stride_row + j
@@ -30,6 +32,7 @@ typedef struct moe__matrices {
     int64_t offset;
     int64_t stride_expert, stride_row, stride_col;
     int32_t dtype; /* MOE_DTYPE_* of its elements */
+    int32_t wide;  /* 1: that is what is computed with, rather than 16 bits */
 } moe__matrices;
 
 typedef struct moe__gemm_rows_job {
@@ -43,7 +46,8 @@ typedef struct moe__gemm_rows_job {
     int64_t out_stride;
     const int64_t *out_index; /* row r goes to row out_index[r] of out; NULL: to row r */
     int32_t out_add;          /* 1: out = out + result */
-    int64_t *tile_begin;      /* [experts+1] of the caller */
+    int32_t out_wide;
+    int64_t *tile_begin; /* [experts+1] of the caller */
 } moe__gemm_rows_job;
 
 /* Sums over rows that wait for more rows: what a tile has of the chain it is in, and of the chains

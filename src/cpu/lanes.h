@@ -29,8 +29,8 @@ static inline real lane_sum(const real *a, int64_t n)
     return lane_tree(lane);
 }
 
-/* Written in vectors: gcc makes 16 scalar chains of the plain loop. */
-static inline real lane_dot(const real *a, const real *b, int64_t n)
+/* Of elements, or of reals. Written in vectors: gcc makes 16 scalar chains of the plain loop. */
+V_INLINE real lane_dot_of(const void *a, const void *b, int64_t n, const int wide)
 {
     enum { VECTORS = 16 / VEC_N };
     real lane[16];
@@ -39,10 +39,21 @@ static inline real lane_dot(const real *a, const real *b, int64_t n)
     for (int v = 0; v < VECTORS; v++) sum[v] = v_set1(R(0.0));
     for (; i + 16 <= n; i += 16)
         for (int v = 0; v < VECTORS; v++)
-            sum[v] = v_fma(v_load(a + i + v * VEC_N), v_load(b + i + v * VEC_N), sum[v]);
+            sum[v] = v_fma(v_get_at(a, i + v * VEC_N, wide), v_get_at(b, i + v * VEC_N, wide),
+                           sum[v]);
     for (int v = 0; v < VECTORS; v++) v_store(lane + v * VEC_N, sum[v]);
-    for (int l = 0; i < n; i++, l++) lane[l] = r_fma(a[i], b[i], lane[l]);
+    for (int l = 0; i < n; i++, l++)
+        lane[l] = r_fma(get_at(a, i, wide), get_at(b, i, wide), lane[l]);
     return lane_tree(lane);
+}
+
+static inline real lane_dot(const real *a, const real *b, int64_t n)
+{
+    return lane_dot_of(a, b, n, 1);
+}
+static inline real element_dot(const element *a, const element *b, int64_t n)
+{
+    return lane_dot_of(a, b, n, 0);
 }
 
 #endif

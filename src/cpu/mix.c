@@ -3,7 +3,7 @@
  *     width 1:  s = sigmoid(x w)               of the shared part
  *     width 2:  c = softmax(x W + b)           of routed and residual part
  *
- * x [T,D], W [D,width]. The weights of a plan's entries are multiplied by them. */
+ * x [T,D] and W [D,width] are elements, coefficients and weights are reals. The weights of a plan's entries are multiplied by them. */
 #include "cpu/kernels.h"
 #include "cpu/route.h"
 #include "cpu/tiles.h"
@@ -40,10 +40,11 @@ moe_status MOE_KERNEL(mix_forward)(moe__mix_job *job)
                                .expert_begin = rows,
                                .k = job->input_width,
                                .n = job->width,
-                               .a = {job->x, job->x_stride, NULL, NULL},
+                               .a = {.data = job->x, .stride = job->x_stride},
                                .b = job->weight_matrix,
                                .bias = job->bias,
                                .out = job->coefficient,
+                               .out_wide = 1,
                                .out_stride = job->width,
                                .tile_begin = job->tile_begin};
     MOE_TRY(run_gemm_rows(&job->workers, &gemm));
@@ -88,30 +89,35 @@ moe_status MOE_KERNEL(mix_backward)(moe__mix_job *job)
     MOE_TRY(moe__parallel_range(job->workers.context, job->tokens, 256, coefficients_backward_range,
                                 job, job->workers.function));
     if (job->dx) {
-        moe__gemm_rows_job gemm = {.experts = 1,
-                                   .expert_begin = rows,
-                                   .k = job->width,
-                                   .n = job->input_width,
-                                   .a = {job->d_coefficient, job->width, NULL, NULL},
-                                   .b = job->weight_matrix,
-                                   .out = job->dx,
-                                   .out_stride = job->dx_stride,
-                                   .out_add = 1,
-                                   .tile_begin = job->tile_begin};
+        moe__gemm_rows_job gemm = {
+            .experts = 1,
+            .expert_begin = rows,
+            .k = job->width,
+            .n = job->input_width,
+            .a = {.data = job->d_coefficient, .stride = job->width, .wide = 1},
+            .b = job->weight_matrix,
+            .out = job->dx,
+            .out_stride = job->dx_stride,
+            .out_add = 1,
+            .tile_begin = job->tile_begin};
         gemm.b.stride_row = job->weight_matrix.stride_col;
         gemm.b.stride_col = job->weight_matrix.stride_row;
         MOE_TRY(run_gemm_rows(&job->workers, &gemm));
     }
     if (!has(&job->d_weight_matrix) && !has(&job->d_bias)) return MOE_OK;
-    moe__gemm_dw_job gemm = {.experts = 1,
-                             .segment_begin = job->valid_begin,
-                             .segments_per_expert = job->groups,
-                             .k = job->input_width,
-                             .n = job->width,
-                             .a = {job->x, job->x_stride, job->valid_token, NULL},
-                             .g = {job->d_coefficient, job->width, job->valid_token, NULL},
-                             .dw = job->d_weight_matrix,
-                             .dbias = job->d_bias,
-                             .tile_begin = job->tile_begin};
+    moe__gemm_dw_job gemm = {
+        .experts = 1,
+        .segment_begin = job->valid_begin,
+        .segments_per_expert = job->groups,
+        .k = job->input_width,
+        .n = job->width,
+        .a = {.data = job->x, .stride = job->x_stride, .row_index = job->valid_token},
+        .g = {.data = job->d_coefficient,
+              .stride = job->width,
+              .row_index = job->valid_token,
+              .wide = 1},
+        .dw = job->d_weight_matrix,
+        .dbias = job->d_bias,
+        .tile_begin = job->tile_begin};
     return run_gemm_dw(&job->workers, &gemm);
 }

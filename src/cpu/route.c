@@ -33,13 +33,23 @@ static void jitter_range(void *argument, int64_t begin, int64_t end)
     const moe__route_job *job = argument;
     int64_t D = job->input_width;
     for (int64_t t = begin; t < end; t++) {
-        const real *in = (const real *)job->x + t * job->x_stride;
+        const element *in = (const element *)job->x + t * job->x_stride;
         real *out = (real *)job->x_jittered + t * D, factor[4];
         for (int64_t first = 0; first < D; first += 4) {
             MOE_KERNEL(jitter4)(job, t, first, factor);
-            for (int64_t j = first; j < first + 4 && j < D; j++) out[j] = in[j] * factor[j - first];
+            for (int64_t j = first; j < first + 4 && j < D; j++)
+                out[j] = get(in[j]) * factor[j - first];
         }
     }
+}
+
+moe__rows MOE_KERNEL(gate_input)(const moe__route_job *job, const int64_t *token_of_row)
+{
+    bool jitter = job->x_jittered != NULL;
+    return (moe__rows){.data = jitter ? job->x_jittered : job->x,
+                       .stride = jitter ? job->input_width : job->x_stride,
+                       .row_index = token_of_row,
+                       .wide = jitter};
 }
 
 /* ---- logits ---------------------------------------------------------------------------------- */
@@ -52,12 +62,12 @@ moe_status MOE_KERNEL(level_product)(const moe__route_job *job, const moe__gate_
                                .expert_begin = level->part_begin ? level->part_begin : all,
                                .k = job->input_width,
                                .n = level->width,
-                               .a = {job->x, job->x_stride, level->token_of_row, NULL},
+                               .a = MOE_KERNEL(gate_input)(job, level->token_of_row),
                                .b = *w,
                                .out = out,
+                               .out_wide = 1,
                                .out_stride = level->width,
                                .tile_begin = job->tile_begin};
-    if (job->x_jittered) gemm.a.data = job->x_jittered, gemm.a.stride = job->input_width;
     if (bias) gemm.bias = *bias;
     return run_gemm_rows(&job->workers, &gemm);
 }

@@ -58,7 +58,9 @@ moe_status MOE_KERNEL(choose_by_expert)(const moe__route_job *job);
 moe_status MOE_KERNEL(choose_above)(const moe__route_job *job);
 moe_status MOE_KERNEL(sinkhorn)(const moe__route_job *job);
 
-/* route.c: jitter and logits of the first level. */
+/* route.c: what the gate's products read: x, or x' where there is jitter. */
+moe__rows MOE_KERNEL(gate_input)(const moe__route_job *job, const int64_t *token_of_row);
+/* Jitter and logits of the first level. */
 moe_status MOE_KERNEL(first_logits)(const moe__route_job *job);
 /* out[rows,width] = x w (+ bias), each row with its part's. */
 moe_status MOE_KERNEL(level_product)(const moe__route_job *job, const moe__gate_level *level,

@@ -8,15 +8,17 @@
 
 static moe_status product(const moe__second_job *job, const moe__matrices *w, void *out)
 {
-    moe__gemm_rows_job gemm = {.experts = job->parts,
-                               .expert_begin = job->part_begin,
-                               .k = job->input_width,
-                               .n = job->width,
-                               .a = {job->x, job->input_width, job->index, NULL},
-                               .b = *w,
-                               .out = out,
-                               .out_stride = job->width,
-                               .tile_begin = job->tile_begin};
+    moe__gemm_rows_job gemm = {
+        .experts = job->parts,
+        .expert_begin = job->part_begin,
+        .k = job->input_width,
+        .n = job->width,
+        .a = {.data = job->x, .stride = job->input_width, .row_index = job->index},
+        .b = *w,
+        .out = out,
+        .out_wide = 1,
+        .out_stride = job->width,
+        .tile_begin = job->tile_begin};
     return run_gemm_rows(&job->workers, &gemm);
 }
 
@@ -29,8 +31,10 @@ moe_status MOE_KERNEL(second_forward)(moe__second_job *job)
 /* d by the logits, or by the raw noise after them. */
 static moe__rows gradient(const moe__second_job *job, int noise)
 {
-    return (moe__rows){(const real *)job->d + (noise ? job->width : 0), job->d_stride, job->index,
-                       NULL};
+    return (moe__rows){.data = (const real *)job->d + (noise ? job->width : 0),
+                       .stride = job->d_stride,
+                       .row_index = job->index,
+                       .wide = 1};
 }
 
 static moe_status input(const moe__second_job *job, const moe__matrices *w, int noise)
@@ -42,6 +46,7 @@ static moe_status input(const moe__second_job *job, const moe__matrices *w, int 
                                .a = gradient(job, noise),
                                .b = *w,
                                .out = job->dx_rows,
+                               .out_wide = 1,
                                .out_stride = job->input_width,
                                .out_add = noise,
                                .tile_begin = job->tile_begin};
@@ -53,15 +58,16 @@ static moe_status input(const moe__second_job *job, const moe__matrices *w, int 
 static moe_status parameters(const moe__second_job *job, const moe__matrices *dw, int noise)
 {
     if (!has(dw)) return MOE_OK;
-    moe__gemm_dw_job gemm = {.experts = job->parts,
-                             .segment_begin = job->segment_begin,
-                             .segments_per_expert = job->segments,
-                             .k = job->input_width,
-                             .n = job->width,
-                             .a = {job->x, job->input_width, job->index, NULL},
-                             .g = gradient(job, noise),
-                             .dw = *dw,
-                             .tile_begin = job->tile_begin};
+    moe__gemm_dw_job gemm = {
+        .experts = job->parts,
+        .segment_begin = job->segment_begin,
+        .segments_per_expert = job->segments,
+        .k = job->input_width,
+        .n = job->width,
+        .a = {.data = job->x, .stride = job->input_width, .row_index = job->index},
+        .g = gradient(job, noise),
+        .dw = *dw,
+        .tile_begin = job->tile_begin};
     return run_gemm_dw(&job->workers, &gemm);
 }
 

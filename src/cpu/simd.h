@@ -171,6 +171,41 @@ V_INLINE void v_store(real *p, vec a)
 
 V_INLINE vec v_zero(void) { return v_set1(R(0.0)); }
 
+/* VEC_N elements. */
+#ifndef MOE_HALF
+V_INLINE vec v_get(const element *p) { return v_load(p); }
+#elif defined(__AVX512F__) && defined(MOE_BF16)
+V_INLINE vec v_get(const element *p)
+{
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+#elif defined(__AVX512F__)
+V_INLINE vec v_get(const element *p)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+#elif defined(__AVX2__) && defined(MOE_BF16)
+V_INLINE vec v_get(const element *p)
+{
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+#else
+V_INLINE vec v_get(const element *p)
+{
+    real wide[VEC_N];
+    for (int i = 0; i < VEC_N; i++) wide[i] = get(p[i]);
+    return v_load(wide);
+}
+#endif
+
+/* Elements i to i + VEC_N - 1 of memory that holds elements, or reals if `wide`. */
+V_INLINE vec v_get_at(const void *memory, int64_t i, int wide)
+{
+    return WIDE(wide) ? v_load((const real *)memory + i) : v_get((const element *)memory + i);
+}
+
 /* Rows t[0 .. VEC_N-1] become columns: zipping row i with row i + VEC_N/2 log2(VEC_N) times. */
 V_INLINE void v_transpose(vec *t)
 {

@@ -100,7 +100,7 @@ static inline void weigh(const moe_gate_config *c, real scale, real *w, const in
 /* Element i of a vector parameter. */
 static inline real vector_at(const moe__matrices *m, int64_t i)
 {
-    return ((const real *)m->base)[m->offset + i * m->stride_col];
+    return get_at(m->base, m->offset + i * m->stride_col, m->wide);
 }
 
 /* The factor on a level's weights: a hierarchical gate applies its own to the products. */

@@ -24,6 +24,9 @@ typedef struct ref_pool {
     int sigmoid;                 /* 1: of each expert's output */
     int position;                /* what the weight multiplies: 0 output, 1 hidden, 2 input */
     double alpha, limit, offset; /* of SwiGLU; 0: plain */
+    double (*stored)(
+        double z); /* rounds z1 and z3 as a layer of 16 bits does, which decides on which
+                                    side of a limit they are; NULL: not */
     const double *W1, *b1, *W3, *b3, *W2, *b2; /* [E,D,F] [E,F] ... [E,F,O] [E,O] */
 } ref_pool;
 

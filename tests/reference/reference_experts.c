@@ -64,6 +64,7 @@ void ref__expert_forward(const ref_problem *p, const ref_pool *q, int64_t e, con
             s->z1[f] += s->x[d] * q->W1[(e * p->D + d) * q->F + f];
             if (q->W3) s->z3[f] += s->x[d] * q->W3[(e * p->D + d) * q->F + f];
         }
+        if (q->stored) s->z1[f] = q->stored(s->z1[f]), s->z3[f] = q->stored(s->z3[f]);
         s->h[f] = hidden(q, s->z1[f], s->z3[f], &s->slope1[f], &s->slope3[f]);
         s->h_in[f] = q->position == 1 ? w * s->h[f] : s->h[f];
     }

@@ -1,5 +1,5 @@
 /* layer_case.c - the contents of a case. Inputs are rounded to f32 first, so that f32 and f64
- * see the same. */
+ * see the same; tokens and weights of a 16-bit case to its elements. */
 #include "support/layer_case.h"
 
 #include <check.h>
@@ -24,12 +24,26 @@ double random_normal(uint64_t *state)
     return sum;
 }
 
+static double *random_numbers(layer_case *c, uint64_t *state, int64_t count, double size,
+                              int32_t dtype)
+{
+    double *a = malloc(((size_t)count + 1) * sizeof *a), rounded;
+    ck_assert_ptr_nonnull(a);
+    for (int64_t i = 0; i < count; i++) {
+        number_set(&rounded, 0, dtype, size * random_normal(state));
+        a[i] = number_at(&rounded, 0, dtype);
+    }
+    return c->arrays[c->array_count++] = a;
+}
+
+/* Of what is stored as the layer's dtype, and of what is f32 even if that has 16 bits. */
 static double *random_array(layer_case *c, uint64_t *state, int64_t count, double size)
 {
-    double *a = malloc(((size_t)count + 1) * sizeof *a);
-    ck_assert_ptr_nonnull(a);
-    for (int64_t i = 0; i < count; i++) a[i] = (double)(float)(size * random_normal(state));
-    return c->arrays[c->array_count++] = a;
+    return random_numbers(c, state, count, size, c->element);
+}
+static double *random_reals(layer_case *c, uint64_t *state, int64_t count, double size)
+{
+    return random_numbers(c, state, count, size, MOE_DTYPE_F32);
 }
 
 static void make_groups_and_mask(layer_case *c, uint64_t *state)
@@ -67,7 +81,7 @@ static void make_routing(layer_case *c, uint64_t *state)
                                                   : (int32_t)(random_uniform(state) * (double)c->E);
     p->fixed_ids = c->ids;
     if (c->replay != 2) return;
-    double *weights = random_array(c, state, entries, 1);
+    double *weights = random_reals(c, state, entries, 1);
     for (int64_t n = 0; n < entries; n++)
         weights[n] = fabs(weights[n]) + 0.125; /* a sum to divide by */
     p->fixed_weights = weights;
@@ -111,9 +125,9 @@ static void make_family_arrays(layer_case *c, uint64_t *state)
     ref_problem *p = &c->p;
     int64_t A = c->expert_groups;
     double of_gate = 1 / sqrt((double)p->gate_D);
-    if (c->selection_bias) p->selection_bias = random_array(c, state, c->E, 0.2);
+    if (c->selection_bias) p->selection_bias = random_reals(c, state, c->E, 0.2);
     if (c->kind == MOE_GATE_BALANCED) {
-        double *threshold = random_array(c, state, c->E, c->thresholds ? 0.3 / (double)c->E : 0);
+        double *threshold = random_reals(c, state, c->E, c->thresholds ? 0.3 / (double)c->E : 0);
         for (int64_t e = 0; e < c->E && c->thresholds; e++)
             threshold[e] = (double)(float)(threshold[e] + 1 / (double)c->E);
         p->threshold = threshold;
@@ -121,7 +135,7 @@ static void make_family_arrays(layer_case *c, uint64_t *state)
     if (c->kind == MOE_GATE_HIERARCHICAL) {
         p->Wp = random_array(c, state, p->gate_D * A, of_gate);
         p->Wq = random_array(c, state, p->gate_D * A, of_gate);
-        p->noise_primary = random_array(c, state, c->T * A, 1);
+        p->noise_primary = random_reals(c, state, c->T * A, 1);
     }
     if (c->shared) make_pool_arrays(c, state, &p->shared);
     if (c->residual) make_pool_arrays(c, state, &p->residual);
@@ -142,8 +156,8 @@ static void make_arrays(layer_case *c, uint64_t *state)
         if (!c->mask[i / c->D]) x[i] = NAN;
     p->x = x;
     if (c->gate_D) p->gate_x = random_array(c, state, c->T * p->gate_D, size);
-    if (c->logits_in) p->logits_in = random_array(c, state, c->T * c->E, 1);
-    p->noise = random_array(c, state, c->T * c->E, 1);
+    if (c->logits_in) p->logits_in = random_reals(c, state, c->T * c->E, 1);
+    p->noise = random_reals(c, state, c->T * c->E, 1);
     if (c->philox) p->noise = philox_noise(c);
     p->Wg = random_array(c, state, p->gate_D * c->E, of_gate);
     if (c->router_bias) p->bg = random_array(c, state, c->E, 0.3);
@@ -151,7 +165,7 @@ static void make_arrays(layer_case *c, uint64_t *state)
         p->Wn = random_array(c, state, p->gate_D * c->E, of_gate);
     make_pool_arrays(c, state, &p->routed);
     if (c->no_experts)
-        p->weight_grad = random_array(c, state, c->T * p->K, 1);
+        p->weight_grad = random_reals(c, state, c->T * p->K, 1);
     else
         p->dy = random_array(c, state, c->T * p->O, 1);
     make_family_arrays(c, state);
@@ -183,9 +197,22 @@ static void make_gate_options(layer_case *c)
     p->renormalize_after_drop = c->renormalize_after_drop;
 }
 
+static double rounded_to(int32_t dtype, double x)
+{
+    double rounded;
+    number_set(&rounded, 0, dtype, x);
+    return number_at(&rounded, 0, dtype);
+}
+static double rounded_to_bf16(double x) { return rounded_to(MOE_DTYPE_BF16, x); }
+static double rounded_to_f16(double x) { return rounded_to(MOE_DTYPE_F16, x); }
+
 static void make_pools(layer_case *c)
 {
     ref_problem *p = &c->p;
+    double (*stored)(double) = c->limit == 0                  ? NULL
+                               : c->element == MOE_DTYPE_BF16 ? rounded_to_bf16
+                               : c->element == MOE_DTYPE_F16  ? rounded_to_f16
+                                                              : NULL;
     p->routed = (ref_pool){.E = c->E,
                            .F = c->F,
                            .activation = c->activation,
@@ -193,6 +220,7 @@ static void make_pools(layer_case *c)
                            .position = c->position,
                            .alpha = c->alpha,
                            .limit = c->limit,
+                           .stored = stored,
                            .offset = c->offset};
     p->shared = (ref_pool){.E = c->shared, .F = c->F + 2, .activation = c->branch_activation};
     p->residual = (ref_pool){.E = c->residual, .F = c->F + 1, .activation = c->branch_activation};

@@ -46,6 +46,8 @@ typedef struct layer_case {
     int dropped, position;      /* MOE_DROPPED_*, MOE_WEIGHT_ON_* of the routed experts */
     double renormalize_minimum, capacity_factor_eval, second_threshold;
     double alpha, limit, offset; /* of SwiGLU in the routed experts */
+    int32_t element;    /* MOE_DTYPE_BF16 or _F16: what tokens and weights are rounded to; 0: f32 */
+    int half_gradients; /* 1: bound gradients are of 16 bits too, not f32 */
     /* filled by layer_case_make */
     ref_problem p;
     int64_t *group_begin;
@@ -99,6 +101,7 @@ enum { CASE_SEED = 42, CASE_LAYER = 5, CASE_STREAM = 3, CASE_STEP = 9, CASE_TOKE
 typedef struct row_operand {
     void *dense, *wide;
     int64_t rows, width, stride; /* stride 0: no wide copy */
+    size_t element;
     int is_output;
 } row_operand;
 
@@ -106,6 +109,7 @@ typedef struct row_operand {
 typedef struct bound_memory {
     char *data, *grad;
     int64_t data_count, grad_count; /* elements */
+    size_t data_element, grad_element;
     void *data_each[16], *grad_each[16];
 } bound_memory;
 
@@ -114,22 +118,24 @@ enum { RUN_OPERANDS = 10, RUN_PARAMETERS = 28 };
 /* The library's objects and results for a case; results are widened to double. */
 typedef struct layer_run {
     const layer_case *c;
-    int32_t dtype;
+    int32_t dtype, real; /* of tokens and rows; of logits, noise, weights and their gradients */
     moe_context *context;
     moe_gate *gate;
     moe_experts *experts, *shared, *residual;
     moe_layer *layer;
     moe_pass *pass;
-    moe_plan *plan;                                                          /* replayed */
-    void *x, *gate_x, *logits_in, *noise, *noise_primary, *dy, *weight_grad; /* inputs of the
-                                                                                 dtype */
-    void *y, *dx, *d_gate_x, *d_logits, *entry_grad; /* outputs of the dtype */
-    double loss_grad[MOE_LOSS_SLOTS];                /* of the dtype */
+    moe_plan *plan;                                        /* replayed */
+    void *x, *gate_x, *dy;                                 /* inputs of the dtype */
+    void *logits_in, *noise, *noise_primary, *weight_grad; /* real */
+    void *y, *dx, *d_gate_x;                               /* outputs of the dtype */
+    void *d_logits, *entry_grad;                           /* real */
+    double loss_grad[MOE_LOSS_SLOTS];                      /* real */
     void *moved_x, *moved_gate_x;
     row_operand rows[RUN_OPERANDS];
     bound_memory bound[RUN_PARAMETERS];
     moe_forward_args f;
     moe_backward_args b;
+    const ref_result *want; /* of layer_run_compare */
 } layer_run;
 
 /* Makes context (from `config`, may be NULL), objects with the case's parameters, and arguments.
@@ -141,10 +147,13 @@ void layer_run_free(layer_run *r);
 moe_status layer_run_forward(layer_run *r);
 moe_status layer_run_backward(layer_run *r);
 
-/* Bytes of an element, and element i of an array, of the run's dtype. */
-size_t layer_run_element(const layer_run *r);
-double layer_run_at(const layer_run *r, const void *data, int64_t i);
-void layer_run_set(const layer_run *r, void *data, int64_t i, double value);
+/* Bytes of an element, and element i of an array, of a dtype. */
+size_t number_bytes(int32_t dtype);
+double number_at(const void *data, int64_t i, int32_t dtype);
+void number_set(void *data, int64_t i, int32_t dtype, double value);
+/* Of 16 bits; what such a layer computes with. */
+int number_is_half(int32_t dtype);
+int32_t number_real(int32_t dtype);
 /* Writes double data into the parameters, mapping layout and GLU order. */
 void layer_run_set_parameters(layer_run *r, const ref_problem *p);
 
@@ -154,7 +163,7 @@ int64_t layer_run_slot(const layer_run *r, const moe_plan_view *v, int64_t t, in
 void layer_run_view(const layer_run *r, moe_plan_view *v);
 
 /* Compares everything with the reference; "" or the tensor, the index and both values. */
-const char *layer_run_compare(const layer_run *r, const ref_result *want);
+const char *layer_run_compare(layer_run *r, const ref_result *want);
 
 /* A parameter's gradient in the reference's order; malloc'd. name as in ref_result: "dW1", ...
  * Elements without a gradient are NaN. */

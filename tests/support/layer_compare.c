@@ -46,31 +46,124 @@ static double allowed(const layer_run *r, const char *name, double largest)
     return (has_load ? a->f32_with_load : a->f32) * largest + a->floor_f32;
 }
 
+static int complain(const layer_run *r, const char *name, int64_t i, double got, double want,
+                    double size)
+{
+    char text[768];
+    layer_case_print(r->c, text, sizeof text);
+    (void)snprintf(failure, sizeof failure,
+                   "%s: %s[%lld] is %.17g, want %.17g (size %.3g), dtype %d", text, name,
+                   (long long)i, got, want, size, (int)r->dtype);
+    return 1;
+}
+
+/* ---- 16 bits --------------------------------------------------------------------------------- */
+
+/* Largest allowed error of a layer of 16 bits against the reference on the same rounded inputs, in
+ * units u, half an ulp of 1: 2^-8 in bf16, 2^-11 in f16. Of the tensor as a whole, the root of the
+ * sum of squares against that of the reference; of one element, 4 times as much of its magnitude and
+ * the tensor's root mean square together.
+ *
+ * An element of y has been rounded four or five times on its way (z1, z3, h, out, y), in random
+ * directions; a gradient twice as often, and it multiplies what was rounded. What is f32 in such a
+ * layer (the routing, its losses and statistics, and all of a gate by itself but dx) has the f32
+ * column above. */
+typedef struct half_allowance {
+    const char *name;
+    double units;
+} half_allowance;
+
+static const half_allowance half_allowances[] = {
+    {"weights", 0}, {"importance", 0}, {"load", 0}, {"losses", 0},
+    {"stats", 0},   {"counts", 0},     {"y", 4},    {"", 8}, /* every gradient */
+};
+
+static double half_units(const layer_run *r, const char *name)
+{
+    const half_allowance *a = half_allowances;
+    int rounded = strcmp(name, "dx") == 0 || strcmp(name, "d_gate_x") == 0;
+    if (r->c->no_experts && !rounded && !(r->c->bound && r->c->half_gradients)) return 0;
+    while (a->name[0] && strcmp(a->name, name) != 0) a++;
+    return a->units;
+}
+
+static double root_mean_square(const double *a, int64_t count)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += isfinite(a[i]) ? a[i] * a[i] : 0;
+    return count > 0 ? sqrt(sum / (double)count) : 0;
+}
+
+/* The gradient by a stored y loses what y (1 - y) does: its error is u of dy, however small the
+ * product is. */
+static double sigmoid_loss(const layer_run *r, const ref_result *want)
+{
+    const ref_problem *p = &r->c->p;
+    double all = 0, left = 0, of_experts = r->c->expert_sigmoid ? 4 : 1;
+    if (!p->layer_sigmoid || r->c->no_experts) return of_experts;
+    for (int64_t i = 0; i < p->T * p->O; i++) {
+        double y = want->y[i], d = p->dy[i], slope = d * y * (1 - y) * 4;
+        all += d * d, left += isfinite(slope) ? slope * slope : 0;
+    }
+    return left > 0 ? of_experts * fmin(sqrt(all / left), 16) : of_experts;
+}
+
+/* Gradients of the gate and of the layer's own parameters are sums over tokens of differences of
+ * products dy . out, the gradients by weights, which may cancel: the size of such a sum if they did
+ * not, with inputs of about 1. */
+static double size_of_terms(const layer_run *r, const char *name)
+{
+    static const char *const sums[] = {"dWg", "dbg", "dWn", "dWp", "dWq", "dWc", "dbc", "dws"};
+    const ref_problem *p = &r->c->p;
+    int alone = r->c->no_experts, of_branch = name[2] == 'c' || name[2] == 's';
+    double each = root_mean_square(alone ? p->weight_grad : r->want->d_w, p->T * p->K);
+    if (of_branch && !alone) /* of the branch's out the reference keeps no more than y */
+        each = fmax(each, root_mean_square(p->dy, p->T * p->O) * sqrt((double)p->O) *
+                              root_mean_square(r->want->y, p->T * p->O));
+    if (strcmp(name, "d_logits") == 0 || strcmp(name, "d_gate_x") == 0) return each;
+    for (size_t i = 0; i < COUNT(sums); i++)
+        if (strcmp(name, sums[i]) == 0) return each * sqrt((double)p->T);
+    return 0;
+}
+
+static int half_differs(const layer_run *r, const char *name, double units, const double *got,
+                        const double *want, int64_t count)
+{
+    double u = r->dtype == MOE_DTYPE_BF16 ? 0x1p-8 : 0x1p-11, error = 0;
+    double size = fmax(root_mean_square(want, count), size_of_terms(r, name));
+    double factor = units * u * sigmoid_loss(r, r->want), least = allowance_of(name)->floor_f32;
+    for (int64_t i = 0; i < count; i++) {
+        if (got[i] == want[i] || (isnan(got[i]) && isnan(want[i]))) continue;
+        double off = fabs(got[i] - want[i]);
+        error += off * off;
+        if (!(off <= 4 * factor * (size + fabs(want[i])) + least))
+            return complain(r, name, i, got[i], want[i], size);
+    }
+    error = count > 0 ? sqrt(error / (double)count) : 0;
+    return error > factor * size + least ? complain(r, name, -1, error, factor * size, size) : 0;
+}
+
 static int differs(const layer_run *r, const char *name, const double *got, const double *want,
                    int64_t count)
 {
-    double largest = 0;
+    double largest = 0, units = number_is_half(r->dtype) ? half_units(r, name) : 0;
+    if (units > 0) return half_differs(r, name, units, got, want, count);
     for (int64_t i = 0; i < count; i++)
         if (isfinite(want[i])) largest = fmax(largest, fabs(want[i]));
     for (int64_t i = 0; i < count; i++) {
         if (got[i] == want[i] || (isnan(got[i]) && isnan(want[i]))) continue;
         if (fabs(got[i] - want[i]) <= allowed(r, name, largest)) continue;
-        char text[768];
-        layer_case_print(r->c, text, sizeof text);
-        (void)snprintf(failure, sizeof failure,
-                       "%s: %s[%lld] is %.17g, want %.17g (largest %.3g), dtype %d", text, name,
-                       (long long)i, got[i], want[i], largest, (int)r->dtype);
-        return 1;
+        return complain(r, name, i, got[i], want[i], largest);
     }
     return 0;
 }
 
-static int output_differs(const layer_run *r, const char *name, const void *got, const double *want,
-                          int64_t count)
+static int output_differs(const layer_run *r, const char *name, int32_t dtype, const void *got,
+                          const double *want, int64_t count)
 {
     double *wide = malloc(((size_t)count + 1) * sizeof *wide);
     ck_assert_ptr_nonnull(wide);
-    for (int64_t i = 0; i < count; i++) wide[i] = layer_run_at(r, got, i);
+    for (int64_t i = 0; i < count; i++) wide[i] = number_at(got, i, dtype);
     int result = differs(r, name, wide, want, count);
     free(wide);
     return result;
@@ -136,7 +229,7 @@ static int entries_differ(const layer_run *r, const char *name, const void *got,
     ck_assert(wide && expected);
     for (int64_t t = 0; t < v.tokens; t++)
         for (int64_t n = v.token_begin[t]; n < v.token_begin[t + 1]; n++) {
-            wide[n] = layer_run_at(r, got, n);
+            wide[n] = number_at(got, n, r->real);
             expected[n] = want[layer_run_slot(r, &v, t, n)];
         }
     int result = differs(r, name, wide, expected, v.entries);
@@ -212,11 +305,11 @@ static int inputs_differ(const layer_run *r, const ref_result *want)
     for (int64_t i = 0; i < p->T * p->D; i++)
         dx[i] = want->dx[i] + (p->gate_x || r->b.d_gate_x ? 0 : want->d_gate_x[i]);
     int bad = (r->b.d_logits_out &&
-               output_differs(r, "d_logits", r->d_logits, want->d_logits, p->T * p->E)) ||
+               output_differs(r, "d_logits", r->real, r->d_logits, want->d_logits, p->T * p->E)) ||
               (r->b.dx && !(r->c->no_experts && r->b.d_gate_x) &&
-               output_differs(r, "dx", r->dx, dx, p->T * p->D)) ||
-              (r->b.d_gate_x &&
-               output_differs(r, "d_gate_x", r->d_gate_x, want->d_gate_x, p->T * p->gate_D));
+               output_differs(r, "dx", r->dtype, r->dx, dx, p->T * p->D)) ||
+              (r->b.d_gate_x && output_differs(r, "d_gate_x", r->dtype, r->d_gate_x, want->d_gate_x,
+                                               p->T * p->gate_D));
     free(dx);
     return bad;
 }
@@ -228,11 +321,12 @@ static int parameters_differ(const layer_run *r, const ref_result *want)
     return 0;
 }
 
-const char *layer_run_compare(const layer_run *r, const ref_result *want)
+const char *layer_run_compare(layer_run *r, const ref_result *want)
 {
+    r->want = want;
     const ref_problem *p = &r->c->p;
     if (plan_differs(r, want) || sums_differ(r, want)) return failure;
-    if (r->experts && (output_differs(r, "y", r->y, want->y, p->T * p->O) ||
+    if (r->experts && (output_differs(r, "y", r->dtype, r->y, want->y, p->T * p->O) ||
                        entries_differ(r, "entry_weight_grad", r->entry_grad, want->d_w)))
         return failure;
     if (inputs_differ(r, want) || parameters_differ(r, want)) return failure;

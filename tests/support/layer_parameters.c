@@ -129,8 +129,7 @@ static place place_of(const layer_run *r, const layer_tensor *t)
 }
 
 /* Element (e,i,j) in the parameter's data or gradient; NULL without one. */
-static char *element_of(const layer_run *r, const place *p, int gradient, int64_t e, int64_t i,
-                        int64_t j)
+static char *element_of(const place *p, int gradient, int64_t e, int64_t i, int64_t j)
 {
     const moe_parameter_record *record = &p->record;
     const int64_t *s = gradient ? record->grad_stride : record->data_stride;
@@ -146,7 +145,7 @@ static char *element_of(const layer_run *r, const place *p, int gradient, int64_
         at += column * s[1];
     else
         at += p->out_in ? column * s[1] + i * s[2] : i * s[1] + column * s[2];
-    return base + at * (int64_t)layer_run_element(r);
+    return base + at * (int64_t)number_bytes(gradient ? record->grad_dtype : record->data_dtype);
 }
 
 void layer_run_set_parameters(layer_run *r, const ref_problem *p)
@@ -159,8 +158,8 @@ void layer_run_set_parameters(layer_run *r, const ref_problem *p)
         for (int64_t e = 0; e < at.experts; e++)
             for (int64_t i = 0; i < at.rows; i++)
                 for (int64_t j = 0; j < at.cols; j++)
-                    layer_run_set(r, element_of(r, &at, 0, e, i, j), 0,
-                                  from[(e * at.rows + i) * at.cols + j]);
+                    number_set(element_of(&at, 0, e, i, j), 0, at.record.data_dtype,
+                               from[(e * at.rows + i) * at.cols + j]);
     }
 }
 
@@ -173,9 +172,8 @@ double *layer_run_gradient(const layer_run *r, const char *name, int64_t *count)
     double *to = calloc((size_t)*count + 1, sizeof *to);
     ck_assert_ptr_nonnull(to);
     for (int64_t n = 0; n < *count; n++) {
-        const char *from = element_of(r, &p, 1, n / p.cols / p.rows, n / p.cols % p.rows,
-                                      n % p.cols);
-        to[n] = from ? layer_run_at(r, from, 0) : (double)NAN;
+        const char *from = element_of(&p, 1, n / p.cols / p.rows, n / p.cols % p.rows, n % p.cols);
+        to[n] = from ? number_at(from, 0, p.record.grad_dtype) : (double)NAN;
     }
     return to;
 }
@@ -187,7 +185,7 @@ uint64_t layer_run_hash(const layer_run *r)
     const int64_t counts[] = {p->T * p->O, p->T * p->D, p->T * p->gate_D, p->T * p->E};
     uint64_t hash = 0xcbf29ce484222325u;
     for (int i = 0; i < 4; i++)
-        for (size_t b = 0; b < (size_t)counts[i] * layer_run_element(r); b++)
+        for (size_t b = 0; b < (size_t)counts[i] * number_bytes(i == 3 ? r->real : r->dtype); b++)
             hash = (hash ^ ((const unsigned char *)outputs[i])[b]) * 0x100000001b3u;
     for (int i = 0; i < LAYER_TENSORS; i++) {
         int64_t count;
@@ -222,37 +220,36 @@ static int64_t odd_strides(const int64_t *shape, int dims, int gradient, int64_t
     return dims == 3 ? shape[0] * matrix : matrix;
 }
 
-static char *patterned(const layer_run *r, int64_t count)
+static char *patterned(int64_t count, int32_t dtype)
 {
-    size_t bytes = (size_t)count * layer_run_element(r);
+    size_t bytes = (size_t)count * number_bytes(dtype);
     char *memory = malloc(bytes + 1);
     ck_assert_ptr_nonnull(memory);
     memset(memory, PATTERN, bytes);
     return memory;
 }
 
-static void bind_strided(layer_run *r, const moe_parameter_record *record, bound_memory *m,
-                         moe_binding *b)
+static void bind_strided(const moe_parameter_record *record, bound_memory *m, moe_binding *b)
 {
-    int64_t element = (int64_t)layer_run_element(r), first;
+    int64_t first;
+    m->data_element = number_bytes(b->data_dtype), m->grad_element = number_bytes(b->grad_dtype);
     m->data_count = odd_strides(record->shape, record->dims, 0, b->data_stride, &first);
-    m->data = patterned(r, m->data_count);
-    b->data = m->data + first * element;
+    m->data = patterned(m->data_count, b->data_dtype);
+    b->data = m->data + first * (int64_t)m->data_element;
     if (!record->trainable) return;
     m->grad_count = odd_strides(record->shape, record->dims, 1, b->grad_stride, &first);
-    m->grad = patterned(r, m->grad_count);
-    b->grad = m->grad + first * element;
+    m->grad = patterned(m->grad_count, b->grad_dtype);
+    b->grad = m->grad + first * (int64_t)m->grad_element;
 }
 
 /* Each expert's part by itself; the gradient of expert 1 is not wanted. */
-static void bind_each(layer_run *r, const moe_parameter_record *record, bound_memory *m,
-                      moe_binding *b)
+static void bind_each(const moe_parameter_record *record, bound_memory *m, moe_binding *b)
 {
     int64_t count = record->element_count / record->shape[0];
     ck_assert_int_le(record->shape[0], 16);
     for (int64_t e = 0; e < record->shape[0]; e++) {
-        m->data_each[e] = patterned(r, count);
-        m->grad_each[e] = e == 1 ? NULL : patterned(r, count);
+        m->data_each[e] = patterned(count, b->data_dtype);
+        m->grad_each[e] = e == 1 ? NULL : patterned(count, b->grad_dtype);
     }
     b->data_per_expert = (const void *const *)m->data_each;
     b->grad_per_expert = m->grad_each;
@@ -273,11 +270,12 @@ static void bind_one(layer_run *r, const layer_tensor *t, int64_t index, bound_m
     int of_pool = t->owner != OF_GATE && t->owner != OF_LAYER;
     describe(r, t->owner, index, &record);
     MUST(moe_binding_init(&b, sizeof b));
-    b.data_dtype = b.grad_dtype = r->dtype;
+    b.data_dtype = record.data_dtype; /* f32 of a 16-bit gate's buffer */
+    b.grad_dtype = r->c->half_gradients ? r->dtype : r->real;
     if (r->c->bound == 2 && of_pool)
-        bind_each(r, &record, m, &b);
+        bind_each(&record, m, &b);
     else
-        bind_strided(r, &record, m, &b);
+        bind_strided(&record, m, &b);
     MUST(t->owner == OF_GATE    ? moe_gate_bind(r->gate, index, &b)
          : t->owner == OF_LAYER ? moe_layer_bind(r->layer, index, &b)
                                 : moe_experts_bind(pool_of(r, t->owner), index, &b));
@@ -301,10 +299,9 @@ void layer_run_bind(layer_run *r)
 
 /* Elements of bound gradients that belong to no element of the parameter must keep their
  * pattern. */
-static int gaps_broken(const layer_run *r, const moe_parameter_record *record,
-                       const bound_memory *m)
+static int gaps_broken(const moe_parameter_record *record, const bound_memory *m)
 {
-    size_t element = layer_run_element(r);
+    size_t element = m->grad_element;
     char *used = calloc((size_t)m->grad_count + 1, 1);
     int broken = 0;
     ck_assert_ptr_nonnull(used);
@@ -332,7 +329,7 @@ const char *layer_run_check_gaps(const layer_run *r)
         int64_t index = index_of(r, &layer_tensors[k]);
         if (index < 0 || !r->bound[k].grad) continue;
         describe(r, layer_tensors[k].owner, index, &record);
-        if (!gaps_broken(r, &record, &r->bound[k])) continue;
+        if (!gaps_broken(&record, &r->bound[k])) continue;
         (void)snprintf(failure, sizeof failure, "gradient of %s: written between its elements",
                        record.name);
         return failure;

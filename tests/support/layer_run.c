@@ -7,26 +7,11 @@
 
 enum { PATTERN = 0x5a };
 
-size_t layer_run_element(const layer_run *r) { return r->dtype == MOE_DTYPE_F64 ? 8 : 4; }
-
-double layer_run_at(const layer_run *r, const void *data, int64_t i)
+static void *narrowed(int32_t dtype, const double *from, int64_t count)
 {
-    return r->dtype == MOE_DTYPE_F64 ? ((const double *)data)[i] : (double)((const float *)data)[i];
-}
-
-void layer_run_set(const layer_run *r, void *data, int64_t i, double value)
-{
-    if (r->dtype == MOE_DTYPE_F64)
-        ((double *)data)[i] = value;
-    else
-        ((float *)data)[i] = (float)value;
-}
-
-static void *narrowed(const layer_run *r, const double *from, int64_t count)
-{
-    void *to = calloc((size_t)count + 1, layer_run_element(r));
+    void *to = calloc((size_t)count + 1, number_bytes(dtype));
     ck_assert_ptr_nonnull(to);
-    for (int64_t i = 0; from && i < count; i++) layer_run_set(r, to, i, from[i]);
+    for (int64_t i = 0; from && i < count; i++) number_set(to, i, dtype, from[i]);
     return to;
 }
 
@@ -118,12 +103,11 @@ static void make_plan(layer_run *r)
     const ref_problem *p = &r->c->p;
     moe_plan_args a;
     if (!r->c->replay) return;
-    void *weights = p->fixed_weights ? narrowed(r, p->fixed_weights, p->T * p->K) : NULL;
+    void *weights = p->fixed_weights ? narrowed(r->real, p->fixed_weights, p->T * p->K) : NULL;
     MUST(moe_plan_args_init(&a, sizeof a));
     a.tokens = p->T, a.num_experts = p->E, a.top_k = p->K, a.expert_ids = r->c->ids,
     a.weights = weights;
-    a.dtype = r->dtype, a.token_mask = p->mask, a.group_begin = p->group_begin,
-    a.groups = p->groups;
+    a.dtype = r->real, a.token_mask = p->mask, a.group_begin = p->group_begin, a.groups = p->groups;
     if (p->capacity >= 0) a.capacity = p->capacity;
     a.renormalize_after_drop = p->renormalize_after_drop, a.drop_policy = p->drop_policy;
     MUST(moe_plan_create(&r->plan, r->context));
@@ -136,21 +120,23 @@ static void make_plan(layer_run *r)
 static void make_arrays(layer_run *r)
 {
     const ref_problem *p = &r->c->p;
-    r->x = narrowed(r, p->x, p->T * p->D);
-    r->gate_x = p->gate_x ? narrowed(r, p->gate_x, p->T * p->gate_D) : NULL;
-    r->logits_in = p->logits_in ? narrowed(r, p->logits_in, p->T * p->E) : NULL;
-    r->noise = narrowed(r, p->noise, p->T * p->E);
-    if (p->noise_primary) r->noise_primary = narrowed(r, p->noise_primary, p->T * p->expert_groups);
-    r->dy = narrowed(r, p->dy, p->T * p->O);
-    r->weight_grad = narrowed(r, p->weight_grad, p->T * p->K);
-    r->y = narrowed(r, NULL, p->T * p->O);
+    int32_t dtype = r->dtype, real = r->real;
+    r->x = narrowed(dtype, p->x, p->T * p->D);
+    r->gate_x = p->gate_x ? narrowed(dtype, p->gate_x, p->T * p->gate_D) : NULL;
+    r->logits_in = p->logits_in ? narrowed(real, p->logits_in, p->T * p->E) : NULL;
+    r->noise = narrowed(real, p->noise, p->T * p->E);
+    if (p->noise_primary)
+        r->noise_primary = narrowed(real, p->noise_primary, p->T * p->expert_groups);
+    r->dy = narrowed(dtype, p->dy, p->T * p->O);
+    r->weight_grad = narrowed(real, p->weight_grad, p->T * p->K);
+    r->y = narrowed(dtype, NULL, p->T * p->O);
     for (int64_t i = 0; i < p->T * p->O && p->dropped == MOE_DROPPED_UNTOUCHED; i++)
-        layer_run_set(r, r->y, i, p->untouched);
-    r->dx = narrowed(r, NULL, p->T * p->D);
-    r->d_gate_x = narrowed(r, NULL, p->T * p->gate_D);
-    r->d_logits = narrowed(r, NULL, p->T * p->E);
-    r->entry_grad = narrowed(r, NULL, p->T * p->K);
-    for (int i = 0; i < REF_LOSSES; i++) layer_run_set(r, r->loss_grad, i, p->factor[i]);
+        number_set(r->y, i, dtype, p->untouched);
+    r->dx = narrowed(dtype, NULL, p->T * p->D);
+    r->d_gate_x = narrowed(dtype, NULL, p->T * p->gate_D);
+    r->d_logits = narrowed(real, NULL, p->T * p->E);
+    r->entry_grad = narrowed(real, NULL, p->T * p->K);
+    for (int i = 0; i < REF_LOSSES; i++) number_set(r->loss_grad, i, real, p->factor[i]);
 }
 
 static void make_forward(layer_run *r)
@@ -198,13 +184,16 @@ static void make_backward(layer_run *r)
 static void widen(layer_run *r, int i, const void *dense, int64_t width, const void *argument,
                   int64_t *stride, int is_output)
 {
-    size_t element = layer_run_element(r);
+    int real = dense == r->logits_in || dense == r->noise || dense == r->noise_primary ||
+               dense == r->d_logits;
+    size_t element = number_bytes(real ? r->real : r->dtype);
     row_operand *o = &r->rows[i];
     int64_t apart = width + 1 + 3 * i;
     if (!argument || argument != dense || r->c->T == 0) return;
     o->dense = (void *)(uintptr_t)dense, o->rows = r->c->T, o->width = width,
     o->is_output = is_output;
     o->stride = *stride = apart;
+    o->element = element;
     o->wide = malloc((size_t)(o->rows * apart) * element);
     ck_assert_ptr_nonnull(o->wide);
     memset(o->wide, PATTERN, (size_t)(o->rows * apart) * element);
@@ -238,10 +227,9 @@ static void spread_rows(layer_run *r)
 /* Inputs (is_output 0) to the wide copies, or outputs back, with a look at what lies between. */
 static void move_rows(layer_run *r, int is_output)
 {
-    size_t element = layer_run_element(r);
     for (int i = 0; i < RUN_OPERANDS; i++) {
         row_operand *o = &r->rows[i];
-        size_t bytes = (size_t)o->width * element, apart = (size_t)o->stride * element;
+        size_t bytes = (size_t)o->width * o->element, apart = (size_t)o->stride * o->element;
         if (!o->wide || o->is_output != is_output) continue;
         for (int64_t t = 0; t < o->rows; t++) {
             char *wide = (char *)o->wide + (size_t)t * apart,
@@ -262,6 +250,10 @@ void layer_run_make(layer_run *r, const layer_case *c, int32_t dtype,
     memset(r, 0, sizeof *r);
     r->c = c;
     r->dtype = dtype;
+#ifdef MOE_TEST_DEVICE
+    if (dtype == MOE_DTYPE_F64) r->dtype = MOE_DTYPE_F32; /* there is no other */
+#endif
+    r->real = number_real(r->dtype);
     MUST(moe_context_create(&r->context, config));
     make_objects(r);
     make_plan(r);
@@ -330,7 +322,7 @@ static void *move_away(const void *from, int64_t count, size_t element)
 static void move_inputs(layer_run *r)
 {
     const ref_problem *p = &r->c->p;
-    size_t element = layer_run_element(r);
+    size_t element = number_bytes(r->dtype);
     if (r->moved_x || p->T == 0) return;
     int64_t x_stride = r->f.x_stride ? r->f.x_stride : p->D;
     int64_t gate_stride = r->f.gate_x_stride ? r->f.gate_x_stride : p->gate_D;
@@ -361,7 +353,8 @@ static void pack_weight_grad(layer_run *r)
     layer_run_view(r, &v);
     for (int64_t t = 0; t < v.tokens; t++)
         for (int64_t n = v.token_begin[t]; n < v.token_begin[t + 1]; n++)
-            layer_run_set(r, r->weight_grad, n, r->c->p.weight_grad[layer_run_slot(r, &v, t, n)]);
+            number_set(r->weight_grad, n, r->real,
+                       r->c->p.weight_grad[layer_run_slot(r, &v, t, n)]);
 }
 
 moe_status layer_run_backward(layer_run *r)
