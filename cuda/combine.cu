@@ -18,7 +18,7 @@ struct moe_combine {
     const float *weights; /* [N]; NULL: 1 */
     const uint8_t *token_mask;
     int64_t padded_rows;
-    int32_t add, dropped;
+    int32_t add, sigmoid, dropped;
 };
 
 template <typename T> struct moe_combine_rows {
@@ -27,14 +27,14 @@ template <typename T> struct moe_combine_rows {
     int64_t rows_stride, tokens_in_stride, out_stride;
 };
 
-/* SIGMOID is a constant, for its registers cost warps. */
-template <typename T, int N, bool SIGMOID>
+template <typename T, int N>
 MOE_GLOBAL(256)
 moe_combine_forward(moe_stretches s, moe__plan_arrays p, moe_combine c, moe_combine_rows<T> m)
 {
     for (int64_t at = moe_first_stretch(); at < s.tokens * s.per_token; at += moe_next_stretch()) {
         int64_t t = at / s.per_token, i = at - t * s.per_token, end = p.token_begin[t + 1];
         float acc[MOE_PACKS(N)][N], v[MOE_PACKS(N)][N];
+        moe_pack<T, N> pack[MOE_PACKS(N)];
         bool any = false, masked = c.token_mask && !c.token_mask[t];
         MOE_EACH(acc, N, 0.0f);
         for (int64_t first = p.token_begin[t]; first < end; first += 32) {
@@ -56,9 +56,10 @@ moe_combine_forward(moe_stretches s, moe__plan_arrays p, moe_combine c, moe_comb
             moe_widen_stretch<T, N>(v, m.out + t * m.out_stride, i, s.width);
             MOE_EACH(acc, N, v[u][k] + acc[u][k]);
         }
-        if (SIGMOID && !masked) MOE_EACH(acc, N, moe__sigmoid_f32(acc[u][k]));
-        moe_narrow_stretch<T, N>(m.out + t * m.out_stride, acc, i, s.width);
-        if (m.saved) moe_narrow_stretch<T, N>(m.saved + t * s.width, acc, i, s.width);
+        if (c.sigmoid && !masked) MOE_EACH(acc, N, moe__sigmoid_f32(acc[u][k]));
+        moe_narrow_packs<T, N>(pack, acc);
+        moe_store_stretch<T, N>(m.out + t * m.out_stride, pack, i, s.width);
+        if (m.saved) moe_store_stretch<T, N>(m.saved + t * s.width, pack, i, s.width);
     }
 }
 
@@ -66,15 +67,17 @@ template <typename T, int N> static moe_status forward(const moe__rows_job *job)
 {
     moe_stretches s = moe_cut(job->plan->tokens, job->width, N);
     const void *weights = job->weights ? job->weights : job->plan->weight_of_entry;
-    moe_combine c = {job->unweighted ? NULL : (const float *)weights, job->token_mask,
-                     job->padded_rows, job->add, job->dropped};
+    moe_combine c = {job->unweighted ? NULL : (const float *)weights,
+                     job->token_mask,
+                     job->padded_rows,
+                     job->add,
+                     job->sigmoid,
+                     job->dropped};
     moe_combine_rows<T> m = {(const T *)job->rows_in, (const T *)job->tokens_in,
                              (T *)job->tokens_out,    (T *)job->tokens_saved,
                              job->rows_in_stride,     job->tokens_in_stride,
                              job->tokens_out_stride};
-    return moe__cuda_launch(&job->workers, "combine",
-                            job->sigmoid ? moe_combine_forward<T, N, true>
-                                         : moe_combine_forward<T, N, false>,
+    return moe__cuda_launch(&job->workers, "combine", moe_combine_forward<T, N>,
                             moe_stretch_grid(s), moe_stretch_block(), 0, s, *job->plan, c, m);
 }
 

@@ -137,14 +137,19 @@ MOE_DEVICE void moe_widen_stretch(float (*v)[N], const T *row, int64_t i, int64_
     }
 }
 template <typename T, int N>
-MOE_DEVICE void moe_narrow_stretch(T *row, const float (*v)[N], int64_t i, int64_t width)
+MOE_DEVICE void moe_narrow_packs(moe_pack<T, N> *pack, const float (*v)[N])
 {
-    moe_pack<T, N> pack[MOE_PACKS(N)];
     MOE_UNROLL
     for (int u = 0; u < MOE_PACKS(N); u++) {
         MOE_UNROLL
         for (int k = 0; k < N; k++) moe_narrow(&pack[u].v[k], v[u][k]);
     }
+}
+template <typename T, int N>
+MOE_DEVICE void moe_narrow_stretch(T *row, const float (*v)[N], int64_t i, int64_t width)
+{
+    moe_pack<T, N> pack[MOE_PACKS(N)];
+    moe_narrow_packs<T, N>(pack, v);
     moe_store_stretch<T, N>(row, pack, i, width);
 }
 
