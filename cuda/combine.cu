@@ -18,7 +18,7 @@ struct moe_combine {
     const float *weights; /* [N]; NULL: 1 */
     const uint8_t *token_mask;
     int64_t padded_rows;
-    int32_t add, sigmoid, dropped;
+    int32_t add, sigmoid, dropped, zero;
 };
 
 template <typename T> struct moe_combine_rows {
@@ -72,7 +72,8 @@ template <typename T, int N> static moe_status forward(const moe__rows_job *job)
                      job->padded_rows,
                      job->add,
                      job->sigmoid,
-                     job->dropped};
+                     job->dropped,
+                     0};
     moe_combine_rows<T> m = {(const T *)job->rows_in, (const T *)job->tokens_in,
                              (T *)job->tokens_out,    (T *)job->tokens_saved,
                              job->rows_in_stride,     job->tokens_in_stride,

@@ -25,7 +25,7 @@ struct moe_ask {
     int32_t drop_policy, second_choice;
     double second_threshold;
     uint64_t seed;
-    uint32_t drop_stream, step, token_first;
+    uint32_t drop_stream, step, token_first, zero;
 };
 
 MOE_DEVICE uint32_t moe_draw_bits(const moe_ask &ask, int64_t t, uint32_t first_block,
@@ -193,10 +193,17 @@ static moe_status admit(const moe__plan_rows_job *job)
     const int32_t policy = job->drop_policy;
     moe_sort_key keys[4];
     int32_t count = 0;
-    moe_ask ask = {
-        job->token_mask,     job->group_capacity,       job->token_priority, job->drop_policy,
-        job->second_choice,  job->second_threshold,     job->seed,           job->drop_stream,
-        (uint32_t)job->step, (uint32_t)job->token_first};
+    moe_ask ask = {job->token_mask,
+                   job->group_capacity,
+                   job->token_priority,
+                   job->drop_policy,
+                   job->second_choice,
+                   job->second_threshold,
+                   job->seed,
+                   job->drop_stream,
+                   (uint32_t)job->step,
+                   (uint32_t)job->token_first,
+                   0};
     MOE_TRY(moe__cuda_launch(&job->workers, "plan_rows", moe_rows_ask, threads_for(p->entries),
                              dim3(256), 0, ask, *p));
     if (!job->group_capacity) return MOE_OK;
