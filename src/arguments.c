@@ -1,6 +1,7 @@
 /* arguments.c - the arguments of forward and backward: everything that can be wrong with them is
  * found here, before anything is written. */
 #include "pass_state.h"
+#include "plan_block.h"
 
 enum {
     BACKWARD_FLAGS = MOE_BACKWARD_OVERWRITE | MOE_BACKWARD_SKIP_DX | MOE_BACKWARD_SKIP_PARAMETERS |
@@ -62,14 +63,15 @@ static moe_status check_flags(const moe_forward_args *a, const moe_pass *pass, i
         REFUSE_ARGUMENT("MOE_FORWARD_ADD clashes with the layer's output function");
     if (a->tokens < 0) REFUSE_ARGUMENT("tokens is %lld", (ll)a->tokens);
     if (a->reserved != 0) REFUSE_ARGUMENT("reserved is %d", (int)a->reserved);
-    if (a->stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
-    return MOE_OK;
+    return moe__check_stream(pass->context, a->stream, function);
 }
 
-/* Every masked token of a replayed plan must be without rows, as it was when the plan was made. */
-static moe_status check_replayed_mask(const moe_forward_args *a, const moe__plan_arrays *plan,
-                                      const char *function)
+/* Every masked token of a replayed plan must be without rows, as it was when the plan was made.
+ * Where the arrays are not the host's no one waits for them: then the plan's rows count. */
+static moe_status check_replayed_mask(const moe_forward_args *a, const moe_pass *pass,
+                                      const moe__plan_arrays *plan, const char *function)
 {
+    if (!pass->context->memory->is_host) return MOE_OK;
     for (int64_t t = 0; a->token_mask && t < a->tokens; t++)
         for (int64_t n = plan->token_begin[t]; n < plan->token_begin[t + 1] && !a->token_mask[t];
              n++)
@@ -78,10 +80,31 @@ static moe_status check_replayed_mask(const moe_forward_args *a, const moe__plan
     return MOE_OK;
 }
 
-static moe_status check_replay(const moe__forward *f, const moe__plan_arrays *plan, int64_t experts,
-                               int32_t dtype, const char *function)
+static moe_status check_replayed_groups(const moe_forward_args *a, const moe_plan *replayed,
+                                        const char *function)
+{
+    moe__plan_block there;
+    moe_status status = MOE_OK;
+    if (!a->group_begin) return MOE_OK;
+    MOE_TRY(moe__plan_on_host(replayed, &there, function));
+    for (int64_t g = 0; g <= there.a.groups && status == MOE_OK; g++)
+        if (a->group_begin[g] != there.a.group_begin[g])
+            status = moe__fail(MOE_ERROR_INVALID_ARGUMENT, function,
+                               "group_begin[%lld] is %lld, the plan has %lld", (ll)g,
+                               (ll)a->group_begin[g], (ll)there.a.group_begin[g]);
+    moe__plan_block_free(replayed->context, &there);
+    return status;
+}
+
+static moe_status check_replay(const moe__forward *f, const moe_pass *pass,
+                               const moe_plan *replayed, int64_t experts, int32_t dtype,
+                               const char *function)
 {
     const moe_forward_args *a = &f->a;
+    const moe__plan_arrays *plan = &replayed->a;
+    if (replayed->context->memory != pass->context->memory)
+        REFUSE_ARGUMENT("the plan is of a context of %s, the pass of one of %s",
+                        replayed->context->memory->name, pass->context->memory->name);
     if (plan->tokens != a->tokens)
         REFUSE_ARGUMENT("the plan is for %lld tokens, tokens is %lld", (ll)plan->tokens,
                         (ll)a->tokens);
@@ -90,7 +113,7 @@ static moe_status check_replay(const moe__forward *f, const moe__plan_arrays *pl
                         (ll)experts);
     if (plan->dtype != dtype)
         REFUSE_ARGUMENT("the plan's dtype is %d, the object's is %d", (int)plan->dtype, (int)dtype);
-    if (f->recompute) return check_replayed_mask(a, plan, function);
+    if (f->recompute) return check_replayed_mask(a, pass, plan, function);
     if (a->top_k != MOE_FROM_CONFIG)
         REFUSE_ARGUMENT("top_k is %lld; with a plan it must be MOE_FROM_CONFIG", (ll)a->top_k);
     if (a->capacity != MOE_FROM_CONFIG)
@@ -99,11 +122,8 @@ static moe_status check_replay(const moe__forward *f, const moe__plan_arrays *pl
     int64_t groups = a->groups == 0 && a->group_begin ? 1 : a->groups;
     if (groups != 0 && groups != plan->groups)
         REFUSE_ARGUMENT("groups is %lld, the plan has %lld", (ll)groups, (ll)plan->groups);
-    for (int64_t g = 0; a->group_begin && g <= plan->groups; g++)
-        if (a->group_begin[g] != plan->group_begin[g])
-            REFUSE_ARGUMENT("group_begin[%lld] is %lld, the plan has %lld", (ll)g,
-                            (ll)a->group_begin[g], (ll)plan->group_begin[g]);
-    return check_replayed_mask(a, plan, function);
+    MOE_TRY(check_replayed_groups(a, replayed, function));
+    return check_replayed_mask(a, pass, plan, function);
 }
 
 /* Every token to the one expert: nothing to choose, nothing to drop. */
@@ -125,7 +145,7 @@ static moe_status check_routing(moe__forward *f, const moe_pass *pass, const cha
     const moe_forward_args *a = &f->a;
     int64_t experts = moe__pass_experts(pass);
     int32_t dtype = pass->gate ? pass->gate->config.dtype : pass->experts->config.dtype;
-    const moe__plan_arrays *plan = NULL;
+    const moe_plan *plan = NULL;
     if (a->plan_use != MOE_PLAN_IDS_AND_WEIGHTS && a->plan_use != MOE_PLAN_IDS)
         REFUSE_ARGUMENT("plan_use is %d", (int)a->plan_use);
     f->recompute = (a->flags & MOE_FORWARD_RECOMPUTE) != 0;
@@ -134,12 +154,12 @@ static moe_status check_routing(moe__forward *f, const moe_pass *pass, const cha
             (pass->state != MOE__PASS_PLAN && pass->state != MOE__PASS_SAVED))
             REFUSE(MOE_ERROR_INVALID_STATE,
                    "MOE_FORWARD_RECOMPUTE without a forward that kept its plan");
-        plan = &pass->plan.a;
+        plan = &pass->plan;
         f->route = pass->routed;
     } else if (a->plan == &pass->primary) {
         REFUSE_ARGUMENT("plan is the primary routing of this pass; hand in a copy of it");
     } else if (a->plan) {
-        plan = &a->plan->a;
+        plan = a->plan;
         f->route = (f->uses & MOE__USE_GATE) && a->plan_use == MOE_PLAN_IDS;
         if (a->plan_use == MOE_PLAN_IDS && !pass->gate)
             REFUSE_ARGUMENT("plan_use is MOE_PLAN_IDS, but there is no gate to find the weights");
@@ -153,15 +173,15 @@ static moe_status check_routing(moe__forward *f, const moe_pass *pass, const cha
                             (ll)experts);
     }
     f->replay = plan != NULL;
-    f->own_plan = plan == &pass->plan.a;
+    f->own_plan = plan == &pass->plan;
     if (f->own_plan && pass->state == MOE__PASS_FAILED)
         REFUSE(MOE_ERROR_INVALID_STATE,
                "the plan belongs to this pass, which failed in the middle");
     if (plan) {
-        f->entries = plan->entries;
-        MOE_TRY(check_replay(f, plan, experts, dtype, function));
-        f->a.groups = plan->groups;
-        f->a.group_begin = plan->group_begin;
+        f->entries = plan->a.entries;
+        MOE_TRY(check_replay(f, pass, plan, experts, dtype, function));
+        f->a.groups = plan->a.groups;
+        f->a.group_begin = plan->a.group_begin;
         return MOE_OK;
     }
     MOE_TRY(moe__check_groups(a->group_begin, a->groups, a->tokens, function));
@@ -170,10 +190,12 @@ static moe_status check_routing(moe__forward *f, const moe_pass *pass, const cha
 }
 
 /* Entries of a gate that routes: known beforehand, unless a threshold decides. */
-static moe_status find_entries(moe__forward *f, const moe_gate_config *c, const char *function)
+static moe_status find_entries(moe__forward *f, const moe_pass *pass, const moe_gate_config *c,
+                               const char *function)
 {
     const moe_forward_args *a = &f->a;
     bool train = (a->flags & MOE_FORWARD_TRAIN) != 0;
+    bool unseen = a->token_mask && !pass->context->memory->is_host;
     fenv_t saved;
     if (!moe__gate_takes_tokens(c)) {
         f->entries = moe__mul(a->tokens, moe__gate_entries_per_token(c, f->top_k));
@@ -184,6 +206,8 @@ static moe_status find_entries(moe__forward *f, const moe_gate_config *c, const 
         if (a->tokens > INT32_MAX)
             REFUSE(MOE_ERROR_OVERFLOW, "tokens is %lld; experts take from at most 2^31 - 1",
                    (ll)a->tokens);
+        f->entries = -1;
+        if (unseen) return MOE_OK;
         moe__fenv_enter(&saved);
         f->entries = moe__gate_entries_taken(c, a, f->top_k);
         moe__fenv_leave(&saved);
@@ -194,7 +218,8 @@ static moe_status find_entries(moe__forward *f, const moe_gate_config *c, const 
     return MOE_OK;
 }
 
-static moe_status check_top_k(moe__forward *f, const moe_gate_config *c, const char *function)
+static moe_status check_top_k(moe__forward *f, const moe_pass *pass, const moe_gate_config *c,
+                              const char *function)
 {
     int64_t asked = f->a.top_k, most = moe__gate_most_k(c);
     f->top_k = c->kind == MOE_GATE_SOFTMAX_DENSE ? c->num_experts
@@ -204,7 +229,7 @@ static moe_status check_top_k(moe__forward *f, const moe_gate_config *c, const c
         REFUSE_ARGUMENT("top_k is %lld with %lld experts%s", (ll)asked, (ll)most,
                         most != c->num_experts ? " to choose from" : "");
     if (f->a.capacity < MOE_FROM_CONFIG) REFUSE_ARGUMENT("capacity is %lld", (ll)f->a.capacity);
-    return f->replay ? MOE_OK : find_entries(f, c, function);
+    return f->replay ? MOE_OK : find_entries(f, pass, c, function);
 }
 
 /* A replay must be what a hierarchical gate makes: for each chosen group top_k of its experts. */
@@ -324,9 +349,15 @@ static moe_status check_gate(moe__forward *f, const moe_pass *pass, const char *
     moe_forward_args *a = &f->a;
     const moe_gate_config *c = &pass->gate->config;
     int64_t element = moe__dtype_size(c->dtype);
-    MOE_TRY(check_top_k(f, c, function));
-    if (f->replay && c->kind == MOE_GATE_HIERARCHICAL)
-        MOE_TRY(check_two_levels(f, c, f->own_plan ? &pass->plan.a : &a->plan->a, function));
+    MOE_TRY(check_top_k(f, pass, c, function));
+    if (f->replay && c->kind == MOE_GATE_HIERARCHICAL) {
+        const moe_plan *plan = f->own_plan ? &pass->plan : a->plan;
+        moe__plan_block there;
+        MOE_TRY(moe__plan_on_host(plan, &there, function));
+        moe_status status = check_two_levels(f, c, &there.a, function);
+        moe__plan_block_free(plan->context, &there);
+        MOE_TRY(status);
+    }
     MOE_TRY(check_noise(f, c, function));
     MOE_TRY(check_key(f, c, function));
     f->weights = a->loss_weights;
@@ -405,7 +436,7 @@ static moe_status check_backward_flags(const moe_backward_args *b, const moe_pas
 {
     if (b->flags & ~(uint64_t)BACKWARD_FLAGS)
         REFUSE_ARGUMENT("flags 0x%llx has unknown bits", (unsigned long long)b->flags);
-    if (b->stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
+    MOE_TRY(moe__check_stream(pass->context, b->stream, function));
     if (pass->state == MOE__PASS_FAILED)
         REFUSE(MOE_ERROR_INVALID_STATE, "the pass failed in the middle; it needs a new forward");
     if (pass->state != MOE__PASS_SAVED || pass->uses != uses)

@@ -6,8 +6,6 @@
  */
 #include "pass_state.h"
 
-#include <string.h>
-
 /* ---- the steps ------------------------------------------------------------------------------- */
 
 /* dy through the layer's sigmoid: dy y (1 - y). */
@@ -15,7 +13,7 @@ static moe_status output_step(moe_pass *pass, const moe_backward_args *b,
                               const moe__backend *kernels)
 {
     int64_t O = pass->experts->config.d_out;
-    moe__rows_job job = {.workers = pass->experts_job.workers,
+    moe__rows_job job = {.workers = pass->workers,
                          .plan = &pass->plan.a,
                          .width = O,
                          .tokens_in = b->dy,
@@ -32,7 +30,7 @@ static moe_status dispatch_step(moe_pass *pass, const moe_backward_args *b,
 {
     int64_t D = pass->experts->config.d_model;
     bool ranks = moe__pass_has_ranks(pass, pass->uses);
-    moe__rows_job job = {.workers = pass->experts_job.workers,
+    moe__rows_job job = {.workers = pass->workers,
                          .plan = &pass->plan.a,
                          .width = D,
                          .rows_in = ranks ? pass->ranks.rows : pass->experts_job.dx_rows,
@@ -45,6 +43,7 @@ static moe_status dispatch_step(moe_pass *pass, const moe_backward_args *b,
                                         ? pass->layer->config.dropped
                                         : MOE_DROPPED_ZERO,
                          .token_mask = pass->route.token_mask,
+                         .padded_rows = pass->experts_job.padded_rows,
                          .add = (b->flags & MOE_BACKWARD_ADD_DX) != 0};
     return kernels->dispatch_backward(&job);
 }
@@ -94,12 +93,12 @@ static moe_status work_step(moe_pass *pass, const moe_backward_args *b, const mo
     bool ranks = moe__pass_has_ranks(pass, pass->uses);
     if (ranks) MOE_TRY(moe__ranks_check_backward(pass, function));
     if (overwrite && (pass->uses & MOE__USE_LAYER)) /* its own are added to */
-        MOE_TRY(moe__parameters_zero_gradients(&pass->layer->parameters, ""));
+        MOE_TRY(moe__parameters_zero_gradients(&pass->workers, &pass->layer->parameters));
     if (!(pass->uses & MOE__USE_EXPERTS)) return MOE_OK;
     if (moe__pass_has_branches(pass, pass->uses))
         MOE_TRY(moe__branches_work_backward(pass, wants_dx(b), kernels));
     moe__lap(pass, MOE_TIME_EXPERTS);
-    if (ranks) return moe__ranks_work_backward(pass, kernels, function);
+    if (ranks) return moe__ranks_work_backward(pass, kernels);
     MOE_TRY(moe__experts_rows_backward(pass->experts, &pass->experts_job, wants_dx(b), kernels));
     moe__lap(pass, MOE_TIME_EXPERTS);
     return MOE_OK;
@@ -112,22 +111,11 @@ static moe_status finish_experts(moe_pass *pass, const moe_backward_args *b,
     if (wants_dx(b)) MOE_TRY(dispatch_step(pass, b, kernels));
     if (moe__pass_has_branches(pass, pass->uses)) MOE_TRY(moe__branches_backward(pass, b, kernels));
     if (b->entry_weight_grad)
-        memcpy(b->entry_weight_grad, pass->entry_grad,
-               (size_t)(pass->plan.a.entries * moe__dtype_size(pass->plan.a.dtype)));
+        MOE_TRY(pass->context->memory->copy(&pass->workers, b->entry_weight_grad, pass->entry_grad,
+                                            pass->plan.a.entries *
+                                                moe__dtype_size(pass->plan.a.dtype)));
     moe__lap(pass, MOE_TIME_COMBINE);
     return MOE_OK;
-}
-
-/* Weight of each loss times the host's factor. */
-static void find_loss_factors(moe_pass *pass, const moe_backward_args *b)
-{
-    bool f64 = pass->plan.a.dtype == MOE_DTYPE_F64;
-    for (int i = 0; i < MOE_LOSS_SLOTS; i++) {
-        double factor = !b->loss_grad ? 1
-                        : f64         ? ((const double *)b->loss_grad)[i]
-                                      : (double)((const float *)b->loss_grad)[i];
-        pass->factor[i] = pass->weights[i] != 0 ? pass->weights[i] * factor : 0;
-    }
 }
 
 static moe_status gate_backward_step(moe_pass *pass, const moe_backward_args *b, bool with_experts,
@@ -137,7 +125,6 @@ static moe_status gate_backward_step(moe_pass *pass, const moe_backward_args *b,
     bool want_dx = !(b->flags & MOE_BACKWARD_SKIP_DX);
     bool add = (b->flags & MOE_BACKWARD_ADD_DX) != 0;
     const void *moved = b->gate_x ? b->gate_x : pass->gate_saw_x ? b->x : NULL;
-    find_loss_factors(pass, b);
     pass->route.x = moved ? moved : pass->gate_x;
     pass->route.x_stride = !moved      ? pass->gate_x_stride
                            : b->gate_x ? b->gate_x_stride
@@ -145,7 +132,7 @@ static moe_status gate_backward_step(moe_pass *pass, const moe_backward_args *b,
     moe__gate_operands(pass->gate, &pass->route);
     moe__gate_gradients(pass->gate, &pass->route, g, !(b->flags & MOE_BACKWARD_SKIP_PARAMETERS));
     g->losses = &pass->losses;
-    g->loss_factor = pass->factor;
+    g->loss_grad = b->loss_grad;
     g->entry_weight_grad = with_experts ? pass->entry_grad : b->entry_weight_grad;
     g->dx = NULL;
     if (want_dx && b->d_gate_x) {
@@ -172,7 +159,7 @@ static moe_status finish_steps(moe_pass *pass, const moe_backward_args *b,
     if (with_experts) MOE_TRY(finish_experts(pass, b, kernels));
     if (!pass->gate || !(pass->uses & MOE__USE_GATE)) return MOE_OK;
     /* Parameters that this forward did not use have gradient 0: set all to it, then add. */
-    if (overwrite) MOE_TRY(moe_gate_zero_gradients(pass->gate, NULL));
+    if (overwrite) MOE_TRY(moe__parameters_zero_gradients(&pass->workers, &pass->gate->parameters));
     if (pass->routed) MOE_TRY(gate_backward_step(pass, b, with_experts, kernels));
     moe__lap(pass, MOE_TIME_GATE);
     return MOE_OK;
@@ -251,8 +238,8 @@ moe_status moe__backward_start(moe_pass *pass, const moe_backward_args *args, in
     moe__begin_report(pass);
     call->kernels = moe__kernels(pass->context, pass->plan.a.dtype);
     fenv_t saved;
-    moe__enter_phase(pass, function, &saved);
-    status = start_steps(pass, &call->b, call->kernels, function);
+    status = moe__enter_phase(pass, function, call->b.stream, &saved);
+    if (status == MOE_OK) status = start_steps(pass, &call->b, call->kernels, function);
     status = moe__leave_phase(pass, uses, status, function, &saved);
     if (status != MOE_OK) return end_call(pass, status);
     call->phase = MOE__PHASE_STARTED;
@@ -263,8 +250,8 @@ moe_status moe__backward_work(moe_pass *pass, const char *function)
 {
     moe__call *call = &pass->call;
     fenv_t saved;
-    moe__enter_phase(pass, function, &saved);
-    moe_status status = work_step(pass, &call->b, call->kernels, function);
+    moe_status status = moe__enter_phase(pass, function, call->b.stream, &saved);
+    if (status == MOE_OK) status = work_step(pass, &call->b, call->kernels, function);
     status = moe__leave_phase(pass, pass->uses, status, function, &saved);
     if (status != MOE_OK) return end_call(pass, status);
     call->phase = MOE__PHASE_WORKED;
@@ -275,8 +262,8 @@ moe_status moe__backward_finish(moe_pass *pass, const char *function)
 {
     moe__call *call = &pass->call;
     fenv_t saved;
-    moe__enter_phase(pass, function, &saved);
-    moe_status status = finish_steps(pass, &call->b, call->kernels);
+    moe_status status = moe__enter_phase(pass, function, call->b.stream, &saved);
+    if (status == MOE_OK) status = finish_steps(pass, &call->b, call->kernels);
     status = moe__leave_phase(pass, pass->uses, status, function, &saved);
     return end_call(pass, status);
 }

@@ -30,44 +30,29 @@ static moe__matrices own(const moe_pass *pass, const char *name, bool gradient)
 
 /* ---- forward --------------------------------------------------------------------------------- */
 
-static void set_one(void *weights, int64_t n, int32_t dtype)
-{
-    for (int64_t i = 0; i < n; i++) {
-        if (dtype == MOE_DTYPE_F64)
-            ((double *)weights)[i] = 1;
-        else
-            ((float *)weights)[i] = 1;
-    }
-}
-
-void moe__everyone_entries(moe__plan_arrays *plan)
-{
-    int64_t E = plan->num_experts;
-    for (int64_t t = 0; t <= plan->tokens; t++) plan->token_begin[t] = t * E;
-    for (int64_t n = 0; n < plan->entries; n++) plan->expert_of_entry[n] = (int32_t)(n % E);
-    set_one(plan->weight_of_entry, plan->entries, plan->dtype);
-}
-
 /* The plan of a branch; its weights may still be multiplied. */
 static moe_status make_plan(moe_pass *pass, moe__branch *branch, const uint8_t *mask,
                             const moe__backend *kernels)
 {
     moe__plan_arrays *plan = &branch->plan;
-    moe__plan_rows_job rows = {.workers = pass->route.workers, .plan = plan, .token_mask = mask};
-    memcpy(plan->group_begin, pass->plan.a.group_begin,
-           (size_t)(plan->groups + 1) * sizeof *plan->group_begin);
-    moe__everyone_entries(plan);
-    branch->job.workers = pass->experts_job.workers;
+    const moe__memory *memory = pass->context->memory;
+    moe__plan_rows_job rows = {.workers = pass->workers, .plan = plan, .token_mask = mask};
+    MOE_TRY(memory->copy(&pass->workers, plan->group_begin, pass->plan.a.group_begin,
+                         (plan->groups + 1) * (int64_t)sizeof *plan->group_begin));
+    MOE_TRY(kernels->everyone_forward(&pass->workers, plan));
+    branch->job.workers = pass->workers;
     branch->job.plan = plan;
+    branch->job.padded_rows = memory->is_host ? 0 : plan->tokens; /* known without a wait */
     branch->job.x = pass->x;
     branch->job.x_stride = pass->x_stride;
-    return kernels->plan_rows(&rows);
+    MOE_TRY(kernels->plan_rows(&rows));
+    return memory->plan_ready ? memory->plan_ready(&pass->workers, plan) : MOE_OK;
 }
 
 static void begin_mix(moe_pass *pass, moe__mix_job *mix, const uint8_t *mask)
 {
     const moe__plan_arrays *plan = &pass->plan.a;
-    mix->workers = pass->experts_job.workers;
+    mix->workers = pass->workers;
     mix->tokens = plan->tokens;
     mix->input_width = pass->experts->config.d_model;
     mix->x = pass->x;
@@ -171,6 +156,8 @@ static void find_segments(const moe_pass *pass, moe__branch *branch)
 {
     const moe__plan_arrays *plan = &branch->plan;
     int64_t G = plan->groups, *begin = branch->segment_begin;
+    branch->job.segment_begin = NULL;
+    if (!pass->context->memory->is_host) return; /* one rank, one order */
     for (int64_t e = 0; e < plan->num_experts; e++)
         for (int64_t g = 0; g < G; g++)
             begin[e * G + g] = plan->expert_begin[e] + pass->valid_begin[g];
@@ -210,13 +197,14 @@ static moe_status add_dx(moe_pass *pass, moe__branch *branch, const moe_backward
 {
     int64_t D = branch->experts->config.d_model;
     if (!b->dx || (b->flags & MOE_BACKWARD_SKIP_DX)) return MOE_OK;
-    moe__rows_job dispatch = {.workers = pass->experts_job.workers,
+    moe__rows_job dispatch = {.workers = pass->workers,
                               .plan = &branch->plan,
                               .width = D,
                               .rows_in = branch->job.dx_rows,
                               .rows_in_stride = D,
                               .tokens_out = b->dx,
                               .tokens_out_stride = b->dx_stride,
+                              .padded_rows = branch->job.padded_rows,
                               .add = 1};
     return kernels->dispatch_backward(&dispatch);
 }
@@ -226,7 +214,7 @@ static moe_status mix_backward(moe_pass *pass, moe__mix_job *mix, const moe_back
                                const moe__backend *kernels)
 {
     bool want_dx = b->dx && !(b->flags & MOE_BACKWARD_SKIP_DX);
-    mix->workers = pass->experts_job.workers;
+    mix->workers = pass->workers;
     mix->x = pass->experts_job.x;
     mix->x_stride = pass->experts_job.x_stride;
     mix->dx = want_dx ? b->dx : NULL;

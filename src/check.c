@@ -246,6 +246,9 @@ moe_status moe_check_gradients(moe_layer *layer, const moe_gradient_check *asked
     fenv_t saved;
     memset(&c, 0, sizeof c);
     if (!layer) REFUSE_ARGUMENT("layer is NULL");
+    if (!layer->context->memory->is_host)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "the layer's parameters are in memory of %s",
+               layer->context->memory->name);
     if (layer->where)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "the layer's experts live on %d ranks",
                (int)layer->comm->size);

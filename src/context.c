@@ -34,7 +34,8 @@ static const char *isa_name(int32_t isa)
 static moe_status check_config(const moe_context_config *c, const char *function)
 {
     if (c->backend == MOE_BACKEND_CUDA)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "backend MOE_BACKEND_CUDA is not in this build");
+        REFUSE(MOE_ERROR_NOT_SUPPORTED,
+               "backend MOE_BACKEND_CUDA is made by moe_cuda_context_create of libmoe_cuda");
     if (c->backend != MOE_BACKEND_CPU) REFUSE_ARGUMENT("backend is %d", (int)c->backend);
     if (c->isa < MOE_ISA_AUTO || c->isa > MOE_ISA_AVX512) REFUSE_ARGUMENT("isa is %d", (int)c->isa);
     if (c->threads < 0 || c->threads > MOE__MAX_THREADS)
@@ -111,6 +112,24 @@ void moe__free(moe_context *context, void *memory, int64_t bytes)
 
 /* ---- life ------------------------------------------------------------------------------------ */
 
+/* Memory and threads of a context that is described. */
+static moe_status make(moe_context **context, const moe_context *c, const char *function)
+{
+    moe_context *made = allocate(c, sizeof *c);
+    if (!made) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for the context");
+    *made = *c;
+    atomic_init(&made->references, 1);
+    if (!made->parallel && made->threads > 1) {
+        made->pool = moe__pool_create(made, made->threads);
+        if (!made->pool) {
+            release(c, made, sizeof *c);
+            REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for %d threads", (int)c->threads);
+        }
+    }
+    *context = made;
+    return MOE_OK;
+}
+
 moe_status moe_context_create(moe_context **context, const moe_context_config *config)
 {
     moe_context_config k;
@@ -128,21 +147,36 @@ moe_status moe_context_create(moe_context **context, const moe_context_config *c
                      .parallel_user = k.parallel_user,
                      .log = k.log,
                      .log_user = k.log_user};
-    c.kernels_f32 = moe__cpu_backend(c.isa, MOE_DTYPE_F32);
-    c.kernels_f64 = moe__cpu_backend(c.isa, MOE_DTYPE_F64);
-    moe_context *made = allocate(&c, sizeof c);
-    if (!made) return moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for the context");
-    *made = c;
-    atomic_init(&made->references, 1);
-    if (!made->parallel && made->threads > 1) {
-        made->pool = moe__pool_create(made, made->threads);
-        if (!made->pool) {
-            release(&c, made, sizeof c);
-            return moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for %d threads",
-                             (int)c.threads);
-        }
-    }
-    *context = made;
+    c.memory = &moe__host_memory;
+    for (int32_t dtype = 0; dtype < 4; dtype++) c.kernels[dtype] = moe__cpu_backend(c.isa, dtype);
+    return make(context, &c, __func__);
+}
+
+moe_status moe__context_make(moe_context **context, const moe_context_config *host,
+                             const moe__memory *memory, const moe__backend *const kernels[4],
+                             void *of_context, const char *function)
+{
+    moe_context_config k;
+    MOE_TRY(moe__struct_read(&moe__context_config_info, &k, host, true, function));
+    MOE_TRY(check_config(&k, function));
+    moe_context c = {.backend = MOE_BACKEND_CUDA,
+                     .isa = k.isa ? k.isa : moe__cpu_best_isa(),
+                     .threads = 1,
+                     .log_level = k.log_level,
+                     .alloc = k.alloc,
+                     .free = k.free,
+                     .alloc_user = k.alloc_user,
+                     .log = k.log,
+                     .log_user = k.log_user,
+                     .memory = memory,
+                     .of_context = of_context};
+    memcpy(c.kernels, kernels, sizeof c.kernels);
+    return make(context, &c, function);
+}
+
+moe_status moe__check_stream(const moe_context *context, const void *stream, const char *function)
+{
+    if (stream && context->memory->is_host) REFUSE_ARGUMENT("stream must be NULL on CPU");
     return MOE_OK;
 }
 
@@ -152,6 +186,7 @@ void moe_context_destroy(moe_context *context)
 {
     if (!context || atomic_fetch_sub(&context->references, 1) != 1) return;
     moe__pool_destroy(context, context->pool);
+    if (context->memory->context_destroy) context->memory->context_destroy(context->of_context);
     if (context->free)
         context->free(context->alloc_user, context, sizeof *context);
     else

@@ -206,7 +206,7 @@ moe_status moe_layer_memory(const moe_cost_query *query, moe_cost *cost)
     moe_cost known = {.parameter_bytes = moe__mul(count, element),
                       .gradient_bytes = moe__mul(count, element),
                       .parameter_count = count,
-                      .pass_bytes = moe__pass_shape_bytes(&shape),
+                      .pass_bytes = moe__pass_shape_bytes(NULL, &shape),
                       .active_parameters = moe__add(fixed, moe__mul(per_token, expert))};
     if (known.parameter_bytes < 0 || known.pass_bytes < 0 || known.active_parameters < 0)
         return moe__fail(MOE_ERROR_OVERFLOW, __func__, "the answer does not fit in 63 bits");

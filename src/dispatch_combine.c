@@ -27,8 +27,9 @@ static moe_status read_args(moe__rows_job *job, const moe_plan *plan, const moe_
     if (a.dtype != plan->a.dtype)
         REFUSE_ARGUMENT("dtype is %d, the plan's is %d", (int)a.dtype, (int)plan->a.dtype);
     if (a.reserved != 0) REFUSE_ARGUMENT("reserved is %d", (int)a.reserved);
-    if (a.stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
-    int64_t T = plan->a.tokens, rows = plan->a.rows, element = moe__dtype_size(a.dtype);
+    MOE_TRY(moe__check_stream(plan->context, a.stream, function));
+    int64_t T = plan->a.tokens, element = moe__dtype_size(a.dtype);
+    int64_t rows = plan->a.rows < 0 ? plan->a.entries : plan->a.rows; /* at most */
     MOE_TRY(moe__check_matrix("tokens_in", a.tokens_in, &a.tokens_in_stride, T, a.width, element,
                               needs & TOKENS_IN, function));
     MOE_TRY(moe__check_matrix("tokens_out", a.tokens_out, &a.tokens_out_stride, T, a.width, element,
@@ -38,7 +39,7 @@ static moe_status read_args(moe__rows_job *job, const moe_plan *plan, const moe_
                               reads_rows, function));
     MOE_TRY(moe__check_matrix("rows_out", a.rows_out, &a.rows_out_stride, rows, a.width, element,
                               needs & ROWS_OUT, function));
-    *job = (moe__rows_job){.workers = {.context = plan->context, .function = function},
+    *job = (moe__rows_job){.workers = moe__workers_of(plan->context, function, a.stream),
                            .plan = &plan->a,
                            .width = a.width,
                            .tokens_in = a.tokens_in,
@@ -57,9 +58,12 @@ static moe_status read_args(moe__rows_job *job, const moe_plan *plan, const moe_
 
 static moe_status run(moe_status (*slot)(moe__rows_job *), moe__rows_job *job)
 {
+    const moe__memory *memory = job->workers.context->memory;
     fenv_t saved;
     moe__fenv_enter(&saved);
-    moe_status status = slot(job);
+    moe_status status = memory->begin ? memory->begin(&job->workers) : MOE_OK;
+    if (status == MOE_OK) status = slot(job);
+    if (memory->end) memory->end(&job->workers);
     moe__fenv_leave(&saved);
     return status;
 }
@@ -89,7 +93,7 @@ moe_status moe_combine_backward(const moe_plan *plan, const moe_rows_args *args)
 {
     moe__rows_job job;
     MOE_TRY(read_args(&job, plan, args, TOKENS_IN | ROWS_IN_FOR_WEIGHTS, __func__));
-    if (!job.rows_out && !job.entry_weight_grad && plan->a.rows > 0)
+    if (!job.rows_out && !job.entry_weight_grad && plan->a.rows != 0)
         return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__,
                          "rows_out and entry_weight_grad are both NULL");
     return run(moe__kernels(plan->context, plan->a.dtype)->combine_backward, &job);

@@ -16,7 +16,7 @@ static int64_t touched_bytes(int64_t num_experts)
 static moe_status make_touched(moe_experts *e, const char *function)
 {
     int64_t E = e->config.num_experts;
-    e->touched = moe__alloc_zeroed(e->context, mark_bytes(E));
+    e->touched = e->context->memory->alloc(e->context, mark_bytes(E), true);
     e->touched_list = moe__alloc_zeroed(e->context, touched_bytes(E));
     if (!e->touched || !e->touched_list)
         REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for %lld experts", (ll)E);
@@ -30,7 +30,7 @@ static void free_pool(moe_experts *e)
     int64_t E = e->config.num_experts;
     moe__listing_free(&e->listing, context);
     moe__parameters_free(&e->parameters);
-    moe__free(context, e->touched, mark_bytes(E));
+    context->memory->free(context, e->touched, mark_bytes(E));
     moe__free(context, e->touched_list, touched_bytes(E));
     moe__free(context, e, sizeof *e);
 }
@@ -72,6 +72,12 @@ moe_status moe_experts_create(moe_experts **experts, moe_context *context,
                          experts ? "context" : "experts");
     MOE_TRY(moe__struct_read(&moe__experts_config_info, &c, config, false, __func__));
     MOE_TRY(moe__experts_config_check(&c, &callbacks, __func__));
+    if (!moe__kernels(context, c.dtype))
+        return moe__fail(MOE_ERROR_NOT_SUPPORTED, __func__, "dtype %d is not available on %s",
+                         (int)c.dtype, context->memory->name);
+    if (c.kind == MOE_EXPERTS_CALLBACK && !context->memory->is_host)
+        return moe__fail(MOE_ERROR_NOT_SUPPORTED, __func__,
+                         "kind MOE_EXPERTS_CALLBACK is not available on %s", context->memory->name);
     moe_experts *e = new_pool(context, &c);
     if (!e) return moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for the pool");
     moe_status status = fill_pool(e, &callbacks, __func__);
@@ -165,6 +171,9 @@ moe_status moe_experts_create_parts(moe_experts **experts, moe_experts *const *p
     if (E > INT32_MAX)
         REFUSE(MOE_ERROR_OVERFLOW, "the parts have %lld experts, at most 2^31 - 1 are possible",
                (ll)E);
+    if (!parts[0]->context->memory->is_host)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "a pool of parts is not available on %s",
+               parts[0]->context->memory->name);
     const moe_experts_config *first = &parts[0]->config;
     const moe_experts_config c = {.struct_size = sizeof c,
                                   .d_model = first->d_model,
@@ -218,7 +227,16 @@ moe_status moe_experts_touched(const moe_experts *experts, uint8_t *touched, int
     if (!experts || !touched)
         return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "%s is NULL",
                          experts ? "touched" : "experts");
+    const moe__memory *memory = experts->context->memory;
     int64_t sum = 0;
+    if (!memory->is_host) {
+        int64_t E = experts->config.num_experts;
+        moe__workers workers = {.context = experts->context, .function = __func__};
+        MOE_TRY(memory->fetch(&workers, touched, experts->touched, E));
+        for (int64_t e = 0; e < E; e++) sum += touched[e];
+        if (count) *count = sum;
+        return MOE_OK;
+    }
     for (int64_t i = 0; i < experts->parts; i++) {
         const moe_experts *part = experts->part[i];
         memcpy(touched, part->touched, (size_t)part->config.num_experts);
@@ -252,13 +270,18 @@ static void note_part(moe_experts *part, const int64_t *begin, bool overwrite)
     }
 }
 
-void moe__experts_note_touched(moe_experts *experts, const moe__plan_arrays *plan, bool overwrite)
+moe_status moe__experts_note_touched(moe_experts *experts, const moe__experts_job *job)
 {
-    const int64_t *begin = plan->expert_begin;
+    const moe__memory *memory = experts->context->memory;
+    const int64_t *begin = job->plan->expert_begin;
+    bool overwrite = job->overwrite != 0;
+    if (!memory->is_host)
+        return memory->note_touched(&job->workers, experts->touched, job->plan, overwrite);
     for (int64_t i = 0; i < experts->parts; i++) {
         note_part(experts->part[i], begin, overwrite);
         begin += experts->part[i]->config.num_experts;
     }
+    return MOE_OK;
 }
 
 moe_status moe__experts_check_bound(const moe_experts *experts, const char *function)
@@ -321,6 +344,7 @@ static moe__matrices strided(const moe_experts *experts, operand o, bool gradien
     if (!p) return m;
     const int64_t *stride = gradient ? p->grad_stride : p->data_stride;
     bool out_in = experts->config.weight_layout == MOE_WEIGHT_OUT_IN && p->dims == 3;
+    m.dtype = p->dtype;
     m.base = gradient ? p->grad : p->data;
     m.each = gradient ? p->grad_each : p->data_each;
     m.stride_expert = stride[0];

@@ -7,8 +7,6 @@
  *     begin = array + r (widest - width),   row r = begin + r width = array + r widest */
 #include "pass_state.h"
 
-#include <string.h>
-
 static void *ahead(void *memory, int64_t bytes) { return memory ? (char *)memory + bytes : NULL; }
 
 /* The job of `part`, whose experts begin at number `first`; view is the plan as it sees it. */
@@ -81,6 +79,7 @@ void moe__experts_combine(const moe_experts *experts, const moe__experts_job *jo
     combine->width = experts->config.d_out;
     combine->rows_in = job->out;
     combine->rows_in_stride = experts->config.d_out;
+    combine->padded_rows = job->padded_rows;
     combine->weights = job->combine_weight;
     combine->unweighted = !job->combine_weight &&
                           experts->part[0]->config.weight_position != MOE_WEIGHT_ON_OUTPUT;
@@ -92,8 +91,9 @@ moe_status moe__experts_rows_backward(moe_experts *experts, moe__experts_job *jo
     const moe__plan_arrays *plan = job->plan;
     moe__plan_arrays view;
     int64_t first = 0;
-    if (job->entry_weight_grad && plan->entries > 0) /* of those without a row it stays 0 */
-        memset(job->entry_weight_grad, 0, (size_t)(plan->entries * moe__dtype_size(plan->dtype)));
+    if (job->entry_weight_grad) /* of those without a row it stays 0 */
+        MOE_TRY(experts->context->memory->zero(&job->workers, job->entry_weight_grad,
+                                               plan->entries * moe__dtype_size(plan->dtype)));
     for (int64_t i = 0; i < experts->parts; i++) {
         const moe_experts *part = experts->part[i];
         moe__experts_job one = job_of_part(job, &experts->room, part, first, &view);
@@ -103,6 +103,5 @@ moe_status moe__experts_rows_backward(moe_experts *experts, moe__experts_job *jo
         MOE_TRY(kernels->experts_backward(&one));
         first += part->config.num_experts;
     }
-    if (job->parameters) moe__experts_note_touched(experts, plan, job->overwrite);
-    return MOE_OK;
+    return job->parameters ? moe__experts_note_touched(experts, job) : MOE_OK;
 }

@@ -14,29 +14,31 @@
 
 /* ---- routing --------------------------------------------------------------------------------- */
 
-/* The empty plan of a gate: the entries of every token, to be filled by the route step, which also
- * finds how many there are where they vary. */
-static void start_plan(moe__plan_arrays *plan, const moe__forward *f, const moe_gate *gate)
+/* Groups, mask and what follows from them; of a routing that is not there yet, where the entries of
+ * every token are. */
+static moe__batch_job batch_of(moe_pass *pass, const moe__forward *f)
 {
-    int64_t K = f->route ? moe__gate_entries_per_token(&gate->config, f->top_k) : f->top_k;
-    for (int64_t t = 0; t <= f->a.tokens; t++) plan->token_begin[t] = t * K;
-    for (int64_t g = 0; g <= f->a.groups; g++)
-        plan->group_begin[g] = f->a.group_begin ? f->a.group_begin[g] : g * f->a.tokens;
+    moe__batch_job job = {.workers = pass->workers,
+                          .tokens = f->a.tokens,
+                          .groups = f->a.groups,
+                          .plan = &pass->plan.a,
+                          .entries_per_token = f->top_k,
+                          .given = f->replay,
+                          .group_begin = f->a.group_begin,
+                          .token_mask = f->a.token_mask,
+                          .mask = pass->mask,
+                          .valid_token = pass->valid_token,
+                          .valid_begin = pass->valid_begin};
+    if (f->route) moe__gate_fill_batch(pass, f, &job);
+    return job;
 }
 
-/* Copies the mask and lists the tokens that are none: valid_token, and where each group's begin. */
-static void note_mask(moe_pass *pass, const moe__forward *f)
+/* The weights before dropping are the plan's at first. */
+static moe_status copy_weights(const moe_pass *pass, void *to, const void *from)
 {
     const moe__plan_arrays *plan = &pass->plan.a;
-    int64_t count = 0;
-    for (int64_t g = 0; g < plan->groups; g++) {
-        pass->valid_begin[g] = count;
-        for (int64_t t = plan->group_begin[g]; t < plan->group_begin[g + 1]; t++) {
-            pass->mask[t] = !f->a.token_mask || f->a.token_mask[t];
-            if (pass->mask[t]) pass->valid_token[count++] = t;
-        }
-    }
-    pass->valid_begin[plan->groups] = count;
+    return pass->context->memory->copy(&pass->workers, to, from,
+                                       plan->entries * moe__dtype_size(plan->dtype));
 }
 
 /* Logits, noise, choice, weights, capacity: the plan. */
@@ -47,36 +49,33 @@ static moe_status route_step(moe_pass *pass, const moe__forward *f, const moe__b
     moe__gate_fill_route(pass, f);
     moe__second_hook(pass, f->uses);
     MOE_TRY(kernels->route_forward(&pass->route));
-    memcpy(plan->weight_of_entry, pass->plan_weight,
-           (size_t)(plan->entries * moe__dtype_size(plan->dtype)));
+    MOE_TRY(copy_weights(pass, plan->weight_of_entry, pass->plan_weight));
     moe__gate_fill_rows(pass, f, &rows);
     return kernels->plan_rows(&rows);
 }
 
 /* A plan with weights takes the place of the route step: there are no logits. */
-static void replay_step(moe_pass *pass, const moe__forward *f)
+static moe_status replay_step(moe_pass *pass, const moe__forward *f)
 {
     const moe__plan_arrays *plan = &pass->plan.a;
-    moe__workers workers = pass->route.workers;
     memset(&pass->route, 0, sizeof pass->route);
-    pass->route.workers = workers;
+    pass->route.workers = pass->workers;
     pass->route.config = &pass->gate_config;
     pass->route.tokens = plan->tokens;
     pass->route.token_mask = f->a.token_mask ? pass->mask : NULL;
     pass->route.token_begin = plan->token_begin;
     pass->route.expert_of_entry = plan->expert_of_entry;
     pass->route.weight = pass->plan_weight;
-    memcpy(pass->plan_weight, plan->weight_of_entry,
-           (size_t)(plan->entries * moe__dtype_size(plan->dtype)));
+    return copy_weights(pass, pass->plan_weight, plan->weight_of_entry);
 }
 
 /* Without a gate and a plan every token visits the one expert, with weight 1. */
 static moe_status everyone_step(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
 {
     moe__plan_arrays *plan = &pass->plan.a;
-    moe__everyone_entries(plan);
-    replay_step(pass, f);
-    moe__plan_rows_job rows = {.workers = pass->route.workers,
+    MOE_TRY(kernels->everyone_forward(&pass->workers, plan));
+    MOE_TRY(replay_step(pass, f));
+    moe__plan_rows_job rows = {.workers = pass->workers,
                                .plan = plan,
                                .token_mask = pass->route.token_mask};
     return kernels->plan_rows(&rows);
@@ -85,20 +84,12 @@ static moe_status everyone_step(moe_pass *pass, const moe__forward *f, const moe
 static moe_status losses_step(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
 {
     moe__losses_job *l = &pass->losses;
-    double value[MOE_LOSS_SLOTS], stats[MOE_STAT_SLOTS];
+    double *results = f->recompute ? pass->again : pass->results; /* counted by the first forward */
     moe__gate_fill_losses(pass, f);
     moe__share_losses(pass, f->uses);
-    for (int64_t e = 0; e < pass->plan.a.num_experts; e++)
-        pass->rows_of_expert[e] = pass->plan.a.expert_begin[e + 1] - pass->plan.a.expert_begin[e];
-    l->value = value;
-    l->stats = stats;
-    MOE_TRY(kernels->losses_forward(l));
-    if (f->recompute) return MOE_OK; /* they were counted by the first forward */
-    memcpy(pass->value, value, sizeof value);
-    memcpy(pass->stats, stats, sizeof stats);
-    pass->total = 0;
-    for (int i = 0; i < MOE_LOSS_SLOTS; i++) pass->total += value[i];
-    return MOE_OK;
+    l->value = results;
+    l->stats = results + MOE_LOSS_SLOTS;
+    return kernels->losses_forward(l);
 }
 
 /* Where the routed experts' rows go: y, or for a recompute that wants none the saved copy. Returns
@@ -117,10 +108,9 @@ static void *place_output(const moe_pass *pass, const moe__forward *f, moe__rows
 static moe_status plan_again(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
 {
     moe__plan_arrays *plan = &pass->plan.a;
-    moe__plan_rows_job rows = {.workers = pass->route.workers, .plan = plan};
+    moe__plan_rows_job rows = {.workers = pass->workers, .plan = plan};
     if (f->route) moe__gate_fill_rows(pass, f, &rows);
-    memcpy(plan->weight_of_entry, pass->plan_weight,
-           (size_t)(plan->entries * moe__dtype_size(plan->dtype)));
+    MOE_TRY(copy_weights(pass, plan->weight_of_entry, pass->plan_weight));
     rows.token_mask = pass->route.token_mask;
     rows.group_capacity = NULL;
     rows.keep_rows = 0;
@@ -187,17 +177,18 @@ static moe_status start_steps(moe_pass *pass, const moe__forward *f, const moe__
                               const char *function)
 {
     moe__experts_job *e = &pass->experts_job;
+    const moe__memory *memory = pass->context->memory;
     if (f->replay && !f->own_plan)
-        moe__plan_copy_arrays(&pass->plan.a, &f->a.plan->a);
-    else if (!f->replay)
-        start_plan(&pass->plan.a, f, pass->gate);
-    note_mask(pass, f);
+        MOE_TRY(moe__plan_copy_arrays(&pass->workers, &pass->plan.a, &f->a.plan->a));
+    moe__batch_job batch = batch_of(pass, f);
+    MOE_TRY(kernels->batch_forward(&batch));
     if (f->route)
         MOE_TRY(route_step(pass, f, kernels));
     else if (f->everyone)
         MOE_TRY(everyone_step(pass, f, kernels));
     else
-        replay_step(pass, f);
+        MOE_TRY(replay_step(pass, f));
+    if (memory->plan_ready) MOE_TRY(memory->plan_ready(&pass->workers, &pass->plan.a));
     MOE_TRY(agree_step(pass, f, kernels, function));
     MOE_TRY(losses_step(pass, f, kernels));
     moe__lap(pass, MOE_TIME_GATE);
@@ -225,24 +216,6 @@ static void note_arguments(moe_pass *pass, const moe__forward *f)
     pass->gate_x = a->gate_x ? a->gate_x : a->x;
     pass->gate_x_stride = a->gate_x ? a->gate_x_stride : a->x_stride;
     pass->logits_from_host = a->logits_in != NULL;
-}
-
-/* Losses and statistics on the host's side, in the layer's dtype. */
-static void write_results(const moe_pass *pass, const moe_forward_args *a)
-{
-    bool f64 = pass->plan.a.dtype == MOE_DTYPE_F64;
-    for (int i = 0; a->losses_out && i < MOE_LOSS_SLOTS; i++) {
-        if (f64)
-            ((double *)a->losses_out)[i] = pass->value[i];
-        else
-            ((float *)a->losses_out)[i] = (float)pass->value[i];
-    }
-    for (int i = 0; a->stats_out && i < MOE_STAT_SLOTS; i++) {
-        if (f64)
-            ((double *)a->stats_out)[i] = pass->stats[i];
-        else
-            ((float *)a->stats_out)[i] = (float)pass->stats[i];
-    }
 }
 
 static moe__pass_shape forward_shape(const moe_pass *pass, const moe__forward *f,
@@ -274,19 +247,25 @@ static moe__pass_shape forward_shape(const moe_pass *pass, const moe__forward *f
     return shape;
 }
 
-/* Which tokens go to which experts is known before the gate has run, unless a threshold decides:
- * then it counts first, in a pass that has room for no entries. */
+/* Which tokens go to which experts is known before the gate has run, unless a threshold decides, or
+ * experts take tokens and the mask is not the host's: then they are counted first, in a pass that
+ * has room for no entries. */
 static moe_status count_entries(moe_pass *pass, moe__forward *f, moe__pass_shape *shape,
                                 const moe__backend *kernels, const char *function)
 {
     if (f->entries >= 0) return MOE_OK;
-    start_plan(&pass->plan.a, f, pass->gate);
-    note_mask(pass, f);
+    moe__batch_job batch = batch_of(pass, f);
+    MOE_TRY(kernels->batch_forward(&batch));
     moe__gate_fill_route(pass, f);
-    MOE_TRY(kernels->route_count(&pass->route, &f->entries));
+    MOE_TRY(pass->route.choose == MOE__CHOOSE_BY_EXPERT
+                ? kernels->entries_taken(&batch, &f->entries)
+                : kernels->route_count(&pass->route, &f->entries));
+    if (f->entries < 0)
+        REFUSE(MOE_ERROR_OVERFLOW, "what %lld tokens send does not fit in 63 bits",
+               (ll)f->a.tokens);
     shape->entries = f->entries;
     MOE_TRY(moe__pass_make_room(pass, shape, false, function));
-    moe__name_function(pass, function);
+    moe__set_workers(pass, function, pass->workers.stream);
     return MOE_OK;
 }
 
@@ -342,8 +321,8 @@ moe_status moe__forward_start(moe_pass *pass, const moe_forward_args *args, int3
     note_arguments(pass, &call->f);
 
     fenv_t saved;
-    moe__enter_phase(pass, function, &saved);
-    status = count_entries(pass, &call->f, &shape, call->kernels, function);
+    status = moe__enter_phase(pass, function, call->f.a.stream, &saved);
+    if (status == MOE_OK) status = count_entries(pass, &call->f, &shape, call->kernels, function);
     if (status == MOE_OK) status = start_steps(pass, &call->f, call->kernels, function);
     status = moe__leave_phase(pass, uses, status, function, &saved);
     if (status != MOE_OK)
@@ -357,8 +336,8 @@ moe_status moe__forward_work(moe_pass *pass, const char *function)
 {
     moe__call *call = &pass->call;
     fenv_t saved;
-    moe__enter_phase(pass, function, &saved);
-    moe_status status = work_step(pass, &call->f, call->kernels, function);
+    moe_status status = moe__enter_phase(pass, function, call->f.a.stream, &saved);
+    if (status == MOE_OK) status = work_step(pass, &call->f, call->kernels, function);
     status = moe__leave_phase(pass, call->f.uses, status, function, &saved);
     if (status != MOE_OK)
         end_call(pass, status);
@@ -370,11 +349,13 @@ moe_status moe__forward_work(moe_pass *pass, const char *function)
 moe_status moe__forward_finish(moe_pass *pass, const char *function)
 {
     moe__call *call = &pass->call;
-    moe_status status = MOE_OK;
+    const moe_forward_args *a = &call->f.a;
     fenv_t saved;
-    moe__enter_phase(pass, function, &saved);
-    if (call->f.uses & MOE__USE_EXPERTS) status = combine_step(pass, &call->f, call->kernels);
-    if (status == MOE_OK && !call->f.recompute) write_results(pass, &call->f.a);
+    moe_status status = moe__enter_phase(pass, function, a->stream, &saved);
+    if (status == MOE_OK && (call->f.uses & MOE__USE_EXPERTS))
+        status = combine_step(pass, &call->f, call->kernels);
+    if (status == MOE_OK && !call->f.recompute && (a->losses_out || a->stats_out))
+        status = call->kernels->write_results(&pass->losses, a->losses_out, a->stats_out);
     status = moe__leave_phase(pass, call->f.uses, status, function, &saved);
     end_call(pass, status);
     return status;

@@ -15,6 +15,9 @@ moe_status moe_gate_create(moe_gate **gate, moe_context *context, const moe_gate
                          gate ? "context" : "gate");
     MOE_TRY(moe__struct_read(&moe__gate_config_info, &c, config, false, __func__));
     MOE_TRY(moe__gate_config_check(&c, __func__));
+    if (!moe__kernels(context, c.dtype))
+        return moe__fail(MOE_ERROR_NOT_SUPPORTED, __func__, "dtype %d is not available on %s",
+                         (int)c.dtype, context->memory->name);
     moe_gate *g = moe__alloc_zeroed(context, sizeof *g);
     if (!g) return moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for the gate");
     atomic_init(&g->references, 1);
@@ -133,6 +136,26 @@ moe_status moe_selection_bias_step(void *next, const void *bias, const int64_t *
     return step_bias(next, bias, counts, n, rate, dtype, __func__);
 }
 
+/* A bias that is not in the host's memory; nor need the counts be. */
+static moe_status step_elsewhere(moe_context *context, const moe__parameter *p,
+                                 const int64_t *counts, int64_t n, double rate,
+                                 const char *function)
+{
+    const moe__memory *memory = context->memory;
+    moe__workers workers = moe__workers_of(context, function, NULL);
+    int64_t words = n * (int64_t)sizeof *counts, bytes = words + p->own_bytes;
+    if (!counts) REFUSE_ARGUMENT("counts is NULL for %lld experts", (ll)n);
+    int64_t *here = moe__alloc(context, bytes);
+    if (!here) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no %lld bytes", (ll)bytes);
+    void *bias = here + n;
+    moe_status status = memory->fetch(&workers, here, counts, words);
+    if (status == MOE_OK) status = memory->fetch(&workers, bias, p->own_data, p->own_bytes);
+    if (status == MOE_OK) status = step_bias(bias, bias, here, n, rate, p->dtype, function);
+    if (status == MOE_OK) status = memory->store(&workers, p->own_data, bias, p->own_bytes);
+    moe__free(context, here, bytes);
+    return status;
+}
+
 moe_status moe_gate_update_selection_bias(moe_gate *gate, const int64_t *counts, double rate)
 {
     const char *function = __func__;
@@ -140,8 +163,10 @@ moe_status moe_gate_update_selection_bias(moe_gate *gate, const int64_t *counts,
     const moe__parameter *p = moe__parameter_by_name(&gate->parameters, "selection_bias");
     if (!p) REFUSE(MOE_ERROR_INVALID_STATE, "the gate has no selection_bias");
     if (!p->owned) REFUSE(MOE_ERROR_INVALID_STATE, "selection_bias is bound: it is the host's");
-    return step_bias(p->own_data, p->own_data, counts, gate->config.num_experts, rate, p->dtype,
-                     function);
+    int64_t n = gate->config.num_experts;
+    if (gate->context->memory->is_host)
+        return step_bias(p->own_data, p->own_data, counts, n, rate, p->dtype, function);
+    return step_elsewhere(gate->context, p, counts, n, rate, function);
 }
 
 moe_status moe_cv_squared(double *cv2, void *dv, const void *v, int64_t n, int32_t ddof,

@@ -1,16 +1,12 @@
 /* gate_call.c - a gate in one call: what its config comes to, how many entries there will be, and
  * the jobs of the route, losses and gate backward steps. */
+#include "capacity.h"
 #include "pass_state.h"
 #include "philox.h"
 
-#include <string.h>
-
 /* ---- what the config comes to ---------------------------------------------------------------- */
 
-bool moe__gate_takes_tokens(const moe_gate_config *c)
-{
-    return c->kind == MOE_GATE_BALANCED || c->kind == MOE_GATE_EXPERT_CHOICE;
-}
+bool moe__gate_takes_tokens(const moe_gate_config *c) { return moe__takes_tokens(c); }
 
 bool moe__gate_is_noisy(const moe_gate_config *c)
 {
@@ -26,8 +22,7 @@ int64_t moe__gate_most_k(const moe_gate_config *c)
 
 int64_t moe__gate_entries_per_token(const moe_gate_config *c, int64_t top_k)
 {
-    if (c->kind == MOE_GATE_SOFTMAX_DENSE) return c->num_experts;
-    return c->kind == MOE_GATE_HIERARCHICAL ? c->top_groups * top_k : top_k;
+    return moe__entries_per_token(c, top_k);
 }
 
 /* Each kind is one way to choose and one way to weigh; the kernels know those only. */
@@ -57,74 +52,24 @@ static int32_t how_to_choose(const moe__forward *f, const moe_gate_config *c)
     }
 }
 
-/* ---- capacity -------------------------------------------------------------------------------- */
-
-/* Of numbers that are not negative; from 2^53 on all are whole. */
-static double round_down(double x) { return x < 9e15 ? (double)(int64_t)x : x; }
-static double round_up(double x) { return round_down(x) + (round_down(x) < x); }
-
-static double round_capacity(const moe_gate_config *c, double factor, double K, double tokens)
-{
-    double E = (double)c->num_experts;
-    switch (c->capacity_rounding) {
-    case MOE_ROUND_PER_CHOICE: return K * round_down(factor * round_up(tokens / E));
-    case MOE_ROUND_TOKENS_UP: return round_down(K * round_up(factor * tokens) / E);
-    case MOE_ROUND_UP: return round_up(factor * K * tokens / E);
-    case MOE_ROUND_NEAREST: return round_down(factor * K * tokens / E + 0.5);
-    default: return round_down(factor * K * tokens / E);
-    }
-}
-
-/* Rows of an expert for a group of `tokens` unmasked tokens; never beyond what it could send. */
-static int64_t factor_capacity(const moe_gate_config *c, int64_t tokens, bool train)
-{
-    int64_t K = moe__gate_entries_per_token(c, c->top_k), most = moe__mul(tokens, K);
-    double factor = !train && c->capacity_factor_eval > 0 ? c->capacity_factor_eval
-                                                          : c->capacity_factor;
-    double rounded = round_capacity(c, factor, (double)K, (double)tokens);
-    int64_t rows = rounded < (double)most ? (int64_t)rounded : most; /* NaN: inf times no tokens */
-    rows = moe__max(rows, c->capacity_minimum);
-    if (c->capacity_multiple > 1 && rows % c->capacity_multiple != 0)
-        rows = moe__add(rows, c->capacity_multiple - rows % c->capacity_multiple);
-    return rows < 0 || rows > most ? most : rows;
-}
-
-static int64_t capacity_of_group(const moe_gate_config *c, const moe_forward_args *a,
-                                 int64_t tokens)
-{
-    if (a->capacity != MOE_FROM_CONFIG) return a->capacity;
-    return c->capacity_kind == MOE_CAPACITY_NUMBER
-               ? c->capacity
-               : factor_capacity(c, tokens, (a->flags & MOE_FORWARD_TRAIN) != 0);
-}
+/* ---- capacity ---------------------------------------------------------------------------------- */
 
 bool moe__gate_is_limited(const moe_gate_config *c, const moe_forward_args *a)
 {
     return a->capacity != MOE_FROM_CONFIG || c->capacity_kind != MOE_CAPACITY_NONE;
 }
 
-const int64_t *moe__gate_capacities(moe_pass *pass, const moe__forward *f)
-{
-    const moe_gate_config *c = &pass->gate_config;
-    if (!moe__gate_is_limited(c, &f->a)) return NULL;
-    for (int64_t g = 0; g < pass->plan.a.groups; g++) {
-        int64_t tokens = pass->valid_begin[g + 1] - pass->valid_begin[g];
-        int64_t rows = capacity_of_group(c, &f->a, tokens);
-        pass->group_capacity[g] = moe__gate_takes_tokens(c) ? moe__min(rows, tokens) : rows;
-    }
-    return pass->group_capacity;
-}
-
 int64_t moe__gate_entries_taken(const moe_gate_config *config, const moe_forward_args *a,
                                 int64_t top_k)
 {
     moe_gate_config c = moe__gate_config_of_call(config, top_k);
+    int32_t train = (a->flags & MOE_FORWARD_TRAIN) != 0;
     int64_t entries = 0, groups = moe__max(a->groups, 1);
     for (int64_t g = 0; g < groups; g++) {
         int64_t first = a->group_begin ? a->group_begin[g] : 0, tokens = 0;
         int64_t last = a->group_begin ? a->group_begin[g + 1] : a->tokens;
         for (int64_t t = first; t < last; t++) tokens += !a->token_mask || a->token_mask[t];
-        int64_t rows = moe__min(capacity_of_group(&c, a, tokens), tokens);
+        int64_t rows = moe__capacity_of_group(&c, a->capacity, tokens, train);
         entries = moe__add(entries, moe__mul(c.num_experts, rows));
     }
     return entries;
@@ -189,6 +134,23 @@ void moe__gate_gradients(const moe_gate *gate, moe__route_job *job, moe__gate_ba
 
 /* ---- jobs ------------------------------------------------------------------------------------ */
 
+void moe__gate_fill_batch(const moe_pass *pass, const moe__forward *f, moe__batch_job *job)
+{
+    const moe_gate_config *c = &pass->gate_config;
+    bool two = f->route && c->kind == MOE_GATE_HIERARCHICAL;
+    bool taken = how_to_choose(f, c) == MOE__CHOOSE_BY_EXPERT;
+    bool limited = moe__gate_is_limited(c, &f->a) && !moe__gate_takes_tokens(c);
+    job->entries_per_token = moe__entries_per_token(c, f->top_k);
+    job->primary = two ? (moe__plan_arrays *)(uintptr_t)&pass->primary.a : NULL;
+    job->primary_per_token = c->top_groups;
+    job->second_begin = pass->second_begin;
+    job->second_per_row = c->top_k;
+    job->config = c;
+    job->capacity = f->a.capacity;
+    job->train = (f->a.flags & MOE_FORWARD_TRAIN) != 0;
+    job->group_capacity = !f->replay && (taken || limited) ? pass->group_capacity : NULL;
+}
+
 static uint32_t stream_of(const moe_pass *pass, uint32_t purpose)
 {
     uint32_t layer_id = pass->layer ? (uint32_t)pass->layer->config.layer_id : 0;
@@ -218,10 +180,6 @@ static void fill_two_levels(moe_pass *pass, const moe_forward_args *a)
     const moe_gate_config *c = &pass->gate_config;
     moe__plan_arrays *primary = &pass->primary.a;
     moe__gate_level *first = &pass->route.level[0], *second = &pass->route.level[1];
-    for (int64_t t = 0; t <= a->tokens; t++) primary->token_begin[t] = t * c->top_groups;
-    for (int64_t r = 0; r <= primary->entries; r++) pass->second_begin[r] = r * c->top_k;
-    memcpy(primary->group_begin, pass->plan.a.group_begin,
-           (size_t)(primary->groups + 1) * sizeof *primary->group_begin);
     first->rows = a->tokens;
     first->width = c->expert_groups;
     first->top_k = c->top_groups;
@@ -230,7 +188,7 @@ static void fill_two_levels(moe_pass *pass, const moe_forward_args *a)
     first->noise_in = a->noise_primary;
     first->noise_stride = a->noise_primary_stride;
     first->noise_stream = stream_of(pass, MOE__PURPOSE_PRIMARY);
-    second->rows = 0;
+    second->rows = primary->entries; /* at most */
     second->width = c->num_experts / c->expert_groups;
     second->top_k = c->top_k;
     second->parts = c->expert_groups;
@@ -268,7 +226,7 @@ void moe__gate_fill_route(moe_pass *pass, const moe__forward *f)
     r->group_begin = pass->plan.a.group_begin;
     r->valid_begin = pass->valid_begin;
     r->valid_token = pass->valid_token;
-    r->taken_of_group = r->choose == MOE__CHOOSE_BY_EXPERT ? moe__gate_capacities(pass, f) : NULL;
+    r->taken_of_group = r->choose == MOE__CHOOSE_BY_EXPERT ? pass->group_capacity : NULL;
     r->token_begin = pass->plan.a.token_begin;
     r->expert_of_entry = pass->plan.a.expert_of_entry;
     r->slot_of_entry = pass->plan.a.slot_of_entry;
@@ -288,12 +246,12 @@ void moe__gate_fill_rows(moe_pass *pass, const moe__forward *f, moe__plan_rows_j
     const moe_gate_config *c = &pass->gate_config;
     bool train = (f->a.flags & MOE_FORWARD_TRAIN) != 0;
     bool by_expert = pass->route.choose == MOE__CHOOSE_BY_EXPERT;
-    bool limited = !f->replay && !moe__gate_takes_tokens(c);
+    bool limited = !f->replay && !moe__gate_takes_tokens(c) && moe__gate_is_limited(c, &f->a);
     *rows = (moe__plan_rows_job){
-        .workers = pass->route.workers,
+        .workers = pass->workers,
         .plan = &pass->plan.a,
         .token_mask = pass->route.token_mask,
-        .group_capacity = limited ? moe__gate_capacities(pass, f) : NULL,
+        .group_capacity = limited ? pass->group_capacity : NULL,
         .drop_policy = c->drop_policy,
         .renormalize_after_drop = c->renormalize_after_drop,
         .renormalize_minimum = c->renormalize_minimum,
@@ -318,7 +276,6 @@ void moe__gate_fill_losses(moe_pass *pass, const moe__forward *f)
     l->plan = &pass->plan.a;
     l->weights = pass->weights;
     l->valid_begin = pass->valid_begin;
-    l->valid_tokens = pass->valid_begin[pass->plan.a.groups];
     l->valid_token = f->a.token_mask ? pass->valid_token : NULL;
     if (!l->scoped) {
         l->scope_counts = l->counts;

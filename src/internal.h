@@ -62,10 +62,27 @@ struct moe_context {
     moe_log_fn log;
     void *log_user;
     moe__pool *pool;
-    const moe__backend *kernels_f32, *kernels_f64;
+    const moe__memory *memory;
+    const moe__backend *kernels[4]; /* by dtype; NULL: not supported */
+    void *of_context;               /* the backend's */
 };
 
 void moe__context_retain(moe_context *context);
+/* A context of a module's backend: the host's side of `host` (NULL: defaults), one thread.
+ * context_destroy of the memory is called when it ends, not if this fails. */
+moe_status moe__context_make(moe_context **context, const moe_context_config *host,
+                             const moe__memory *memory, const moe__backend *const kernels[4],
+                             void *of_context, const char *function);
+/* The host's memory. memory.c */
+extern const moe__memory moe__host_memory;
+/* What calls outside of a pass give the backend. */
+static inline moe__workers moe__workers_of(moe_context *context, const char *function, void *stream)
+{
+    moe__workers w = {.context = context, .function = function, .stream = stream};
+    return w;
+}
+/* MOE_ERROR_INVALID_ARGUMENT for a stream of a backend that has none. */
+moe_status moe__check_stream(const moe_context *context, const void *stream, const char *function);
 
 /* 64-byte aligned memory of the context's allocator; NULL if there is none or bytes <= 0. */
 void *moe__alloc(moe_context *context, int64_t bytes);
@@ -101,7 +118,7 @@ static inline void moe__fenv_leave(const fenv_t *saved) { (void)fesetenv(saved);
 
 static inline const moe__backend *moe__kernels(const moe_context *context, int32_t dtype)
 {
-    return dtype == MOE_DTYPE_F64 ? context->kernels_f64 : context->kernels_f32;
+    return dtype >= 0 && dtype < 4 ? context->kernels[dtype] : NULL;
 }
 
 /* ---- plan (plan.c) --------------------------------------------------------------------------- */
@@ -112,13 +129,15 @@ struct moe_plan {
     void *memory; /* of all arrays; NULL for a plan inside a pass */
     int64_t bytes;
     bool of_pass;
+    const moe__workers *workers; /* of its pass, whose stream its arrays are written on; or NULL */
 };
 
 /* Takes the arrays of a plan of these sizes out of `arena` and sets the sizes (rows = 0). */
 void moe__plan_layout(moe__plan_arrays *plan, moe__arena *arena, int64_t tokens, int64_t entries,
                       int64_t num_experts, int64_t groups, int32_t dtype);
 /* Copies everything; `to` has been laid out for from's sizes. */
-void moe__plan_copy_arrays(moe__plan_arrays *to, const moe__plan_arrays *from);
+moe_status moe__plan_copy_arrays(const moe__workers *workers, moe__plan_arrays *to,
+                                 const moe__plan_arrays *from);
 /* Checks group_begin[groups+1]: from 0 to tokens, ascending. NULL with groups 0 or 1 is good. */
 moe_status moe__check_groups(const int64_t *group_begin, int64_t groups, int64_t tokens,
                              const char *function);
@@ -164,7 +183,7 @@ moe__parameter *moe__parameter_add(moe__parameter_list *list, const char *name, 
 moe_status moe__parameters_allocate(moe__parameter_list *list, int32_t parameters,
                                     const char *function);
 void moe__parameters_free(moe__parameter_list *list);
-moe_status moe__parameters_zero_gradients(moe__parameter_list *list, const char *function);
+moe_status moe__parameters_zero_gradients(const moe__workers *workers, moe__parameter_list *list);
 /* MOE_ERROR_INVALID_STATE naming the first parameter that has no data. */
 moe_status moe__parameters_check_bound(const moe__parameter_list *list, const char *function);
 /* Product of the shape, or -1 if it does not fit. */
@@ -316,8 +335,8 @@ moe_status moe__experts_check_backward(const moe_experts *experts, const char *f
 /* Takes the pool and its parts for a backward, or none of them and returns false. */
 bool moe__experts_begin_backward(moe_experts *experts);
 void moe__experts_end_backward(moe_experts *experts);
-/* Remembers the experts that have rows as touched, and if `overwrite` forgets the others. */
-void moe__experts_note_touched(moe_experts *experts, const moe__plan_arrays *plan, bool overwrite);
+/* Remembers the experts that have rows as touched, and if the job overwrites forgets the others. */
+moe_status moe__experts_note_touched(moe_experts *experts, const moe__experts_job *job);
 
 /* Forgets all. */
 void moe__experts_forget_touched(moe_experts *experts);

@@ -22,9 +22,11 @@ moe_status moe__pass_check_start(const moe_pass *pass, int32_t uses, const char 
     return MOE_OK;
 }
 
-void moe__name_function(moe_pass *pass, const char *function)
+void moe__set_workers(moe_pass *pass, const char *function, void *stream)
 {
-    pass->route.workers.function = pass->experts_job.workers.function = function;
+    pass->workers.function = function;
+    pass->workers.stream = stream;
+    pass->route.workers = pass->experts_job.workers = pass->workers;
 }
 
 /* A layer on several ranks takes part in every call, so that the others need not wait for one that
@@ -57,17 +59,21 @@ void moe__lap(moe_pass *pass, int slot)
     pass->lap_from = now;
 }
 
-void moe__enter_phase(moe_pass *pass, const char *function, fenv_t *saved)
+moe_status moe__enter_phase(moe_pass *pass, const char *function, void *stream, fenv_t *saved)
 {
-    moe__name_function(pass, function);
+    const moe__memory *memory = pass->context->memory;
+    moe__set_workers(pass, function, stream);
     moe__continue_report(pass);
     moe__fenv_enter(saved);
+    return memory->begin ? memory->begin(&pass->workers) : MOE_OK;
 }
 
 moe_status moe__leave_phase(moe_pass *pass, int32_t uses, moe_status status, const char *function,
                             const fenv_t *saved)
 {
+    const moe__memory *memory = pass->context->memory;
     status = moe__fail_on_ranks(pass, uses, status, function);
+    if (memory->end) memory->end(&pass->workers);
     moe__fenv_leave(saved);
     return status;
 }

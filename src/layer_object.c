@@ -54,8 +54,12 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
     if (!e) REFUSE_ARGUMENT("experts is NULL");
     if (g && g->context != e->context)
         REFUSE_ARGUMENT("gate and experts are of different contexts");
+    bool host = e->context->memory->is_host;
+    if (!host && c->comm && c->comm->size > 1)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "a comm of %d ranks is not available on %s",
+               (int)c->comm->size, e->context->memory->name);
     if (!c->comm && (c->expert_slices > 1 || c->placement || c->max_received > 0 ||
-                     c->exchange == MOE_EXCHANGE_PADDED))
+                     (host && c->exchange == MOE_EXCHANGE_PADDED)))
         REFUSE_ARGUMENT("%s is given, comm is NULL", c->expert_slices > 1  ? "expert_slices"
                                                      : c->placement        ? "placement"
                                                      : c->max_received > 0 ? "max_received"

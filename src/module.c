@@ -1,6 +1,6 @@
 /* module.c - the private interface of the module libraries: module.h. */
 #include "module.h"
-#include "internal.h"
+#include "pass_state.h"
 
 int32_t moe__module_version(void) { return MOE__MODULE_VERSION; }
 
@@ -35,6 +35,25 @@ moe_status moe__module_comm(moe_comm **comm, moe_context *context, const moe_col
                             const char *(*why)(void *user), const char *function)
 {
     return moe__comm_make(comm, context, table, why, function);
+}
+
+moe_status moe__module_context(moe_context **context, const moe_context_config *host,
+                               const struct moe__memory *memory,
+                               const struct moe__backend *const kernels[4], void *of_context,
+                               const char *function)
+{
+    return moe__context_make(context, host, memory, kernels, of_context, function);
+}
+
+void *moe__module_of_context(const moe_context *context) { return context->of_context; }
+
+void *moe__module_of_pass(const moe_pass *pass) { return pass->workers.of_pass; }
+
+moe_context *moe__module_context_of(const moe_pass *pass) { return pass->context; }
+
+bool moe__module_on_host(const moe_layer *layer)
+{
+    return !layer || layer->context->memory->is_host;
 }
 
 const moe_experts *moe__module_part(const moe_experts *experts, int64_t part)

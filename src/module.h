@@ -6,8 +6,10 @@
 
 #include <moe/moe.h>
 
+#include <stdbool.h>
+
 /* The number of this interface; a module and libmoe must have the same. */
-enum { MOE__MODULE_VERSION = 1 };
+enum { MOE__MODULE_VERSION = 2 };
 
 /* MOE__MODULE_VERSION of libmoe. */
 MOE_API int32_t moe__module_version(void);
@@ -31,6 +33,21 @@ MOE_API moe_status moe__module_struct_read(const struct moe__struct_info *info, 
 MOE_API moe_status moe__module_comm(moe_comm **comm, moe_context *context,
                                     const moe_collectives *table, const char *(*why)(void *user),
                                     const char *function);
+
+/* A context of a backend of a module: moe__context_make of internal.h. */
+struct moe__memory;
+struct moe__backend;
+MOE_API moe_status moe__module_context(moe_context **context, const moe_context_config *host,
+                                       const struct moe__memory *memory,
+                                       const struct moe__backend *const kernels[4],
+                                       void *of_context, const char *function);
+/* What the backend keeps for a context, and for a pass; the context of a pass. */
+MOE_API void *moe__module_of_context(const moe_context *context);
+MOE_API void *moe__module_of_pass(const moe_pass *pass);
+MOE_API moe_context *moe__module_context_of(const moe_pass *pass);
+
+/* Whether a layer's own parameters are in the host's memory; true for NULL. */
+MOE_API bool moe__module_on_host(const moe_layer *layer);
 
 /* Part number `part` of a pool of parts, or for 0 a plain pool itself; NULL beyond. */
 MOE_API const moe_experts *moe__module_part(const moe_experts *experts, int64_t part);

@@ -124,7 +124,10 @@ moe_status moe_layer_gradient_norm(moe_layer *layer, double *squared, void *stre
 {
     const char *function = __func__;
     if (!layer || !squared) REFUSE_ARGUMENT("%s is NULL", layer ? "squared" : "layer");
-    if (stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
+    MOE_TRY(moe__check_stream(layer->context, stream, function));
+    if (!layer->context->memory->is_host)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "the layer's gradients are in memory of %s",
+               layer->context->memory->name);
     int64_t count = layer->where ? layer->where->most_parameters : 0;
     int64_t most = 0, own = layer->experts->config.num_experts;
     for (int64_t i = 0; i < layer->listing.count; i++)

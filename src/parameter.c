@@ -70,7 +70,8 @@ moe__matrices moe__parameter_operand(const moe__parameter *p, bool gradient)
     const int64_t *stride = gradient ? p->grad_stride : p->data_stride;
     int32_t first = p->per_expert; /* dimensions before the matrix or vector */
     bool matrix = p->dims - first == 2;
-    return (moe__matrices){.base = gradient ? p->grad : p->data,
+    return (moe__matrices){.dtype = p->dtype,
+                           .base = gradient ? p->grad : p->data,
                            .each = gradient ? p->grad_each : p->data_each,
                            .stride_expert = first ? stride[0] : 0,
                            .stride_row = matrix ? stride[first] : 0,
@@ -230,10 +231,11 @@ static int64_t lists_bytes(const moe__parameter_list *list)
 
 void moe__parameters_free(moe__parameter_list *list)
 {
+    const moe__memory *memory = list->context ? list->context->memory : NULL;
     for (int64_t i = 0; i < list->count; i++) {
         moe__parameter *p = &list->p[i];
-        moe__free(list->context, p->own_data, p->own_bytes);
-        moe__free(list->context, p->own_grad, p->own_bytes);
+        memory->free(list->context, p->own_data, p->own_bytes);
+        memory->free(list->context, p->own_grad, p->own_bytes);
         moe__free(list->context, p->lists, lists_bytes(list));
     }
     list->count = 0;
@@ -252,6 +254,7 @@ static void use_own(moe__parameter *p)
 moe_status moe__parameters_allocate(moe__parameter_list *list, int32_t parameters,
                                     const char *function)
 {
+    const moe__memory *memory = list->context->memory;
     moe_status status = MOE_OK;
     for (int64_t i = 0; i < list->count && status == MOE_OK; i++) {
         moe__parameter *p = &list->p[i];
@@ -263,8 +266,8 @@ moe_status moe__parameters_allocate(moe__parameter_list *list, int32_t parameter
         if (parameters == MOE_PARAMETERS_BOUND) continue;
         p->own_bytes = moe__max(p->own_bytes, 1); /* a pool without experts has an address too */
         bool grad = parameters == MOE_PARAMETERS_OWNED && p->kind != MOE_KIND_BUFFER;
-        p->own_data = moe__alloc_zeroed(list->context, p->own_bytes);
-        if (p->own_data && grad) p->own_grad = moe__alloc_zeroed(list->context, p->own_bytes);
+        p->own_data = memory->alloc(list->context, p->own_bytes, true);
+        if (p->own_data && grad) p->own_grad = memory->alloc(list->context, p->own_bytes, true);
         if (!p->own_data || (grad && !p->own_grad))
             status = moe__fail(MOE_ERROR_OUT_OF_MEMORY, function, "no %lld bytes for %s",
                                (ll)p->own_bytes, p->name);

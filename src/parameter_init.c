@@ -18,6 +18,7 @@ typedef struct fill {
     const moe__parameter *p;
     uint64_t seed;
     uint32_t stream_id;
+    void *to;               /* host memory, dense */
     int64_t rows, cols;     /* logical, of one expert's matrix as stored: inputs and outputs */
     const int64_t *numbers; /* of the experts, or groups, on all ranks; NULL: 0 and on */
 } fill;
@@ -67,26 +68,22 @@ static void fill_range(void *argument, int64_t begin, int64_t end)
             int64_t expert = r / stored_rows, i = r % stored_rows;
             float value = first_value(f, expert, out_in ? j : i, out_in ? i : j);
             if (f->p->dtype == MOE_DTYPE_F64)
-                ((double *)f->p->own_data)[r * width + j] = (double)value;
+                ((double *)f->to)[r * width + j] = (double)value;
             else
-                ((float *)f->p->own_data)[r * width + j] = value;
+                ((float *)f->to)[r * width + j] = value;
         }
 }
 
-static moe_status init_one(const moe__parameter_list *list, const moe__parameter *p, uint64_t seed,
-                           int32_t stream_id, const int64_t *numbers, const char *function)
+static moe_status draw_one(const moe__parameter_list *list, const moe__parameter *p, void *to,
+                           uint64_t seed, int32_t stream_id, const int64_t *numbers,
+                           const char *function)
 {
-    int matrix_dims = p->dims - p->per_expert;
     int64_t experts = p->per_expert ? p->shape[0] : 1;
-    if (!p->owned) return MOE_OK;
-    if (p->init_std == 0 || matrix_dims < 2) {
-        memset(p->own_data, 0, (size_t)p->own_bytes);
-        return MOE_OK;
-    }
     int64_t first = p->shape[p->per_expert], second = p->shape[p->per_expert + 1];
     bool out_in = p->per_expert && list->weight_layout == MOE_WEIGHT_OUT_IN;
     fill f = {.list = list,
               .p = p,
+              .to = to,
               .seed = seed,
               .stream_id = (uint32_t)stream_id,
               .numbers = p->per_expert ? numbers : NULL,
@@ -94,6 +91,25 @@ static moe_status init_one(const moe__parameter_list *list, const moe__parameter
               .cols = out_in ? first : second};
     return moe__parallel_range(list->context, experts * first, moe__max(1, 4096 / second),
                                fill_range, &f, function);
+}
+
+/* Drawn where they are, or on the host and copied. */
+static moe_status init_one(const moe__parameter_list *list, const moe__parameter *p, uint64_t seed,
+                           int32_t stream_id, const int64_t *numbers, const char *function)
+{
+    moe_context *context = list->context;
+    const moe__memory *memory = context->memory;
+    moe__workers workers = moe__workers_of(context, function, NULL);
+    bool drawn = p->init_std != 0 && p->dims - p->per_expert == 2;
+    if (!p->owned) return MOE_OK;
+    if (!drawn) return memory->zero(&workers, p->own_data, p->own_bytes);
+    if (memory->is_host) return draw_one(list, p, p->own_data, seed, stream_id, numbers, function);
+    void *host = moe__alloc_zeroed(context, p->own_bytes);
+    if (!host) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no %lld bytes for %s", (ll)p->own_bytes, p->name);
+    moe_status status = draw_one(list, p, host, seed, stream_id, numbers, function);
+    if (status == MOE_OK) status = memory->store(&workers, p->own_data, host, p->own_bytes);
+    moe__free(context, host, p->own_bytes);
+    return status;
 }
 
 static moe_status init_all(const moe__parameter_list *list, uint64_t seed, int32_t stream_id,
@@ -175,85 +191,124 @@ static void zero_range(void *argument, int64_t begin, int64_t end)
     }
 }
 
+/* A gradient that is not in the host's memory: all of it, in pieces with one stride each. */
+static moe_status zero_elsewhere(const moe__workers *workers, const moe__parameter *p)
+{
+    const moe__memory *memory = workers->context->memory;
+    int64_t element = moe__dtype_size(p->dtype), count[3], stride[3];
+    for (int d = 0; d < 3; d++) {
+        count[d] = d < p->dims ? p->shape[d] : 1;
+        stride[d] = d < p->dims ? p->grad_stride[d] : 0;
+    }
+    if (!p->grad_each) return memory->zero_strided(workers, p->grad, count, stride, element);
+    int64_t experts = count[0];
+    count[0] = 1;
+    for (int64_t e = 0; e < experts; e++)
+        if (p->grad_each[e])
+            MOE_TRY(memory->zero_strided(workers, p->grad_each[e], count, stride, element));
+    return MOE_OK;
+}
+
 /* experts NULL: the whole of every gradient; else, of a pool's, the parts of those `count`. */
-static moe_status zero_gradients(moe__parameter_list *list, const int32_t *experts, int64_t count,
-                                 const char *function)
+static moe_status zero_gradients(const moe__workers *workers, moe__parameter_list *list,
+                                 const int32_t *experts, int64_t count)
 {
     for (int64_t i = 0; i < list->count; i++) {
         const moe__parameter *p = &list->p[i];
         zeroing z = {p, experts};
         if ((!p->grad && !p->grad_each) || moe__parameter_elements(p) == 0) continue;
+        if (!workers->context->memory->is_host) {
+            MOE_TRY(zero_elsewhere(workers, p));
+            continue;
+        }
         int64_t width = p->shape[p->dims - 1], rows = moe__parameter_elements(p) / width;
         if (experts) rows = rows / p->shape[0] * count;
         MOE_TRY(moe__parallel_range(list->context, rows, moe__max(1, 65536 / width), zero_range, &z,
-                                    function));
+                                    workers->function));
     }
     return MOE_OK;
 }
 
-moe_status moe__parameters_zero_gradients(moe__parameter_list *list, const char *function)
+moe_status moe__parameters_zero_gradients(const moe__workers *workers, moe__parameter_list *list)
 {
-    return zero_gradients(list, NULL, 0, function);
+    return zero_gradients(workers, list, NULL, 0);
 }
 
-static moe_status check_stream(const void *stream, const char *function)
+/* Where the host does not know which experts were touched, all are set to zero. */
+static moe_status zero_pool(const moe__workers *workers, moe_experts *experts, bool whole)
 {
-    if (stream) REFUSE_ARGUMENT("stream must be NULL on CPU");
-    return MOE_OK;
-}
-
-static moe_status zero_pool(moe_experts *experts, bool whole, const char *function)
-{
+    const moe__memory *memory = workers->context->memory;
     for (int64_t i = 0; i < experts->parts; i++) {
         moe_experts *part = experts->part[i];
-        MOE_TRY(zero_gradients(&part->parameters, whole ? NULL : part->touched_list,
-                               part->touched_count, function));
+        MOE_TRY(zero_gradients(workers, &part->parameters, whole ? NULL : part->touched_list,
+                               part->touched_count));
+        if (!memory->is_host)
+            MOE_TRY(memory->zero(workers, part->touched, part->config.num_experts));
         for (int64_t n = 0; n < part->touched_count; n++) part->touched[part->touched_list[n]] = 0;
         part->touched_count = 0;
     }
     return MOE_OK;
 }
 
-static moe_status zero_layer(moe_layer *layer, bool whole, const char *function)
+static moe_status zero_layer(const moe__workers *workers, moe_layer *layer, bool whole)
 {
-    if (layer->gate) MOE_TRY(zero_gradients(&layer->gate->parameters, NULL, 0, function));
-    MOE_TRY(zero_gradients(&layer->parameters, NULL, 0, function));
-    if (layer->shared) MOE_TRY(zero_pool(layer->shared, whole, function));
-    if (layer->residual) MOE_TRY(zero_pool(layer->residual, whole, function));
-    return zero_pool(layer->experts, whole, function);
+    if (layer->gate) MOE_TRY(zero_gradients(workers, &layer->gate->parameters, NULL, 0));
+    MOE_TRY(zero_gradients(workers, &layer->parameters, NULL, 0));
+    if (layer->shared) MOE_TRY(zero_pool(workers, layer->shared, whole));
+    if (layer->residual) MOE_TRY(zero_pool(workers, layer->residual, whole));
+    return zero_pool(workers, layer->experts, whole);
+}
+
+/* Of a gate, a pool or a layer: one of them. */
+static moe_status zero(moe_context *context, moe_gate *gate, moe_experts *experts, moe_layer *layer,
+                       bool whole, void *stream, const char *function)
+{
+    const moe__memory *memory = context->memory;
+    moe__workers workers = moe__workers_of(context, function, stream);
+    MOE_TRY(moe__check_stream(context, stream, function));
+    moe_status status = memory->begin ? memory->begin(&workers) : MOE_OK;
+    if (status == MOE_OK)
+        status = gate      ? zero_gradients(&workers, &gate->parameters, NULL, 0)
+                 : experts ? zero_pool(&workers, experts, whole)
+                           : zero_layer(&workers, layer, whole);
+    if (memory->end) memory->end(&workers);
+    return status;
 }
 
 moe_status moe_gate_zero_gradients(moe_gate *gate, void *stream)
 {
     if (!gate) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "gate is NULL");
-    MOE_TRY(check_stream(stream, __func__));
-    return zero_gradients(&gate->parameters, NULL, 0, __func__);
+    return zero(gate->context, gate, NULL, NULL, true, stream, __func__);
+}
+
+static moe_status zero_experts(moe_experts *experts, bool whole, void *stream, const char *function)
+{
+    if (!experts) REFUSE_ARGUMENT("experts is NULL");
+    return zero(experts->context, NULL, experts, NULL, whole, stream, function);
+}
+
+static moe_status zero_of_layer(moe_layer *layer, bool whole, void *stream, const char *function)
+{
+    if (!layer) REFUSE_ARGUMENT("layer is NULL");
+    return zero(layer->context, NULL, NULL, layer, whole, stream, function);
 }
 
 moe_status moe_experts_zero_gradients(moe_experts *experts, void *stream)
 {
-    if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
-    MOE_TRY(check_stream(stream, __func__));
-    return zero_pool(experts, true, __func__);
+    return zero_experts(experts, true, stream, __func__);
 }
 
 moe_status moe_layer_zero_gradients(moe_layer *layer, void *stream)
 {
-    if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
-    MOE_TRY(check_stream(stream, __func__));
-    return zero_layer(layer, true, __func__);
+    return zero_of_layer(layer, true, stream, __func__);
 }
 
 moe_status moe_experts_zero_touched_gradients(moe_experts *experts, void *stream)
 {
-    if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
-    MOE_TRY(check_stream(stream, __func__));
-    return zero_pool(experts, false, __func__);
+    return zero_experts(experts, false, stream, __func__);
 }
 
 moe_status moe_layer_zero_touched_gradients(moe_layer *layer, void *stream)
 {
-    if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
-    MOE_TRY(check_stream(stream, __func__));
-    return zero_layer(layer, false, __func__);
+    return zero_of_layer(layer, false, stream, __func__);
 }

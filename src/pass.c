@@ -74,6 +74,16 @@ static moe_status check_workspace(const moe_pass_config *c, const char *function
     return MOE_OK;
 }
 
+/* The pass itself; its memory is gone. */
+static void free_pass(moe_pass *p)
+{
+    const moe__memory *memory = p->context->memory;
+    moe__ranks_free(p);
+    if (memory->pass_destroy && p->workers.of_pass)
+        memory->pass_destroy(p->context, p->workers.of_pass);
+    moe__free(p->context, p, sizeof *p);
+}
+
 static moe_status pass_create(moe_pass **pass, moe_context *context, moe_layer *layer,
                               moe_gate *gate, moe_experts *experts, const moe_pass_config *config,
                               const char *function)
@@ -92,17 +102,19 @@ static moe_status pass_create(moe_pass **pass, moe_context *context, moe_layer *
     p->host_memory = c.workspace != NULL;
     p->plan.context = p->primary.context = context;
     p->plan.of_pass = p->primary.of_pass = true;
+    p->plan.workers = p->primary.workers = &p->workers;
+    p->workers = moe__workers_of(context, function, NULL);
     if (layer) {
         p->shared.experts = layer->shared;
         p->residual.experts = layer->residual;
     }
-    if (layer && layer->where) {
-        moe_status status = moe__ranks_prepare(p, function);
-        if (status != MOE_OK) {
-            moe__ranks_free(p);
-            moe__free(context, p, sizeof *p);
-            return status;
-        }
+    moe_status status = MOE_OK;
+    if (context->memory->pass_create)
+        status = context->memory->pass_create(context, &p->workers.of_pass, function);
+    if (status == MOE_OK && layer && layer->where) status = moe__ranks_prepare(p, function);
+    if (status != MOE_OK) {
+        free_pass(p);
+        return status;
     }
     moe__context_retain(context);
     if (layer) moe__layer_retain(layer);
@@ -144,13 +156,15 @@ void moe_pass_destroy(moe_pass *pass)
 {
     if (!pass) return;
     moe_context *context = pass->context;
+    moe_layer *layer = pass->layer;
+    moe_gate *gate = pass->gate;
+    moe_experts *experts = pass->experts;
     moe__backward_abandon(pass);
-    moe__ranks_free(pass);
     if (!pass->host_memory) moe__pass_free_memory(pass);
-    moe_layer_destroy(pass->layer);
-    moe_gate_destroy(pass->gate);
-    moe_experts_destroy(pass->experts);
-    moe__free(context, pass, sizeof *pass);
+    free_pass(pass);
+    moe_layer_destroy(layer);
+    moe_gate_destroy(gate);
+    moe_experts_destroy(experts);
     moe_context_destroy(context);
 }
 
@@ -250,6 +264,15 @@ static moe_status check_has_forward(const moe_pass *pass, const void *out, const
     return MOE_OK;
 }
 
+/* What the last forward left in backend memory. */
+static moe_status fetch(const moe_pass *pass, void *to, const void *from, size_t bytes,
+                        const char *function)
+{
+    moe__workers workers = pass->workers;
+    workers.function = function;
+    return pass->context->memory->fetch(&workers, to, from, (int64_t)bytes);
+}
+
 moe_status moe_pass_plan(const moe_pass *pass, const moe_plan **plan)
 {
     MOE_TRY(check_has_forward(pass, plan, "plan", __func__));
@@ -272,8 +295,11 @@ moe_status moe_pass_losses(const moe_pass *pass, moe_losses *losses)
     moe_losses known = {0};
     MOE_TRY(check_has_forward(pass, losses, "losses", __func__));
     MOE_TRY(moe__struct_check_out(&moe__losses_info, losses, __func__));
-    known.total = pass->total;
-    memcpy(known.value, pass->value, sizeof known.value);
+    MOE_TRY(fetch(pass, known.value, pass->results, sizeof known.value, __func__));
+    fenv_t saved;
+    moe__fenv_enter(&saved);
+    for (int i = 0; i < MOE_LOSS_SLOTS; i++) known.total += known.value[i];
+    moe__fenv_leave(&saved);
     moe__struct_write(&moe__losses_info, losses, &known);
     return MOE_OK;
 }
@@ -283,7 +309,7 @@ moe_status moe_pass_stats(const moe_pass *pass, moe_stats *stats)
     moe_stats known = {0};
     MOE_TRY(check_has_forward(pass, stats, "stats", __func__));
     MOE_TRY(moe__struct_check_out(&moe__stats_info, stats, __func__));
-    memcpy(known.value, pass->stats, sizeof known.value);
+    MOE_TRY(fetch(pass, known.value, pass->results + MOE_LOSS_SLOTS, sizeof known.value, __func__));
     moe__struct_write(&moe__stats_info, stats, &known);
     return MOE_OK;
 }

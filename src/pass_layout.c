@@ -6,6 +6,8 @@
 
 #include <string.h>
 
+enum { RESULTS = MOE_LOSS_SLOTS + MOE_STAT_SLOTS };
+
 /* Whether only experts of the best groups may be chosen. */
 static bool group_limited(const moe_gate_config *c)
 {
@@ -118,6 +120,7 @@ static void lay_out_losses(moe_pass *pass, moe__arena *arena, const moe__pass_sh
     l->counts = moe__arena_take(arena, E, sizeof *l->counts);
     l->first_counts = moe__arena_take(arena, E, sizeof *l->first_counts);
     l->token_value = moe__arena_take(arena, s->tokens, sizeof *l->token_value);
+    l->sums = moe__arena_take(arena, MOE__SUM_SLOTS, sizeof *l->sums);
     l->primary_load = two ? moe__arena_take(arena, s->gate->expert_groups, sizeof *l->primary_load)
                           : NULL;
     l->part_load = two ? moe__arena_take(arena, E, sizeof *l->part_load) : NULL;
@@ -185,6 +188,7 @@ static void lay_out_gate_backward(moe_pass *pass, moe__arena *arena, const moe__
     level_size size[2];
     find_levels(s, size);
     b->d_weight = moe__arena_take(arena, s->entries, real_size);
+    b->loss_factor = moe__arena_take(arena, MOE_LOSS_SLOTS, sizeof *b->loss_factor);
     lay_out_level_matrices(r, arena, s, size, real_size);
     for (int32_t i = 0; i < r->levels; i++) {
         lay_out_level_backward(&r->level[i], arena, &size[i], real_size);
@@ -225,11 +229,12 @@ void moe__lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__exp
     e->dx_rows = moe__arena_take(arena, input, real_size);
 }
 
-/* Scratch of a worker, the same whatever instruction set a context is restricted to. */
-static int64_t most_worker_bytes(int32_t dtype)
+/* Scratch of a worker, on a CPU the same whatever instruction set a context is restricted to. */
+static int64_t most_worker_bytes(const moe_context *context, const moe__pass_shape *s)
 {
-    int64_t plain = moe__cpu_backend(MOE_ISA_PLAIN, dtype)->worker_bytes();
-    return moe__max(plain, moe__cpu_backend(moe__cpu_best_isa(), dtype)->worker_bytes());
+    if (context && !context->memory->is_host) return context->kernels[s->dtype]->worker_bytes(s);
+    int64_t plain = moe__cpu_backend(MOE_ISA_PLAIN, s->dtype)->worker_bytes(s);
+    return moe__max(plain, moe__cpu_backend(moe__cpu_best_isa(), s->dtype)->worker_bytes(s));
 }
 
 /* A pool that every token visits, with all its experts. */
@@ -274,11 +279,13 @@ static void lay_out_branches(moe_pass *pass, moe__arena *arena, const moe__pass_
 void moe__pass_layout(moe_pass *pass, moe__arena *arena, const moe__pass_shape *s)
 {
     int64_t real_size = moe__dtype_size(s->dtype);
-    int64_t worker_bytes = most_worker_bytes(s->dtype);
+    int64_t worker_bytes = most_worker_bytes(pass->context, s);
     bool two = s->gate && s->route && s->gate->kind == MOE_GATE_HIERARCHICAL;
     moe__plan_layout(&pass->plan.a, arena, s->tokens, s->entries, s->num_experts, s->groups,
                      s->dtype);
+    pass->results = moe__arena_take(arena, RESULTS, sizeof *pass->results);
     if (two) lay_out_primary(pass, arena, s);
+    pass->again = moe__arena_take(arena, RESULTS, sizeof *pass->again);
     pass->plan_weight = moe__arena_take(arena, s->entries, real_size);
     pass->rows_of_expert = moe__arena_take(arena, s->num_experts, sizeof *pass->rows_of_expert);
     pass->entry_grad = s->save ? moe__arena_take(arena, s->entries, real_size) : NULL;
@@ -289,16 +296,21 @@ void moe__pass_layout(moe_pass *pass, moe__arena *arena, const moe__pass_shape *
     lay_out_losses(pass, arena, s, real_size);
     if (s->gate && s->route) lay_out_route(pass, arena, s, real_size);
     if (s->gate && s->route && s->save) lay_out_gate_backward(pass, arena, s, real_size);
-    if (s->experts && !s->ranks)
-        moe__lay_out_experts(&pass->experts_job, arena, s->experts, s->entries, s->save, real_size);
+    if (s->experts && !s->ranks) {
+        int64_t rows = s->padded_rows > 0 ? moe__mul(s->padded_rows, s->experts->num_experts)
+                                          : s->entries;
+        pass->experts_job.padded_rows = s->padded_rows;
+        moe__lay_out_experts(&pass->experts_job, arena, s->experts,
+                             rows < 0 ? rows : moe__max(rows, s->entries), s->save, real_size);
+    }
     lay_out_branches(pass, arena, s, real_size);
     int64_t output = s->experts ? moe__mul(s->tokens, s->experts->d_out) : 0;
     bool saved = s->experts && s->output_sigmoid && s->save;
     pass->y_saved = saved ? moe__arena_take(arena, output, real_size) : NULL;
     pass->dy_inner = saved ? moe__arena_take(arena, output, real_size) : NULL;
-    char *scratch = moe__arena_take(arena, s->threads, worker_bytes);
-    moe__workers workers = {pass->context, scratch, worker_bytes, ""};
-    pass->route.workers = pass->experts_job.workers = workers;
+    pass->workers.scratch = moe__arena_take(arena, s->threads, worker_bytes);
+    pass->workers.worker_bytes = worker_bytes;
+    moe__set_workers(pass, pass->workers.function, pass->workers.stream);
 }
 
 moe__pass_shape moe__pass_shape_of(const moe_gate_config *gate, const moe__experts_room *experts,
@@ -337,40 +349,51 @@ moe__pass_shape moe__pass_shape_of(const moe_gate_config *gate, const moe__exper
 
 void moe__pass_shape_branches(moe__pass_shape *shape, const moe_pass *pass)
 {
+    const moe_layer_config *c = &pass->layer->config;
+    bool padded = c->exchange == MOE_EXCHANGE_PADDED && !pass->context->memory->is_host;
+    shape->padded_rows = padded ? c->padded_rows : 0;
     shape->shared = pass->shared.experts ? &pass->shared.experts->room : NULL;
     shape->residual = pass->residual.experts ? &pass->residual.experts->room : NULL;
 }
 
-int64_t moe__pass_shape_bytes(const moe__pass_shape *shape)
+int64_t moe__pass_shape_bytes(const moe_context *context, const moe__pass_shape *shape)
 {
     moe_pass scratch;
     moe__arena arena = {NULL, 0};
     memset(&scratch, 0, sizeof scratch);
+    scratch.context = (moe_context *)(uintptr_t)context; /* read only */
     moe__pass_layout(&scratch, &arena, shape);
     return arena.used;
 }
 
-/* Lays out a plan of the sizes of `like` at the front of the block; returns its bytes, which is
- * where the next array begins. */
-static int64_t lay_out_plan(moe__plan_arrays *plan, char *base, const moe__plan_arrays *like)
+/* Lays out a plan of the sizes of `like` at the front of the block, and behind it the results of its
+ * forward; returns their bytes, which is where the next array begins. */
+static int64_t lay_out_plan(moe__plan_arrays *plan, double **results, char *base,
+                            const moe__plan_arrays *like)
 {
     moe__arena arena = {base, 0};
     moe__plan_layout(plan, &arena, like->tokens, like->entries, like->num_experts, like->groups,
                      like->dtype);
     plan->rows = like->rows;
+    *results = moe__arena_take(&arena, RESULTS, sizeof **results);
     return arena.used;
 }
 
 static int64_t plan_bytes(const moe_pass *pass)
 {
     moe__plan_arrays plan;
-    return lay_out_plan(&plan, NULL, &pass->plan.a);
+    double *results;
+    return lay_out_plan(&plan, &results, NULL, &pass->plan.a);
 }
 
 void moe__pass_free_memory(moe_pass *pass)
 {
-    moe__comm_free(pass->layer ? pass->layer->comm : NULL, pass->context, pass->memory,
-                   pass->capacity);
+    const moe__memory *where = pass->context->memory;
+    if (where->is_host)
+        moe__comm_free(pass->layer ? pass->layer->comm : NULL, pass->context, pass->memory,
+                       pass->capacity);
+    else
+        where->free(pass->context, pass->memory, pass->capacity);
     pass->memory = NULL;
     pass->capacity = 0;
 }
@@ -383,11 +406,16 @@ static moe_status move_to(moe_pass *pass, int64_t bytes, int64_t keep, const cha
         return moe__fail(MOE_ERROR_BUFFER_TOO_SMALL, function,
                          "the pass needs %lld bytes of workspace, the host gave %lld", (ll)bytes,
                          (ll)pass->capacity);
-    char *memory = moe__alloc(pass->context, bytes);
+    const moe__memory *where = pass->context->memory;
+    char *memory = where->alloc(pass->context, bytes, false);
     if (!memory)
         return moe__fail(MOE_ERROR_OUT_OF_MEMORY, function, "no %lld bytes for the pass",
                          (ll)bytes);
-    if (keep > 0) memcpy(memory, pass->memory, (size_t)keep);
+    moe_status status = where->copy(&pass->workers, memory, pass->memory, keep);
+    if (status != MOE_OK) {
+        where->free(pass->context, memory, bytes);
+        return status;
+    }
     moe__pass_free_memory(pass);
     pass->memory = memory;
     pass->capacity = bytes;
@@ -403,7 +431,7 @@ moe_status moe__pass_trim(moe_pass *pass, const char *function)
         int64_t bytes = plan_bytes(pass);
         if (bytes < pass->capacity) MOE_TRY(move_to(pass, bytes, bytes, function));
         moe__plan_arrays kept = pass->plan.a;
-        (void)lay_out_plan(&pass->plan.a, pass->memory, &kept);
+        (void)lay_out_plan(&pass->plan.a, &pass->results, pass->memory, &kept);
     } else {
         moe__pass_free_memory(pass);
         pass->state = MOE__PASS_EMPTY;
@@ -420,7 +448,7 @@ moe_status moe__pass_trim(moe_pass *pass, const char *function)
 moe_status moe__pass_make_room(moe_pass *pass, const moe__pass_shape *shape, bool keep_plan,
                                const char *function)
 {
-    int64_t bytes = moe__pass_shape_bytes(shape);
+    int64_t bytes = moe__pass_shape_bytes(pass->context, shape);
     int64_t rows = pass->plan.a.rows;
     if (bytes < 0)
         return moe__fail(MOE_ERROR_OVERFLOW, function,

@@ -60,6 +60,7 @@ typedef struct moe__call {
 
 struct moe_pass {
     moe_context *context;
+    moe__workers workers; /* of the call: every job's */
     moe_layer *layer;     /* may be NULL */
     moe_gate *gate;       /* may be NULL */
     moe_experts *experts; /* may be NULL */
@@ -103,15 +104,16 @@ struct moe_pass {
     uint8_t *mask;           /* [T] copy */
     int64_t *valid_token, *valid_begin;
     int64_t *group_capacity;
-    double weights[MOE_LOSS_SLOTS], value[MOE_LOSS_SLOTS], stats[MOE_STAT_SLOTS];
-    double factor[MOE_LOSS_SLOTS], total;
+    double weights[MOE_LOSS_SLOTS];
+    double *results; /* [MOE_LOSS_SLOTS + MOE_STAT_SLOTS] losses and statistics, of backend memory */
+    double *again;   /* the same of a recompute, which no one asks for */
 };
 
 /* Cuts `arena` into the arrays of `pass` for this shape; with a NULL base it counts. */
 void moe__pass_layout(moe_pass *pass, moe__arena *arena, const moe__pass_shape *shape);
 
 /* Bytes a pass of this shape needs, or -1 on overflow. */
-int64_t moe__pass_shape_bytes(const moe__pass_shape *shape);
+int64_t moe__pass_shape_bytes(const moe_context *context, const moe__pass_shape *shape);
 
 /* Makes room for the shape, keeping the plan at the front if `keep_plan`. Nothing changes on
  * error. */
@@ -152,12 +154,13 @@ void moe__backward_abandon(moe_pass *pass);
 moe_status moe__pass_check_idle(const moe_pass *pass, const char *function);
 /* Likewise, and with no exchange left for another call. */
 moe_status moe__pass_check_start(const moe_pass *pass, int32_t uses, const char *function);
-/* For the messages of the steps. */
-void moe__name_function(moe_pass *pass, const char *function);
+/* What the steps of a call share: the public function, for messages, and its stream. */
+void moe__set_workers(moe_pass *pass, const char *function, void *stream);
 moe_status moe__fail_on_ranks(moe_pass *pass, int32_t uses, moe_status status,
                               const char *function);
-/* What begins and ends every phase but a start's checks; leaving, the ranks hear of a failure. */
-void moe__enter_phase(moe_pass *pass, const char *function, fenv_t *saved);
+/* What begins and ends every phase but a start's checks; leaving, the ranks hear of a failure. What
+ * entering returns must be handed to leaving, whether the phase ran or not. */
+moe_status moe__enter_phase(moe_pass *pass, const char *function, void *stream, fenv_t *saved);
 moe_status moe__leave_phase(moe_pass *pass, int32_t uses, moe_status status, const char *function,
                             const fenv_t *saved);
 /* The report: begins a call, goes on after the host had its turn, and gives the time since the last
@@ -211,9 +214,8 @@ int64_t moe__gate_most_entries(const moe_gate_config *config, int64_t tokens, in
                                int64_t top_k, bool train);
 /* Whether an expert takes a limited number of rows in this call. */
 bool moe__gate_is_limited(const moe_gate_config *config, const moe_forward_args *args);
-/* Rows an expert takes from each group, or NULL without a limit. */
-const int64_t *moe__gate_capacities(moe_pass *pass, const moe__forward *f);
 /* The jobs of the steps. Plan, mask and primary plan are laid out. */
+void moe__gate_fill_batch(const moe_pass *pass, const moe__forward *f, moe__batch_job *job);
 void moe__gate_fill_route(moe_pass *pass, const moe__forward *f);
 void moe__gate_fill_rows(moe_pass *pass, const moe__forward *f, moe__plan_rows_job *rows);
 void moe__gate_fill_losses(moe_pass *pass, const moe__forward *f);
@@ -223,8 +225,6 @@ void moe__gate_gradients(const moe_gate *gate, moe__route_job *job, moe__gate_ba
                          bool wanted);
 
 /* branch.c: shared experts, residual branch and their coefficients. */
-/* The entries of every token to every expert, with weight 1. */
-void moe__everyone_entries(moe__plan_arrays *plan);
 /* Finds the coefficients and the branches' plans; *routed is then the plan of the routed
  * experts. */
 moe_status moe__branches_begin(moe_pass *pass, const moe__forward *f, const moe__backend *kernels,
@@ -284,8 +284,7 @@ moe_status moe__ranks_work(moe_pass *pass, const moe__backend *kernels, const ch
 moe_status moe__ranks_receive(moe_pass *pass);
 moe_status moe__ranks_send_backward(moe_pass *pass);
 moe_status moe__ranks_check_backward(moe_pass *pass, const char *function);
-moe_status moe__ranks_work_backward(moe_pass *pass, const moe__backend *kernels,
-                                    const char *function);
+moe_status moe__ranks_work_backward(moe_pass *pass, const moe__backend *kernels);
 moe_status moe__ranks_receive_backward(moe_pass *pass);
 /* After a failure: gives up what is in flight, and ends the waits of the others if they do not know
  * of it. */

@@ -57,19 +57,29 @@ static void copy(void *to, const void *from, int64_t count, int64_t size)
     if (count > 0) memcpy(to, from, (size_t)(count * size));
 }
 
-void moe__plan_copy_arrays(moe__plan_arrays *to, const moe__plan_arrays *from)
+moe_status moe__plan_copy_arrays(const moe__workers *w, moe__plan_arrays *to,
+                                 const moe__plan_arrays *from)
 {
-    int64_t word = sizeof(int64_t);
+    const moe__memory *memory = w->context->memory;
+    int64_t word = sizeof(int64_t), rows = from->rows < 0 ? from->entries : from->rows;
+    int64_t N = from->entries;
+    const struct {
+        void *to;
+        const void *from;
+        int64_t bytes;
+    } array[] = {{to->token_begin, from->token_begin, (from->tokens + 1) * word},
+                 {to->expert_of_entry, from->expert_of_entry, N * (int64_t)sizeof(int32_t)},
+                 {to->weight_of_entry, from->weight_of_entry, N * moe__dtype_size(from->dtype)},
+                 {to->row_of_entry, from->row_of_entry, N * word},
+                 {to->slot_of_entry, from->slot_of_entry, N * word},
+                 {to->expert_begin, from->expert_begin, (from->num_experts + 1) * word},
+                 {to->token_of_row, from->token_of_row, rows * word},
+                 {to->entry_of_row, from->entry_of_row, rows * word},
+                 {to->group_begin, from->group_begin, (from->groups + 1) * word}};
     to->rows = from->rows;
-    copy(to->token_begin, from->token_begin, from->tokens + 1, word);
-    copy(to->expert_of_entry, from->expert_of_entry, from->entries, sizeof(int32_t));
-    copy(to->weight_of_entry, from->weight_of_entry, from->entries, moe__dtype_size(from->dtype));
-    copy(to->row_of_entry, from->row_of_entry, from->entries, word);
-    copy(to->slot_of_entry, from->slot_of_entry, from->entries, word);
-    copy(to->expert_begin, from->expert_begin, from->num_experts + 1, word);
-    copy(to->token_of_row, from->token_of_row, from->rows, word);
-    copy(to->entry_of_row, from->entry_of_row, from->rows, word);
-    copy(to->group_begin, from->group_begin, from->groups + 1, word);
+    for (size_t i = 0; i < sizeof array / sizeof *array; i++)
+        MOE_TRY(memory->copy(w, array[i].to, array[i].from, array[i].bytes));
+    return MOE_OK;
 }
 
 /* ---- blocks ---------------------------------------------------------------------------------- */
@@ -101,17 +111,62 @@ moe_status moe__plan_block_create(moe__plan_block *block, moe_context *context, 
     return MOE_OK;
 }
 
+/* What orders the reading of a plan's arrays after the writing. */
+static moe__workers workers_of(const moe_plan *plan, const char *function)
+{
+    moe__workers w = moe__workers_of(plan->context, function, NULL);
+    if (plan->workers) w = *plan->workers;
+    w.function = function;
+    return w;
+}
+
 void moe__plan_block_free(moe_context *context, moe__plan_block *block)
 {
     moe__free(context, block->memory, block->bytes);
 }
 
-void moe__plan_adopt(moe_plan *plan, const moe__plan_block *block)
+moe_status moe__plan_adopt(moe_plan *plan, moe__plan_block *block, const char *function)
 {
-    moe__free(plan->context, plan->memory, plan->bytes);
+    moe_context *context = plan->context;
+    const moe__memory *memory = context->memory;
+    if (!memory->is_host) {
+        moe__workers workers = moe__workers_of(context, function, NULL);
+        int64_t rows = block->a.rows;
+        void *there = memory->alloc(context, block->bytes, false);
+        moe_status status = there ? memory->store(&workers, there, block->memory, block->bytes)
+                                  : moe__fail(MOE_ERROR_OUT_OF_MEMORY, function,
+                                              "no %lld bytes for the plan", (ll)block->bytes);
+        moe__plan_block_free(context, block);
+        if (status != MOE_OK) {
+            memory->free(context, there, block->bytes);
+            return status;
+        }
+        moe__arena arena = {there, 0};
+        moe__plan_layout(&block->a, &arena, block->a.tokens, block->a.entries, block->a.num_experts,
+                         block->a.groups, block->a.dtype);
+        block->a.rows = rows;
+        block->memory = there;
+    }
+    memory->free(context, plan->memory, plan->bytes);
     plan->a = block->a;
     plan->memory = block->memory;
     plan->bytes = block->bytes;
+    return MOE_OK;
+}
+
+moe_status moe__plan_on_host(const moe_plan *plan, moe__plan_block *block, const char *function)
+{
+    const moe__plan_arrays *a = &plan->a;
+    const moe__memory *memory = plan->context->memory;
+    *block = (moe__plan_block){.a = *a};
+    if (memory->is_host) return MOE_OK;
+    moe__workers workers = workers_of(plan, function);
+    MOE_TRY(moe__plan_block_create(block, plan->context, a->tokens, a->entries, a->num_experts,
+                                   a->groups, a->dtype, function));
+    moe_status status = memory->fetch(&workers, block->memory, a->token_begin, block->bytes);
+    block->a.rows = block->a.expert_begin[a->num_experts];
+    if (status != MOE_OK) moe__plan_block_free(plan->context, block);
+    return status;
 }
 
 moe_status moe__plan_check_own(const moe_plan *plan, const char *function)
@@ -139,7 +194,11 @@ moe_status moe_plan_create(moe_plan **plan, moe_context *context)
     }
     memset(block.memory, 0, (size_t)block.bytes);
     p->context = context;
-    moe__plan_adopt(p, &block);
+    status = moe__plan_adopt(p, &block, __func__);
+    if (status != MOE_OK) {
+        moe__free(context, p, sizeof *p);
+        return status;
+    }
     moe__context_retain(context);
     *plan = p;
     return MOE_OK;
@@ -149,9 +208,20 @@ void moe_plan_destroy(moe_plan *plan)
 {
     if (!plan || plan->of_pass) return;
     moe_context *context = plan->context;
-    moe__free(context, plan->memory, plan->bytes);
+    context->memory->free(context, plan->memory, plan->bytes);
     moe__free(context, plan, sizeof *plan);
     moe_context_destroy(context);
+}
+
+/* A block with the arrays of a plan in the host's memory. */
+static moe_status copy_block(moe__plan_block *block, moe_context *context,
+                             const moe__plan_arrays *a, const char *function)
+{
+    moe_context host = {.memory = &moe__host_memory};
+    moe__workers workers = moe__workers_of(&host, function, NULL);
+    MOE_TRY(moe__plan_block_create(block, context, a->tokens, a->entries, a->num_experts, a->groups,
+                                   a->dtype, function));
+    return moe__plan_copy_arrays(&workers, &block->a, a);
 }
 
 moe_status moe_plan_copy(moe_plan *plan, const moe_plan *from)
@@ -160,12 +230,15 @@ moe_status moe_plan_copy(moe_plan *plan, const moe_plan *from)
     MOE_TRY(moe__plan_check_own(plan, __func__));
     if (!from) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "from is NULL");
     if (plan == from) return MOE_OK;
-    const moe__plan_arrays *a = &from->a;
-    MOE_TRY(moe__plan_block_create(&block, plan->context, a->tokens, a->entries, a->num_experts,
-                                   a->groups, a->dtype, __func__));
-    moe__plan_copy_arrays(&block.a, a);
-    moe__plan_adopt(plan, &block);
-    return MOE_OK;
+    if (!plan->context->memory->is_host || !from->context->memory->is_host) {
+        moe__plan_block there;
+        MOE_TRY(moe__plan_on_host(from, &there, __func__));
+        if (from->context->memory->is_host)
+            MOE_TRY(copy_block(&there, plan->context, &from->a, __func__));
+        return moe__plan_adopt(plan, &there, __func__);
+    }
+    MOE_TRY(copy_block(&block, plan->context, &from->a, __func__));
+    return moe__plan_adopt(plan, &block, __func__);
 }
 
 moe_status moe_plan_get(const moe_plan *plan, moe_plan_view *view)
@@ -173,9 +246,15 @@ moe_status moe_plan_get(const moe_plan *plan, moe_plan_view *view)
     if (!plan) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "plan is NULL");
     MOE_TRY(moe__struct_check_out(&moe__plan_view_info, view, __func__));
     const moe__plan_arrays *a = &plan->a;
+    const moe__memory *memory = plan->context->memory;
+    int64_t rows = a->rows;
+    if (rows < 0) { /* a device knows */
+        moe__workers workers = workers_of(plan, __func__);
+        MOE_TRY(memory->fetch(&workers, &rows, a->expert_begin + a->num_experts, sizeof rows));
+    }
     moe_plan_view known = {.tokens = a->tokens,
                            .entries = a->entries,
-                           .rows = a->rows,
+                           .rows = rows,
                            .num_experts = a->num_experts,
                            .groups = a->groups,
                            .token_begin = a->token_begin,
@@ -335,8 +414,86 @@ static moe_status make_rows(moe_context *context, moe__plan_arrays *p, const moe
                               .token_first = a->token_first};
     for (int64_t g = 0; a->capacity >= 0 && g < p->groups; g++) group_capacity[g] = a->capacity;
     moe__fenv_enter(&saved);
-    moe_status status = moe__kernels(context, p->dtype)->plan_rows(&job);
+    moe_status status = moe__cpu_backend(context->isa, p->dtype)->plan_rows(&job);
     moe__fenv_leave(&saved);
+    return status;
+}
+
+/* ---- arrays that are not the host's ---------------------------------------------------------- */
+
+/* Copies of a routing's arrays in the host's memory. */
+typedef struct host_copies {
+    void *array[5];
+    int64_t bytes[5];
+} host_copies;
+
+static void free_copies(moe_context *context, host_copies *c)
+{
+    for (int i = 0; i < 5; i++) moe__free(context, c->array[i], c->bytes[i]);
+}
+
+static moe_status copy_to_host(moe_context *context, host_copies *c, int i, const void **from,
+                               int64_t bytes, const char *function)
+{
+    moe__workers workers = moe__workers_of(context, function, NULL);
+    if (!*from || bytes <= 0 || context->memory->is_host) return MOE_OK;
+    c->array[i] = moe__alloc(context, bytes);
+    c->bytes[i] = bytes;
+    if (!c->array[i]) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no %lld bytes", (ll)bytes);
+    MOE_TRY(context->memory->fetch(&workers, c->array[i], *from, bytes));
+    *from = c->array[i];
+    return MOE_OK;
+}
+
+/* The arrays of tokens, then of entries, whose number is known by then. */
+static moe_status tokens_to_host(moe_context *context, host_copies *c, moe_plan_args *a,
+                                 const char *function)
+{
+    const void *begin = a->token_begin, *mask = a->token_mask;
+    MOE_TRY(
+        copy_to_host(context, c, 0, &begin, (a->tokens + 1) * (int64_t)sizeof(int64_t), function));
+    MOE_TRY(copy_to_host(context, c, 1, &mask, a->tokens, function));
+    MOE_TRY(copy_to_host(context, c, 2, &a->token_priority, a->tokens * moe__dtype_size(a->dtype),
+                         function));
+    a->token_begin = begin;
+    a->token_mask = mask;
+    return MOE_OK;
+}
+
+static moe_status entries_to_host(moe_context *context, host_copies *c, moe_plan_args *a,
+                                  int64_t entries, const char *function)
+{
+    MOE_TRY(copy_to_host(context, c, 3, &a->expert_ids, entries * moe__dtype_size(a->id_dtype),
+                         function));
+    return copy_to_host(context, c, 4, &a->weights, entries * moe__dtype_size(a->dtype), function);
+}
+
+/* Everything that can be wrong, and then the block. Fields were checked. */
+static moe_status build(moe_context *context, moe__plan_block *block, host_copies *copies,
+                        moe_plan_args *a, const char *function)
+{
+    /* Sizes are known to fit before an array of that size is read. */
+    int64_t groups = moe__max(a->groups, 1), capacity_bytes = moe__mul(groups, sizeof(int64_t));
+    int64_t entries = 0;
+    MOE_TRY(measure(block, a->tokens, 0, a->num_experts, groups, a->dtype, function));
+    MOE_TRY(moe__check_groups(a->group_begin, a->groups, a->tokens, function));
+    MOE_TRY(tokens_to_host(context, copies, a, function));
+    MOE_TRY(count_entries(a, &entries, function));
+    MOE_TRY(measure(block, a->tokens, entries, a->num_experts, groups, a->dtype, function));
+    MOE_TRY(entries_to_host(context, copies, a, entries, function));
+    MOE_TRY(check_ids(a, entries, function));
+    MOE_TRY(moe__plan_block_create(block, context, a->tokens, entries, a->num_experts, groups,
+                                   a->dtype, function));
+    int64_t *group_capacity = moe__alloc(context, capacity_bytes);
+    moe_status status = group_capacity ? MOE_OK
+                                       : moe__fail(MOE_ERROR_OUT_OF_MEMORY, function,
+                                                   "no memory for %lld groups", (ll)groups);
+    if (status == MOE_OK) {
+        take_routing(&block->a, a);
+        status = make_rows(context, &block->a, a, group_capacity, function);
+    }
+    moe__free(context, group_capacity, capacity_bytes);
+    if (status != MOE_OK) moe__plan_block_free(context, block);
     return status;
 }
 
@@ -344,34 +501,11 @@ moe_status moe_plan_build(moe_plan *plan, const moe_plan_args *args)
 {
     moe_plan_args a;
     moe__plan_block block;
-    int64_t entries = 0;
+    host_copies copies = {{NULL}, {0}};
     MOE_TRY(moe__plan_check_own(plan, __func__));
     MOE_TRY(moe__struct_read(&moe__plan_args_info, &a, args, false, __func__));
     MOE_TRY(check_fields(&a, __func__));
-    /* Sizes are known to fit before an array of that size is read. */
-    int64_t groups = moe__max(a.groups, 1), capacity_bytes = moe__mul(groups, sizeof(int64_t));
-    MOE_TRY(measure(&block, a.tokens, 0, a.num_experts, groups, a.dtype, __func__));
-    MOE_TRY(moe__check_groups(a.group_begin, a.groups, a.tokens, __func__));
-    MOE_TRY(count_entries(&a, &entries, __func__));
-    MOE_TRY(measure(&block, a.tokens, entries, a.num_experts, groups, a.dtype, __func__));
-    MOE_TRY(check_ids(&a, entries, __func__));
-    MOE_TRY(moe__plan_block_create(&block, plan->context, a.tokens, entries, a.num_experts, groups,
-                                   a.dtype, __func__));
-    int64_t *group_capacity = moe__alloc(plan->context, capacity_bytes);
-    moe_status status = MOE_OK;
-    if (!group_capacity) {
-        status = moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for %lld groups",
-                           (ll)groups);
-        goto free_block;
-    }
-    take_routing(&block.a, &a);
-    status = make_rows(plan->context, &block.a, &a, group_capacity, __func__);
-    moe__free(plan->context, group_capacity, capacity_bytes);
-    if (status != MOE_OK) goto free_block;
-    moe__plan_adopt(plan, &block);
-    return MOE_OK;
-
-free_block:
-    moe__plan_block_free(plan->context, &block);
-    return status;
+    moe_status status = build(plan->context, &block, &copies, &a, __func__);
+    free_copies(plan->context, &copies);
+    return status == MOE_OK ? moe__plan_adopt(plan, &block, __func__) : status;
 }

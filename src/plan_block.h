@@ -16,8 +16,13 @@ moe_status moe__plan_block_create(moe__plan_block *block, moe_context *context, 
                                   int32_t dtype, const char *function);
 void moe__plan_block_free(moe_context *context, moe__plan_block *block);
 
-/* The plan's old arrays are freed, the block's become its own. */
-void moe__plan_adopt(moe_plan *plan, const moe__plan_block *block);
+/* The plan's old arrays are freed, the block's, which are in the host's memory, become its own,
+ * moved to where the plan's context has its memory. The block is freed on error. */
+moe_status moe__plan_adopt(moe_plan *plan, moe__plan_block *block, const char *function);
+
+/* The plan's arrays in the host's memory, to be freed with the block: they are the plan's own
+ * (block->memory NULL) if they are there already. */
+moe_status moe__plan_on_host(const moe_plan *plan, moe__plan_block *block, const char *function);
 
 /* Refuses NULL and the plan of a pass. */
 moe_status moe__plan_check_own(const moe_plan *plan, const char *function);

@@ -137,9 +137,13 @@ static moe_status check_slots(moe_context *context, const moe__plan_arrays *p, c
 moe_status moe_plan_check(const moe_plan *plan)
 {
     if (!plan) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "plan is NULL");
-    MOE_TRY(moe__plan_check_entries(&plan->a, __func__));
-    MOE_TRY(check_rows(&plan->a, __func__));
-    return check_slots(plan->context, &plan->a, __func__);
+    moe__plan_block there;
+    MOE_TRY(moe__plan_on_host(plan, &there, __func__));
+    moe_status status = moe__plan_check_entries(&there.a, __func__);
+    if (status == MOE_OK) status = check_rows(&there.a, __func__);
+    if (status == MOE_OK) status = check_slots(plan->context, &there.a, __func__);
+    moe__plan_block_free(plan->context, &there);
+    return status;
 }
 
 /* ---- bytes ----------------------------------------------------------------------------------- */
@@ -191,6 +195,7 @@ moe_status moe_plan_save(const moe_plan *plan, void *buffer, int64_t capacity, i
     if (!size) REFUSE_ARGUMENT("size is NULL");
     if (capacity < 0) REFUSE_ARGUMENT("capacity is %lld", (ll)capacity);
     if (!buffer && capacity > 0) REFUSE_ARGUMENT("buffer is NULL, capacity is %lld", (ll)capacity);
+    moe__plan_block there;
     const moe__plan_arrays *p = &plan->a;
     int64_t bytes = saved_bytes(p->tokens, p->entries, p->num_experts, p->groups, p->dtype);
     unsigned char *at = buffer;
@@ -198,6 +203,8 @@ moe_status moe_plan_save(const moe_plan *plan, void *buffer, int64_t capacity, i
     if (capacity < bytes)
         REFUSE(MOE_ERROR_BUFFER_TOO_SMALL, "capacity is %lld, %lld bytes are needed", (ll)capacity,
                (ll)bytes);
+    MOE_TRY(moe__plan_on_host(plan, &there, function));
+    p = &there.a;
     memcpy(at, MAGIC, sizeof MAGIC);
     at += sizeof MAGIC;
     const int64_t header[HEADER_WORDS] = {p->tokens,      p->entries, p->rows,
@@ -220,6 +227,7 @@ moe_status moe_plan_save(const moe_plan *plan, void *buffer, int64_t capacity, i
         put(&at, p->dtype == MOE_DTYPE_F64 ? f64 : f32, size_of_weight);
     }
     put(&at, fnv1a(buffer, bytes - 8), 8);
+    moe__plan_block_free(plan->context, &there);
     return MOE_OK;
 }
 
@@ -302,6 +310,5 @@ moe_status moe_plan_load(moe_plan *plan, const void *buffer, int64_t size)
         moe__plan_block_free(plan->context, &block);
         return status;
     }
-    moe__plan_adopt(plan, &block);
-    return MOE_OK;
+    return moe__plan_adopt(plan, &block, function);
 }

@@ -53,7 +53,7 @@ static moe_status run_experts(moe_pass *pass, const moe__backend *kernels)
 {
     moe__ranks *k = &pass->ranks;
     moe__ranks_order(pass);
-    k->job.workers = pass->experts_job.workers;
+    k->job.workers = pass->workers;
     k->job.plan = &k->plan;
     k->job.x = k->x;
     k->job.x_stride = k->x_width;
@@ -167,14 +167,13 @@ static void find_carry(moe_pass *pass)
 }
 
 /* What came once more: activations anew, and sums over rows that go on from round to round. */
-static moe_status run_experts_again(moe_pass *pass, const moe__backend *kernels,
-                                    const char *function)
+static moe_status run_experts_again(moe_pass *pass, const moe__backend *kernels)
 {
     moe__ranks *k = &pass->ranks;
     const moe__experts_job *e = &pass->experts_job;
     int64_t size = element_bytes(pass), D = pass->experts->room.d_model;
     if (k->round == 0 && e->parameters && e->overwrite) {
-        MOE_TRY(moe__parameters_zero_gradients(&pass->experts->parameters, function));
+        MOE_TRY(moe__parameters_zero_gradients(&pass->workers, &pass->experts->parameters));
         moe__experts_forget_touched(pass->experts);
     }
     MOE_TRY(run_experts(pass, kernels));
@@ -187,7 +186,7 @@ static moe_status run_experts_again(moe_pass *pass, const moe__backend *kernels,
 
 static bool wanted(const moe_pass *pass, int32_t what) { return pass->ranks.wanted & what; }
 
-static moe_status run_backward(moe_pass *pass, const moe__backend *kernels, const char *function)
+static moe_status run_backward(moe_pass *pass, const moe__backend *kernels)
 {
     moe__ranks *k = &pass->ranks;
     const moe__experts_job *e = &pass->experts_job;
@@ -198,7 +197,7 @@ static moe_status run_backward(moe_pass *pass, const moe__backend *kernels, cons
     k->job.dy = k->dy;
     k->job.dy_stride = pass->experts->room.d_out;
     k->job.entry_weight_grad = wanted(pass, MOE__WANT_WEIGHTS) ? k->entry_grad : NULL;
-    if (again(pass)) MOE_TRY(run_experts_again(pass, kernels, function));
+    if (again(pass)) MOE_TRY(run_experts_again(pass, kernels));
     bool dx = wanted(pass, MOE__WANT_DX);
     MOE_TRY(moe__experts_rows_backward(pass->experts, &k->job, dx, kernels));
     moe__lap(pass, MOE_TIME_EXPERTS);
@@ -224,15 +223,14 @@ static int64_t back_width(const moe_pass *pass)
            wanted(pass, MOE__WANT_WEIGHTS);
 }
 
-moe_status moe__ranks_work_backward(moe_pass *pass, const moe__backend *kernels,
-                                    const char *function)
+moe_status moe__ranks_work_backward(moe_pass *pass, const moe__backend *kernels)
 {
     moe__ranks *k = &pass->ranks;
     int64_t bytes = back_width(pass) * element_bytes(pass);
     moe__column columns[2];
     for (int64_t round = 0; round < k->rounds; round++) {
         if (!moe__ranks_padded(pass)) MOE_TRY(moe__ranks_wait(pass));
-        MOE_TRY(run_backward(pass, kernels, function));
+        MOE_TRY(run_backward(pass, kernels));
         if (bytes > 0) {
             int count = back_columns(pass, columns);
             MOE_TRY(moe__ranks_pack_there(pass, columns, count));

@@ -414,7 +414,7 @@ static int64_t bytes_of(const moe__column *columns, int count)
 moe_status moe__ranks_pack(moe_pass *pass, void *to, const int64_t *place, int64_t row,
                            int64_t rows, const moe__column *columns, int count)
 {
-    const moe__workers *workers = &pass->experts_job.workers;
+    const moe__workers *workers = &pass->workers;
     packing p = {columns, count, to, bytes_of(columns, count), row, place};
     return moe__parallel_range(workers->context, rows, 64, pack_range, &p, workers->function);
 }
@@ -487,7 +487,7 @@ static void merge_range(void *argument, int64_t begin, int64_t end)
 moe_status moe__ranks_merge(moe_pass *pass, int64_t width)
 {
     moe__ranks *k = &pass->ranks;
-    const moe__workers *workers = &pass->experts_job.workers;
+    const moe__workers *workers = &pass->workers;
     merging m = {pass, width};
     k->rows = k->merged ? k->merged : k->results;
     k->row_stride = width;

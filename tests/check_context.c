@@ -126,10 +126,10 @@ START_TEST(test_create_isa)
         }
         moe_context *context = create(&config);
         ck_assert_int_eq(moe_context_isa(context), isa);
-        ck_assert_ptr_nonnull(context->kernels_f32);
-        ck_assert_ptr_nonnull(context->kernels_f64);
-        ck_assert_ptr_eq(context->kernels_f32, moe__cpu_backend(isa, MOE_DTYPE_F32));
-        ck_assert_ptr_eq(context->kernels_f64, moe__cpu_backend(isa, MOE_DTYPE_F64));
+        ck_assert_ptr_nonnull(context->kernels[MOE_DTYPE_F32]);
+        ck_assert_ptr_nonnull(context->kernels[MOE_DTYPE_F64]);
+        ck_assert_ptr_eq(context->kernels[MOE_DTYPE_F32], moe__cpu_backend(isa, MOE_DTYPE_F32));
+        ck_assert_ptr_eq(context->kernels[MOE_DTYPE_F64], moe__cpu_backend(isa, MOE_DTYPE_F64));
         moe_context_destroy(context);
     }
     ck_assert_ptr_null(moe__cpu_backend(MOE_ISA_AUTO, MOE_DTYPE_F32));

@@ -12,8 +12,9 @@
 #include "cpu/tiles.h"
 #include "numeric.h"
 
-int64_t MOE_KERNEL(worker_bytes)(void)
+int64_t MOE_KERNEL(worker_bytes)(const moe__pass_shape *shape)
 {
+    (void)shape; /* tiles are of one size */
     return ((int64_t)MOE_KERNEL(gemm_scratch)() + 63) & ~(int64_t)63;
 }
 

@@ -361,12 +361,22 @@ static void threshold_gradient(const moe__gate_backward_job *job)
     }
 }
 
+/* Weight of each loss times the caller's factor. */
+static void find_loss_factors(const moe__gate_backward_job *job)
+{
+    const double *weight = job->losses->weights;
+    const real *grad = job->loss_grad;
+    for (int64_t i = 0; i < MOE_LOSS_SLOTS; i++)
+        job->loss_factor[i] = weight[i] != 0 ? weight[i] * (grad ? (double)grad[i] : 1) : 0;
+}
+
 moe_status MOE_KERNEL(gate_backward)(moe__gate_backward_job *job)
 {
     const moe__route_job *route = job->losses->route;
     const moe__workers *w = &route->workers;
     destination dx = {job->dx, job->dx_stride, job->dx_add};
     if (job->d_x_jittered) dx = (destination){job->d_x_jittered, route->input_width, 0};
+    find_loss_factors(job);
     MOE_KERNEL(losses_backward_prepare)(job);
     MOE_TRY(moe__parallel_range(w->context, route->tokens, 64, weights_backward_range, job,
                                 w->function));

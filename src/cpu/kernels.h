@@ -13,13 +13,17 @@ size_t MOE_KERNEL(gemm_scratch)(void);
 void MOE_KERNEL(gemm_rows_tile)(const moe__gemm_rows_job *job, int64_t tile, void *scratch);
 void MOE_KERNEL(gemm_dw_tile)(const moe__gemm_dw_job *job, int64_t tile, void *scratch);
 
-int64_t MOE_KERNEL(worker_bytes)(void);
+int64_t MOE_KERNEL(worker_bytes)(const moe__pass_shape *shape);
 moe_status MOE_KERNEL(route_count)(moe__route_job *job, int64_t *entries);
 moe_status MOE_KERNEL(route_forward)(moe__route_job *job);
 moe_status MOE_KERNEL(second_forward)(moe__second_job *job);
 moe_status MOE_KERNEL(second_backward)(moe__second_job *job);
 moe_status MOE_KERNEL(losses_forward)(moe__losses_job *job);
 moe_status MOE_KERNEL(gate_backward)(moe__gate_backward_job *job);
+moe_status MOE_KERNEL(batch_forward)(moe__batch_job *job);
+moe_status MOE_KERNEL(entries_taken)(const moe__batch_job *job, int64_t *entries);
+moe_status MOE_KERNEL(everyone_forward)(const moe__workers *workers, moe__plan_arrays *plan);
+moe_status MOE_KERNEL(write_results)(const moe__losses_job *job, void *losses_out, void *stats_out);
 moe_status MOE_KERNEL(plan_rows)(moe__plan_rows_job *job);
 moe_status MOE_KERNEL(mix_forward)(moe__mix_job *job);
 moe_status MOE_KERNEL(mix_backward)(moe__mix_job *job);

@@ -390,11 +390,12 @@ static moe_status sums(moe__losses_job *job)
 {
     const double *weight = job->weights;
     job->z_sum = job->threshold_sum = job->rows = 0;
-    job->tokens = (double)job->valid_tokens;
+    job->tokens = (double)job->valid_begin[job->plan->groups];
     job->groups = nonempty_groups(job);
     count_entries(job);
     for (int64_t e = 0; e < job->plan->num_experts; e++) {
         job->load[e] = (double)job->counts[e];
+        job->rows_of_expert[e] = job->plan->expert_begin[e + 1] - job->plan->expert_begin[e];
         job->rows += (double)job->rows_of_expert[e];
     }
     job->with_logits = job->route->level[0].logits != NULL;
@@ -441,6 +442,15 @@ moe_status MOE_KERNEL(losses_forward)(moe__losses_job *job)
     for (int64_t i = 0; i < MOE_LOSS_SLOTS; i++)
         job->value[i] = job->weights[i] != 0 ? job->weights[i] * job->value[i] : 0;
     MOE_KERNEL(statistics)(job);
+    return MOE_OK;
+}
+
+moe_status MOE_KERNEL(write_results)(const moe__losses_job *job, void *losses_out, void *stats_out)
+{
+    for (int64_t i = 0; losses_out && i < MOE_LOSS_SLOTS; i++)
+        ((real *)losses_out)[i] = (real)job->value[i];
+    for (int64_t i = 0; stats_out && i < MOE_STAT_SLOTS; i++)
+        ((real *)stats_out)[i] = (real)job->stats[i];
     return MOE_OK;
 }
 

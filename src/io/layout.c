@@ -182,6 +182,8 @@ moe_status moe__io_describe(moe__io_layer *l, const moe_layer *layer, void *cons
                          .gate = {.struct_size = sizeof l->gate},
                          .size = 1,
                          .values = values != NULL};
+    if (!moe__module_on_host(layer))
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "the layer's parameters are not in the host's memory");
     MOE_TRY(moe_layer_get_config(layer, &l->config));
     if (l->config.gate) MOE_TRY(moe_gate_get_config(l->config.gate, &l->gate));
     if (l->config.comm) l->size = moe_comm_size(l->config.comm);

@@ -3,7 +3,7 @@
 #ifndef CONTEXT_HOST_H
 #define CONTEXT_HOST_H
 
-#include "backend.h"
+#include "internal.h"
 #include "cpus.h"
 
 #include <check.h>

@@ -16,7 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "backend.h"
+#include "internal.h"
 #include "numeric.h"
 
 #define OK(call)                                                               \

@@ -1,0 +1,69 @@
+/* on_device.h - makes a suite that was written for host memory run on a CUDA context.
+ *
+ * It is included before everything else in every file of a suite (-include). Memory of the suite is
+ * managed memory, so that host and device see the same arrays; contexts are CUDA contexts that
+ * allocate managed memory too, so that plans and parameters can be read; calls that compute run on
+ * a stream and are waited for. What the suite says stays as it is. */
+#ifndef MOE_TEST_ON_DEVICE_H
+#define MOE_TEST_ON_DEVICE_H
+
+#define MOE_TEST_DEVICE 1
+
+#include <moe/moe.h>
+
+#include <stdlib.h>
+#include <string.h>
+
+void *device_malloc(size_t bytes);
+void *device_calloc(size_t count, size_t bytes);
+void device_free(void *memory); /* of either of these, or of the C library */
+
+moe_status device_context_create(moe_context **context, const moe_context_config *config);
+/* The status, once everything on every stream is done. */
+moe_status device_waited(moe_status status);
+/* The stream that calls run on. */
+void *device_stream(void);
+
+/* The arguments with that stream, if the caller's struct has a plausible size; in static storage of
+ * the thread. */
+const moe_forward_args *device_forward_args(const moe_forward_args *args);
+const moe_backward_args *device_backward_args(const moe_backward_args *args);
+const moe_rows_args *device_rows_args(const moe_rows_args *args);
+
+#ifndef MOE_TEST_ON_DEVICE_C
+#define malloc(bytes) device_malloc(bytes)
+#define calloc(count, bytes) device_calloc(count, bytes)
+#define free(memory) device_free(memory)
+#define moe_context_create(context, config) device_context_create(context, config)
+
+#define DEVICE_FORWARD(call, object, pass, args) \
+    device_waited(call(object, pass, device_forward_args(args)))
+#define DEVICE_BACKWARD(call, object, pass, args) \
+    device_waited(call(object, pass, device_backward_args(args)))
+#define moe_layer_forward(o, p, a) DEVICE_FORWARD((moe_layer_forward), o, p, a)
+#define moe_gate_forward(o, p, a) DEVICE_FORWARD((moe_gate_forward), o, p, a)
+#define moe_experts_forward(o, p, a) DEVICE_FORWARD((moe_experts_forward), o, p, a)
+#define moe_layer_backward(o, p, a) DEVICE_BACKWARD((moe_layer_backward), o, p, a)
+#define moe_gate_backward(o, p, a) DEVICE_BACKWARD((moe_gate_backward), o, p, a)
+#define moe_experts_backward(o, p, a) DEVICE_BACKWARD((moe_experts_backward), o, p, a)
+#define moe_layer_forward_start(o, p, a) (moe_layer_forward_start)(o, p, device_forward_args(a))
+#define moe_layer_backward_start(o, p, a) (moe_layer_backward_start)(o, p, device_backward_args(a))
+#define moe_layer_forward_finish(o, p) device_waited((moe_layer_forward_finish)(o, p))
+#define moe_layer_backward_finish(o, p) device_waited((moe_layer_backward_finish)(o, p))
+#define moe_dispatch_forward(p, a) device_waited((moe_dispatch_forward)(p, device_rows_args(a)))
+#define moe_dispatch_backward(p, a) device_waited((moe_dispatch_backward)(p, device_rows_args(a)))
+#define moe_combine_forward(p, a) device_waited((moe_combine_forward)(p, device_rows_args(a)))
+#define moe_combine_backward(p, a) device_waited((moe_combine_backward)(p, device_rows_args(a)))
+#define moe_gate_zero_gradients(o, s) device_waited((moe_gate_zero_gradients)(o, s))
+#define moe_experts_zero_gradients(o, s) device_waited((moe_experts_zero_gradients)(o, s))
+#define moe_layer_zero_gradients(o, s) device_waited((moe_layer_zero_gradients)(o, s))
+#define moe_experts_zero_touched_gradients(o, s) \
+    device_waited((moe_experts_zero_touched_gradients)(o, s))
+#define moe_layer_zero_touched_gradients(o, s) \
+    device_waited((moe_layer_zero_touched_gradients)(o, s))
+#define moe_gate_init_parameters(o, s) device_waited((moe_gate_init_parameters)(o, s))
+#define moe_experts_init_parameters(o, s) device_waited((moe_experts_init_parameters)(o, s))
+#define moe_layer_init_parameters(o, s) device_waited((moe_layer_init_parameters)(o, s))
+#endif
+
+#endif
