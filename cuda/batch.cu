@@ -17,14 +17,41 @@ struct moe_some_groups {
     int64_t begin[GROUPS];
 };
 
-static void take_groups(moe_some_groups *some, const moe__batch_job *job, int64_t first,
-                        int64_t count)
+static void take_groups(moe_some_groups *some, const moe__batch_job *job, int64_t first)
 {
     memset(some, 0, sizeof *some);
     some->first = first;
-    some->count = moe__min(count, GROUPS);
+    some->count = moe__min(job->groups + 1 - first, GROUPS);
     for (int64_t i = 0; i < some->count; i++)
         some->begin[i] = job->group_begin ? job->group_begin[first + i] : (first + i) * job->tokens;
+}
+
+/* What of a call and its gate says how much room there is, and nothing else of them. */
+struct moe_capacity_rule {
+    moe_gate_config config;
+    int64_t capacity, train;
+};
+
+static moe_capacity_rule rule_of(const moe__batch_job *job)
+{
+    const moe_gate_config *c = job->config;
+    moe_capacity_rule rule;
+    memset(&rule, 0, sizeof rule);
+    if (!job->group_capacity) return rule;
+    rule.config.num_experts = c->num_experts;
+    rule.config.top_k = c->top_k;
+    rule.config.top_groups = c->top_groups;
+    rule.config.kind = c->kind;
+    rule.config.capacity_kind = c->capacity_kind;
+    rule.config.capacity_rounding = c->capacity_rounding;
+    rule.config.capacity = c->capacity;
+    rule.config.capacity_factor = c->capacity_factor;
+    rule.config.capacity_factor_eval = c->capacity_factor_eval;
+    rule.config.capacity_minimum = c->capacity_minimum;
+    rule.config.capacity_multiple = c->capacity_multiple;
+    rule.capacity = job->capacity;
+    rule.train = job->train;
+    return rule;
 }
 
 /* ---- the arrays of the batch ----------------------------------------------------------------- */
@@ -89,7 +116,7 @@ MOE_DEVICE int64_t moe_count_below(const int64_t *list, int64_t count, int64_t t
 /* valid_begin [G+1] and group_capacity [G] or NULL; count: of unmasked tokens, NULL: no mask */
 MOE_GLOBAL(256)
 moe_batch_capacity(const int64_t *group_begin, int64_t groups, const int64_t *valid_token,
-                   const int64_t *count, moe__capacity_rule rule, int64_t *valid_begin,
+                   const int64_t *count, moe_capacity_rule rule, int64_t *valid_begin,
                    int64_t *group_capacity)
 {
     int64_t g = (int64_t)blockIdx.x * 256 + threadIdx.x;
@@ -101,7 +128,8 @@ moe_batch_capacity(const int64_t *group_begin, int64_t groups, const int64_t *va
     }
     valid_begin[g] = begin;
     if (group_capacity && g < groups)
-        group_capacity[g] = moe__capacity_of_group(&rule, end - begin);
+        group_capacity[g] = moe__capacity_of_group(&rule.config, rule.capacity, end - begin,
+                                                   (int32_t)rule.train);
 }
 
 static dim3 blocks_of(int64_t count, int64_t size)
@@ -127,7 +155,7 @@ static moe_status write_groups(const moe__batch_job *job)
     }
     for (int64_t g = 0; g < end; g += GROUPS) {
         moe_some_groups some;
-        take_groups(&some, job, g, end - g);
+        take_groups(&some, job, g);
         MOE_TRY(moe__cuda_launch(&job->workers, "batch", moe_batch_groups, dim3(1), dim3(256), 0,
                                  some, job->plan->group_begin, primary));
     }
@@ -161,9 +189,7 @@ extern "C" int64_t moe__cuda_batch_scratch(const moe__pass_shape *shape)
 extern "C" moe_status moe__cuda_batch_forward(moe__batch_job *job)
 {
     const int64_t *count;
-    moe__capacity_rule rule;
-    memset(&rule, 0, sizeof rule);
-    if (job->group_capacity) rule = moe__capacity_rule_of(job->config, job->capacity, job->train);
+    moe_capacity_rule rule = rule_of(job);
     MOE_TRY(write_groups(job));
     if (!job->given)
         MOE_TRY(multiples(job, job->plan->token_begin, job->tokens + 1, job->entries_per_token));
@@ -180,40 +206,29 @@ extern "C" moe_status moe__cuda_batch_forward(moe__batch_job *job)
 
 /* ---- entries of experts that take tokens ------------------------------------------------------ */
 
-/* *total += E min(capacity, unmasked tokens) of group first + blockIdx.x; `end` is behind the last */
+/* *total = E times the sum of min(group_capacity, unmasked tokens): one block */
 MOE_GLOBAL(1024)
-moe_batch_taken(moe_some_groups some, int64_t end, const uint8_t *token_mask,
-                moe__capacity_rule rule, int64_t *total)
+moe_batch_taken(const int64_t *valid_begin, const int64_t *group_capacity, int64_t groups,
+                int64_t num_experts, int64_t *total)
 {
     MOE_SHARED(int64_t, warp_sum, 32);
-    int64_t g = blockIdx.x, tokens = 0, all;
-    int64_t last = g + 1 < some.count ? some.begin[g + 1] : end;
-    for (int64_t t = some.begin[g] + threadIdx.x; t < last; t += 1024)
-        tokens += !token_mask || token_mask[t];
-    moe_block_scan(tokens, 1024, warp_sum, &all);
-    if (threadIdx.x == 0)
-        moe_atomic_add(total, rule.num_experts * moe__capacity_of_group(&rule, all));
+    int64_t rows = 0, all;
+    for (int64_t g = threadIdx.x; g < groups; g += 1024) {
+        int64_t tokens = valid_begin[g + 1] - valid_begin[g];
+        rows += group_capacity[g] < tokens ? group_capacity[g] : tokens;
+    }
+    moe_block_scan(rows, 1024, warp_sum, &all);
+    if (threadIdx.x == 0) *total = all * num_experts;
 }
 
 extern "C" moe_status moe__cuda_entries_taken(const moe__batch_job *job, int64_t *entries)
 {
     const moe__workers *workers = &job->workers;
-    moe__capacity_rule rule = moe__capacity_rule_of(job->config, job->capacity, job->train);
-    int64_t *total = (int64_t *)workers->scratch;
-    rule.at_most_tokens = 1;
-    *entries = moe__mul(job->tokens, rule.num_experts); /* the most: none of the sums overflows */
+    int64_t *total = (int64_t *)workers->scratch, E = job->config->num_experts;
+    *entries = moe__mul(job->tokens, E); /* the most; -1: does not fit */
     if (*entries <= 0) return MOE_OK;
-    cudaError_t error = cudaMemsetAsync(total, 0, sizeof *total, (cudaStream_t)workers->stream);
-    if (error != cudaSuccess) return moe__cuda_status(error, workers, "entries_taken");
-    for (int64_t g = 0; g < job->groups; g += GROUPS) {
-        moe_some_groups some;
-        take_groups(&some, job, g, job->groups - g);
-        int64_t next = g + some.count;
-        int64_t end = job->group_begin ? job->group_begin[next] : next * job->tokens;
-        MOE_TRY(moe__cuda_launch(workers, "entries_taken", moe_batch_taken,
-                                 dim3((unsigned)some.count), dim3(1024), 0, some, end,
-                                 job->token_mask, rule, total));
-    }
+    MOE_TRY(moe__cuda_launch(workers, "entries_taken", moe_batch_taken, dim3(1), dim3(1024), 0,
+                             job->valid_begin, job->group_capacity, job->groups, E, total));
     return moe__cuda_fetch(workers, entries, total, sizeof *entries);
 }
 
