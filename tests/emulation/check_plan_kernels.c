@@ -37,8 +37,9 @@ static void draw_weights(moe__plan_arrays *host, moe__plan_arrays *device)
 {
     size_t bytes = (size_t)host->entries * sizeof(float);
     for (int64_t n = 0; n < host->entries; n++) ((float *)host->weight_of_entry)[n] = draw_tied();
-    if (bytes) ok(cudaMemcpy(device->weight_of_entry, host->weight_of_entry, bytes,
-                             cudaMemcpyHostToDevice));
+    if (bytes)
+        ok(cudaMemcpy(device->weight_of_entry, host->weight_of_entry, bytes,
+                      cudaMemcpyHostToDevice));
 }
 
 static void run_both(moe__plan_rows_job *host, moe__plan_rows_job *device)
@@ -102,8 +103,8 @@ static void check_job(moe__plan_arrays plan, int32_t policy)
     for (int64_t n = 0; n < plan.entries; n++)
         if (draw_chance(20)) plan.slot_of_entry[n] = -1;
     if (plan.entries > 0)
-        ok(cudaMemcpy(on.slot_of_entry, plan.slot_of_entry,
-                      (size_t)plan.entries * sizeof(int64_t), cudaMemcpyHostToDevice));
+        ok(cudaMemcpy(on.slot_of_entry, plan.slot_of_entry, (size_t)plan.entries * sizeof(int64_t),
+                      cudaMemcpyHostToDevice));
     draw_weights(&plan, &on);
     run_both(&host, &device);
     free_plans(&plan, &on);
@@ -187,10 +188,10 @@ static void check_batch(int64_t T, int64_t G)
     moe__pass_shape shape = {.tokens = T, .groups = G};
     draw_capacity(&config);
     draw_groups(groups, T, G);
-    batch_outputs host = {host_plan(T, 0, 1, G),         host_plan(T, T * A, 1, G),
-                          host_array(T, 1),              host_array(T, sizeof(int64_t)),
-                          host_array(G + 1, 8),          host_array(T * A + 1, 8),
-                          host_array(G, sizeof(int64_t))};
+    batch_outputs host = {
+        host_plan(T, 0, 1, G),          host_plan(T, T * A, 1, G), host_array(T, 1),
+        host_array(T, sizeof(int64_t)), host_array(G + 1, 8),      host_array(T * A + 1, 8),
+        host_array(G, sizeof(int64_t))};
     batch_outputs device = {device_plan(&host.plan),
                             device_plan(&host.primary),
                             on_device(host.mask, (size_t)T),

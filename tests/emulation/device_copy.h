@@ -3,7 +3,6 @@
 #ifndef DEVICE_COPY_H
 #define DEVICE_COPY_H
 
-#include "internal.h"
 #include "backend_cuda.h"
 #include "half.h"
 #include "philox.h"
