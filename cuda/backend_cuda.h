@@ -39,9 +39,15 @@ moe_status moe__cuda_cublas(const moe__workers *workers, cublasHandle_t *handle)
 moe_status moe__cuda_counts(const moe__workers *workers, const moe__plan_arrays *plan,
                             const int64_t **expert_begin);
 
-/* Copies to the host, pageable memory too, behind what is on the stream, and waits. context.c */
+/* Copies bytes to the host's memory behind what is on the stream, and waits until they are there.
+ * context.c */
 moe_status moe__cuda_fetch(const moe__workers *workers, void *host, const void *device,
                            int64_t bytes);
+/* The functions of moe__memory that are kernels. fill.cu */
+moe_status moe__cuda_zero_strided(const moe__workers *workers, void *base, const int64_t count[3],
+                                  const int64_t stride[3], int64_t element);
+moe_status moe__cuda_note_touched(const moe__workers *workers, uint8_t *touched,
+                                  const moe__plan_arrays *plan, bool forget);
 
 /* Every slot exists for the three element types: moe__cuda_<slot>_f32, _bf16, _f16. */
 #define MOE_CUDA_DECLARE(slot, argument)          \
