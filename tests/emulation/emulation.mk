@@ -76,3 +76,27 @@ $(foreach f,$(EMU_FLAVOURS),$(eval $(call EMU_FLAVOUR,$(f))))
 
 .PHONY: emulation
 emulation: $(EMU_LIBS)
+
+# ---- the emulator's own tests -----------------------------------------------------------------------
+
+define EMU_OWN_TESTS
+$(EMU)/$(1)/tests/%.o: tests/emulation/%.cu
+	@mkdir -p $$(@D)
+	$$(CXX) $$(EMU_KERNEL_FLAGS) $$(EMU_SAN_$(1)) -MMD -MP -c $$< -o $$@
+$(EMU)/$(1)/planted: tests/emulation/planted.c $(EMU)/$(1)/tests/planted.o $$(EMU_LIBS) \
+    $(if $(filter traffic,$(1)),$(EMU)/traffic/traffic_hooks.o)
+	$$(CC) $$(EMU_HOST_FLAGS) $$< $(EMU)/$(1)/tests/planted.o $$(EMU_LINK_$(1)) -o $$@
+$(EMU)/$(1)/check_emulator: tests/emulation/check_emulator.c $(EMU)/$(1)/tests/sample.o $$(EMU_LIBS) \
+    $(if $(filter traffic,$(1)),$(EMU)/traffic/traffic_hooks.o) | check-have-check
+	$$(CC) $$(EMU_HOST_FLAGS) $$(CHECK_CFLAGS) $$< $(EMU)/$(1)/tests/sample.o $$(CHECK_LIBS) \
+	    $$(EMU_LINK_$(1)) -o $$@
+-include $(EMU)/$(1)/tests/sample.d $(EMU)/$(1)/tests/planted.d
+endef
+$(foreach f,$(EMU_FLAVOURS),$(eval $(call EMU_OWN_TESTS,$(f))))
+
+EMU_SEEDS ?= 1 2 3
+.PHONY: check-emulator
+check-emulator: $(foreach f,$(EMU_FLAVOURS),$(EMU)/$(f)/planted $(EMU)/$(f)/check_emulator)
+	@$(RUN) $(foreach f,$(EMU_FLAVOURS),$(foreach s,$(EMU_SEEDS), \
+	    "env CK_FORK=no MOE_EMULATION_SEED=$(s) $(EMU)/$(f)/check_emulator")) \
+	    "sh tests/emulation/check_planted.sh $(EMU)"
