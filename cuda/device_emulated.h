@@ -98,16 +98,20 @@ MOE_DEVICE int64_t moe_atomic_max(int64_t *p, int64_t v) { return moe_atomic_lar
 MOE_DEVICE int32_t moe_atomic_min(int32_t *p, int32_t v) { return moe_atomic_larger(p, v, -1); }
 MOE_DEVICE int64_t moe_atomic_min(int64_t *p, int64_t v) { return moe_atomic_larger(p, v, -1); }
 
-/* Emulated kernels are compiled with -fno-strict-aliasing. */
+/* One access of 16 bytes, not four; emulated kernels are compiled with -fno-strict-aliasing. */
+typedef uint32_t moe_vector16 __attribute__((vector_size(16)));
+
 MOE_DEVICE uint4 moe_load16(const void *p, MOE_HERE)
 {
     if (((uintptr_t)p & 15u) != 0) emu_misaligned(p, file, line);
-    return *static_cast<const uint4 *>(p);
+    moe_vector16 v = *static_cast<const moe_vector16 *>(p);
+    uint4 bits = {v[0], v[1], v[2], v[3]};
+    return bits;
 }
 MOE_DEVICE void moe_store16(void *p, uint4 v, MOE_HERE)
 {
     if (((uintptr_t)p & 15u) != 0) emu_misaligned(p, file, line);
-    *static_cast<uint4 *>(p) = v;
+    *static_cast<moe_vector16 *>(p) = moe_vector16{v.x, v.y, v.z, v.w};
 }
 
 /* ---- launches -------------------------------------------------------------------------------- */

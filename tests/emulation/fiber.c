@@ -123,11 +123,18 @@ static void make(struct emu_fiber *f)
     f->stack_bytes = STACK_BYTES;
 }
 
+/* ThreadSanitizer orders a fiber after what made it, so the host makes them all. */
+void emu_fibers_prepare(int count)
+{
+    for (int i = 0; emu_threads_sanitized() && i < count; i++) {
+        if (fibers[i].tsan == NULL) fibers[i].tsan = __tsan_create_fiber(0);
+    }
+}
+
 struct emu_fiber *emu_fiber_get(int index, void (*main)(void))
 {
     struct emu_fiber *f = &fibers[index];
     if (f->stack == NULL) make(f);
-    if (f->tsan == NULL && emu_threads_sanitized()) f->tsan = __tsan_create_fiber(0);
     f->main = main;
     f->asan = NULL;
     prepare(f);

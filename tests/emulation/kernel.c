@@ -344,8 +344,8 @@ static bool run_block(uint3 index)
     for (int t = 0; t < block.threads; t++) block.thread[t].state = NEW;
     for (int w = 0; w < block.threads / EMU_WARP; w++) block.warp[w].arrived = 0;
     choose_order();
-    emu_shared_begin(run->shared, run->kernel->shared_allowed);
     emu_traffic_block();
+    emu_shared_begin(run->shared, run->kernel->shared_allowed);
     emu_release_to(&kernel_begin);
     yield_from(&block.host);
     if (block.failed) {
@@ -367,6 +367,7 @@ bool emu_run_kernel(const struct emu_run *run)
     block.run = run;
     block.threads = (int)(run->block.x * run->block.y * run->block.z);
     emu_fiber_host(&block.host);
+    emu_fibers_prepare(block.threads);
     emu_traffic_begin(run);
     for (uint64_t i = 0; ok && i < range; i++) {
         uint64_t b = (first + i * step) & (range - 1);

@@ -234,23 +234,49 @@ static void cublas_grouped_types(void)
         CUDA_R_32F, &eight, 1, &count, CUBLAS_COMPUTE_32F));
 }
 
-#define MISTAKE(name) {#name, name}
+#define MISTAKE(name) \
+    {                 \
+#name, name   \
+    }
 static const struct {
     const char *name;
     void (*run)(void);
 } mistakes[] = {
-    MISTAKE(no_barrier),        MISTAKE(shared_overrun),      MISTAKE(divergent_barrier),
-    MISTAKE(early_return),      MISTAKE(divergent_shuffle),   MISTAKE(much_shared),
-    MISTAKE(misaligned),        MISTAKE(block_33),            MISTAKE(block_1056),
-    MISTAKE(empty_grid),        MISTAKE(block_race),          MISTAKE(global_overrun),
-    MISTAKE(unwritten_shared),  MISTAKE(unwritten_device),    MISTAKE(missing_wait),
-    MISTAKE(missing_synchronise), MISTAKE(host_argument),     MISTAKE(freed_argument),
-    MISTAKE(freed_while_queued), MISTAKE(other_device),       MISTAKE(host_copy),
-    MISTAKE(device_as_host),    MISTAKE(host_reads_device),   MISTAKE(captured_synchronise),
-    MISTAKE(captured_malloc),   MISTAKE(captured_pageable),   MISTAKE(captured_default_stream),
-    MISTAKE(captured_unjoined), MISTAKE(cublas_host_array),   MISTAKE(cublas_types),
-    MISTAKE(cublas_leading),    MISTAKE(cublas_alignment),    MISTAKE(cublas_host_operand),
-    MISTAKE(cublas_workspace),  MISTAKE(cublas_grouped_types),
+    MISTAKE(no_barrier),
+    MISTAKE(shared_overrun),
+    MISTAKE(divergent_barrier),
+    MISTAKE(early_return),
+    MISTAKE(divergent_shuffle),
+    MISTAKE(much_shared),
+    MISTAKE(misaligned),
+    MISTAKE(block_33),
+    MISTAKE(block_1056),
+    MISTAKE(empty_grid),
+    MISTAKE(block_race),
+    MISTAKE(global_overrun),
+    MISTAKE(unwritten_shared),
+    MISTAKE(unwritten_device),
+    MISTAKE(missing_wait),
+    MISTAKE(missing_synchronise),
+    MISTAKE(host_argument),
+    MISTAKE(freed_argument),
+    MISTAKE(freed_while_queued),
+    MISTAKE(other_device),
+    MISTAKE(host_copy),
+    MISTAKE(device_as_host),
+    MISTAKE(host_reads_device),
+    MISTAKE(captured_synchronise),
+    MISTAKE(captured_malloc),
+    MISTAKE(captured_pageable),
+    MISTAKE(captured_default_stream),
+    MISTAKE(captured_unjoined),
+    MISTAKE(cublas_host_array),
+    MISTAKE(cublas_types),
+    MISTAKE(cublas_leading),
+    MISTAKE(cublas_alignment),
+    MISTAKE(cublas_host_operand),
+    MISTAKE(cublas_workspace),
+    MISTAKE(cublas_grouped_types),
 };
 
 int main(int argc, char **argv)

@@ -11,12 +11,12 @@ void emu_traffic_access(const void *p, size_t bytes, int write, const void *pc);
 
 #define HERE __builtin_return_address(0)
 
-#define ACCESS(n)                                                                         \
-    void __tsan_read##n(void *p) { emu_traffic_access(p, n, 0, HERE); }                   \
-    void __tsan_write##n(void *p) { emu_traffic_access(p, n, 1, HERE); }                  \
-    void __tsan_unaligned_read##n(void *p) { emu_traffic_access(p, n, 0, HERE); }         \
-    void __tsan_unaligned_write##n(void *p) { emu_traffic_access(p, n, 1, HERE); }        \
-    void __tsan_volatile_read##n(void *p) { emu_traffic_access(p, n, 0, HERE); }          \
+#define ACCESS(n)                                                                  \
+    void __tsan_read##n(void *p) { emu_traffic_access(p, n, 0, HERE); }            \
+    void __tsan_write##n(void *p) { emu_traffic_access(p, n, 1, HERE); }           \
+    void __tsan_unaligned_read##n(void *p) { emu_traffic_access(p, n, 0, HERE); }  \
+    void __tsan_unaligned_write##n(void *p) { emu_traffic_access(p, n, 1, HERE); } \
+    void __tsan_volatile_read##n(void *p) { emu_traffic_access(p, n, 0, HERE); }   \
     void __tsan_volatile_write##n(void *p) { emu_traffic_access(p, n, 1, HERE); }
 ACCESS(1)
 ACCESS(2)
@@ -39,45 +39,45 @@ void __tsan_init(void)
     started = true;
 }
 
-#define ATOMIC(bits, type)                                                                   \
-    type __tsan_atomic##bits##_load(const type *p, int order)                                \
-    {                                                                                        \
-        (void)order;                                                                         \
-        emu_traffic_access(p, sizeof *p, 0, HERE);                                           \
-        return *p;                                                                           \
-    }                                                                                        \
-    void __tsan_atomic##bits##_store(type *p, type v, int order)                             \
-    {                                                                                        \
-        (void)order;                                                                         \
-        emu_traffic_access(p, sizeof *p, 1, HERE);                                           \
-        *p = v;                                                                              \
-    }                                                                                        \
-    type __tsan_atomic##bits##_fetch_add(type *p, type v, int order)                         \
-    {                                                                                        \
-        type old = *p;                                                                       \
-        (void)order;                                                                         \
-        emu_traffic_access(p, sizeof *p, 0, HERE);                                           \
-        emu_traffic_access(p, sizeof *p, 1, HERE);                                           \
-        *p = (type)(old + v);                                                                \
-        return old;                                                                          \
-    }                                                                                        \
-    bool __tsan_atomic##bits##_compare_exchange_strong(type *p, type *expected, type v,      \
-                                                       int order, int failed)                \
-    {                                                                                        \
-        (void)order;                                                                         \
-        (void)failed;                                                                        \
-        emu_traffic_access(p, sizeof *p, 0, HERE);                                           \
-        bool same = *p == *expected;                                                         \
-        if (!same) *expected = *p;                                                           \
-        if (same) emu_traffic_access(p, sizeof *p, 1, HERE);                                 \
-        if (same) *p = v;                                                                    \
-        return same;                                                                         \
-    }                                                                                        \
-    type __tsan_atomic##bits##_compare_exchange_val(type *p, type expected, type v,          \
-                                                    int order, int failed)                   \
-    {                                                                                        \
-        __tsan_atomic##bits##_compare_exchange_strong(p, &expected, v, order, failed);       \
-        return expected;                                                                     \
+#define ATOMIC(bits, type)                                                                         \
+    type __tsan_atomic##bits##_load(const type *p, int order)                                      \
+    {                                                                                              \
+        (void)order;                                                                               \
+        emu_traffic_access(p, sizeof *p, 0, HERE);                                                 \
+        return *p;                                                                                 \
+    }                                                                                              \
+    void __tsan_atomic##bits##_store(type *p, type v, int order)                                   \
+    {                                                                                              \
+        (void)order;                                                                               \
+        emu_traffic_access(p, sizeof *p, 1, HERE);                                                 \
+        *p = v;                                                                                    \
+    }                                                                                              \
+    type __tsan_atomic##bits##_fetch_add(type *p, type v, int order)                               \
+    {                                                                                              \
+        type old = *p;                                                                             \
+        (void)order;                                                                               \
+        emu_traffic_access(p, sizeof *p, 0, HERE);                                                 \
+        emu_traffic_access(p, sizeof *p, 1, HERE);                                                 \
+        *p = (type)(old + v);                                                                      \
+        return old;                                                                                \
+    }                                                                                              \
+    bool __tsan_atomic##bits##_compare_exchange_strong(type *p, type *expected, type v, int order, \
+                                                       int failed)                                 \
+    {                                                                                              \
+        (void)order;                                                                               \
+        (void)failed;                                                                              \
+        emu_traffic_access(p, sizeof *p, 0, HERE);                                                 \
+        bool same = *p == *expected;                                                               \
+        if (!same) *expected = *p;                                                                 \
+        if (same) emu_traffic_access(p, sizeof *p, 1, HERE);                                       \
+        if (same) *p = v;                                                                          \
+        return same;                                                                               \
+    }                                                                                              \
+    type __tsan_atomic##bits##_compare_exchange_val(type *p, type expected, type v, int order,     \
+                                                    int failed)                                    \
+    {                                                                                              \
+        __tsan_atomic##bits##_compare_exchange_strong(p, &expected, v, order, failed);             \
+        return expected;                                                                           \
     }
 ATOMIC(32, uint32_t)
 ATOMIC(64, uint64_t)
