@@ -330,6 +330,7 @@ help:
 #: make check-asan     suites, hosts and vectors under AddressSanitizer and UBSan
 #: make check-tsan     threaded suites and hosts under ThreadSanitizer
 #: make check-valgrind hosts under valgrind
+#: make check-emulator  the emulator of CUDA (docs/emulation.md; CUDA=/usr/local/cuda, EMU_SEEDS="1 2 3")
 #: make check-headers  each header alone in every language version
 #: make check-abi      map, headers, symbols, layouts, abidiff
 #: make check-format   clang-format

@@ -127,6 +127,17 @@ template <typename T> struct moe_is_pointer<T *> {
     static const int value = EMU_ARGUMENT_POINTER;
 };
 
+/* Bytes between the members of an argument are not looked at for addresses where the compiler can
+ * clear them. */
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_clear_padding)
+#define MOE_CLEAR_PADDING(object) __builtin_clear_padding(&(object))
+#endif
+#endif
+#ifndef MOE_CLEAR_PADDING
+#define MOE_CLEAR_PADDING(object) (void)0
+#endif
+
 /* The arguments of a launch in one block of memory that can be copied as bytes. */
 template <typename... P> struct moe_arguments;
 template <> struct moe_arguments<> {
@@ -143,6 +154,7 @@ template <typename H, typename... P> struct moe_arguments<H, P...> {
     void set(const H &first, const P &...rest)
     {
         head = first;
+        MOE_CLEAR_PADDING(head);
         tail.set(rest...);
     }
     void list(emu_argument *out, const void *base) const

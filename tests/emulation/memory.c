@@ -33,6 +33,7 @@ static struct arena device_arena[EMU_DEVICES], pinned_arena, managed_arena;
 static struct emu_allocation **registered;
 static size_t registered_count;
 static int opened;
+static bool shut = true; /* the pages are inaccessible */
 static struct sigaction before;
 
 /* ---- patterns and poison --------------------------------------------------------------------- */
@@ -233,7 +234,7 @@ void *emu_allocate(enum emu_place place, int device, size_t bytes)
         a->read_by = calloc(bytes / 32 + 2, sizeof *a->read_by);
         a->written_by = calloc(bytes / 32 + 2, sizeof *a->written_by);
     }
-    if (place == EMU_DEVICE && opened == 0) mprotect(a->pages, all, PROT_NONE);
+    if (place == EMU_DEVICE && shut) mprotect(a->pages, all, PROT_NONE);
     return a->begin;
 }
 
@@ -309,22 +310,34 @@ static void protect(struct arena *arena, int protection)
 static void protect_all(int protection)
 {
     for (int d = 0; d < EMU_DEVICES; d++) protect(&device_arena[d], protection);
+    shut = protection == PROT_NONE;
+}
+
+/* The kernel takes time for each page, so of much memory it is shut now and then only: host code that
+ * touches it does so again. MOE_EMULATION_PROTECT=1 shuts it always, =0 never. */
+static bool shall_shut(void)
+{
+    const char *option = emu_option("MOE_EMULATION_PROTECT");
+    size_t live = 0;
+    if (option != NULL) return option[0] != '0';
+    for (int d = 0; d < EMU_DEVICES; d++) live += device_arena[d].live;
+    return emu_coin((uint32_t)(live >> 20) + 1);
 }
 
 void emu_memory_open(void)
 {
-    if (opened++ == 0) protect_all(PROT_READ | PROT_WRITE);
+    if (opened++ == 0 && shut) protect_all(PROT_READ | PROT_WRITE);
 }
 
 void emu_memory_close(void)
 {
-    if (--opened == 0) protect_all(PROT_NONE);
+    if (--opened == 0 && shall_shut()) protect_all(PROT_NONE);
 }
 
 int emu_memory_suspend(void)
 {
     int kept = opened;
-    if (opened > 0) protect_all(PROT_NONE);
+    if (opened > 0 && shall_shut()) protect_all(PROT_NONE);
     opened = 0;
     return kept;
 }
@@ -332,15 +345,23 @@ int emu_memory_suspend(void)
 void emu_memory_resume(int kept)
 {
     opened = kept;
-    if (opened > 0) protect_all(PROT_READ | PROT_WRITE);
+    if (opened > 0 && shut) protect_all(PROT_READ | PROT_WRITE);
 }
 
 /* Not memcmp: AddressSanitizer's looks at red zones. */
 bool emu_untouched(const void *p, size_t bytes)
 {
-    const unsigned char *c = p;
-    for (size_t i = 0; i < bytes; i++) {
-        if (c[i] != (((uintptr_t)(c + i) & 1) != 0 ? PATTERN >> 8 : PATTERN & 0xff)) return false;
+    const unsigned char *c = p, *end = c + bytes;
+    uint64_t word;
+    for (; c < end && ((uintptr_t)c & 7) != 0; c++) {
+        if (*c != (((uintptr_t)c & 1) != 0 ? PATTERN >> 8 : PATTERN & 0xff)) return false;
+    }
+    for (; end - c >= 8; c += 8) {
+        __builtin_memcpy(&word, c, sizeof word);
+        if (word != (uint64_t)PATTERN * 0x0001000100010001u) return false;
+    }
+    for (; c < end; c++) {
+        if (*c != (((uintptr_t)c & 1) != 0 ? PATTERN >> 8 : PATTERN & 0xff)) return false;
     }
     return true;
 }
