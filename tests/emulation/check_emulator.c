@@ -5,6 +5,7 @@
 #include "sample.h"
 #include "recorder.h"
 #include "half.h"
+#include "philox.h"
 
 #include <check.h>
 #include <cublas_v2.h>
@@ -178,6 +179,28 @@ START_TEST(test_kernel_atomics)
     OK(cudaFree(dx));
     OK(cudaFree(d));
     OK(cudaFree(d32));
+}
+END_TEST
+
+/* The arithmetic of the library's headers gives the bytes of the host. */
+START_TEST(test_kernel_philox)
+{
+    enum { N = 300 };
+    float out[N], normals[4];
+    uint32_t words[4];
+    float *d = on_device(NULL, sizeof out);
+    OK(sample_philox(d, N, 12345, stream));
+    from_device(out, d, sizeof out);
+    for (uint32_t i = 0; i < N; i++) {
+        moe__counter(words, moe__stream(1, 2, MOE__PURPOSE_NOISE), 0, i, 0);
+        moe__philox(12345, words, words);
+        moe__normal4(words, normals);
+        float rounded = moe__from_bf16(moe__to_bf16(normals[2])) +
+                        moe__from_f16(moe__to_f16(normals[3]));
+        float wanted = normals[0] + moe__exp_f32(normals[1]) + rounded;
+        ck_assert_msg(out[i] == wanted, "%u: %g, not %g", i, out[i], wanted);
+    }
+    OK(cudaFree(d));
 }
 END_TEST
 
@@ -508,6 +531,7 @@ int main(void)
                                   test_kernel_warp,
                                   test_kernel_shared_over_48k,
                                   test_kernel_atomics,
+                                  test_kernel_philox,
                                   test_stream_order_by_events,
                                   test_stream_default_orders,
                                   test_stream_pageable_copy_is_staged,

@@ -94,9 +94,22 @@ $(EMU)/$(1)/check_emulator: tests/emulation/check_emulator.c $(EMU)/$(1)/tests/s
 endef
 $(foreach f,$(EMU_FLAVOURS),$(eval $(call EMU_OWN_TESTS,$(f))))
 
+# The sample through nvcc, as the library's kernels are, and through clang++, where there are such.
+NVCC ?= $(CUDA)/bin/nvcc
+EMU_NVCC_FLAGS := -arch=sm_80 -std=c++17 --fmad=false -Werror all-warnings \
+    -Xcompiler -Wall,-Wextra,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics
+EMU_COMPILED := $(if $(wildcard $(NVCC)),$(EMU)/sample_nvcc.o) \
+    $(if $(call have,clang++),$(EMU)/sample_clang.o)
+$(EMU)/sample_nvcc.o: tests/emulation/sample.cu $(wildcard cuda/device*.h src/half.h src/numeric.h)
+	@mkdir -p $(@D)
+	$(NVCC) $(EMU_NVCC_FLAGS) -Icuda -Isrc -Itests/emulation -c $< -o $@
+$(EMU)/sample_clang.o: tests/emulation/sample.cu $(wildcard cuda/device*.h src/half.h src/numeric.h)
+	@mkdir -p $(@D)
+	clang++ $(filter-out -fno-ipa-icf,$(EMU_KERNEL_FLAGS)) -c $< -o $@
+
 EMU_SEEDS ?= 1 2 3
 .PHONY: check-emulator
-check-emulator: $(foreach f,$(EMU_FLAVOURS),$(EMU)/$(f)/planted $(EMU)/$(f)/check_emulator)
+check-emulator: $(EMU_COMPILED) $(foreach f,$(EMU_FLAVOURS),$(EMU)/$(f)/planted $(EMU)/$(f)/check_emulator)
 	@$(RUN) $(foreach f,$(EMU_FLAVOURS),$(foreach s,$(EMU_SEEDS), \
 	    "env CK_FORK=no MOE_EMULATION_SEED=$(s) $(EMU)/$(f)/check_emulator")) \
 	    "sh tests/emulation/check_planted.sh $(EMU)"

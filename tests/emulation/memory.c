@@ -24,9 +24,9 @@ enum { ZONE = 256, PAGE = 4096, PATTERN = 0xffe5 };
 
 struct arena {
     unsigned char *base;
-    size_t used, live;
+    size_t used, live;            /* bytes of addresses, bytes that are not freed */
     struct emu_allocation **list; /* by address, for addresses only grow */
-    size_t count, room;
+    size_t count, room, first;    /* all before the first are freed */
 };
 
 static struct arena device_arena[EMU_DEVICES], pinned_arena, managed_arena;
@@ -206,11 +206,20 @@ static struct emu_allocation *append(struct arena *arena)
     return a;
 }
 
+/* Addresses come again only when half of them are used up and nothing is left. */
+static void start_anew(struct arena *arena)
+{
+    if (arena->first < arena->count || arena->used < RESERVED / 2) return;
+    for (size_t i = 0; i < arena->count; i++) free(arena->list[i]);
+    arena->count = arena->first = arena->used = 0;
+}
+
 void *emu_allocate(enum emu_place place, int device, size_t bytes)
 {
     struct arena *arena = place == EMU_DEVICE   ? &device_arena[device]
                           : place == EMU_PINNED ? &pinned_arena
                                                 : &managed_arena;
+    start_anew(arena);
     if (!reserve(arena) || bytes > memory_limit() || arena->live + bytes > memory_limit())
         return NULL;
     size_t all = (bytes + 2 * ZONE + PAGE - 1) & ~(size_t)(PAGE - 1);
@@ -227,6 +236,7 @@ void *emu_allocate(enum emu_place place, int device, size_t bytes)
     arena->live += bytes;
     mprotect(a->pages, all, PROT_READ | PROT_WRITE);
     emu_fill(a->pages, all);
+    emu_unpoison(a->pages, all);
     emu_poison(a->pages, ZONE);
     emu_poison(a->begin + bytes, (size_t)(a->pages + all - a->begin) - bytes);
     if (emu_traffic_on()) {
@@ -243,6 +253,7 @@ void emu_release(struct emu_allocation *a)
     struct arena *arena = arena_of(a->begin);
     a->freed = true;
     arena->live -= a->bytes;
+    while (arena->first < arena->count && arena->list[arena->first]->freed) arena->first++;
     madvise(a->pages, a->page_bytes, MADV_DONTNEED);
     mprotect(a->pages, a->page_bytes, PROT_NONE);
     free(a->written);
@@ -299,7 +310,7 @@ bool emu_unregister_host(void *p)
 /* Live allocations that lie together are changed together. */
 static void protect(struct arena *arena, int protection)
 {
-    for (size_t i = 0; i < arena->count;) {
+    for (size_t i = arena->first; i < arena->count;) {
         size_t bytes = 0, first = i;
         for (; i < arena->count && !arena->list[i]->freed; i++) bytes += arena->list[i]->page_bytes;
         if (bytes > 0) mprotect(arena->list[first]->pages, bytes, protection);
@@ -377,7 +388,7 @@ void emu_check_red_zones(const char *what)
         const struct arena *arena = d < EMU_DEVICES    ? &device_arena[d]
                                     : d == EMU_DEVICES ? &pinned_arena
                                                        : &managed_arena;
-        for (size_t i = 0; i < arena->count; i++) {
+        for (size_t i = arena->first; i < arena->count; i++) {
             const struct emu_allocation *a = arena->list[i];
             if (a->freed || zones_kept(a)) continue;
             emu_mistake("overrun: %s wrote beside an allocation of %zu bytes at %p", what, a->bytes,
