@@ -143,7 +143,9 @@ struct emu_fiber *emu_fiber_get(int index, void (*main)(void))
 
 void emu_fiber_host(struct emu_fiber *host)
 {
-    memset(host, 0, sizeof *host);
+    host->stack = NULL;
+    host->stack_bytes = 0;
+    host->tsan = host->asan = NULL;
     if (emu_threads_sanitized()) host->tsan = __tsan_get_current_fiber();
     running = host;
 }
