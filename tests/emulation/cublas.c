@@ -238,6 +238,9 @@ static cublasStatus_t check_place(const char *what, const void *p, size_t bytes)
         return REFUSE(CUBLAS_STATUS_INVALID_VALUE, "%s, %p, is host memory", what, p);
     }
     const char *fault = emu_range_fault(p, bytes);
+    if (fault == NULL && place == EMU_DEVICE && !emu_peers(emu_device(), emu_find(p)->device)) {
+        fault = "memory of another device";
+    }
     if (fault == NULL) return CUBLAS_STATUS_SUCCESS;
     return REFUSE(CUBLAS_STATUS_INVALID_VALUE, "%s: %s", what, fault);
 }

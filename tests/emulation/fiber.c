@@ -123,11 +123,18 @@ static void make(struct emu_fiber *f)
     f->stack_bytes = STACK_BYTES;
 }
 
+/* ThreadSanitizer orders a fiber after what made it, so the host makes them all. */
+void emu_fibers_prepare(int count)
+{
+    for (int i = 0; emu_threads_sanitized() && i < count; i++) {
+        if (fibers[i].tsan == NULL) fibers[i].tsan = __tsan_create_fiber(0);
+    }
+}
+
 struct emu_fiber *emu_fiber_get(int index, void (*main)(void))
 {
     struct emu_fiber *f = &fibers[index];
     if (f->stack == NULL) make(f);
-    if (f->tsan == NULL && emu_threads_sanitized()) f->tsan = __tsan_create_fiber(0);
     f->main = main;
     f->asan = NULL;
     prepare(f);
@@ -136,7 +143,9 @@ struct emu_fiber *emu_fiber_get(int index, void (*main)(void))
 
 void emu_fiber_host(struct emu_fiber *host)
 {
-    memset(host, 0, sizeof *host);
+    host->stack = NULL;
+    host->stack_bytes = 0;
+    host->tsan = host->asan = NULL;
     if (emu_threads_sanitized()) host->tsan = __tsan_get_current_fiber();
     running = host;
 }

@@ -138,6 +138,8 @@ struct emu_fiber {
     void *context; /* ucontext_t where there is no switch in assembly */
 };
 
+/* Before the threads of a kernel, of at most this many a block, run. */
+void emu_fibers_prepare(int count);
 /* A fiber that begins in main when it is switched to. Its stack is kept for the next. */
 struct emu_fiber *emu_fiber_get(int index, void (*main)(void));
 /* From the fiber, or the thread, `from` to `to`. */

@@ -22,7 +22,7 @@ enum emu_kind {
     EMU_CALL_ON_DEVICE,
     EMU_CALL_ON_HOST,
     EMU_CALL_SET,         /* cudaMemset */
-    EMU_CALL_SYNCHRONIZE, /* of a device, a stream or an event, and what implies it */
+    EMU_CALL_SYNCHRONIZE, /* of a device, a stream or an event; blocking copies too */
     EMU_CALL_QUERY,       /* of a stream or an event */
     EMU_CALL_RECORD,      /* of an event */
     EMU_CALL_WAIT,        /* of a stream for an event */

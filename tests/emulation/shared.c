@@ -43,6 +43,7 @@ static unsigned char *take(const void *key, size_t bytes, const char *name)
     shared.array[shared.count].begin = p;
     shared.array[shared.count].bytes = bytes;
     shared.array[shared.count++].name = name;
+    emu_traffic_shared(p, bytes);
     return p;
 }
 
@@ -87,9 +88,7 @@ void *emu_shared(const void *key, size_t bytes, const char *name)
     for (int i = 0; i < shared.count; i++) {
         if (shared.array[i].key == key) return shared.array[i].begin;
     }
-    unsigned char *p = take(key, bytes, name);
-    emu_traffic_shared(p, bytes);
-    return p;
+    return take(key, bytes, name);
 }
 
 void *emu_shared_dynamic(void)
