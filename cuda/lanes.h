@@ -33,15 +33,15 @@ MOE_DEVICE void moe_lanes_fma(float *lane, float a, float b)
 
 MOE_DEVICE float moe_lanes_tree(float lane)
 {
-    for (int half = 8; half > 0; half /= 2) lane = lane + moe_shuffle_down(lane, half);
+    for (int apart = 8; apart > 0; apart /= 2) lane = lane + moe_shuffle_down(lane, apart);
     return moe_shuffle(lane, 0);
 }
 
 /* The largest number of the warp; -infinity if there is none. */
 MOE_DEVICE float moe_warp_max(float v)
 {
-    for (int half = 16; half > 0; half /= 2) {
-        float other = moe_shuffle_xor(v, half);
+    for (int apart = 16; apart > 0; apart /= 2) {
+        float other = moe_shuffle_xor(v, apart);
         v = other > v ? other : v;
     }
     return v;
@@ -49,8 +49,8 @@ MOE_DEVICE float moe_warp_max(float v)
 
 MOE_DEVICE uint64_t moe_warp_least(uint64_t v)
 {
-    for (int half = 16; half > 0; half /= 2) {
-        uint64_t other = moe_shuffle_xor(v, half);
+    for (int apart = 16; apart > 0; apart /= 2) {
+        uint64_t other = moe_shuffle_xor(v, apart);
         v = other < v ? other : v;
     }
     return v;
@@ -59,7 +59,7 @@ MOE_DEVICE uint64_t moe_warp_least(uint64_t v)
 /* A tree over the threads of the warp, the same for all: no order of the CPU. */
 template <typename T> MOE_DEVICE T moe_warp_sum(T v)
 {
-    for (int half = 16; half > 0; half /= 2) v = v + moe_shuffle_xor(v, half);
+    for (int apart = 16; apart > 0; apart /= 2) v = v + moe_shuffle_xor(v, apart);
     return v;
 }
 

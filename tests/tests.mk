@@ -270,3 +270,5 @@ abi-baseline: $(LIB)/libmoe.so
 include tests/emulation/emulation.mk
 
 -include $(SUITES:=.d) $(HOSTS:=.d) $(EXAMPLES:=.d) $(SUPPORT_OBJECTS:=.d)
+
+include tests/emulation/suites.mk

@@ -85,16 +85,20 @@ cublasStatus_t cublasGetStream_v2(cublasHandle_t h, cudaStream_t *stream)
     return CUBLAS_STATUS_SUCCESS;
 }
 
+static int on_device(const void *p)
+{
+    return emu_place_of(p) == EMU_DEVICE || emu_place_of(p) == EMU_MANAGED;
+}
+
 cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t h, void *p, size_t bytes)
 {
     cublasStatus_t status = enter("cublasSetWorkspace");
     if (status == CUBLAS_STATUS_SUCCESS && bytes > 0) {
         if (((uintptr_t)p & 255) != 0) {
             status = REFUSE(CUBLAS_STATUS_INVALID_VALUE, "a workspace not aligned to 256 bytes");
-        } else if (emu_place_of(p) != EMU_DEVICE || emu_range_fault(p, bytes) != NULL) {
+        } else if (!on_device(p) || emu_range_fault(p, bytes) != NULL) {
             status = REFUSE(CUBLAS_STATUS_INVALID_VALUE, "a workspace: %s",
-                            emu_place_of(p) != EMU_DEVICE ? "not of the device"
-                                                          : emu_range_fault(p, bytes));
+                            !on_device(p) ? "not of the device" : emu_range_fault(p, bytes));
         }
     }
     if (status == CUBLAS_STATUS_SUCCESS) h->workspace = p;
