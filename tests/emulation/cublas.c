@@ -1,8 +1,8 @@
 /* cublas.c - the calls of the fake libcublas: handles, what is refused, products put on streams.
  *
  * Refused is what the real library refuses or what would be wrong with it: combinations of types,
- * leading dimensions, operands that are not the device's, arrays of pointers on the host, a workspace
- * that is not aligned. The products run when their stream does. */
+ * leading dimensions, operands that are not the device's, arrays of pointers on the host, a
+ * workspace that is not aligned. The products run when their stream does. */
 #include "internal.h"
 #include "cublas.h"
 
