@@ -3,8 +3,8 @@
  *
  * A kernel's symbol carries an ABI tag, "kernel_" and the bound on its threads: by that tag the
  * emulator finds the names of all kernels of a program, template instances included. The bound is
- * therefore a number or a macro that is one. Barriers and shuffles pass on the line they are on, for
- * the messages and to tell a barrier from another. */
+ * therefore a number or a macro that is one. Barriers and shuffles pass on the line they are on,
+ * for the messages and to tell a barrier from another. */
 #ifndef MOE_CUDA_DEVICE_EMULATED_H
 #define MOE_CUDA_DEVICE_EMULATED_H
 
@@ -98,16 +98,20 @@ MOE_DEVICE int64_t moe_atomic_max(int64_t *p, int64_t v) { return moe_atomic_lar
 MOE_DEVICE int32_t moe_atomic_min(int32_t *p, int32_t v) { return moe_atomic_larger(p, v, -1); }
 MOE_DEVICE int64_t moe_atomic_min(int64_t *p, int64_t v) { return moe_atomic_larger(p, v, -1); }
 
-/* Emulated kernels are compiled with -fno-strict-aliasing. */
+/* One access of 16 bytes, not four; emulated kernels are compiled with -fno-strict-aliasing. */
+typedef uint32_t moe_vector16 __attribute__((vector_size(16)));
+
 MOE_DEVICE uint4 moe_load16(const void *p, MOE_HERE)
 {
     if (((uintptr_t)p & 15u) != 0) emu_misaligned(p, file, line);
-    return *static_cast<const uint4 *>(p);
+    moe_vector16 v = *static_cast<const moe_vector16 *>(p);
+    uint4 bits = {v[0], v[1], v[2], v[3]};
+    return bits;
 }
 MOE_DEVICE void moe_store16(void *p, uint4 v, MOE_HERE)
 {
     if (((uintptr_t)p & 15u) != 0) emu_misaligned(p, file, line);
-    *static_cast<uint4 *>(p) = v;
+    *static_cast<moe_vector16 *>(p) = moe_vector16{v.x, v.y, v.z, v.w};
 }
 
 /* ---- launches -------------------------------------------------------------------------------- */
@@ -122,6 +126,17 @@ template <typename T> struct moe_is_pointer {
 template <typename T> struct moe_is_pointer<T *> {
     static const int value = EMU_ARGUMENT_POINTER;
 };
+
+/* Bytes between the members of an argument are not looked at for addresses where the compiler can
+ * clear them. */
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_clear_padding)
+#define MOE_CLEAR_PADDING(object) __builtin_clear_padding(&(object))
+#endif
+#endif
+#ifndef MOE_CLEAR_PADDING
+#define MOE_CLEAR_PADDING(object) (void)0
+#endif
 
 /* The arguments of a launch in one block of memory that can be copied as bytes. */
 template <typename... P> struct moe_arguments;
@@ -139,6 +154,7 @@ template <typename H, typename... P> struct moe_arguments<H, P...> {
     void set(const H &first, const P &...rest)
     {
         head = first;
+        MOE_CLEAR_PADDING(head);
         tail.set(rest...);
     }
     void list(emu_argument *out, const void *base) const

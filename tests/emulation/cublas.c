@@ -1,8 +1,8 @@
 /* cublas.c - the calls of the fake libcublas: handles, what is refused, products put on streams.
  *
  * Refused is what the real library refuses or what would be wrong with it: combinations of types,
- * leading dimensions, operands that are not the device's, arrays of pointers on the host, a workspace
- * that is not aligned. The products run when their stream does. */
+ * leading dimensions, operands that are not the device's, arrays of pointers on the host, a
+ * workspace that is not aligned. The products run when their stream does. */
 #include "internal.h"
 #include "cublas.h"
 
@@ -242,6 +242,9 @@ static cublasStatus_t check_place(const char *what, const void *p, size_t bytes)
         return REFUSE(CUBLAS_STATUS_INVALID_VALUE, "%s, %p, is host memory", what, p);
     }
     const char *fault = emu_range_fault(p, bytes);
+    if (fault == NULL && place == EMU_DEVICE && !emu_peers(emu_device(), emu_find(p)->device)) {
+        fault = "memory of another device";
+    }
     if (fault == NULL) return CUBLAS_STATUS_SUCCESS;
     return REFUSE(CUBLAS_STATUS_INVALID_VALUE, "%s: %s", what, fault);
 }

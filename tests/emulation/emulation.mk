@@ -76,3 +76,40 @@ $(foreach f,$(EMU_FLAVOURS),$(eval $(call EMU_FLAVOUR,$(f))))
 
 .PHONY: emulation
 emulation: $(EMU_LIBS)
+
+# ---- the emulator's own tests -----------------------------------------------------------------------
+
+define EMU_OWN_TESTS
+$(EMU)/$(1)/tests/%.o: tests/emulation/%.cu
+	@mkdir -p $$(@D)
+	$$(CXX) $$(EMU_KERNEL_FLAGS) $$(EMU_SAN_$(1)) -MMD -MP -c $$< -o $$@
+$(EMU)/$(1)/planted: tests/emulation/planted.c $(EMU)/$(1)/tests/planted.o $$(EMU_LIBS) \
+    $(if $(filter traffic,$(1)),$(EMU)/traffic/traffic_hooks.o)
+	$$(CC) $$(EMU_HOST_FLAGS) $$< $(EMU)/$(1)/tests/planted.o $$(EMU_LINK_$(1)) -o $$@
+$(EMU)/$(1)/check_emulator: tests/emulation/check_emulator.c $(EMU)/$(1)/tests/sample.o $$(EMU_LIBS) \
+    $(if $(filter traffic,$(1)),$(EMU)/traffic/traffic_hooks.o) | check-have-check
+	$$(CC) $$(EMU_HOST_FLAGS) $$(CHECK_CFLAGS) $$< $(EMU)/$(1)/tests/sample.o $$(CHECK_LIBS) \
+	    $$(EMU_LINK_$(1)) -o $$@
+-include $(EMU)/$(1)/tests/sample.d $(EMU)/$(1)/tests/planted.d
+endef
+$(foreach f,$(EMU_FLAVOURS),$(eval $(call EMU_OWN_TESTS,$(f))))
+
+# The sample through nvcc, as the library's kernels are, and through clang++, where there are such.
+NVCC ?= $(CUDA)/bin/nvcc
+EMU_NVCC_FLAGS := -arch=sm_80 -std=c++17 --fmad=false -Werror all-warnings \
+    -Xcompiler -Wall,-Wextra,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics
+EMU_COMPILED := $(if $(wildcard $(NVCC)),$(EMU)/sample_nvcc.o) \
+    $(if $(call have,clang++),$(EMU)/sample_clang.o)
+$(EMU)/sample_nvcc.o: tests/emulation/sample.cu $(wildcard cuda/device*.h src/half.h src/numeric.h)
+	@mkdir -p $(@D)
+	$(NVCC) $(EMU_NVCC_FLAGS) -Icuda -Isrc -Itests/emulation -c $< -o $@
+$(EMU)/sample_clang.o: tests/emulation/sample.cu $(wildcard cuda/device*.h src/half.h src/numeric.h)
+	@mkdir -p $(@D)
+	clang++ $(filter-out -fno-ipa-icf,$(EMU_KERNEL_FLAGS)) -c $< -o $@
+
+EMU_SEEDS ?= 1 2 3
+.PHONY: check-emulator
+check-emulator: $(EMU_COMPILED) $(foreach f,$(EMU_FLAVOURS),$(EMU)/$(f)/planted $(EMU)/$(f)/check_emulator)
+	@$(RUN) $(foreach f,$(EMU_FLAVOURS),$(foreach s,$(EMU_SEEDS), \
+	    "env CK_FORK=no MOE_EMULATION_SEED=$(s) $(EMU)/$(f)/check_emulator")) \
+	    "sh tests/emulation/check_planted.sh $(EMU)"

@@ -1,9 +1,9 @@
 /* fiber.c - switching between the threads of a block: stacks, the switch itself, sanitizer hooks.
  *
- * On x86-64 the switch is a few instructions, for ucontext's saves the signal mask with a system call
- * each time; elsewhere it is ucontext. This library is compiled without sanitizers and finds their
- * hooks, when the program has them, as weak symbols. Under ThreadSanitizer a switch orders nothing:
- * only barriers do, so that it finds the races of a kernel. */
+ * On x86-64 the switch is a few instructions, for ucontext's saves the signal mask with a system
+ * call each time; elsewhere it is ucontext. This library is compiled without sanitizers and finds
+ * their hooks, when the program has them, as weak symbols. Under ThreadSanitizer a switch orders
+ * nothing: only barriers do, so that it finds the races of a kernel. */
 #include "internal.h"
 
 #include <stdlib.h>
@@ -76,8 +76,8 @@ __asm__(".text\n"
         "    ret\n"
         ".size emu_switch_stack, .-emu_switch_stack\n");
 
-/* Six registers, the address that the switch returns to, and a return address of 0 above it, where a
- * call would have left the stack: 8 past a multiple of 16. */
+/* Six registers, the address that the switch returns to, and a return address of 0 above it, where
+ * a call would have left the stack: 8 past a multiple of 16. */
 static void prepare(struct emu_fiber *f)
 {
     void **top = (void **)(f->stack + f->stack_bytes - 24);
@@ -123,11 +123,18 @@ static void make(struct emu_fiber *f)
     f->stack_bytes = STACK_BYTES;
 }
 
+/* ThreadSanitizer orders a fiber after what made it, so the host makes them all. */
+void emu_fibers_prepare(int count)
+{
+    for (int i = 0; emu_threads_sanitized() && i < count; i++) {
+        if (fibers[i].tsan == NULL) fibers[i].tsan = __tsan_create_fiber(0);
+    }
+}
+
 struct emu_fiber *emu_fiber_get(int index, void (*main)(void))
 {
     struct emu_fiber *f = &fibers[index];
     if (f->stack == NULL) make(f);
-    if (f->tsan == NULL && emu_threads_sanitized()) f->tsan = __tsan_create_fiber(0);
     f->main = main;
     f->asan = NULL;
     prepare(f);
@@ -136,7 +143,9 @@ struct emu_fiber *emu_fiber_get(int index, void (*main)(void))
 
 void emu_fiber_host(struct emu_fiber *host)
 {
-    memset(host, 0, sizeof *host);
+    host->stack = NULL;
+    host->stack_bytes = 0;
+    host->tsan = host->asan = NULL;
     if (emu_threads_sanitized()) host->tsan = __tsan_get_current_fiber();
     running = host;
 }
@@ -166,8 +175,8 @@ void emu_fiber_switch(struct emu_fiber *from, struct emu_fiber *to)
     emu_fiber_enter();
 }
 
-/* What is on their stacks is given up: AddressSanitizer's marks there, and ThreadSanitizer's idea of
- * which functions they are in. */
+/* What is on their stacks is given up: AddressSanitizer's marks there, and ThreadSanitizer's idea
+ * of which functions they are in. */
 void emu_fibers_abandon(int count)
 {
     for (int i = 0; i < count; i++) {

@@ -3,8 +3,9 @@
  * A thread runs until it waits at a barrier or with its warp; then another one runs. Blocks, warps
  * and lanes start in a random order, and of the threads that may go on a random one does: the last
  * that became ready in most blocks, for that is kind to the caches and lets warps run far ahead of
- * each other, any one in the others. A fiber whose thread returned runs the next thread that has not
- * begun, without a switch. When no thread can go on, the kernel is wrong, and report() says how. */
+ * each other, any one in the others. A fiber whose thread returned runs the next thread that has
+ * not begun, without a switch. When no thread can go on, the kernel is wrong, and report() says
+ * how. */
 #include "internal.h"
 
 #include <stdio.h>
@@ -21,7 +22,7 @@ struct thread {
 };
 
 struct warp {
-    int arrived, generation;
+    int arrived, generation, first; /* first to arrive */
     void *barrier;
     uint64_t bits[2][EMU_WARP]; /* of this generation and the one before it */
 };
@@ -36,14 +37,14 @@ static struct {
     int ready[EMU_THREADS], ready_count;
     struct emu_fiber *idle[EMU_THREADS];
     int idle_count, fiber_count;
-    int at_barrier;
+    int at_barrier, first; /* first to arrive */
     void *barrier;
     bool deep, failed;
 } block;
 
-/* What is acquired and released under ThreadSanitizer, by address: the start of a kernel, its end, and
- * one for each barrier, for a thread that left a barrier early must not be seen by one that leaves
- * it late. */
+/* What is acquired and released under ThreadSanitizer, by address: the start of a kernel, its end,
+ * and one for each barrier, for a thread that left a barrier early must not be seen by one that
+ * leaves it late. */
 static char kernel_begin, kernel_end;
 static uint64_t barriers[1 << 16];
 static unsigned next_barrier;
@@ -258,10 +259,13 @@ static void mismatch(const char *what, int other)
 
 void emu_block_sync(const char *file, int line)
 {
-    int self = block.current, first = block.at_barrier > 0 ? first_in(AT_BARRIER) : -1;
+    int self = block.current;
     wait_here(AT_BARRIER, 0, file, line);
-    if (first >= 0 && block.thread[first].line != line) mismatch("barrier", first);
-    if (block.at_barrier == 0) block.barrier = new_barrier();
+    if (block.at_barrier == 0) {
+        block.barrier = new_barrier();
+        block.first = self;
+    }
+    if (block.thread[block.first].line != line) mismatch("barrier", block.first);
     void *barrier = block.barrier;
     emu_release_to(barrier);
     if (++block.at_barrier == block.threads) {
@@ -296,13 +300,12 @@ uint64_t emu_warp_exchange(uint64_t bits, int kind, int by, const char *file, in
     uint64_t *all = warp->bits[warp->generation & 1];
     all[lane] = bits;
     wait_here(AT_WARP, kind, file, line);
-    for (int l = 0; warp->arrived > 0 && l < EMU_WARP; l++) {
-        const struct thread *other = &block.thread[w * EMU_WARP + l];
-        if (l == lane || other->state != AT_WARP) continue;
-        if (other->line != line || other->kind != kind) mismatch("shuffle", w * EMU_WARP + l);
-        break;
+    if (warp->arrived == 0) {
+        warp->barrier = new_barrier();
+        warp->first = self;
     }
-    if (warp->arrived == 0) warp->barrier = new_barrier();
+    const struct thread *first = &block.thread[warp->first];
+    if (first->line != line || first->kind != kind) mismatch("shuffle", warp->first);
     void *barrier = warp->barrier;
     if (kind == EMU_WARP_SYNC) emu_release_to(barrier);
     if (++warp->arrived == EMU_WARP) {
@@ -344,8 +347,8 @@ static bool run_block(uint3 index)
     for (int t = 0; t < block.threads; t++) block.thread[t].state = NEW;
     for (int w = 0; w < block.threads / EMU_WARP; w++) block.warp[w].arrived = 0;
     choose_order();
-    emu_shared_begin(run->shared, run->kernel->shared_allowed);
     emu_traffic_block();
+    emu_shared_begin(run->shared, run->kernel->shared_allowed);
     emu_release_to(&kernel_begin);
     yield_from(&block.host);
     if (block.failed) {
@@ -356,8 +359,8 @@ static bool run_block(uint3 index)
     return !block.failed;
 }
 
-/* Block number i of a random permutation: i times an odd step, of the range rounded up to a power of
- * two, skipping what is past the end. */
+/* Block number i of a random permutation: i times an odd step, of the range rounded up to a power
+ * of two, skipping what is past the end. */
 bool emu_run_kernel(const struct emu_run *run)
 {
     uint64_t blocks = (uint64_t)run->grid.x * run->grid.y * run->grid.z, range = 1;
@@ -367,6 +370,7 @@ bool emu_run_kernel(const struct emu_run *run)
     block.run = run;
     block.threads = (int)(run->block.x * run->block.y * run->block.z);
     emu_fiber_host(&block.host);
+    emu_fibers_prepare(block.threads);
     emu_traffic_begin(run);
     for (uint64_t i = 0; ok && i < range; i++) {
         uint64_t b = (first + i * step) & (range - 1);

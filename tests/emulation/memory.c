@@ -1,9 +1,9 @@
 /* memory.c - device, pinned and managed memory: one arena each, red zones, who may touch what.
  *
  * An allocation has pages of its own, with red zones around the bytes the caller gets, and its
- * addresses are never given out again: freed pages stay inaccessible, so a use after free is a fault.
- * Pages of device memory are inaccessible also while host code runs (emu_memory_open opens them for
- * kernels and copies), and the handler of SIGSEGV says whose memory was touched by whom. */
+ * addresses come again at last only: freed pages stay inaccessible, so a use after free is a
+ * fault. Pages of device memory are inaccessible also while host code runs (emu_memory_open opens
+ * them for kernels and copies), and the handler of SIGSEGV says whose memory was touched. */
 #include "internal.h"
 
 #include <signal.h>
@@ -24,15 +24,16 @@ enum { ZONE = 256, PAGE = 4096, PATTERN = 0xffe5 };
 
 struct arena {
     unsigned char *base;
-    size_t used, live;
+    size_t used, live;            /* bytes of addresses, bytes that are not freed */
     struct emu_allocation **list; /* by address, for addresses only grow */
-    size_t count, room;
+    size_t count, room, first;    /* all before the first are freed */
 };
 
 static struct arena device_arena[EMU_DEVICES], pinned_arena, managed_arena;
 static struct emu_allocation **registered;
 static size_t registered_count;
 static int opened;
+static bool shut = true; /* the pages are inaccessible */
 static struct sigaction before;
 
 /* ---- patterns and poison --------------------------------------------------------------------- */
@@ -133,13 +134,16 @@ static void say(const char *text)
     (void)written;
 }
 
-/* After the message the fault happens again, under whoever handled it before: nobody, or a sanitizer. */
+/* After the message the fault happens again, under whoever handled it before: nobody, or a
+ * sanitizer. */
 static void on_fault(int number, siginfo_t *info, void *context)
 {
     const struct emu_allocation *a = emu_find(info->si_addr);
     const char *where = emu_where();
     char text[1024];
+    static int times;
     (void)context;
+    if (times++ > 0) _exit(128 + number);
     if (arena_of(info->si_addr) != NULL) {
         snprintf(text, sizeof text,
                  "emulation: %s touched %s memory at %p (%zd in %zu bytes), seed %llu\n",
@@ -203,11 +207,20 @@ static struct emu_allocation *append(struct arena *arena)
     return a;
 }
 
+/* Addresses come again only when half of them are used up and nothing is left. */
+static void start_anew(struct arena *arena)
+{
+    if (arena->first < arena->count || arena->used < RESERVED / 2) return;
+    for (size_t i = 0; i < arena->count; i++) free(arena->list[i]);
+    arena->count = arena->first = arena->used = 0;
+}
+
 void *emu_allocate(enum emu_place place, int device, size_t bytes)
 {
     struct arena *arena = place == EMU_DEVICE   ? &device_arena[device]
                           : place == EMU_PINNED ? &pinned_arena
                                                 : &managed_arena;
+    start_anew(arena);
     if (!reserve(arena) || bytes > memory_limit() || arena->live + bytes > memory_limit())
         return NULL;
     size_t all = (bytes + 2 * ZONE + PAGE - 1) & ~(size_t)(PAGE - 1);
@@ -224,6 +237,7 @@ void *emu_allocate(enum emu_place place, int device, size_t bytes)
     arena->live += bytes;
     mprotect(a->pages, all, PROT_READ | PROT_WRITE);
     emu_fill(a->pages, all);
+    emu_unpoison(a->pages, all);
     emu_poison(a->pages, ZONE);
     emu_poison(a->begin + bytes, (size_t)(a->pages + all - a->begin) - bytes);
     if (emu_traffic_on()) {
@@ -231,7 +245,7 @@ void *emu_allocate(enum emu_place place, int device, size_t bytes)
         a->read_by = calloc(bytes / 32 + 2, sizeof *a->read_by);
         a->written_by = calloc(bytes / 32 + 2, sizeof *a->written_by);
     }
-    if (place == EMU_DEVICE && opened == 0) mprotect(a->pages, all, PROT_NONE);
+    if (place == EMU_DEVICE && shut) mprotect(a->pages, all, PROT_NONE);
     return a->begin;
 }
 
@@ -240,6 +254,7 @@ void emu_release(struct emu_allocation *a)
     struct arena *arena = arena_of(a->begin);
     a->freed = true;
     arena->live -= a->bytes;
+    while (arena->first < arena->count && arena->list[arena->first]->freed) arena->first++;
     madvise(a->pages, a->page_bytes, MADV_DONTNEED);
     mprotect(a->pages, a->page_bytes, PROT_NONE);
     free(a->written);
@@ -296,7 +311,7 @@ bool emu_unregister_host(void *p)
 /* Live allocations that lie together are changed together. */
 static void protect(struct arena *arena, int protection)
 {
-    for (size_t i = 0; i < arena->count;) {
+    for (size_t i = arena->first; i < arena->count;) {
         size_t bytes = 0, first = i;
         for (; i < arena->count && !arena->list[i]->freed; i++) bytes += arena->list[i]->page_bytes;
         if (bytes > 0) mprotect(arena->list[first]->pages, bytes, protection);
@@ -307,22 +322,34 @@ static void protect(struct arena *arena, int protection)
 static void protect_all(int protection)
 {
     for (int d = 0; d < EMU_DEVICES; d++) protect(&device_arena[d], protection);
+    shut = protection == PROT_NONE;
+}
+
+/* The kernel takes time for each page, so of much memory it is shut now and then only: host code
+ * that touches it does so again. MOE_EMULATION_PROTECT=1 shuts it always, =0 never. */
+static bool shall_shut(void)
+{
+    const char *option = emu_option("MOE_EMULATION_PROTECT");
+    size_t live = 0;
+    if (option != NULL) return option[0] != '0';
+    for (int d = 0; d < EMU_DEVICES; d++) live += device_arena[d].live;
+    return emu_coin((uint32_t)(live >> 20) + 1);
 }
 
 void emu_memory_open(void)
 {
-    if (opened++ == 0) protect_all(PROT_READ | PROT_WRITE);
+    if (opened++ == 0 && shut) protect_all(PROT_READ | PROT_WRITE);
 }
 
 void emu_memory_close(void)
 {
-    if (--opened == 0) protect_all(PROT_NONE);
+    if (--opened == 0 && shall_shut()) protect_all(PROT_NONE);
 }
 
 int emu_memory_suspend(void)
 {
     int kept = opened;
-    if (opened > 0) protect_all(PROT_NONE);
+    if (opened > 0 && shall_shut()) protect_all(PROT_NONE);
     opened = 0;
     return kept;
 }
@@ -330,15 +357,23 @@ int emu_memory_suspend(void)
 void emu_memory_resume(int kept)
 {
     opened = kept;
-    if (opened > 0) protect_all(PROT_READ | PROT_WRITE);
+    if (opened > 0 && shut) protect_all(PROT_READ | PROT_WRITE);
 }
 
 /* Not memcmp: AddressSanitizer's looks at red zones. */
 bool emu_untouched(const void *p, size_t bytes)
 {
-    const unsigned char *c = p;
-    for (size_t i = 0; i < bytes; i++) {
-        if (c[i] != (((uintptr_t)(c + i) & 1) != 0 ? PATTERN >> 8 : PATTERN & 0xff)) return false;
+    const unsigned char *c = p, *end = c + bytes;
+    uint64_t word;
+    for (; c < end && ((uintptr_t)c & 7) != 0; c++) {
+        if (*c != (((uintptr_t)c & 1) != 0 ? PATTERN >> 8 : PATTERN & 0xff)) return false;
+    }
+    for (; end - c >= 8; c += 8) {
+        __builtin_memcpy(&word, c, sizeof word);
+        if (word != (uint64_t)PATTERN * 0x0001000100010001u) return false;
+    }
+    for (; c < end; c++) {
+        if (*c != (((uintptr_t)c & 1) != 0 ? PATTERN >> 8 : PATTERN & 0xff)) return false;
     }
     return true;
 }
@@ -354,7 +389,7 @@ void emu_check_red_zones(const char *what)
         const struct arena *arena = d < EMU_DEVICES    ? &device_arena[d]
                                     : d == EMU_DEVICES ? &pinned_arena
                                                        : &managed_arena;
-        for (size_t i = 0; i < arena->count; i++) {
+        for (size_t i = arena->first; i < arena->count; i++) {
             const struct emu_allocation *a = arena->list[i];
             if (a->freed || zones_kept(a)) continue;
             emu_mistake("overrun: %s wrote beside an allocation of %zu bytes at %p", what, a->bytes,

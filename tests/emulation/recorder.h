@@ -1,7 +1,7 @@
 /* recorder.h - what tests ask of the emulator: what was called, what shall fail, what was moved.
  *
- * Exported by the fake libcudart; a program that links the real one cannot use it. All functions may
- * be called from any thread and synchronise nothing. */
+ * Exported by the fake libcudart; a program that links the real one cannot use it. All functions
+ * may be called from any thread and synchronise nothing. */
 #ifndef EMU_RECORDER_H
 #define EMU_RECORDER_H
 
@@ -22,7 +22,7 @@ enum emu_kind {
     EMU_CALL_ON_DEVICE,
     EMU_CALL_ON_HOST,
     EMU_CALL_SET,         /* cudaMemset */
-    EMU_CALL_SYNCHRONIZE, /* of a device, a stream or an event, and what implies it */
+    EMU_CALL_SYNCHRONIZE, /* of a device, a stream or an event; blocking copies too */
     EMU_CALL_QUERY,       /* of a stream or an event */
     EMU_CALL_RECORD,      /* of an event */
     EMU_CALL_WAIT,        /* of a stream for an event */

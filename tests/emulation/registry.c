@@ -1,9 +1,10 @@
-/* registry.c - the kernels of the program, found in its symbol tables by their ABI tag.
+/* registry.c - the kernels of the program, found in its symbol tables.
  *
  * A kernel's mangled name has "B" and the length of "kernel_<threads>" before the tag (see
- * cuda/device_emulated.h). Kernels are static functions, so they stand in .symtab only: the files of
- * the program and its libraries are read once. Names are demangled by the C++ runtime where the
- * program can load one. */
+ * cuda/device_emulated.h); g++ leaves the tag out of template instances, which are found by their
+ * address when they are launched. Kernels are static, so they stand in .symtab only: the files of
+ * the program and its libraries are read. Names are demangled by the C++ runtime where the program
+ * can load one. MOE_EMULATION_KERNELS=file appends the names of what was launched. */
 #include "internal.h"
 
 #include <dlfcn.h>
@@ -17,8 +18,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static struct emu_kernel *kernels;
-static size_t count, room;
+/* Queued launches point into it, so it does not move. */
+static struct emu_kernel kernels[4096];
+static size_t count;
 static bool loaded;
 
 static char *demangled(const char *symbol)
@@ -38,7 +40,10 @@ static char *demangled(const char *symbol)
 static char *short_name(char *full)
 {
     char *tag = strstr(full, "[abi:kernel_"), *end = tag != NULL ? strchr(tag, ']') : NULL;
-    if (end == NULL) return full;
+    if (end == NULL) {
+        tag = full + strcspn(full, "<(");
+        end = tag - 1;
+    }
     char *begin = strncmp(full, "void ", 5) == 0 ? full + 5 : full;
     int depth = 0;
     char *rest = end + 1;
@@ -57,25 +62,25 @@ static char *short_name(char *full)
 
 static struct emu_kernel *add(const void *address, char *name, int bound)
 {
-    if (count == room) {
-        room = room > 0 ? 2 * room : 256;
-        kernels = realloc(kernels, room * sizeof *kernels);
-        if (kernels == NULL) abort();
-    }
+    if (count == sizeof kernels / sizeof kernels[0]) abort();
     struct emu_kernel k = {address, name, bound, EMU_SHARED_PLAIN, 0};
     kernels[count] = k;
     return &kernels[count++];
 }
 
+/* The one that is looked for, or NULL: all that have the tag. */
+static const void *wanted;
+
 static void add_symbol(const char *symbol, const void *address)
 {
     const char *tag = strstr(symbol, "kernel_");
-    if (tag == NULL || strncmp(symbol, "_Z", 2) != 0) return;
-    if (tag < symbol + 3 || (tag[-2] != 'B' && tag[-3] != 'B')) return;
+    if (strncmp(symbol, "_Z", 2) != 0 || (wanted != NULL && wanted != address)) return;
+    if (tag != NULL && (tag < symbol + 3 || (tag[-2] != 'B' && tag[-3] != 'B'))) tag = NULL;
+    if (tag == NULL && wanted == NULL) return;
     for (size_t i = 0; i < count; i++) {
         if (kernels[i].address == address) return;
     }
-    add(address, short_name(demangled(symbol)), atoi(tag + 7));
+    add(address, short_name(demangled(symbol)), tag != NULL ? atoi(tag + 7) : 0);
 }
 
 static void read_symbols(const unsigned char *file, size_t bytes, uintptr_t base)
@@ -114,25 +119,48 @@ static int read_object(struct dl_phdr_info *info, size_t size, void *unused)
     return 0;
 }
 
+static void write_launched(void)
+{
+    const char *path = emu_option("MOE_EMULATION_KERNELS");
+    FILE *f = path != NULL ? fopen(path, "a") : NULL;
+    if (f == NULL) return;
+    for (size_t i = 0; i < count; i++) {
+        if (kernels[i].launched > 0) fprintf(f, "%s\n", kernels[i].name);
+    }
+    fclose(f);
+}
+
 static void load(void)
 {
     if (loaded) return;
     loaded = true;
     dl_iterate_phdr(read_object, NULL);
+    if (emu_option("MOE_EMULATION_KERNELS") != NULL) atexit(write_launched);
 }
 
-/* One that was loaded later, or stripped, is known by its address. */
-struct emu_kernel *emu_kernel_of(const void *address)
+static struct emu_kernel *known(const void *address)
 {
     static size_t recent;
-    char text[32];
-    load();
     if (recent < count && kernels[recent].address == address) return &kernels[recent];
     for (recent = 0; recent < count; recent++) {
         if (kernels[recent].address == address) return &kernels[recent];
     }
+    return NULL;
+}
+
+/* One without a tag is looked for by its address; one without a symbol keeps it as its name. */
+struct emu_kernel *emu_kernel_of(const void *address)
+{
+    char text[32];
+    load();
+    struct emu_kernel *k = known(address);
+    if (k != NULL) return k;
+    wanted = address;
+    dl_iterate_phdr(read_object, NULL);
+    wanted = NULL;
+    k = known(address);
     snprintf(text, sizeof text, "%p", address);
-    return add(address, strdup(text), 0);
+    return k != NULL ? k : add(address, strdup(text), 0);
 }
 
 struct emu_kernel *emu_kernel_at(size_t index)

@@ -1,8 +1,8 @@
 /* shared.c - the shared memory of a block: an arena that is filled with a pattern for each block.
  *
- * Arrays lie between red zones, which AddressSanitizer watches where the program has it and which are
- * compared when the block ends. The pattern (see emu_fill) is NaN as a number of any float type and a
- * large negative one as an integer: what a kernel reads without writing shows. */
+ * Arrays lie between red zones, which AddressSanitizer watches where the program has it and which
+ * are compared when the block ends. The pattern (see emu_fill) is NaN as a number of any float type
+ * and a large negative one as an integer: what a kernel reads without writing shows. */
 #include "internal.h"
 
 #include <stdlib.h>
@@ -43,6 +43,7 @@ static unsigned char *take(const void *key, size_t bytes, const char *name)
     shared.array[shared.count].begin = p;
     shared.array[shared.count].bytes = bytes;
     shared.array[shared.count++].name = name;
+    emu_traffic_shared(p, bytes);
     return p;
 }
 
@@ -87,9 +88,7 @@ void *emu_shared(const void *key, size_t bytes, const char *name)
     for (int i = 0; i < shared.count; i++) {
         if (shared.array[i].key == key) return shared.array[i].begin;
     }
-    unsigned char *p = take(key, bytes, name);
-    emu_traffic_shared(p, bytes);
-    return p;
+    return take(key, bytes, name);
 }
 
 void *emu_shared_dynamic(void)

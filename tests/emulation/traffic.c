@@ -1,10 +1,11 @@
 /* traffic.c - what kernels read and write, by kernel: bytes, 32-byte sectors, each checked.
  *
  * Programs of the traffic flavour link traffic_hooks.c, which calls emu_traffic_access for every
- * access of a kernel. The model: the k-th time that a lane runs an instruction goes together with the
- * k-th time of the other lanes of its warp, and a sector that several lanes touch then counts once.
- * There are no caches in it; "distinct" counts each sector once in a launch, which is what an ideal
- * cache would leave. Bytes that nobody wrote have a mark for each, and reading one is a mistake. */
+ * access of a kernel. The model: the k-th time that a lane runs an instruction goes together with
+ * the k-th time of the other lanes of its warp, and a sector that several lanes touch then counts
+ * once. There are no caches in it; "distinct" counts each sector once in a launch, which is what an
+ * ideal cache would leave. Bytes that nobody wrote have a mark for each, and reading one is a
+ * mistake. */
 #include "internal.h"
 
 #include <stdio.h>
@@ -191,16 +192,25 @@ static void count_sectors(const struct emu_allocation *a, const unsigned char *p
     }
 }
 
+/* A page of the host that was found once is remembered: asking for it is a system call. */
+static bool readable_host(const void *p)
+{
+    static uintptr_t pages[256];
+    uintptr_t page = (uintptr_t)p >> 12;
+    if (pages[page & 255] == page) return true;
+    if (!emu_is_host_memory(p)) return false;
+    pages[page & 255] = page;
+    return true;
+}
+
 /* Constants and the emulator's own variables are neither memory of the device nor a mistake. */
 void emu_traffic_access(const void *p, size_t bytes, int write, const void *pc)
 {
     if (now == NULL || emu_on_stack(p) || shared_access(p, bytes, write != 0)) return;
     struct emu_allocation *a = emu_find(p);
-    if (a == NULL && !emu_is_host_memory(p)) bad_access("access nowhere", p, bytes, write != 0);
-    if (a == NULL) {
-        if (write != 0) bad_access("write to host memory", p, bytes, true);
-        return;
-    }
+    if (a == NULL && write != 0) bad_access("write outside of device memory", p, bytes, true);
+    if (a == NULL && !readable_host(p)) bad_access("read outside of all memory", p, bytes, false);
+    if (a == NULL) return;
     if (emu_range_fault(p, bytes) != NULL) bad_access("overrun", p, bytes, write != 0);
     *(write != 0 ? &now->bytes_written : &now->bytes_read) += bytes;
     if (a->written != NULL && a->place == EMU_DEVICE) {
