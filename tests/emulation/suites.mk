@@ -24,3 +24,9 @@ EMU_SUPPORT_OBJECTS := $(EMU_SUPPORT:tests/%.c=$(EMU_SUITE_DIR)/%.o)
 .SECONDARY: $(EMU_SUPPORT_OBJECTS)
 $(EMU_SUITE_DIR)/check_%: $(EMU_SUITE_DIR)/check_%.o $(EMU_SUPPORT_OBJECTS) $(EMU_CUDA_OBJECTS_plain) $(EMU_MOE) $(EMU_LIBS)
 	$(CC) $(filter %.o,$^) $(EMU_MOE) $(CHECK_LIBS) $(EMU_LINK_plain) -ldl -o $@
+
+RUNNER_SOURCES := $(wildcard tests/vector_runner/*.c)
+EMU_RUNNER := $(EMU_SUITE_DIR)/run_vectors
+$(EMU_RUNNER): $(RUNNER_SOURCES:tests/%.c=$(EMU_SUITE_DIR)/%.o) $(EMU_SUITE_DIR)/support/device/on_device.o \
+    $(EMU_CUDA_OBJECTS_plain) $(EMU_MOE) $(EMU_LIBS)
+	$(CC) $(filter %.o,$^) $(EMU_MOE) $(EMU_LINK_plain) -ldl -o $@
