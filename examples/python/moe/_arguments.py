@@ -23,6 +23,16 @@ class Dims(NamedTuple):
     num_experts: int
     groups: int = 0  # groups of a primary gate
 
+    @property
+    def real(self) -> str:
+        """The dtype of logits, noise, weights, losses and their gradients."""
+        return _memory.real(self.dtype)
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of an argument: tokens and their gradients are of the layer's own."""
+        tokens = ("x", "gate_x", "y", "dx", "dy", "d_gate_x")
+        return self.dtype if name in tokens else self.real
+
 
 _FORWARD_FIELDS = ("flags", "tokens", "token_first", "step", "plan_use", "top_k", "capacity")
 
@@ -47,7 +57,9 @@ class ForwardCall:
             return
         if width == 0:
             raise ValueError(f"{name} is given and this call has no use for it")
-        memory, count, stride = _memory.matrix(name, source, self.dims.dtype, self.tokens, width)
+        memory, count, stride = _memory.matrix(
+            name, source, self.dims.dtype_of(name), self.tokens, width
+        )
         self.tokens = count
         setattr(self.args, name, memory.address)
         setattr(self.args, (field or name) + "_stride", stride)
@@ -86,7 +98,7 @@ class ForwardCall:
             ("stats_out", stats_out, STAT_SLOTS),
         ):
             if source is not None:
-                keep.append(_memory.vector(name, source, [self.dims.dtype], slots, True))
+                keep.append(_memory.vector(name, source, [self.dims.real], slots, True))
                 setattr(args, name, keep[-1].address)
 
     def output(self, y: Any, like: Any) -> None:
@@ -126,7 +138,7 @@ class BackwardCall:
         if width == 0:
             raise ValueError(f"{name} is given and this call has no use for it")
         memory, _, stride = _memory.matrix(
-            name, source, self.dims.dtype, self.tokens, width, writable
+            name, source, self.dims.dtype_of(name), self.tokens, width, writable
         )
         self.keep.append(memory)
         setattr(self.args, name, memory.address)
@@ -143,11 +155,11 @@ class BackwardCall:
     def options(self, loss_grad: Any, entry_weight_grad: Any, entries: int, writable: bool) -> None:
         """The vectors."""
         if loss_grad is not None:
-            self.keep.append(loss_vector("loss_grad", loss_grad, self.dims.dtype, 1.0))
+            self.keep.append(loss_vector("loss_grad", loss_grad, self.dims.real, 1.0))
             self.args.loss_grad = self.keep[-1].address
         if entry_weight_grad is not None:
             memory = _memory.vector(
-                "entry_weight_grad", entry_weight_grad, [self.dims.dtype], entries, writable
+                "entry_weight_grad", entry_weight_grad, [self.dims.real], entries, writable
             )
             self.keep.append(memory)
             self.args.entry_weight_grad = memory.address

@@ -22,8 +22,20 @@ NAMES = {
     DType.I32: "int32",
     DType.I64: "int64",
 }
+# What numpy has no type for lies in arrays of this one, bit for bit.
+BITS = {"bfloat16": "uint16"}
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8,
          "uint8": 1, "bool": 1}  # fmt: skip
+
+
+def real(dtype: str) -> str:
+    """What a layer of this dtype computes with: its logits, weights and losses are of that."""
+    return "float32" if dtype in ("bfloat16", "float16") else dtype
+
+
+def accepted(dtype: str) -> List[str]:
+    """The dtypes of arrays that can hold this one."""
+    return [dtype, BITS[dtype]] if dtype in BITS else [dtype]
 
 
 class Memory:
@@ -285,7 +297,7 @@ def matrix(
     name: str, source: Any, dtype: str, rows: Optional[int], width: int, writable: bool = False
 ) -> Tuple[Memory, int, int]:
     """Rows of `width` elements: the memory, how many rows, and the stride between them."""
-    memory = describe(name, source, [dtype], writable)
+    memory = describe(name, source, accepted(dtype), writable)
     count, stride = memory.row_stride(name, width)
     if rows is not None and count != rows:
         raise ValueError(f"{name} has shape {memory.shape}: {count} rows; wanted {rows}")

@@ -10,6 +10,7 @@ import ctypes
 import importlib
 from typing import Any, Dict, Optional, Sequence, Tuple
 
+from . import _memory
 from ._handle import Handle
 
 
@@ -33,10 +34,11 @@ _CTYPES: Dict[str, Any] = {
     "uint32": ctypes.c_uint32,
     "uint64": ctypes.c_uint64,
     "bool": ctypes.c_bool,
+    "float16": ctypes.c_uint16,  # its bits
 }
 _FORMATS: Dict[str, Any] = {"float32": "f", "float64": "d", "int32": "i", "int64": "q",
                             "uint8": "B", "int8": "b", "uint16": "H", "int16": "h", "uint32": "I",
-                            "uint64": "Q", "bool": "?"}  # fmt: skip
+                            "uint64": "Q", "bool": "?", "float16": "e"}  # fmt: skip
 
 
 class _Export:
@@ -65,7 +67,7 @@ def view(
 
     With `track` the handle counts the view among its exports: memory that a later call may move.
     """
-    count = _count(shape)
+    count, dtype = _count(shape), _memory.BITS.get(dtype, dtype)
     if not address or count == 0:
         return zeros(shape, dtype)
     raw = (_CTYPES[dtype] * count).from_address(address)
@@ -84,6 +86,7 @@ def view(
 
 def borrowed(address: Optional[int], shape: Tuple[int, ...], dtype: str, writable: bool) -> Any:
     """Memory that somebody else keeps alive as an array; None if there is none."""
+    dtype = _memory.BITS.get(dtype, dtype)
     if not address:
         return None
     if _count(shape) == 0:
@@ -99,6 +102,7 @@ def borrowed(address: Optional[int], shape: Tuple[int, ...], dtype: str, writabl
 
 def copy(address: Optional[int], shape: Tuple[int, ...], dtype: str) -> Any:
     """The same elements in an array of their own."""
+    dtype = _memory.BITS.get(dtype, dtype)
     array = zeros(shape, dtype)
     if address and _count(shape):
         size = _count(shape) * ctypes.sizeof(_CTYPES[dtype])
@@ -108,6 +112,7 @@ def copy(address: Optional[int], shape: Tuple[int, ...], dtype: str) -> Any:
 
 def zeros(shape: Tuple[int, ...], dtype: str) -> Any:
     """A new array: numpy's, or a memoryview of a bytearray."""
+    dtype = _memory.BITS.get(dtype, dtype)
     if numpy is not None:
         return numpy.zeros(shape, dtype)
     size = _count(shape) * ctypes.sizeof(_CTYPES[dtype])

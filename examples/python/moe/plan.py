@@ -241,12 +241,13 @@ class Plan(Object):
     ) -> Any:
         with self.handle.busy.shared("the plan"):
             view = self._view()
-            dtype = _memory.NAMES[DType(view.dtype)]
-            args = _config.make(_abi.RowsArgs, {"flags": flags, "dtype": view.dtype})
+            real = _memory.NAMES[DType(view.dtype)]
+            dtype = _rows_dtype(real, given, out)
+            args = _config.make(_abi.RowsArgs, {"flags": flags, "dtype": _config.DTYPES[dtype]})
             keep: List[Any] = []
             lengths = {"tokens": view.tokens, "rows": view.rows}
             for name, source in given.items():
-                memory = _memory.describe(name, source, [dtype])
+                memory = _memory.describe(name, source, _memory.accepted(dtype))
                 if args.width == 0:
                     if len(memory.shape) < 2:
                         raise ValueError(f"{name} has shape {memory.shape}; wanted [rows, width]")
@@ -262,7 +263,7 @@ class Plan(Object):
             )
             if entry_weight_grad is not None:
                 wanted = _memory.vector(
-                    "entry_weight_grad", entry_weight_grad, [dtype], view.entries, True
+                    "entry_weight_grad", entry_weight_grad, [real], view.entries, True
                 )
                 args.entry_weight_grad = wanted.address
                 keep.append(wanted)
@@ -338,6 +339,16 @@ def _entries_by_shape(args: Any, ids: _memory.Memory, fields: Dict[str, Any]) ->
         raise ValueError(
             f"expert_ids has {ids.size} elements; tokens * top_k is {args.tokens} * {args.top_k}"
         )
+
+
+def _rows_dtype(real: str, given: Dict[str, Any], out: Any) -> str:
+    """The dtype of tokens and rows: that of the first array, if the plan's weights go with it."""
+    source = next(iter(given.values()), out)
+    found = getattr(getattr(source, "dtype", None), "name", None) or str(
+        getattr(source, "dtype", "")
+    ).replace("torch.", "")
+    found = next((name for name, bits in _memory.BITS.items() if bits == found), found)
+    return found if real == "float32" and found in ("bfloat16", "float16") else real
 
 
 def _put(
