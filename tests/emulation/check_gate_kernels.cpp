@@ -9,8 +9,9 @@
 #include "losses.h"
 #include "router_gemm.h"
 
+#include "gate_support.h"
+
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -25,25 +26,29 @@ struct slots {
     moe_status (*dispatch_backward)(moe__rows_job *);
 };
 
-#define SLOTS(type, TYPE)                                                                          \
-    extern "C" {                                                                                   \
-    moe_status moe__cpu_route_forward_##type##_plain(moe__route_job *);                            \
-    moe_status moe__cpu_route_count_##type##_plain(moe__route_job *, int64_t *);                   \
-    moe_status moe__cpu_losses_forward_##type##_plain(moe__losses_job *);                          \
-    moe_status moe__cpu_gate_backward_##type##_plain(moe__gate_backward_job *);                    \
-    moe_status moe__cpu_plan_rows_##type##_plain(moe__plan_rows_job *);                            \
-    moe_status moe__cpu_dispatch_backward_##type##_plain(moe__rows_job *);                         \
-    }                                                                                              \
-    static const slots cpu_##type = {                                                              \
-        MOE_DTYPE_##TYPE,                          moe__cpu_route_forward_##type##_plain,          \
-        moe__cpu_route_count_##type##_plain,       moe__cpu_losses_forward_##type##_plain,         \
-        moe__cpu_gate_backward_##type##_plain,     moe__cpu_plan_rows_##type##_plain,              \
-        moe__cpu_dispatch_backward_##type##_plain};                                                \
-    static const slots cuda_##type = {                                                             \
-        MOE_DTYPE_##TYPE,                  moe__cuda_route_forward_##type,                         \
-        moe__cuda_route_count_##type,      moe__cuda_losses_forward_##type,                        \
-        moe__cuda_gate_backward_##type,    NULL,                                                   \
-        NULL};
+#define SLOTS(type, TYPE)                                                        \
+    extern "C" {                                                                 \
+    moe_status moe__cpu_route_forward_##type##_plain(moe__route_job *);          \
+    moe_status moe__cpu_route_count_##type##_plain(moe__route_job *, int64_t *); \
+    moe_status moe__cpu_losses_forward_##type##_plain(moe__losses_job *);        \
+    moe_status moe__cpu_gate_backward_##type##_plain(moe__gate_backward_job *);  \
+    moe_status moe__cpu_plan_rows_##type##_plain(moe__plan_rows_job *);          \
+    moe_status moe__cpu_dispatch_backward_##type##_plain(moe__rows_job *);       \
+    }                                                                            \
+    static const slots cpu_##type = {MOE_DTYPE_##TYPE,                           \
+                                     moe__cpu_route_forward_##type##_plain,      \
+                                     moe__cpu_route_count_##type##_plain,        \
+                                     moe__cpu_losses_forward_##type##_plain,     \
+                                     moe__cpu_gate_backward_##type##_plain,      \
+                                     moe__cpu_plan_rows_##type##_plain,          \
+                                     moe__cpu_dispatch_backward_##type##_plain}; \
+    static const slots cuda_##type = {MOE_DTYPE_##TYPE,                          \
+                                      moe__cuda_route_forward_##type,            \
+                                      moe__cuda_route_count_##type,              \
+                                      moe__cuda_losses_forward_##type,           \
+                                      moe__cuda_gate_backward_##type,            \
+                                      NULL,                                      \
+                                      NULL};
 SLOTS(f32, F32)
 SLOTS(bf16, BF16)
 SLOTS(f16, F16)
@@ -53,29 +58,13 @@ static const slots *on_cpu, *on_cuda; /* of this job */
 
 enum { LIMIT = 1 << 20 };
 
-/* ---- random numbers -------------------------------------------------------------------------- */
-
-static uint64_t random_state;
-static uint32_t draw(void)
-{
-    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
-    return (uint32_t)(random_state >> 33);
-}
-static int64_t below(int64_t n) { return n > 0 ? (int64_t)(draw() % (uint32_t)n) : 0; }
-static bool chance(int percent) { return below(100) < percent; }
-static float normal(void)
-{
-    float sum = 0;
-    for (int i = 0; i < 6; i++) sum += (float)draw() / 2147483648.0f - 0.5f;
-    return sum;
-}
-
 /* ---- a job ----------------------------------------------------------------------------------- */
 
 struct shape {
     moe_gate_config config;
     int32_t choose, levels, noise, logits_in, jitter, train, masked, sinkhorn, grouped, bias;
-    int32_t selection_bias, priority, kth, plain_ids, noise_in, hash_alone, dtype_x, dtype_w, dtype_dw;
+    int32_t selection_bias, priority, kth, plain_ids, noise_in, hash_alone, dtype_x, dtype_w,
+        dtype_dw;
     int32_t transposed, importance_only;
     int64_t T, D, E, K, G, A, top_groups, N, valid, scoped, softmax, sequence, threshold;
     double weights[MOE_LOSS_SLOTS];
@@ -384,7 +373,7 @@ static int64_t fill_taken(world *w, const shape *s, int64_t seed)
     return entries;
 }
 
-static shape draw_shape(bool large)
+static shape draw_shape(bool large, bool huge)
 {
     shape s = {};
     enum {
@@ -435,9 +424,17 @@ static shape draw_shape(bool large)
         c->group_score = (int32_t)below(moe__min(s.E / s.A, 3) + 1);
     }
     if (kind == TWO || kind == TWO_GIVEN) s.levels = 2;
+    if (huge) { /* more than a block sorts at once */
+        kind = chance(50) ? BY_EXPERT : kind == GROUPS ? GROUPS : PLAIN;
+        s.T = kind == BY_EXPERT ? 4000 + below(3000) : 1 + below(3);
+        s.E = kind == BY_EXPERT ? 2 : s.A * ((2100 + below(4000)) / s.A);
+        s.levels = 1, s.choose = MOE__CHOOSE_TOP;
+        if (kind != GROUPS) s.A = s.top_groups = 1, s.grouped = s.selection_bias = 0;
+    }
     c->num_experts = s.E;
     s.K = 1 + below(s.levels == 2 || s.grouped ? s.E / s.A : chance(80) ? moe__min(s.E, 8) : s.E);
     if (chance(10)) s.K = s.levels == 2 || s.grouped ? s.E / s.A : s.E;
+    if (huge && kind != BY_EXPERT) s.K = s.E / s.A * s.top_groups - below(20);
     if (kind == GUMBEL) c->choice_noise = MOE_CHOICE_NOISE_GUMBEL;
     if (kind == REST) c->choice_noise = MOE_CHOICE_NOISE_GUMBEL_REST;
     s.sinkhorn = kind == SINKHORN;
@@ -507,42 +504,6 @@ static void up(void)
 }
 
 extern "C" {
-moe_status moe__cuda_status(cudaError_t error, const moe__workers *, const char *what)
-{
-    if (error == cudaSuccess) return MOE_OK;
-    printf("%s: %s\n", what, cudaGetErrorString(error));
-    return MOE_ERROR_DEVICE;
-}
-moe_status moe__cublas_status(cublasStatus_t status, const moe__workers *, const char *what)
-{
-    if (status == CUBLAS_STATUS_SUCCESS) return MOE_OK;
-    printf("%s: %d\n", what, (int)status);
-    return MOE_ERROR_DEVICE;
-}
-moe_status moe__cuda_fail(moe_status status, const moe__workers *, const char *format, ...)
-{
-    va_list list;
-    va_start(list, format);
-    vprintf(format, list);
-    va_end(list);
-    return status;
-}
-moe_status moe__cuda_cublas(const moe__workers *workers, cublasHandle_t *handle)
-{
-    static cublasHandle_t one;
-    if (!one && cublasCreate(&one) != CUBLAS_STATUS_SUCCESS) return MOE_ERROR_DEVICE;
-    cublasSetStream(one, (cudaStream_t)workers->stream);
-    *handle = one;
-    return MOE_OK;
-}
-moe_status moe__cuda_fetch(const moe__workers *workers, void *host, const void *device,
-                           int64_t bytes)
-{
-    MOE_TRY(
-        moe__cuda_status(cudaStreamSynchronize((cudaStream_t)workers->stream), workers, "wait"));
-    return moe__cuda_status(cudaMemcpy(host, device, (size_t)bytes, cudaMemcpyDeviceToHost),
-                            workers, "fetch");
-}
 moe_status moe__cuda_plan_rows(moe__plan_rows_job *job)
 {
     moe__plan_rows_job host = *job;
@@ -774,7 +735,7 @@ static void run_one(uint64_t seed)
 {
     random_state = seed * 2654435761u + 12345;
     for (int i = 0; i < 4; i++) draw();
-    shape s = draw_shape(seed % 4 == 0);
+    shape s = draw_shape(seed % 4 == 0, seed % 150 == 149);
     moe_gate_config *c = &s.config;
     c->kind = s.levels == 2 ? MOE_GATE_HIERARCHICAL
               : s.sinkhorn  ? MOE_GATE_SINKHORN
