@@ -258,4 +258,6 @@ check-format:
 abi-baseline: $(LIB)/libmoe.so
 	sh tests/abi/baseline.sh $(LIB)
 
+include tests/emulation/emulation.mk
+
 -include $(SUITES:=.d) $(HOSTS:=.d) $(EXAMPLES:=.d) $(SUPPORT_OBJECTS:=.d)
