@@ -160,11 +160,9 @@ static inline moe__plan_arrays host_plan(int64_t T, int64_t N, int64_t E, int64_
     DO(entry_of_row, (p)->entries, sizeof(int64_t))         \
     DO(group_begin, (p)->groups + 1, sizeof(int64_t))
 
-/* With zeros behind the last field: kernels' arguments are searched for addresses of the host. */
 static inline void device_plan(moe__plan_arrays *p, const moe__plan_arrays *host)
 {
-    memset(p, 0, sizeof *p);
-    memcpy(p, host, offsetof(moe__plan_arrays, dtype) + sizeof p->dtype);
+    *p = *host;
 #define COPY(name, count, element) p->name = on_device(host->name, (size_t)(count)*element);
     EACH_PLAN_ARRAY(host, COPY)
 #undef COPY
