@@ -22,6 +22,12 @@ __attribute__((weak)) moe_status moe__cuda_status(cudaError_t error, const moe__
     fprintf(stderr, "%s: %s: %s\n", workers->function, what, cudaGetErrorString(error));
     return MOE_ERROR_DEVICE;
 }
+__attribute__((weak)) moe_status moe__cuda_fail(moe_status status, const moe__workers *workers,
+                                                const char *format, ...)
+{
+    fprintf(stderr, "%s: %s\n", workers->function, format);
+    return status;
+}
 __attribute__((weak)) moe_status moe__cuda_fetch(const moe__workers *workers, void *host,
                                                  const void *device, int64_t bytes)
 {
@@ -111,6 +117,7 @@ static inline moe_context *test_context(void)
     moe_context_config config;
     moe_context *context = NULL;
     ck_assert_int_eq(moe_context_config_init(&config, sizeof config), MOE_OK);
+    config.threads = 1;
     ck_assert_int_eq(moe_context_create(&context, &config), MOE_OK);
     return context;
 }
