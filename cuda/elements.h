@@ -191,7 +191,7 @@ MOE_DEVICE int moe_lanes_used(int64_t first, int64_t end)
 /* ---- looking up ------------------------------------------------------------------------------ */
 
 /* The last i in [0, count) with begin[i] <= at: the run that holds `at`. */
-MOE_DEVICE int64_t moe_run_of(const int64_t *begin, int64_t count, int64_t at)
+MOE_DEVICE int64_t moe_range_of(const int64_t *begin, int64_t count, int64_t at)
 {
     int64_t low = 0, high = count - 1;
     while (low < high) {
@@ -209,7 +209,7 @@ MOE_DEVICE int64_t moe_token_of_entry(const moe__plan_arrays &p, int64_t n)
 {
     int64_t K = p.entries / p.tokens, guess = K > 0 ? n / K : 0;
     if (guess < p.tokens && p.token_begin[guess] <= n && n < p.token_begin[guess + 1]) return guess;
-    return moe_run_of(p.token_begin, p.tokens, n);
+    return moe_range_of(p.token_begin, p.tokens, n);
 }
 
 #endif
