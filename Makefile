@@ -232,7 +232,7 @@ $(BUILD)/cuda/%.o: cuda/%.c $(CUDA_STAMP)
 	$(CC) $(SHIPPED) -Icuda -isystem $(CUDA_INCLUDE) -O2 $(CFLAGS) -MMD -MP -c $< -o $@
 $(BUILD)/cuda/%.cu.o: cuda/%.cu $(CUDA_STAMP)
 	@mkdir -p $(@D)
-	$(NVCC) $(CUDA_FLAGS) -MMD -MP -MF $(@:.o=.d) -c $< -o $@
+	$(NVCC) $(CUDA_FLAGS) -Xptxas -v -MMD -MP -MF $(@:.o=.d) -c $< -o $@ 2>$(@:.o=.log) || { cat $(@:.o=.log) >&2; exit 1; }
 $(LIB)/libmoe_cuda.a: $(CUDA_OBJECTS) $(CUDA_STAMP)
 	@mkdir -p $(@D)
 	rm -f $@

@@ -19,7 +19,7 @@ MOE_DEVICE void set_sum(const moe__cuda_sums &s, int64_t expert, int64_t j, floa
         *sum = s.overwrite ? x : *sum + x;
     } else {
         T *sum = (T *)base + at;
-        moe__narrow(sum, s.overwrite ? x : moe__widen(*sum) + x);
+        moe_narrow(sum, s.overwrite ? x : moe_widen(*sum) + x);
     }
 }
 
@@ -71,8 +71,8 @@ template <typename T> MOE_GLOBAL(256) moe__cuda_sum_finish(const moe__cuda_sums 
 template <typename T>
 static moe_status sums_of(const moe__workers *workers, const moe__cuda_sums &s)
 {
-    const int V = moe__vector<T>::size;
-    bool aligned = s.width % V == 0 && moe__is_aligned<T>(s.g, s.stride);
+    const int V = moe_pack_of<T>::N;
+    bool aligned = s.width % V == 0 && moe_rows_aligned<T>(s.g, s.stride);
     dim3 grid((unsigned)(s.map.experts * s.tiles), (unsigned)s.slices);
     MOE_TRY(moe__cuda_launch(workers, "column sums",
                              aligned ? moe__cuda_sum_slices<T, V> : moe__cuda_sum_slices<T, 1>,

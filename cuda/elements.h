@@ -5,13 +5,42 @@
 
 #include "backend_cuda.h"
 
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+/* As half.h has it; on the device by an instruction where there is one, since a dozen integer
+ * operations for each element would take longer than its 2 bytes. Only what a NaN carries
+ * differs. */
 MOE_DEVICE float moe_widen(float v) { return v; }
 MOE_DEVICE float moe_widen(moe_bf16 v) { return moe__from_bf16(v.bits); }
-MOE_DEVICE float moe_widen(moe_f16 v) { return moe__from_f16(v.bits); }
+MOE_DEVICE float moe_widen(moe_f16 v)
+{
+#ifdef __CUDA_ARCH__
+    return __half2float(__ushort_as_half(v.bits));
+#else
+    return moe__from_f16(v.bits);
+#endif
+}
 
 MOE_DEVICE void moe_narrow(float *out, float v) { *out = v; }
-MOE_DEVICE void moe_narrow(moe_bf16 *out, float v) { out->bits = moe__to_bf16(v); }
-MOE_DEVICE void moe_narrow(moe_f16 *out, float v) { out->bits = moe__to_f16(v); }
+MOE_DEVICE void moe_narrow(moe_bf16 *out, float v)
+{
+#ifdef __CUDA_ARCH__
+    out->bits = __bfloat16_as_ushort(__float2bfloat16_rn(v));
+#else
+    out->bits = moe__to_bf16(v);
+#endif
+}
+MOE_DEVICE void moe_narrow(moe_f16 *out, float v)
+{
+#ifdef __CUDA_ARCH__
+    out->bits = __half_as_ushort(__float2half_rn(v));
+#else
+    out->bits = moe__to_f16(v);
+#endif
+}
 
 /* In front of a loop over a lane's elements, which are registers. */
 #ifdef __CUDACC__

@@ -121,7 +121,8 @@ bool emu_is_host_memory(const void *p)
 {
     unsigned char present;
     uintptr_t a = (uintptr_t)p;
-    if (a < (uintptr_t)1 << 32 || a >= (uintptr_t)1 << 47 || arena_of(p) != NULL) return false;
+    /* Below are no stacks and heaps, but two small numbers side by side, and sanitizers' shadows. */
+    if (a < (uintptr_t)1 << 40 || a >= (uintptr_t)1 << 47 || arena_of(p) != NULL) return false;
     if (find_registered(p) != NULL) return false;
     return mincore((void *)(a & ~(uintptr_t)(PAGE - 1)), 1, &present) == 0;
 }
