@@ -43,7 +43,7 @@ MOE_DEVICE moe__row moe__find_row(const moe__cuda_map &map, int64_t row, bool ex
     if (row >= map.rows) return at;
     if (map.padded == 0) {
         at.number = map.first + row;
-        if (expert) at.expert = moe_run_of(map.expert_begin, map.experts, at.number);
+        if (expert) at.expert = moe_range_of(map.expert_begin, map.experts, at.number);
         return at;
     }
     at.expert = row / map.padded;
