@@ -1,7 +1,7 @@
 """Parameters of a gate, a pool or a layer: their records, their memory, and binding.
 
 A parameter's data and gradient are arrays without a copy: views of the library's memory for owned
-parameters, the host's own arrays for bound ones.
+parameters (DeviceArrays on a GPU), the program's own arrays for bound ones.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from . import _abi, _memory, _views
 from ._constants import DType, Kind, Shard
-from ._handle import Object
+from ._device import stream_of
+from ._handle import Object, device_of
 from ._library import library, new
 
 
@@ -53,7 +54,7 @@ class Parameter:
 
     @property
     def dtype(self) -> str:
-        """The element type of the data, "float32" or "float64"."""
+        """The element type of the data, "float32"."""
         return _memory.NAMES[DType(self.record.data_dtype)]
 
     @property
@@ -134,13 +135,14 @@ class Parameter:
     def _fill(self, binding: _abi.Binding, which: str, source: Any, memory: List[Any]) -> None:
         """One half of a binding, data or gradient."""
         writable = which == "grad"
-        setattr(binding, which + "_dtype", self.record.data_dtype)
+        setattr(binding, which + "_dtype", getattr(self.record, which + "_dtype"))
         name = f"{which} of {self.name}"
         strides = getattr(binding, which + "_stride")
         if not isinstance(source, (list, tuple)):
             array = self._checked(name, source, self.shape, writable)
             memory.append(array)
             setattr(binding, which, array.address)
+            setattr(binding, which + "_dtype", _code(array.dtype))
             strides[: len(array.shape)] = _normal_strides(array)
             return
         if len(source) != self.shape[0]:
@@ -153,6 +155,7 @@ class Parameter:
             array = self._checked(f"{name}, expert {e},", one, self.shape[1:], writable)
             memory.append(array)
             pointers[e] = array.address
+            setattr(binding, which + "_dtype", _code(array.dtype))
             own = _normal_strides(array)
             if first is None:
                 first = own
@@ -167,7 +170,12 @@ class Parameter:
     def _checked(
         self, name: str, source: Any, shape: Tuple[int, ...], writable: bool
     ) -> _memory.Memory:
-        array = _memory.describe(name, source, [self.dtype], writable)
+        record = self.record
+        allowed = [self.dtype]  # of 16 bits: gradients of them or of float32, a gate's data too
+        if writable or record.data_dtype in (DType.BF16, DType.F16):
+            allowed.append(_memory.NAMES[DType(record.grad_dtype)])
+        device = device_of(self._owner.handle)
+        array = _memory.describe(name, source, allowed, writable, device)
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}; wanted {shape}")
         return array
@@ -175,6 +183,12 @@ class Parameter:
     def __repr__(self) -> str:
         where = "owned" if self.owned else "bound"
         return f"<moe.Parameter {self.name} {self.shape} {self.dtype} {where}>"
+
+
+def _code(dtype: str) -> int:
+    """The constant of an element type; 16-bit integers are the bits of bfloat16."""
+    codes = {name: int(code) for code, name in _memory.NAMES.items()}
+    return codes.get(dtype, int(DType.BF16))
 
 
 class ParameterOwner(Object):
@@ -192,10 +206,10 @@ class ParameterOwner(Object):
         """The parameters by name, in the library's order."""
         return self._parameters()
 
-    def zero_gradients(self) -> None:
+    def zero_gradients(self, *, stream: Any = None) -> None:
         """Set every gradient to zero and forget which experts were touched."""
         with self.handle.busy.shared(self.kind):
-            self.call(f"moe_{self.kind}_zero_gradients", None)
+            self.call(f"moe_{self.kind}_zero_gradients", stream_of(stream))
 
     def init_parameters(self, seed: int) -> None:
         """Give every owned parameter its first value; bound data is never written."""
