@@ -61,7 +61,7 @@ KERNEL_OBJECTS := $(foreach v,$(VARIANTS),$(KERNELS:src/cpu/%.c=$(BUILD)/src/cpu
 OBJECTS := $(CORE_OBJECTS) $(KERNEL_OBJECTS)
 
 .PHONY: all help clean install uninstall dist demo demo-long demo-mpi
-all: $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/pkgconfig/moe.pc mpi io
+all: $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/pkgconfig/moe.pc mpi io cuda
 	@printf '\n%-24s %s\n' 'built' 'what'
 	@printf '%-24s %s\n' '$(LIB)/libmoe.a' 'static library, $(words $(VARIANTS)) CPU variants: $(VARIANTS)'
 	@printf '%-24s %s\n' '$(LIB)/libmoe.so' 'shared library $(SONAME), version $(VERSION)'
@@ -69,7 +69,9 @@ all: $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/pkgconfig/moe.pc mpi io
 	    printf '%-24s %s\n' 'not built' 'libmoe_mpi: no mpicc (libopenmpi-dev or libmpich-dev; MPICC=)')
 	@printf '%-24s %s\n' $(if $(HAVE_IO),'$(LIB)/libmoe_io.so' 'files and checkpoints (jansson $(HAVE_IO))$(comma) also .a', \
 	    'not built' 'libmoe_io with its tests and examples: $(NO_IO_REASON)')
-	@printf '%-24s %s\n' 'not built' 'CUDA and NCCL modules: not part of this release'
+	@printf '%-24s %s\n' $(if $(HAVE_CUDA),'$(LIB)/libmoe_cuda.so' 'NVIDIA GPUs ($(CUDA_ARCHS))$(comma) also .a', \
+	    'not built' 'libmoe_cuda: $(NO_CUDA_REASON)')
+	@printf '%-24s %s\n' 'not built' 'NCCL module: not part of this release'
 ifeq ($(HAVE_X86),)
 	@printf '%-24s %s\n' 'not built' 'AVX2 and AVX-512 variants: $(CC) makes none for $(MACHINE)'
 endif
@@ -189,6 +191,60 @@ $(LIB)/libmoe_io.so: $(LIB)/libmoe_io.so.$(VERSION)
 	ln -sf libmoe_io.so.$(VERSION) $(LIB)/$(IO_SONAME)
 	ln -sf $(IO_SONAME) $@
 
+# ---- libmoe_cuda: contexts on an NVIDIA GPU -------------------------------------------------------
+
+# NO_CUDA=1 leaves it out. The toolkit is CUDA; code for CUDA_ARCHS, and PTX of CUDA_PTX for devices to come.
+NO_CUDA ?=
+CUDA ?= /usr/local/cuda
+CUDA_INCLUDE ?= $(CUDA)/include
+CUDA_LIB ?= $(firstword $(wildcard $(CUDA)/lib64 $(CUDA)/lib))
+NVCC ?= $(CUDA)/bin/nvcc
+CUDA_ARCHS ?= 80 90 100
+CUDA_PTX ?= 80 100
+NVCC_FLAGS ?=
+NO_CUDA_REASON := $(strip $(if $(NO_CUDA),NO_CUDA is set,$(if $(SANITIZE),not with SANITIZE,\
+    $(if $(call have,$(NVCC)),$(if $(wildcard $(CUDA_INCLUDE)/cublas_v2.h),\
+    $(if $(wildcard $(CUDA_LIB)/libcublas.so),$(if $(wildcard $(CUDA_LIB)/libcudart.so),,no libcudart.so in CUDA_LIB=$(CUDA_LIB)),\
+    no libcublas.so in CUDA_LIB=$(CUDA_LIB)),no cublas_v2.h in CUDA_INCLUDE=$(CUDA_INCLUDE)),no nvcc ($(NVCC); CUDA=)))))
+HAVE_CUDA := $(if $(NO_CUDA_REASON),,yes)
+CUDA_SONAME := libmoe_cuda.so.$(shell cat src/soname)
+CUDA_LIBRARIES := $(if $(HAVE_CUDA),$(LIB)/libmoe_cuda.a $(LIB)/libmoe_cuda.so)
+CUDA_HOST_OBJECTS := $(patsubst %.c,$(BUILD)/%.o,$(wildcard cuda/*.c))
+CUDA_KERNEL_OBJECTS := $(patsubst %.cu,$(BUILD)/%.cu.o,$(wildcard cuda/*.cu))
+CUDA_OBJECTS := $(CUDA_HOST_OBJECTS) $(CUDA_KERNEL_OBJECTS)
+CUDA_CODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
+    $(foreach a,$(CUDA_PTX),-gencode arch=compute_$(a),code=compute_$(a))
+# As on the host no contraction, and no C++ runtime.
+CUDA_FLAGS = -std=c++17 -O3 --fmad=false $(CUDA_CODE) -Iinclude -Isrc -Icuda -DNDEBUG -DMOE_BUILD \
+    $(if $(filter 1,$(WERROR)),-Werror all-warnings) --cudart shared \
+    -Xcompiler -fPIC$(comma)-fvisibility=hidden$(comma)-fno-exceptions$(comma)-fno-rtti$(comma)-fno-threadsafe-statics \
+    -Xcompiler -Wall$(comma)-Wextra $(NVCC_FLAGS)
+# Rebuild when that changes.
+CUDA_STAMP := $(BUILD)/cuda/flags
+$(CUDA_STAMP): force
+	$(call STAMP,$(FLAGS_TEXT) $(NVCC) $(CUDA_FLAGS) $(CUDA_OBJECTS))
+
+.PHONY: cuda
+cuda: $(CUDA_LIBRARIES) $(if $(HAVE_CUDA),$(LIB)/pkgconfig/moe-cuda.pc)
+
+$(BUILD)/cuda/%.o: cuda/%.c $(CUDA_STAMP)
+	@mkdir -p $(@D)
+	$(CC) $(SHIPPED) -Icuda -isystem $(CUDA_INCLUDE) -O2 $(CFLAGS) -MMD -MP -c $< -o $@
+$(BUILD)/cuda/%.cu.o: cuda/%.cu $(CUDA_STAMP)
+	@mkdir -p $(@D)
+	$(NVCC) $(CUDA_FLAGS) -MMD -MP -MF $(@:.o=.d) -c $< -o $@
+$(LIB)/libmoe_cuda.a: $(CUDA_OBJECTS) $(CUDA_STAMP)
+	@mkdir -p $(@D)
+	rm -f $@
+	$(AR) rcs $@ $(CUDA_OBJECTS)
+$(LIB)/libmoe_cuda.so.$(VERSION): $(CUDA_OBJECTS) $(CUDA_STAMP) $(LIB)/libmoe.so cuda/libmoe_cuda.map
+	$(CC) -shared $(CFLAGS) -Wl,-soname,$(CUDA_SONAME) -Wl,--version-script=cuda/libmoe_cuda.map \
+	    -Wl,-z,defs -Wl,-z,relro,-z,now $(LDFLAGS) -o $@ $(CUDA_OBJECTS) -L$(LIB) -lmoe -L$(CUDA_LIB) \
+	    -lcublas -lcudart -pthread
+$(LIB)/libmoe_cuda.so: $(LIB)/libmoe_cuda.so.$(VERSION)
+	ln -sf libmoe_cuda.so.$(VERSION) $(LIB)/$(CUDA_SONAME)
+	ln -sf $(CUDA_SONAME) $@
+
 # ---- pkg-config -----------------------------------------------------------------------------------
 
 # $(call PC_OF,prefix,libdir,includedir,name,library,requires,private requires,private libraries,description)
@@ -202,6 +258,8 @@ comma := ,
 PC_MPI = $(call PC_OF,$(1),$(2),$(3),libmoe_mpi,moe_mpi_$(4),moe = $(VERSION),,,libmoe groups over MPI ($(4)))
 # $(call PC_IO,prefix,libdir,includedir)
 PC_IO = $(call PC_OF,$(1),$(2),$(3),libmoe_io,moe_io,moe = $(VERSION),jansson,-lm -pthread,libmoe files and checkpoints)
+# $(call PC_CUDA,prefix,libdir,includedir)
+PC_CUDA = $(call PC_OF,$(1),$(2),$(3),libmoe_cuda,moe_cuda,moe = $(VERSION),,-L$(CUDA_LIB) -lcublas -lcudart -pthread,libmoe on NVIDIA GPUs)
 REPLACE = @if cmp -s $@.new $@; then rm -f $@.new; else mv $@.new $@; fi
 
 # The file for the tree names the tree, which may have moved.
@@ -224,11 +282,16 @@ $(LIB)/pkgconfig/moe-io.pc: moe.pc.in force
 	@$(call PC_IO,$(CURDIR),$(abspath $(LIB)),$(CURDIR)/include) >$@.new
 	$(REPLACE)
 
+$(LIB)/pkgconfig/moe-cuda.pc: moe.pc.in force
+	@mkdir -p $(@D)
+	@$(call PC_CUDA,$(CURDIR),$(abspath $(LIB)),$(CURDIR)/include) >$@.new
+	$(REPLACE)
+
 # ---- install --------------------------------------------------------------------------------------
 
 HEADERS := $(wildcard include/moe/*.h)
 
-install: $(LIB)/libmoe.a $(LIB)/libmoe.so mpi io
+install: $(LIB)/libmoe.a $(LIB)/libmoe.so mpi io cuda
 	install -d $(DESTDIR)$(INCLUDEDIR)/moe $(DESTDIR)$(LIBDIR)/pkgconfig
 	install -m 644 $(HEADERS) $(DESTDIR)$(INCLUDEDIR)/moe
 	install -m 644 $(LIB)/libmoe.a $(DESTDIR)$(LIBDIR)
@@ -247,6 +310,13 @@ ifneq ($(HAVE_IO),)
 	ln -sf $(IO_SONAME) $(DESTDIR)$(LIBDIR)/libmoe_io.so
 	$(call PC_IO,$(PREFIX),$(LIBDIR),$(INCLUDEDIR)) > $(DESTDIR)$(LIBDIR)/pkgconfig/moe-io.pc
 endif
+ifneq ($(HAVE_CUDA),)
+	install -m 644 $(LIB)/libmoe_cuda.a $(DESTDIR)$(LIBDIR)
+	install -m 755 $(LIB)/libmoe_cuda.so.$(VERSION) $(DESTDIR)$(LIBDIR)
+	ln -sf libmoe_cuda.so.$(VERSION) $(DESTDIR)$(LIBDIR)/$(CUDA_SONAME)
+	ln -sf $(CUDA_SONAME) $(DESTDIR)$(LIBDIR)/libmoe_cuda.so
+	$(call PC_CUDA,$(PREFIX),$(LIBDIR),$(INCLUDEDIR)) > $(DESTDIR)$(LIBDIR)/pkgconfig/moe-cuda.pc
+endif
 	chmod 644 $(DESTDIR)$(LIBDIR)/pkgconfig/moe*.pc
 define INSTALL_MPI
 install -m 644 $(LIB)/libmoe_mpi_$(1).a $(DESTDIR)$(LIBDIR)
@@ -263,6 +333,7 @@ uninstall:
 	rm -f $(DESTDIR)$(LIBDIR)/libmoe.so.$(VERSION) $(DESTDIR)$(LIBDIR)/pkgconfig/moe.pc
 	rm -f $(DESTDIR)$(LIBDIR)/libmoe_mpi_* $(DESTDIR)$(LIBDIR)/pkgconfig/moe-mpi*.pc
 	rm -f $(DESTDIR)$(LIBDIR)/libmoe_io.* $(DESTDIR)$(LIBDIR)/pkgconfig/moe-io.pc
+	rm -f $(DESTDIR)$(LIBDIR)/libmoe_cuda.* $(DESTDIR)$(LIBDIR)/pkgconfig/moe-cuda.pc
 	-rmdir $(DESTDIR)$(INCLUDEDIR)/moe 2>/dev/null || true
 
 # What git tracks as it is now, or, in an unpacked archive, everything but what the build made.
@@ -278,10 +349,11 @@ dist:
 
 # Only what the build makes, by name: BUILD and LIB may be anywhere.
 clean:
-	rm -rf $(BUILD)/src $(BUILD)/tests $(BUILD)/examples $(BUILD)/venv $(BUILD)/venv-current
+	rm -rf $(BUILD)/src $(BUILD)/cuda $(BUILD)/tests $(BUILD)/examples $(BUILD)/venv $(BUILD)/venv-current
 	rm -f $(BUILD)/demo $(BUILD)/demo_mpi_* $(BUILD)/run_vectors $(FLAGS_STAMP) $(OBJECTS_STAMP)
 	rm -f $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/libmoe.so.* $(LIB)/pkgconfig/moe.pc
 	rm -f $(LIB)/libmoe_mpi_* $(LIB)/pkgconfig/moe-mpi*.pc $(LIB)/libmoe_io.* $(LIB)/pkgconfig/moe-io.pc
+	rm -f $(LIB)/libmoe_cuda.* $(LIB)/pkgconfig/moe-cuda.pc
 	rm -rf build-asan build-tsan build-clang dist
 	-@rmdir $(LIB)/pkgconfig $(BUILD) 2>/dev/null || true
 
@@ -335,6 +407,9 @@ help:
 #: make check-tsan     threaded suites and hosts under ThreadSanitizer
 #: make check-valgrind hosts under valgrind
 #: make check-headers  each header alone in every language version
+#: make cuda           libmoe_cuda alone (CUDA=/usr/local/cuda, CUDA_ARCHS="80 90 100", NO_CUDA=1)
+#: make check-cuda-resources  registers and shared memory of every kernel against tests/cuda/budget.txt
+#: make check-cuda-missing    libmoe_cuda on a machine without a GPU
 #: make check-abi      map, headers, symbols, layouts, abidiff
 #: make check-format   clang-format
 #: make check-mutants  deliberate mistakes in the numeric code, each of which must fail a test (python3)
@@ -349,4 +424,4 @@ help:
 
 include tests/tests.mk
 
--include $(OBJECTS:.o=.d) $(IO_OBJECTS:.o=.d)
+-include $(OBJECTS:.o=.d) $(IO_OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d)

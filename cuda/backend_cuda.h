@@ -39,6 +39,16 @@ moe_status moe__cuda_cublas(const moe__workers *workers, cublasHandle_t *handle)
 moe_status moe__cuda_counts(const moe__workers *workers, const moe__plan_arrays *plan,
                             const int64_t **expert_begin);
 
+/* Copies bytes to the host's memory behind what is on the stream, and waits until they are there.
+ * context.c */
+moe_status moe__cuda_fetch(const moe__workers *workers, void *host, const void *device,
+                           int64_t bytes);
+/* The functions of moe__memory that are kernels. fill.cu */
+moe_status moe__cuda_zero_strided(const moe__workers *workers, void *base, const int64_t count[3],
+                                  const int64_t stride[3], int64_t element);
+moe_status moe__cuda_note_touched(const moe__workers *workers, uint8_t *touched,
+                                  const moe__plan_arrays *plan, bool forget);
+
 /* Every slot exists for the three element types: moe__cuda_<slot>_f32, _bf16, _f16. */
 #define MOE_CUDA_DECLARE(slot, argument)          \
     moe_status moe__cuda_##slot##_f32(argument);  \
@@ -50,7 +60,9 @@ moe_status moe__cuda_counts(const moe__workers *workers, const moe__plan_arrays 
     extern "C" moe_status moe__cuda_##slot##_bf16(argument job) { return slot<moe_bf16>(job); } \
     extern "C" moe_status moe__cuda_##slot##_f16(argument job) { return slot<moe_f16>(job); }
 
-MOE_CUDA_DECLARE(route_count, moe__route_job *)
+moe_status moe__cuda_route_count_f32(moe__route_job *job, int64_t *entries);
+moe_status moe__cuda_route_count_bf16(moe__route_job *job, int64_t *entries);
+moe_status moe__cuda_route_count_f16(moe__route_job *job, int64_t *entries);
 MOE_CUDA_DECLARE(route_forward, moe__route_job *)
 MOE_CUDA_DECLARE(losses_forward, moe__losses_job *)
 MOE_CUDA_DECLARE(gate_backward, moe__gate_backward_job *)

@@ -100,6 +100,12 @@ typedef struct moe__memory {
     moe_status (*plan_ready)(const moe__workers *workers, const moe__plan_arrays *plan);
     moe_status (*find_rows)(const moe__workers *workers, moe__plan_arrays *plan);
     void (*context_destroy)(void *of_context); /* or NULL */
+    /* Refuses `memory`, the field `name` of a call, if the backend cannot read and write it there;
+     * NULL is good. NULL: any memory is good. */
+    moe_status (*check_pointer)(const moe__workers *workers, const char *name, const void *memory);
+    /* Refuses a stream that the host cannot wait for: one that is being captured. Before a call that
+     * will wait (fetch, store, find_rows) launches anything. NULL: it can. */
+    moe_status (*may_wait)(const moe__workers *workers);
 } moe__memory;
 
 /* ---- jobs of the steps ----------------------------------------------------------------------- */

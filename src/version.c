@@ -41,6 +41,7 @@ static const constant constants[] = {
     CONSTANT(MOE_CHECK_CURRENT),
     CONSTANT(MOE_BACKEND_CPU),
     CONSTANT(MOE_BACKEND_CUDA),
+    {"MOE_CUDA_CURRENT", -1}, /* moe/cuda.h is not for the core */
     CONSTANT(MOE_ISA_AUTO),
     CONSTANT(MOE_ISA_PLAIN),
     CONSTANT(MOE_ISA_AVX2),

@@ -290,6 +290,50 @@ START_TEST(test_checkpoint_of_another_dtype)
 }
 END_TEST
 
+static double number_of(const moe_layer *layer, int64_t i, int64_t n)
+{
+    moe_parameter_record r = record_of(layer, i);
+    return number_at(r.data, n, r.data_dtype);
+}
+
+/* What is in 16 bits stays so; to f32 it is widened, from f32 rounded once. */
+START_TEST(test_checkpoint_of_a_16_bit_layer)
+{
+    int32_t dtype = _i ? MOE_DTYPE_F16 : MOE_DTYPE_BF16;
+    moe_context *context = new_context();
+    moe_layer *from = make_layer(context, 0, 0, dtype, 1, NULL, 4, 4);
+    moe_layer *to = make_layer(context, 0, 0, dtype, 1, NULL, 4, 4);
+    moe_layer *wide = make_layer(context, 0, 0, MOE_DTYPE_F32, 1, NULL, 4, 4);
+    moe_checkpoint_item item = item_of("", from);
+    moe_load_options l;
+    MUST(moe_load_options_init(&l, sizeof l));
+    l.convert = 1;
+    for (int step = 0; step < 3; step++) { /* 16 bits to 16, to f32, and from f32 */
+        item.layer = step < 2 ? from : wide;
+        MUST(moe_checkpoint_save(files_path("a"), &item, 1, NULL));
+        item.layer = step == 1 ? wide : to;
+        if (step != 1) MUST(moe_layer_init_parameters(to, 99));
+        MUST(moe_checkpoint_load(files_path("a"), &item, 1, step ? &l : NULL, NULL));
+        for (int64_t i = 0; i < moe_layer_parameter_count(from); i++)
+            for (int64_t n = 0; n < record_of(from, i).element_count; n++)
+                ck_assert(number_of(from, i, n) == number_of(item.layer, i, n));
+    }
+    MUST(moe_layer_init_parameters(wide, 5));
+    item.layer = wide;
+    MUST(moe_checkpoint_save(files_path("a"), &item, 1, NULL));
+    item.layer = to;
+    MUST(moe_checkpoint_load(files_path("a"), &item, 1, &l, NULL));
+    for (int64_t i = 0; i < moe_layer_parameter_count(to); i++)
+        for (int64_t n = 0; n < record_of(to, i).element_count; n++) {
+            double rounded;
+            number_set(&rounded, 0, record_of(to, i).data_dtype, number_of(wide, i, n));
+            ck_assert(number_at(&rounded, 0, record_of(to, i).data_dtype) == number_of(to, i, n));
+        }
+    moe_layer_destroy(from), moe_layer_destroy(to), moe_layer_destroy(wide);
+    moe_context_destroy(context);
+}
+END_TEST
+
 /* Parts of other width and kind behind one gate: experts have the numbers that the gate knows. */
 START_TEST(test_checkpoint_of_a_pool_of_parts)
 {
@@ -725,6 +769,7 @@ int main(void)
     tcase_add_test(c, test_checkpoint_has_the_documented_names_and_order);
     tcase_add_test(c, test_checkpoint_holds_what_belongs_to_training);
     tcase_add_test(c, test_checkpoint_of_another_dtype);
+    tcase_add_loop_test(c, test_checkpoint_of_a_16_bit_layer, 0, 2);
     tcase_add_test(c, test_checkpoint_of_a_pool_of_parts);
     tcase_add_test(c, test_checkpoint_honours_bindings);
     tcase_add_test(c, test_checkpoint_is_the_same_for_any_number_of_ranks);

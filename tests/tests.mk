@@ -217,6 +217,15 @@ bench-ranks: $(if $(MPI),$(BUILD)/tests/bench_ranks_$(MPI))
 	@test -n '$(MPI)' || { echo 'bench-ranks needs an MPI: apt-get install libopenmpi-dev openmpi-bin'; exit 1; }
 	$(LAUNCH) $(lastword $(shell printf '%s\n' $(RANKS) | sort -n)) $(BUILD)/tests/bench_ranks_$(MPI) $(BENCH_RANKS_ARGS)
 
+# ---- libmoe_cuda without a GPU ------------------------------------------------------------------------
+
+.PHONY: check-cuda-resources check-cuda-missing
+# Registers, shared memory and spills of what cuda/ is compiled to.
+check-cuda-resources: cuda
+	CUDA='$(CUDA)' sh tests/cuda/resources.sh $(BUILD)/cuda
+check-cuda-missing: cuda
+	CUDA_LIB='$(CUDA_LIB)' sh tests/cuda/check_cuda_missing.sh $(LIB)
+
 # ---- sanitizers and valgrind ------------------------------------------------------------------------
 
 check-asan:
@@ -245,7 +254,7 @@ check-long:
 
 # ---- format and baselines ---------------------------------------------------------------------------
 
-FORMATTED := $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] src/io/*.[ch] examples/*.[ch] examples/*.cpp \
+FORMATTED := $(wildcard cuda/*.[ch] cuda/*.cu) $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] src/io/*.[ch] examples/*.[ch] examples/*.cpp \
     examples/demo/*.[ch] tests/*.c tests/reference/*.[ch] tests/support/*.[ch] tests/hosts/*.[ch] \
     tests/vector_runner/*.[ch] tests/bench/*.[ch] tests/ranks/*.c)
 format:

@@ -150,7 +150,8 @@ typedef struct moe_gate_config {
     int64_t top_groups;         /* 1 to expert_groups; default 1 */
     int32_t group_score;        /* n: a group's score is the sum of its n largest selection scores;
                                    0 as 1: its largest; at most E / expert_groups; default 0 */
-    int32_t dtype;              /* MOE_DTYPE_* of x, parameters, logits and weights; default f32 */
+    int32_t dtype;              /* MOE_DTYPE_* of x and parameters; default f32. Logits and weights
+                                   are of it too, or f32 where it has 16 bits: see moe/types.h */
 
     double noise_epsilon; /* added to softplus; default 1e-2 as the authors' code; the paper has
                              0 */

@@ -57,12 +57,12 @@ typedef struct moe_parameter_record {
     int32_t dims;       /* used dimensions, 1 to MOE_MAX_DIMS */
     int32_t kind;       /* MOE_KIND_* */
     int32_t data_dtype; /* MOE_DTYPE_* */
-    int32_t grad_dtype;
-    int32_t sharding;  /* MOE_SHARD_* */
-    int32_t trainable; /* 1 if a gradient is computed when grad is given */
-    int32_t opaque;    /* 1: element order is the library's own (MOE_STORAGE_PANELS): update
+    int32_t grad_dtype; /* of an object's own memory f32 where its dtype has 16 bits */
+    int32_t sharding;   /* MOE_SHARD_* */
+    int32_t trainable;  /* 1 if a gradient is computed when grad is given */
+    int32_t opaque;     /* 1: element order is the library's own (MOE_STORAGE_PANELS): update
                           element by element, do not index */
-    int32_t owned;     /* 1: memory of the library, 0: bound */
+    int32_t owned;      /* 1: memory of the library, 0: bound */
 } moe_parameter_record;
 
 /* Memory of the host for one parameter. A gradient that is NULL is not wanted and its work is
@@ -81,8 +81,10 @@ typedef struct moe_binding {
                                            entry is ignored. A stride may be negative; elements
                                            may not overlap */
     int64_t grad_stride[MOE_MAX_DIMS];
-    int32_t data_dtype; /* default MOE_DTYPE_F32; must be the object's dtype */
-    int32_t grad_dtype; /* default MOE_DTYPE_F32; must be the object's dtype */
+    int32_t data_dtype; /* default MOE_DTYPE_F32; must be the object's dtype; of a gate whose dtype
+                           has 16 bits, that or f32 */
+    int32_t grad_dtype; /* default MOE_DTYPE_F32; must be the object's dtype, or f32 where that has
+                           16 bits. One of 16 bits is widened, added to in f32 and rounded */
 } moe_binding;
 
 /* Write every default (all zero) and the caller's size. Returns as moe_context_config_init.
@@ -136,8 +138,8 @@ MOE_API moe_status moe_layer_parameter(const moe_layer *layer, int64_t index,
  * through a layer binds the gate's or pool's parameter, in every layer that shares it. No
  * allocation, except that the first use of per-expert pointers for a parameter allocates their
  * list.
- * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED for a dtype other than the
- * object's or memory for opaque storage, MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_INVALID_STATE. Since
+ * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED for a dtype other than those
+ * or memory for opaque storage, MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_INVALID_STATE. Since
  * 0.1. */
 MOE_API moe_status moe_gate_bind(moe_gate *gate, int64_t index, const moe_binding *binding);
 /* As above, for a pool. Since 0.1. */

@@ -116,8 +116,8 @@ typedef struct moe_forward_args {
                                    MOE_FROM_CONFIG */
     const double *loss_weights; /* in: [MOE_LOSS_SLOTS] finite weights of this call instead of
                                    the config's, or NULL */
-    void *losses_out;           /* out: [MOE_LOSS_SLOTS] weighted losses, the layer's dtype,
-                                   backend memory; or NULL */
+    void *losses_out;           /* out: [MOE_LOSS_SLOTS] weighted losses, real (the layer's dtype,
+                                   or f32 where that has 16 bits), backend memory; or NULL */
     void *stats_out;            /* out: [MOE_STAT_SLOTS] the same for the statistics; or NULL */
     void *stream;               /* NULL on CPU */
     const void *noise_primary;  /* in: [T,expert_groups] numbers of the host for the primary gate of
@@ -125,7 +125,9 @@ typedef struct moe_forward_args {
     int64_t noise_primary_stride; /* 0 = expert_groups */
 } moe_forward_args;
 
-/* Arguments of a backward. Fill with moe_backward_args_init, then set what you use. */
+/* Arguments of a backward. Fill with moe_backward_args_init, then set what you use. dx, dy, x and
+ * their like are of the layer's dtype; d_logits_out, entry_weight_grad and loss_grad are real: that
+ * dtype, or f32 where it has 16 bits. */
 typedef struct moe_backward_args {
     uint64_t struct_size;
     uint64_t flags;    /* MOE_BACKWARD_*; default 0 */
@@ -141,8 +143,8 @@ typedef struct moe_backward_args {
     int64_t d_logits_stride; /* 0 = E */
     void *entry_weight_grad; /* [N] gradient by the plan's weights, in order of entry, or NULL:
                                 out of a layer's or pool's backward, in to a gate's */
-    const void *loss_grad;   /* in: [MOE_LOSS_SLOTS] a factor for each loss, the layer's dtype,
-                                backend memory; NULL = 1. 0 switches a loss off */
+    const void *loss_grad;   /* in: [MOE_LOSS_SLOTS] a factor for each loss, real, backend memory;
+                                NULL = 1. 0 switches a loss off */
     const void *x;           /* in: x of the forward if its memory moved; NULL = where it was */
     const void *gate_x;      /* in: likewise; NULL = where it was, or x if gate_x was NULL then */
     void *stream;            /* NULL on CPU */
@@ -286,7 +288,8 @@ MOE_API moe_status moe_pass_report_init(moe_pass_report *report, size_t size);
  * Returns as moe_pass_stats. Since 0.1. */
 MOE_API moe_status moe_pass_get_report(const moe_pass *pass, moe_pass_report *report);
 
-/* What else a pass can show of its last forward. [shape] dtype; "real" is the layer's dtype. */
+/* What else a pass can show of its last forward. [shape] dtype; "real" is the layer's dtype, or f32
+ * where that has 16 bits. */
 enum {
     MOE_TENSOR_LOGITS = 0,       /* [T,E] real: clean logits, before noise */
     MOE_TENSOR_NOISY_LOGITS = 1, /* [T,E] real: H; the clean logits where there is no noise */

@@ -25,8 +25,8 @@ typedef struct moe_plan_args {
                                        row. The same expert twice in a token is legal: two rows */
     const void *weights;            /* in: [N] weight of each entry; NULL: all 1 */
     int32_t id_dtype;               /* MOE_DTYPE_I32 (default) or MOE_DTYPE_I64 */
-    int32_t dtype;                  /* of weights, here and in the plan: MOE_DTYPE_F32 (default)
-                                       or F64 */
+    int32_t dtype;                  /* of weights, here and in the plan: MOE_DTYPE_F32 (default),
+                                       also of layers whose dtype has 16 bits, or F64 */
     const uint8_t *token_mask;      /* in: [T] 0: the token gets no rows; NULL: all are tokens */
     const int64_t *group_begin;     /* in: [groups+1] or NULL; capacity acts per group */
     int64_t groups;                 /* 0 = one, with or without group_begin */
@@ -132,7 +132,8 @@ typedef struct moe_rows_args {
     void *rows_out; /* [R,width] */
     int64_t rows_out_stride;
     void *entry_weight_grad; /* [N], the plan's dtype */
-    int32_t dtype;           /* MOE_DTYPE_F32 (default) or F64; must be the plan's */
+    int32_t dtype;           /* of tokens and rows: the plan's, MOE_DTYPE_F32 (default) or F64; or,
+                                with a plan of f32, MOE_DTYPE_BF16 or F16 */
     int32_t reserved;        /* 0 */
     void *stream;            /* NULL on CPU */
 } moe_rows_args;

@@ -30,7 +30,7 @@ plain_headers() { # directory
 # The modules' headers are compared with their own maps and libraries.
 header_names() { # directory or header
     if test -d "$1"; then
-        mkdir -p "$out/core" && rm -f "$out/core"/* && cp "$1"/*.h "$out/core" && rm -f "$out/core/mpi.h" "$out/core/io.h"
+        mkdir -p "$out/core" && rm -f "$out/core"/* && cp "$1"/*.h "$out/core" && rm -f "$out/core/mpi.h" "$out/core/io.h" "$out/core/cuda.h"
     else
         mkdir -p "$out/core" && rm -f "$out/core"/* && cp "$1" "$out/core"
     fi
@@ -124,9 +124,9 @@ all_locked() { # directory
 forbidden='_?_?exit|_Exit|quick_exit|atexit|abort|assert|__assert|__assert_fail|__assert_perror_fail'
 forbidden="$forbidden|(__)?v?f?printf(_chk)?|dprintf|puts|putchar|putc|fputs|fputc|fwrite|perror|psignal|write"
 forbidden="$forbidden|signal|__sysv_signal|sigaction|raise|kill|pthread_kill|(secure_)?getenv|setenv|longjmp"
-check_calls() { # archive or object
+check_calls() { # archive or object, what its compiler may call
     calls=$(nm -u "$1" 2>/dev/null | awk 'NF == 2 && $1 == "U" { sub(/@.*/, "", $2); print $2 }' | sort -u |
-        grep -Ex "$forbidden")
+        grep -Ex "$forbidden" | grep -vx "${2:-none}")
     test -z "$calls" || { echo "$1 calls" $calls; return 1; }
 }
 
@@ -180,11 +180,11 @@ check_calls "$libdir/libmoe.a" || fail "a library never ends, prints, signals or
 check_needed "$lib" || fail "libmoe depends on libc, libm and threads only"
 check_includes src || fail "src"
 modules=0
-check_module() { # name, header, map, libraries it may need
+check_module() { # name, header, map, libraries it may need, what its compiler may call
     test -f "$libdir/$1.so" || return 0
     compare_names "$2" "$3" "$libdir/$1.so" || fail "$2, $3 and $libdir/$1.so differ"
     check_map "$3" || fail "$3"
-    check_calls "$libdir/$1.a" || fail "$1: a library never ends, prints, signals or reads the environment"
+    check_calls "$libdir/$1.a" "$5" || fail "$1: a library never ends, prints, signals or reads the environment"
     check_needed "$libdir/$1.so" "libmoe|$4" || fail "$1 depends on too much"
     modules=$((modules + 1))
 }
@@ -192,6 +192,12 @@ for module in openmpi mpich mpi; do
     check_module libmoe_mpi_$module include/moe/mpi.h src/comm/libmoe_mpi.map 'libmpi|libmpich'
 done
 check_module libmoe_io include/moe/io.h src/io/libmoe_io.map libjansson
+# nvcc takes its kernels out of the registry at exit.
+check_module libmoe_cuda include/moe/cuda.h cuda/libmoe_cuda.map 'libcudart|libcublas' atexit
+if test -f "$libdir/libmoe_cuda.a"; then
+    runtime=$(nm -uC "$libdir/libmoe_cuda.a" | grep -E ' (std::|operator (new|delete)|__cxa|__gxx|_Unwind)')
+    test -z "$runtime" || fail "libmoe_cuda needs a C++ runtime:" $runtime
+fi
 if have_abidiff; then
     compare_abi "$lib" || fail "abidiff found changes; see docs/abi.md"
 else

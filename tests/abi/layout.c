@@ -1,5 +1,6 @@
 /* layout.c - locks the layout of every public struct on LP64. Made by make_layout.py; a line that
  * has to change is a break of the ABI. */
+#include <moe/cuda.h>
 #include <moe/io.h>
 #include <moe/moe.h>
 #include <moe/mpi.h>
@@ -71,6 +72,23 @@ OFFSET(moe_context_config, parallel, 48);
 OFFSET(moe_context_config, parallel_user, 56);
 OFFSET(moe_context_config, log, 64);
 OFFSET(moe_context_config, log_user, 72);
+SIZE(moe_cuda_config, 72);
+OFFSET(moe_cuda_config, struct_size, 0);
+OFFSET(moe_cuda_config, device, 8);
+OFFSET(moe_cuda_config, tf32, 12);
+OFFSET(moe_cuda_config, cublas_workspace_bytes, 16);
+OFFSET(moe_cuda_config, wait_seconds, 24);
+OFFSET(moe_cuda_config, check_pointers, 32);
+OFFSET(moe_cuda_config, reserved, 36);
+OFFSET(moe_cuda_config, alloc, 40);
+OFFSET(moe_cuda_config, free, 48);
+OFFSET(moe_cuda_config, alloc_user, 56);
+OFFSET(moe_cuda_config, host, 64);
+SIZE(moe_cuda_pass_config, 32);
+OFFSET(moe_cuda_pass_config, struct_size, 0);
+OFFSET(moe_cuda_pass_config, cublas, 8);
+OFFSET(moe_cuda_pass_config, workspace, 16);
+OFFSET(moe_cuda_pass_config, workspace_bytes, 24);
 SIZE(moe_expert_call, 72);
 OFFSET(moe_expert_call, struct_size, 0);
 OFFSET(moe_expert_call, expert, 8);
@@ -482,6 +500,7 @@ VALUE(MOE_LOG_ERROR, 0);
 VALUE(MOE_LOG_WARNING, 1);
 VALUE(MOE_LOG_INFO, 2);
 VALUE(MOE_LOG_DEBUG, 3);
+VALUE(MOE_CUDA_CURRENT, -1);
 VALUE(MOE_ACTIVATION_RELU, 0);
 VALUE(MOE_ACTIVATION_GELU_TANH, 1);
 VALUE(MOE_ACTIVATION_GELU_ERF, 2);

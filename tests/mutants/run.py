@@ -19,11 +19,11 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 # Fast ones first; run_vectors covers f32 and f64 of every reference case.
 SUITES = ["check_family", "check_branches", "check_gate_kinds", "check_expert_kinds", "check_combine",
-          "check_gradients", "check_ranks", "check_ranks_bounds"]
+          "check_half", "check_gradients", "check_ranks", "check_ranks_bounds"]
 OF_RANKS = ["check_ranks", "check_ranks_bounds"]  # first for mistakes in what only they run
 WORKERS = 2
-BUILD_ARGS = ["BUILD=out", "LIB=out/lib", "VARIANTS=f32_plain f64_plain", "HAVE_X86=", "WERROR=0",
-              "CFLAGS=-O1"]
+BUILD_ARGS = ["BUILD=out", "LIB=out/lib", "VARIANTS=f32_plain f64_plain bf16_plain f16_plain",
+              "HAVE_X86=", "WERROR=0", "CFLAGS=-O1"]
 
 
 def read_list():

@@ -1,0 +1,75 @@
+/* fill.cu - zeros in strided memory, and which experts had rows: kernels of moe__memory. */
+#include "backend_cuda.h"
+
+struct moe_box {
+    int64_t count[3], stride[3];
+};
+
+/* base[i stride[0] + j stride[1] + k stride[2]] = 0, k the fastest thread */
+template <typename E> MOE_GLOBAL(256) moe_fill_zero(E *base, moe_box box, int64_t total)
+{
+    int64_t step = (int64_t)gridDim.x * 256;
+    for (int64_t at = (int64_t)blockIdx.x * 256 + threadIdx.x; at < total; at += step) {
+        int64_t row = at / box.count[2], k = at - row * box.count[2];
+        int64_t i = row / box.count[1], j = row - i * box.count[1];
+        base[i * box.stride[0] + j * box.stride[1] + k * box.stride[2]] = 0;
+    }
+}
+
+template <typename E>
+static moe_status zero(const moe__workers *workers, void *base, const moe_box &box)
+{
+    int64_t total = moe__mul(box.count[0], moe__mul(box.count[1], box.count[2]));
+    int64_t blocks = moe__min((total + 255) / 256, 0x7fffffff);
+    if (total <= 0) return MOE_OK;
+    return moe__cuda_launch(workers, "zero", moe_fill_zero<E>, dim3((unsigned)blocks), dim3(256), 0,
+                            (E *)base, box, total);
+}
+
+/* The dimension with the smallest stride comes last. */
+static moe_box fastest_last(const int64_t count[3], const int64_t stride[3])
+{
+    moe_box box;
+    int last = 2;
+    for (int d = 0; d < 3; d++) {
+        box.count[d] = count[d];
+        box.stride[d] = stride[d];
+        if (count[d] > 1 && (count[last] <= 1 || stride[d] < stride[last])) last = d;
+    }
+    box.count[2] = count[last];
+    box.stride[2] = stride[last];
+    box.count[last] = count[2];
+    box.stride[last] = stride[2];
+    return box;
+}
+
+extern "C" moe_status moe__cuda_zero_strided(const moe__workers *workers, void *base,
+                                             const int64_t count[3], const int64_t stride[3],
+                                             int64_t element)
+{
+    moe_box box = fastest_last(count, stride);
+    switch (element) {
+    case 1: return zero<uint8_t>(workers, base, box);
+    case 2: return zero<uint16_t>(workers, base, box);
+    case 4: return zero<uint32_t>(workers, base, box);
+    default: return zero<uint64_t>(workers, base, box);
+    }
+}
+
+/* touched[e] = 1 for every expert with rows; forget: 0 for the others */
+MOE_GLOBAL(256)
+moe_fill_touched(uint8_t *touched, const int64_t *expert_begin, int64_t num_experts, int32_t forget)
+{
+    int64_t e = (int64_t)blockIdx.x * 256 + threadIdx.x;
+    if (e >= num_experts) return;
+    bool rows = expert_begin[e] < expert_begin[e + 1];
+    if (rows || forget) touched[e] = rows;
+}
+
+extern "C" moe_status moe__cuda_note_touched(const moe__workers *workers, uint8_t *touched,
+                                             const moe__plan_arrays *plan, bool forget)
+{
+    return moe__cuda_launch(workers, "touched", moe_fill_touched,
+                            dim3((unsigned)((plan->num_experts + 255) / 256)), dim3(256), 0,
+                            touched, plan->expert_begin, plan->num_experts, forget);
+}
