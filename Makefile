@@ -232,7 +232,7 @@ $(BUILD)/cuda/%.o: cuda/%.c $(CUDA_STAMP)
 	$(CC) $(SHIPPED) -Icuda -isystem $(CUDA_INCLUDE) -O2 $(CFLAGS) -MMD -MP -c $< -o $@
 $(BUILD)/cuda/%.cu.o: cuda/%.cu $(CUDA_STAMP)
 	@mkdir -p $(@D)
-	$(NVCC) $(CUDA_FLAGS) -MMD -MP -MF $(@:.o=.d) -c $< -o $@
+	$(NVCC) $(CUDA_FLAGS) -Xptxas -v -MMD -MP -MF $(@:.o=.d) -c $< -o $@ 2>$(@:.o=.log) || { cat $(@:.o=.log) >&2; exit 1; }
 $(LIB)/libmoe_cuda.a: $(CUDA_OBJECTS) $(CUDA_STAMP)
 	@mkdir -p $(@D)
 	rm -f $@
@@ -406,6 +406,7 @@ help:
 #: make check-asan     suites, hosts and vectors under AddressSanitizer and UBSan
 #: make check-tsan     threaded suites and hosts under ThreadSanitizer
 #: make check-valgrind hosts under valgrind
+#: make check-emulator  the emulator of CUDA (docs/emulation.md; CUDA=/usr/local/cuda, EMU_SEEDS="1 2 3")
 #: make check-headers  each header alone in every language version
 #: make cuda           libmoe_cuda alone (CUDA=/usr/local/cuda, CUDA_ARCHS="80 90 100", NO_CUDA=1)
 #: make check-cuda-resources  registers and shared memory of every kernel against tests/cuda/budget.txt

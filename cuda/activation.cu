@@ -145,7 +145,7 @@ MOE_DEVICE void store_pair(T *one, T *three, int64_t j, int step, const float (&
 template <typename T, int V>
 MOE_DEVICE void add_bias(const moe__cuda_vectors &b, const T *bias, int64_t j, float (&z)[V])
 {
-    for (int i = 0; i < V; i++) z[i] = moe__rounded<T>(z[i] + moe__widen(bias[(j + i) * b.stride]));
+    for (int i = 0; i < V; i++) z[i] = moe__rounded<T>(z[i] + moe_widen(bias[(j + i) * b.stride]));
 }
 
 /* ---- forward --------------------------------------------------------------------------------- */
@@ -235,9 +235,9 @@ template <typename T> MOE_GLOBAL(256) moe__cuda_act_dot(const moe__cuda_activati
     const T *dh = (const T *)a.dh + r * a.dh_stride;
     float lane[1] = {0.0f};
     for (int64_t j = threadIdx.x % 16; at.number >= 0 && j < a.width; j += 16) {
-        float h = act(a, moe__widen(z1[j * a.step]), false).value;
-        if (z3) h = h * up(a, moe__widen(z3[j * a.step]));
-        lane[0] = moe__fma_f32(moe__widen(dh[j]), moe__rounded<T>(h), lane[0]);
+        float h = act(a, moe_widen(z1[j * a.step]), false).value;
+        if (z3) h = h * up(a, moe_widen(z3[j * a.step]));
+        lane[0] = moe__fma_f32(moe_widen(dh[j]), moe__rounded<T>(h), lane[0]);
     }
     float sum = moe__lane_tree<1>(lane);
     if (at.number >= 0 && threadIdx.x % 16 == 0) a.entry_grad[a.map.entry_of_row[at.number]] = sum;
@@ -248,23 +248,23 @@ template <typename T> MOE_GLOBAL(256) moe__cuda_act_dot(const moe__cuda_activati
 /* The layout that every array of the call allows. */
 template <typename T> static int layout_of(const moe__cuda_activation &a)
 {
-    const int V = moe__vector<T>::size;
-    bool aligned = a.width % V == 0 && moe__is_aligned<T>(a.h, a.h_stride) &&
-                   moe__is_aligned<T>(a.z1, a.z_stride) && moe__is_aligned<T>(a.dz1, a.z_stride) &&
-                   moe__is_aligned<T>(a.dh, a.dh_stride);
+    const int V = moe_pack_of<T>::N;
+    bool aligned = a.width % V == 0 && moe_rows_aligned<T>(a.h, a.h_stride) &&
+                   moe_rows_aligned<T>(a.z1, a.z_stride) &&
+                   moe_rows_aligned<T>(a.dz1, a.z_stride) && moe_rows_aligned<T>(a.dh, a.dh_stride);
     if (a.step == 2)
         return aligned && (const T *)a.z3 == (const T *)a.z1 + 1 && a.dz3 == (T *)a.dz1 + !!a.dz1
                    ? IN_TURN
                    : ANY;
-    aligned = aligned && moe__is_aligned<T>(a.z3, a.z_stride) &&
-              moe__is_aligned<T>(a.dz3, a.z_stride);
+    aligned = aligned && moe_rows_aligned<T>(a.z3, a.z_stride) &&
+              moe_rows_aligned<T>(a.dz3, a.z_stride);
     return !aligned ? ANY : a.z3 ? TWO : ONE;
 }
 
 template <typename T>
 static moe_status forward(const moe__workers *workers, const moe__cuda_activation &a)
 {
-    const int V = moe__vector<T>::size, layout = layout_of<T>(a);
+    const int V = moe_pack_of<T>::N, layout = layout_of<T>(a);
     moe__row_launch launch = moe__launch_rows(a.map.rows, a.width, layout == ANY ? 1 : V);
     return moe__cuda_launch(workers, "activation",
                             layout == ONE       ? moe__cuda_act_forward<T, V, ONE>
@@ -277,7 +277,7 @@ static moe_status forward(const moe__workers *workers, const moe__cuda_activatio
 template <typename T>
 static moe_status backward(const moe__workers *workers, const moe__cuda_activation &a)
 {
-    const int V = moe__vector<T>::size, layout = layout_of<T>(a);
+    const int V = moe_pack_of<T>::N, layout = layout_of<T>(a);
     moe__row_launch launch = moe__launch_rows(a.map.rows, a.width, layout == ANY ? 1 : V);
     if (a.entry_grad)
         MOE_TRY(moe__cuda_launch(workers, "activation", moe__cuda_act_dot<T>,

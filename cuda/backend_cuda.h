@@ -8,6 +8,7 @@
 
 #include "backend.h"
 
+#define CUDA_NO_HALF /* else `half` is a type where numeric.h has a variable */
 #include <cublas_v2.h>
 #include <cuda_runtime_api.h>
 

@@ -19,7 +19,7 @@ MOE_DEVICE void set_sum(const moe__cuda_sums &s, int64_t expert, int64_t j, floa
         *sum = s.overwrite ? x : *sum + x;
     } else {
         T *sum = (T *)base + at;
-        moe__narrow(sum, s.overwrite ? x : moe__widen(*sum) + x);
+        moe_narrow(sum, s.overwrite ? x : moe_widen(*sum) + x);
     }
 }
 
@@ -42,10 +42,10 @@ template <typename T, int V> MOE_GLOBAL(256) moe__cuda_sum_slices(const moe__cud
         for (int i = 0; i < V; i++) sum[i] = sum[i] + x[i];
     }
     for (int i = 0; i < V; i++) part[(int)threadIdx.x * V + i] = sum[i];
-    for (int half = deep / 2; half > 0; half /= 2) {
+    for (int apart = deep / 2; apart > 0; apart /= 2) {
         moe_block_sync();
-        for (int i = 0; depth < half && i < V; i++)
-            part[(int)threadIdx.x * V + i] += part[((int)threadIdx.x + half * across) * V + i];
+        for (int i = 0; depth < apart && i < V; i++)
+            part[(int)threadIdx.x * V + i] += part[((int)threadIdx.x + apart * across) * V + i];
     }
     if (depth > 0 || j >= s.width) return;
     for (int i = 0; i < V; i++) {
@@ -71,8 +71,8 @@ template <typename T> MOE_GLOBAL(256) moe__cuda_sum_finish(const moe__cuda_sums 
 template <typename T>
 static moe_status sums_of(const moe__workers *workers, const moe__cuda_sums &s)
 {
-    const int V = moe__vector<T>::size;
-    bool aligned = s.width % V == 0 && moe__is_aligned<T>(s.g, s.stride);
+    const int V = moe_pack_of<T>::N;
+    bool aligned = s.width % V == 0 && moe_rows_aligned<T>(s.g, s.stride);
     dim3 grid((unsigned)(s.map.experts * s.tiles), (unsigned)s.slices);
     MOE_TRY(moe__cuda_launch(workers, "column sums",
                              aligned ? moe__cuda_sum_slices<T, V> : moe__cuda_sum_slices<T, 1>,

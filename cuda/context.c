@@ -1,7 +1,6 @@
 /* context.c - a context on a GPU: its life, errors of CUDA and cuBLAS, waiting, whose device is
  * current. */
 #include "cuda_internal.h"
-#include "internal.h"
 
 #include <stdarg.h>
 #include <stdio.h>

@@ -5,13 +5,42 @@
 
 #include "backend_cuda.h"
 
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+/* As half.h has it; on the device by an instruction where there is one, since a dozen integer
+ * operations for each element would take longer than its 2 bytes. Only what a NaN carries
+ * differs. */
 MOE_DEVICE float moe_widen(float v) { return v; }
 MOE_DEVICE float moe_widen(moe_bf16 v) { return moe__from_bf16(v.bits); }
-MOE_DEVICE float moe_widen(moe_f16 v) { return moe__from_f16(v.bits); }
+MOE_DEVICE float moe_widen(moe_f16 v)
+{
+#ifdef __CUDA_ARCH__
+    return __half2float(__ushort_as_half(v.bits));
+#else
+    return moe__from_f16(v.bits);
+#endif
+}
 
 MOE_DEVICE void moe_narrow(float *out, float v) { *out = v; }
-MOE_DEVICE void moe_narrow(moe_bf16 *out, float v) { out->bits = moe__to_bf16(v); }
-MOE_DEVICE void moe_narrow(moe_f16 *out, float v) { out->bits = moe__to_f16(v); }
+MOE_DEVICE void moe_narrow(moe_bf16 *out, float v)
+{
+#ifdef __CUDA_ARCH__
+    out->bits = __bfloat16_as_ushort(__float2bfloat16_rn(v));
+#else
+    out->bits = moe__to_bf16(v);
+#endif
+}
+MOE_DEVICE void moe_narrow(moe_f16 *out, float v)
+{
+#ifdef __CUDA_ARCH__
+    out->bits = __half_as_ushort(__float2half_rn(v));
+#else
+    out->bits = moe__to_f16(v);
+#endif
+}
 
 /* In front of a loop over a lane's elements, which are registers. */
 #ifdef __CUDACC__
@@ -191,7 +220,7 @@ MOE_DEVICE int moe_lanes_used(int64_t first, int64_t end)
 /* ---- looking up ------------------------------------------------------------------------------ */
 
 /* The last i in [0, count) with begin[i] <= at: the run that holds `at`. */
-MOE_DEVICE int64_t moe_run_of(const int64_t *begin, int64_t count, int64_t at)
+MOE_DEVICE int64_t moe_range_of(const int64_t *begin, int64_t count, int64_t at)
 {
     int64_t low = 0, high = count - 1;
     while (low < high) {
@@ -209,7 +238,7 @@ MOE_DEVICE int64_t moe_token_of_entry(const moe__plan_arrays &p, int64_t n)
 {
     int64_t K = p.entries / p.tokens, guess = K > 0 ? n / K : 0;
     if (guess < p.tokens && p.token_begin[guess] <= n && n < p.token_begin[guess + 1]) return guess;
-    return moe_run_of(p.token_begin, p.tokens, n);
+    return moe_range_of(p.token_begin, p.tokens, n);
 }
 
 #endif

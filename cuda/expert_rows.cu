@@ -47,9 +47,9 @@ moe__cuda_gather_rows(const moe__cuda_gather g, int shift)
 template <typename T>
 static moe_status gather(const moe__workers *workers, const moe__cuda_gather &g)
 {
-    const int V = moe__vector<T>::size;
-    bool aligned = g.width % V == 0 && moe__is_aligned<T>(g.from, g.from_stride) &&
-                   moe__is_aligned<T>(g.out, g.width) && moe__is_aligned<T>(g.to, g.width);
+    const int V = moe_pack_of<T>::N;
+    bool aligned = g.width % V == 0 && moe_rows_aligned<T>(g.from, g.from_stride) &&
+                   moe_rows_aligned<T>(g.out, g.width) && moe_rows_aligned<T>(g.to, g.width);
     moe__row_launch launch = moe__launch_rows(g.map.rows, g.width, aligned ? V : 1);
     return moe__cuda_launch(workers, "gather",
                             aligned ? moe__cuda_gather_rows<T, V> : moe__cuda_gather_rows<T, 1>,
@@ -78,7 +78,7 @@ moe__cuda_output_rows(const moe__cuda_output o, int shift)
         float x[V];
         moe__load<V>(out + j, x);
         if (biased)
-            for (int i = 0; i < V; i++) x[i] += moe__widen(bias[(j + i) * o.bias.stride]);
+            for (int i = 0; i < V; i++) x[i] += moe_widen(bias[(j + i) * o.bias.stride]);
         if (o.sigmoid)
             for (int i = 0; i < V; i++) x[i] = moe__sigmoid_f32(x[i]);
         moe__store<V>(out + j, x);
@@ -88,8 +88,8 @@ moe__cuda_output_rows(const moe__cuda_output o, int shift)
 template <typename T>
 static moe_status output(const moe__workers *workers, const moe__cuda_output &o)
 {
-    const int V = moe__vector<T>::size;
-    bool aligned = o.width % V == 0 && moe__is_aligned<T>(o.out, o.width);
+    const int V = moe_pack_of<T>::N;
+    bool aligned = o.width % V == 0 && moe_rows_aligned<T>(o.out, o.width);
     moe__row_launch launch = moe__launch_rows(o.map.rows, o.width, aligned ? V : 1);
     return moe__cuda_launch(workers, "output",
                             aligned ? moe__cuda_output_rows<T, V> : moe__cuda_output_rows<T, 1>,
@@ -140,9 +140,9 @@ template <typename T, int V> MOE_GLOBAL(256) moe__cuda_dot_rows(const moe__cuda_
 
 template <typename T> static moe_status dot(const moe__workers *workers, const moe__cuda_dot &d)
 {
-    const int V = moe__vector<T>::size;
-    bool aligned = d.width % V == 0 && moe__is_aligned<T>(d.a, d.a_stride) &&
-                   moe__is_aligned<T>(d.b, d.b_stride);
+    const int V = moe_pack_of<T>::N;
+    bool aligned = d.width % V == 0 && moe_rows_aligned<T>(d.a, d.a_stride) &&
+                   moe_rows_aligned<T>(d.b, d.b_stride);
     int64_t rows = 256 / (16 / (aligned ? V : 1)); /* of a block */
     dim3 grid((unsigned)((d.map.rows + rows - 1) / rows));
     return moe__cuda_launch(workers, "dot",

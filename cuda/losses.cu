@@ -286,7 +286,7 @@ MOE_GLOBAL(MOE_ROUTE_THREADS) moe_losses_threshold(moe_loss_arrays l)
     moe_score_all(row, l.logits + t * l.E, l.E, MOE_SCORE_SOFTMAX);
     for (int64_t e = moe_lane(); e < l.E; e += MOE_WARP) {
         float threshold = moe_vector_at(&l.threshold, e);
-        if (row[e] > threshold) value += (double)row[e] - (double)threshold;
+        value += (double)(row[e] > threshold) * ((double)row[e] - (double)threshold);
     }
     moe_warp_sync();
     for (int64_t n = l.token_begin[t] + moe_lane(); n < l.token_begin[t + 1]; n += MOE_WARP)

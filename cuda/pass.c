@@ -1,7 +1,6 @@
 /* pass.c - what a pass has of CUDA: a cuBLAS handle and its workspace, pinned memory, and the rows
  * of each expert of its plans on the host. */
 #include "cuda_internal.h"
-#include "internal.h"
 
 #include <string.h>
 

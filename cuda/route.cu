@@ -16,20 +16,21 @@
 
 /* ---- the input ------------------------------------------------------------------------------- */
 
-/* out[T,D] = in u; a thread for four columns. */
+/* out[T,D] = in u, floats; a thread for four columns. */
 template <typename T>
 MOE_GLOBAL(MOE_ROUTE_THREADS)
-moe_route_jitter(const T *in, int64_t in_stride, T *out, int64_t tokens, int64_t D, moe_jitter how)
+moe_route_jitter(const T *in, int64_t in_stride, float *out, int64_t tokens, int64_t D,
+                 moe_jitter how)
 {
     int64_t quads = (D + 3) / 4, t = moe_thread() / quads, first = moe_thread() % quads * 4;
-    int32_t dtype = moe_dtype_of<T>::value;
     float factor[4];
     if (t >= tokens) return;
     moe_jitter4(&how, t, first, factor);
     for (int j = 0; j < 4; j++)
         if (first + j < D)
-            moe_set_element(out, dtype, t * D + first + j,
-                            moe_element(in, dtype, t * in_stride + first + j) * factor[j]);
+            out[t * D + first + j] = moe_element(in, moe_dtype_of<T>::value,
+                                                 t * in_stride + first + j) *
+                                     factor[j];
 }
 
 /* ---- logits ---------------------------------------------------------------------------------- */
@@ -49,6 +50,7 @@ struct moe_noise {
     const float *in; /* the host's numbers, or NULL */
     int64_t in_stride;
     float epsilon;
+    int32_t reserved;
 };
 
 /* Noise, sd and H; a thread for the candidates of a row in one block of the counter, the candidates
@@ -88,8 +90,7 @@ static moe_status level_product(const moe__route_job *job, const moe__gate_level
     product.ranges = {level->rows, level->parts, level->part_begin, 1};
     product.k = job->input_width;
     product.n = level->width;
-    product.a = {job->x, job->x_stride, level->token_of_row, moe_dtype_of<T>::value};
-    if (job->x_jittered) product.a.data = job->x_jittered, product.a.stride = job->input_width;
+    product.a = moe_gate_input<T>(job, level->token_of_row);
     product.b = *w;
     if (bias) product.bias = *bias;
     product.out = out;
@@ -122,7 +123,8 @@ static moe_status add_noise(const moe__route_job *job, const moe__gate_level *le
                      job->token_first,
                      (const float *)level->noise_in,
                      level->noise_stride,
-                     (float)job->config->noise_epsilon};
+                     (float)job->config->noise_epsilon,
+                     0};
     int64_t blocks = (level->width + 3) / 4 + (level->parts > 1 && level->width % 4 != 0);
     if (!level->noise) return MOE_OK;
     return moe_over_items(&job->workers, "moe_route_noise", moe_route_noise, level->rows * blocks,
@@ -331,7 +333,7 @@ template <typename T> static moe_status first_logits(const moe__route_job *job)
     if (job->x_jittered)
         MOE_TRY(moe_over_items(&job->workers, "moe_route_jitter", moe_route_jitter<T>,
                                job->tokens * ((D + 3) / 4), (const T *)job->x, job->x_stride,
-                               (T *)job->x_jittered, job->tokens, D, moe_jitter_of(job)));
+                               (float *)job->x_jittered, job->tokens, D, moe_jitter_of(job)));
     MOE_TRY(level_logits<T>(job, &job->level[0]));
     return add_noise(job, &job->level[0]);
 }

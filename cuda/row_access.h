@@ -1,84 +1,31 @@
-/* row_access.h - reading and writing rows of a storage type as floats, one by one or 16 bytes at
- * once, and finding the rows of a job. Widening is exact and narrowing rounds once, by an
- * instruction where there is one. For kernels. */
+/* row_access.h - for the kernels of the experts: elements as floats, the rows of a job, launches over
+ * rows. */
 #ifndef MOE_CUDA_ROW_ACCESS_H
 #define MOE_CUDA_ROW_ACCESS_H
 
+#include "elements.h"
 #include "expert_rows.h"
-
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
-
-/* ---- one element ----------------------------------------------------------------------------- */
-
-MOE_DEVICE float moe__widen(float x) { return x; }
-MOE_DEVICE float moe__widen(moe_bf16 x) { return moe__from_bf16(x.bits); }
-MOE_DEVICE float moe__widen(moe_f16 x)
-{
-#ifdef __CUDA_ARCH__
-    return __half2float(__ushort_as_half(x.bits));
-#else
-    return moe__from_f16(x.bits);
-#endif
-}
-
-MOE_DEVICE void moe__narrow(float *to, float x) { *to = x; }
-MOE_DEVICE void moe__narrow(moe_bf16 *to, float x)
-{
-#ifdef __CUDA_ARCH__
-    to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
-#else
-    to->bits = moe__to_bf16(x);
-#endif
-}
-MOE_DEVICE void moe__narrow(moe_f16 *to, float x)
-{
-#ifdef __CUDA_ARCH__
-    to->bits = __half_as_ushort(__float2half_rn(x));
-#else
-    to->bits = moe__to_f16(x);
-#endif
-}
 
 /* What is read back after x has been stored. */
 template <typename T> MOE_DEVICE float moe__rounded(float x)
 {
     T stored;
-    moe__narrow(&stored, x);
-    return moe__widen(stored);
+    moe_narrow(&stored, x);
+    return moe_widen(stored);
 }
 
-/* ---- V elements: 1, or as many as 16 bytes have ---------------------------------------------- */
-
-template <typename T> struct moe__vector {
-    static const int size = 16 / (int)sizeof(T);
-};
-
+/* V elements as floats: 1, or the pack of 16 bytes. */
 template <int V, typename T> MOE_DEVICE void moe__load(const T *from, float (&x)[V])
 {
-    T element[V];
-    if (V == 1) {
-        element[0] = *from;
-    } else {
-        uint4 all = moe_load16(from);
-        memcpy(element, &all, V * sizeof(T));
-    }
-    for (int i = 0; i < V; i++) x[i] = moe__widen(element[i]);
+    moe_pack<T, V> pack = moe_load_pack<T, V>(from);
+    for (int i = 0; i < V; i++) x[i] = moe_widen(pack.v[i]);
 }
 
 template <int V, typename T> MOE_DEVICE void moe__store(T *to, const float (&x)[V])
 {
-    T element[V];
-    for (int i = 0; i < V; i++) moe__narrow(&element[i], x[i]);
-    if (V == 1) {
-        *to = element[0];
-    } else {
-        uint4 all;
-        memcpy(&all, element, V * sizeof(T));
-        moe_store16(to, all);
-    }
+    moe_pack<T, V> pack;
+    for (int i = 0; i < V; i++) moe_narrow(&pack.v[i], x[i]);
+    moe_store_pack<T, V>(to, pack);
 }
 
 /* ---- rows ------------------------------------------------------------------------------------ */
@@ -89,20 +36,6 @@ struct moe__row {
     int64_t expert;
 };
 
-/* The last e with expert_begin[e] <= number. */
-MOE_DEVICE int64_t moe__expert_of(const moe__cuda_map &map, int64_t number)
-{
-    int64_t low = 0, high = map.experts;
-    while (high - low > 1) {
-        int64_t middle = low + (high - low) / 2;
-        if (map.expert_begin[middle] <= number)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
-}
-
 /* The expert is found where it is asked for, or the rows are padded. */
 MOE_DEVICE moe__row moe__find_row(const moe__cuda_map &map, int64_t row, bool expert)
 {
@@ -110,7 +43,7 @@ MOE_DEVICE moe__row moe__find_row(const moe__cuda_map &map, int64_t row, bool ex
     if (row >= map.rows) return at;
     if (map.padded == 0) {
         at.number = map.first + row;
-        if (expert) at.expert = moe__expert_of(map, at.number);
+        if (expert) at.expert = moe_run_of(map.expert_begin, map.experts, at.number);
         return at;
     }
     at.expert = row / map.padded;
@@ -162,12 +95,6 @@ static inline moe__row_launch moe__launch_rows(int64_t rows, int64_t width, int 
     int64_t each = MOE__ROW_THREADS >> launch.shift;
     launch.grid = dim3((unsigned)((rows + each - 1) / each));
     return launch;
-}
-
-/* Whether rows of T that begin at p, `stride` apart, can be read 16 bytes at once; for NULL yes. */
-template <typename T> static inline bool moe__is_aligned(const void *p, int64_t stride)
-{
-    return ((uintptr_t)p & 15) == 0 && (stride * (int64_t)sizeof(T)) % 16 == 0;
 }
 
 /* Calls function<T>(arguments) for the storage type. */

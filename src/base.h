@@ -49,6 +49,21 @@ moe_status moe__check_range(const char *name, int64_t value, int64_t low, int64_
 moe_status moe__check_matrix(const char *name, const void *data, int64_t *stride, int64_t rows,
                              int64_t width, int64_t element, bool required, const char *function);
 
+/* ---- structs of growing size (struct.c) ------------------------------------------------------ */
+
+/* All of a public struct that this library knows: `size` now, `first_size` in its first release. */
+typedef struct moe__struct_info {
+    const char *name;
+    size_t size, first_size;
+    void (*defaults)(void *instance); /* writes every field but struct_size */
+} moe__struct_info;
+
+/* A struct that has not grown since its first release. */
+#define MOE__STRUCT_INFO(type, defaults)            \
+    {                                               \
+#type, sizeof(type), sizeof(type), defaults \
+    }
+
 /* ---- sizes ----------------------------------------------------------------------------------- */
 
 /* Product or sum of non-negative sizes, or -1 if it does not fit in int64_t or one is -1. */
@@ -122,6 +137,7 @@ typedef struct moe__plan_arrays {
     int64_t *entry_of_row;    /* [N], R used */
     int64_t *group_begin;     /* [G+1] */
     int32_t dtype;
+    int32_t zero; /* kernels take plans by value: no bytes without a name */
 } moe__plan_arrays;
 
 MOE_END_DECLS

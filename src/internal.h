@@ -11,19 +11,6 @@
 
 /* ---- structs of growing size (struct.c) ------------------------------------------------------ */
 
-/* All of a public struct that this library knows: `size` now, `first_size` in its first release. */
-typedef struct moe__struct_info {
-    const char *name;
-    size_t size, first_size;
-    void (*defaults)(void *instance); /* writes every field but struct_size */
-} moe__struct_info;
-
-/* A struct that has not grown since its first release. */
-#define MOE__STRUCT_INFO(type, defaults)            \
-    {                                               \
-#type, sizeof(type), sizeof(type), defaults \
-    }
-
 /* One per public struct, each beside the code that owns it. */
 extern const moe__struct_info moe__context_config_info, moe__gate_config_info,
     moe__experts_config_info, moe__expert_callbacks_info, moe__layer_config_info,

@@ -256,7 +256,8 @@ check-long:
 
 FORMATTED := $(wildcard cuda/*.[ch] cuda/*.cu) $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] src/io/*.[ch] examples/*.[ch] examples/*.cpp \
     examples/demo/*.[ch] tests/*.c tests/reference/*.[ch] tests/support/*.[ch] tests/hosts/*.[ch] \
-    tests/vector_runner/*.[ch] tests/bench/*.[ch] tests/ranks/*.c)
+    tests/vector_runner/*.[ch] tests/bench/*.[ch] tests/ranks/*.c cuda/*.[ch] cuda/*.cu tests/emulation/*.[ch] \
+    tests/emulation/*.cu)
 format:
 	$(call NEED,clang-format,clang-format)
 	clang-format -i $(FORMATTED)
@@ -267,4 +268,8 @@ check-format:
 abi-baseline: $(LIB)/libmoe.so
 	sh tests/abi/baseline.sh $(LIB)
 
+include tests/emulation/emulation.mk
+
 -include $(SUITES:=.d) $(HOSTS:=.d) $(EXAMPLES:=.d) $(SUPPORT_OBJECTS:=.d)
+
+include tests/emulation/suites.mk

@@ -26,8 +26,13 @@ class Dims(NamedTuple):
 
     @property
     def real(self) -> str:
-        """What logits, weights and losses hold: layers of 16 bits compute in float32."""
-        return "float32" if self.dtype in ("bfloat16", "float16") else self.dtype
+        """The dtype of logits, noise, weights, losses and their gradients."""
+        return _memory.real(self.dtype)
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of an argument: tokens and their gradients are of the layer's own."""
+        tokens = ("x", "gate_x", "y", "dx", "dy", "d_gate_x")
+        return self.dtype if name in tokens else self.real
 
 
 _FORWARD_FIELDS = ("flags", "tokens", "token_first", "step", "plan_use", "top_k", "capacity")
@@ -53,9 +58,8 @@ class ForwardCall:
             return
         if width == 0:
             raise ValueError(f"{name} is given and this call has no use for it")
-        dtype = self.dims.dtype if name in ("x", "gate_x") else self.dims.real
         memory, count, stride = _memory.matrix(
-            name, source, dtype, self.tokens, width, device=self.dims.device
+            name, source, self.dims.dtype_of(name), self.tokens, width, device=self.dims.device
         )
         self.tokens = count
         setattr(self.args, name, memory.address)
@@ -140,9 +144,8 @@ class BackwardCall:
         if width == 0:
             raise ValueError(f"{name} is given and this call has no use for it")
         dims = self.dims
-        dtype = dims.real if name == "d_logits_out" else dims.dtype
         memory, _, stride = _memory.matrix(
-            name, source, dtype, self.tokens, width, writable, dims.device
+            name, source, dims.dtype_of(name), self.tokens, width, writable, dims.device
         )
         self.keep.append(memory)
         setattr(self.args, name, memory.address)

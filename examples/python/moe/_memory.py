@@ -24,8 +24,20 @@ NAMES = {
     DType.I32: "int32",
     DType.I64: "int64",
 }
+# What numpy has no type for lies in arrays of this one, bit for bit.
+BITS = {"bfloat16": "uint16"}
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8,
          "uint8": 1, "bool": 1}  # fmt: skip
+
+
+def real(dtype: str) -> str:
+    """What a layer of this dtype computes with: its logits, weights and losses are of that."""
+    return "float32" if dtype in ("bfloat16", "float16") else dtype
+
+
+def accepted(dtype: str) -> List[str]:
+    """The dtypes of arrays that can hold this one."""
+    return [dtype, BITS[dtype]] if dtype in BITS else [dtype]
 
 
 class Memory:
@@ -267,6 +279,7 @@ def _from_interface(name: str, source: Any) -> Memory:
     kinds = {"f": "float", "i": "int", "u": "uint", "c": "complex"}
     if text[0] != ">" and text[1] in kinds:
         dtype = f"{kinds[text[1]]}{8 * size}"
+        dtype = "uint16" if dtype == "int16" else dtype  # bits of bfloat16, as DeviceArray shows them
     else:
         dtype = {"|b1": "bool", "<V2": "bfloat16"}.get(text, f"format {text!r}")
     address, read_only = described["data"]
@@ -309,8 +322,6 @@ def describe(
     device: Optional[int] = None,
 ) -> Memory:
     """Where `source` lies, if it holds one of `dtypes` and may be written when that is wanted.
-    numpy has no bfloat16: 16-bit integers are its bits.
-
     device  the GPU it must be on; None: it must be the host's
     """
     if isinstance(source, Memory):
@@ -331,8 +342,7 @@ def describe(
                     f"{type(source).__name__}"
                 ) from None
             memory = _from_dlpack(name, source)
-    is_bits = memory.dtype in ("uint16", "int16") and "bfloat16" in dtypes
-    if memory.dtype not in dtypes and not is_bits:
+    if memory.dtype not in dtypes:
         wanted = " or ".join(dtypes)
         raise TypeError(f"{name} holds {memory.dtype}, shape {memory.shape}; wanted {wanted}")
     if writable and not memory.writable:
@@ -368,7 +378,7 @@ def matrix(
     device: Optional[int] = None,
 ) -> Tuple[Memory, int, int]:
     """Rows of `width` elements: the memory, how many rows, and the stride between them."""
-    memory = describe(name, source, [dtype], writable, device)
+    memory = describe(name, source, accepted(dtype), writable, device)
     count, stride = memory.row_stride(name, width)
     if rows is not None and count != rows:
         raise ValueError(f"{name} has shape {memory.shape}: {count} rows; wanted {rows}")

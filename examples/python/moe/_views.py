@@ -10,6 +10,7 @@ import ctypes
 import importlib
 from typing import Any, Dict, Optional, Sequence, Tuple
 
+from . import _memory
 from ._handle import Handle, device_of
 
 
@@ -33,13 +34,11 @@ _CTYPES: Dict[str, Any] = {
     "uint32": ctypes.c_uint32,
     "uint64": ctypes.c_uint64,
     "bool": ctypes.c_bool,
-    "float16": ctypes.c_uint16,
-    "bfloat16": ctypes.c_uint16,
+    "float16": ctypes.c_uint16,  # its bits
 }
 _FORMATS: Dict[str, Any] = {"float32": "f", "float64": "d", "int32": "i", "int64": "q",
                             "uint8": "B", "int8": "b", "uint16": "H", "int16": "h", "uint32": "I",
-                            "uint64": "Q", "bool": "?", "float16": "e",
-                            "bfloat16": "H"}  # fmt: skip
+                            "uint64": "Q", "bool": "?", "float16": "e"}  # fmt: skip
 
 
 class _Export:
@@ -49,14 +48,9 @@ class _Export:
         self.handle = handle
 
 
-def _numpy_name(dtype: str) -> str:
-    """numpy has no bfloat16: its bits are in uint16."""
-    return "uint16" if dtype == "bfloat16" else dtype
-
-
 def size_of(shape: Sequence[int], dtype: str) -> int:
     """Bytes of an array."""
-    return _count(shape) * ctypes.sizeof(_CTYPES[dtype])
+    return _count(shape) * ctypes.sizeof(_CTYPES[_memory.BITS.get(dtype, dtype)])
 
 
 def _count(shape: Sequence[int]) -> int:
@@ -89,13 +83,14 @@ def view(
         if track:
             handle.exports.add(there)
         return there
+    dtype = _memory.BITS.get(dtype, dtype)
     raw = (_CTYPES[dtype] * count).from_address(address)
     export = _Export(handle)
     raw._export = export  # everything derived from `raw` keeps it, and it keeps the handle
     if track:
         handle.exports.add(export)
     if numpy is not None:
-        array = numpy.ndarray(shape, _numpy_name(dtype), buffer=raw)
+        array = numpy.ndarray(shape, dtype, buffer=raw)
         array.flags.writeable = writable
         return array
     flat = memoryview(raw).cast("B")
@@ -105,13 +100,14 @@ def view(
 
 def borrowed(address: Optional[int], shape: Tuple[int, ...], dtype: str, writable: bool) -> Any:
     """Memory that somebody else keeps alive as an array; None if there is none."""
+    dtype = _memory.BITS.get(dtype, dtype)
     if not address:
         return None
     if _count(shape) == 0:
         return zeros(shape, dtype)
     raw = (_CTYPES[dtype] * _count(shape)).from_address(address)
     if numpy is not None:
-        array = numpy.ndarray(shape, _numpy_name(dtype), buffer=raw)
+        array = numpy.ndarray(shape, dtype, buffer=raw)
         array.flags.writeable = writable
         return array
     cast = memoryview(raw).cast("B").cast(_FORMATS[dtype], shape)
@@ -121,6 +117,7 @@ def borrowed(address: Optional[int], shape: Tuple[int, ...], dtype: str, writabl
 def copy(handle: Handle, address: Optional[int], shape: Tuple[int, ...], dtype: str) -> Any:
     """The same elements in an array of their own, of the host; from a GPU behind the work of the
     last call of the pass, if the handle is of one."""
+    dtype = _memory.BITS.get(dtype, dtype)
     array = zeros(shape, dtype)
     if address and _count(shape):
         if device_of(handle) is None:
@@ -136,8 +133,9 @@ def copy(handle: Handle, address: Optional[int], shape: Tuple[int, ...], dtype: 
 
 def zeros(shape: Tuple[int, ...], dtype: str) -> Any:
     """A new array: numpy's, or a memoryview of a bytearray."""
+    dtype = _memory.BITS.get(dtype, dtype)
     if numpy is not None:
-        return numpy.zeros(shape, _numpy_name(dtype))
+        return numpy.zeros(shape, dtype)
     size = size_of(shape, dtype)
     if size == 0:  # memoryview casts no empty array to several dimensions
         return memoryview(bytearray()).cast(_FORMATS[dtype])

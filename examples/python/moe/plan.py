@@ -255,15 +255,13 @@ class Plan(Object):
         with self.handle.busy.shared("the plan"):
             view, device = self._view(), device_of(self.handle)
             real = _memory.NAMES[DType(view.dtype)]
-            first = next(iter(given))
-            dtype = _rows_dtype(first, given[first], real, device)
-            codes = {name: code for code, name in _memory.NAMES.items()}
-            args = _config.make(_abi.RowsArgs, {"flags": flags, "dtype": codes[dtype]})
+            dtype = _rows_dtype(real, given, out)
+            args = _config.make(_abi.RowsArgs, {"flags": flags, "dtype": _config.DTYPES[dtype]})
             args.stream = stream_of(stream)
             keep: List[Any] = []
             lengths = {"tokens": view.tokens, "rows": view.rows}
             for name, source in given.items():
-                memory = _memory.describe(name, source, [dtype], False, device)
+                memory = _memory.describe(name, source, _memory.accepted(dtype), False, device)
                 if args.width == 0:
                     if len(memory.shape) < 2:
                         raise ValueError(f"{name} has shape {memory.shape}; wanted [rows, width]")
@@ -277,8 +275,8 @@ class Plan(Object):
                 if device is None:
                     out = _views.zeros(shape, dtype)
                 else:
-                    out = new_like(out_name, given[first], shape)
-            target = _memory.describe(out_name, out, [dtype], True, device)
+                    out = new_like(out_name, next(iter(given.values())), shape)
+            target = _memory.describe(out_name, out, _memory.accepted(dtype), True, device)
             length = lengths[out_name.split("_")[0]]
             keep.append(_put(args, out_name, target, dtype, length, args.width, True))
             if entry_weight_grad is not None:
@@ -361,6 +359,16 @@ def _entries_by_shape(args: Any, ids: _memory.Memory, fields: Dict[str, Any]) ->
         )
 
 
+def _rows_dtype(real: str, given: Dict[str, Any], out: Any) -> str:
+    """The dtype of tokens and rows: that of the first array, if the plan's weights go with it."""
+    source = next(iter(given.values()), out)
+    found = getattr(getattr(source, "dtype", None), "name", None) or str(
+        getattr(source, "dtype", "")
+    ).replace("torch.", "")
+    found = next((name for name, bits in _memory.BITS.items() if bits == found), found)
+    return found if real == "float32" and found in ("bfloat16", "float16") else real
+
+
 def _put(
     args: Any, name: str, source: Any, dtype: str, rows: int, width: int, writable: bool
 ) -> _memory.Memory:
@@ -368,15 +376,6 @@ def _put(
     setattr(args, name, memory.address)
     setattr(args, name + "_stride", stride)
     return memory
-
-
-def _rows_dtype(name: str, source: Any, real: str, device: Optional[int]) -> str:
-    """What the rows hold: what the plan's weights do, or 16 bits where those are float32."""
-    if real != "float32":
-        return real
-    known = [real, "float16", "bfloat16"]
-    dtype = _memory.describe(name, source, known, False, device).dtype
-    return dtype if dtype in known else "bfloat16"
 
 
 def _layout(view: _abi.PlanView) -> Dict[str, Tuple[Tuple[int, ...], str]]:
