@@ -15,6 +15,7 @@ def test_every_error_is_a_python_error_too():
         moe.NotSupported: NotImplementedError, moe.SizeOverflow: OverflowError,
         moe.BufferTooSmall: ValueError, moe.CorruptData: ValueError,
         moe.CallbackFailed: RuntimeError, moe.SystemRefused: OSError,
+        moe.DeviceFailed: RuntimeError,
     }  # fmt: skip
     assert {kind for kind in _library.ERRORS.values()} == set(kinds)
     for status, kind in _library.ERRORS.items():

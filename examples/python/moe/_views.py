@@ -11,7 +11,7 @@ import importlib
 from typing import Any, Dict, Optional, Sequence, Tuple
 
 from . import _memory
-from ._handle import Handle
+from ._handle import Handle, device_of
 
 
 def _optional(name: str) -> Any:
@@ -48,6 +48,11 @@ class _Export:
         self.handle = handle
 
 
+def size_of(shape: Sequence[int], dtype: str) -> int:
+    """Bytes of an array."""
+    return _count(shape) * ctypes.sizeof(_CTYPES[_memory.BITS.get(dtype, dtype)])
+
+
 def _count(shape: Sequence[int]) -> int:
     count = 1
     for length in shape:
@@ -66,10 +71,19 @@ def view(
     """Contiguous memory of `handle` as an array.
 
     With `track` the handle counts the view among its exports: memory that a later call may move.
+    Memory on a GPU is a DeviceArray.
     """
-    count, dtype = _count(shape), _memory.BITS.get(dtype, dtype)
+    count = _count(shape)
     if not address or count == 0:
         return zeros(shape, dtype)
+    if device_of(handle) is not None:
+        from ._device import DeviceArray
+
+        there = DeviceArray(handle, address, shape, dtype, writable)
+        if track:
+            handle.exports.add(there)
+        return there
+    dtype = _memory.BITS.get(dtype, dtype)
     raw = (_CTYPES[dtype] * count).from_address(address)
     export = _Export(handle)
     raw._export = export  # everything derived from `raw` keeps it, and it keeps the handle
@@ -100,13 +114,20 @@ def borrowed(address: Optional[int], shape: Tuple[int, ...], dtype: str, writabl
     return cast if writable else cast.toreadonly()
 
 
-def copy(address: Optional[int], shape: Tuple[int, ...], dtype: str) -> Any:
-    """The same elements in an array of their own."""
+def copy(handle: Handle, address: Optional[int], shape: Tuple[int, ...], dtype: str) -> Any:
+    """The same elements in an array of their own, of the host; from a GPU behind the work of the
+    last call of the pass, if the handle is of one."""
     dtype = _memory.BITS.get(dtype, dtype)
     array = zeros(shape, dtype)
     if address and _count(shape):
-        size = _count(shape) * ctypes.sizeof(_CTYPES[dtype])
-        ctypes.memmove(address_of(array), address, size)
+        if device_of(handle) is None:
+            ctypes.memmove(address_of(array), address, size_of(shape, dtype))
+        else:
+            from ._device import copy as fetch
+
+            pass_ = handle.kept.get("pass", handle)
+            stream = pass_.kept.get("stream")
+            fetch(address_of(array), address, size_of(shape, dtype), stream)
     return array
 
 
@@ -115,7 +136,7 @@ def zeros(shape: Tuple[int, ...], dtype: str) -> Any:
     dtype = _memory.BITS.get(dtype, dtype)
     if numpy is not None:
         return numpy.zeros(shape, dtype)
-    size = _count(shape) * ctypes.sizeof(_CTYPES[dtype])
+    size = size_of(shape, dtype)
     if size == 0:  # memoryview casts no empty array to several dimensions
         return memoryview(bytearray()).cast(_FORMATS[dtype])
     return memoryview(bytearray(size)).cast(_FORMATS[dtype], shape)

@@ -1,7 +1,7 @@
 """Parameters of a gate, a pool or a layer: their records, their memory, and binding.
 
 A parameter's data and gradient are arrays without a copy: views of the library's memory for owned
-parameters, the host's own arrays for bound ones.
+parameters (DeviceArrays on a GPU), the program's own arrays for bound ones.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from . import _abi, _memory, _views
 from ._constants import DType, Kind, Shard
-from ._handle import Object
+from ._device import stream_of
+from ._handle import Object, device_of
 from ._library import library, new
 
 
@@ -176,7 +177,7 @@ class Parameter:
         wanted = _memory.accepted(own)
         if (writable or self._owner.kind == "gate") and _memory.real(own) != own:
             wanted.append(_memory.real(own))
-        array = _memory.describe(name, source, wanted, writable)
+        array = _memory.describe(name, source, wanted, writable, device_of(self._owner.handle))
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}; wanted {shape}")
         return array
@@ -212,10 +213,10 @@ class ParameterOwner(Object):
         """The parameters by name, in the library's order."""
         return self._parameters()
 
-    def zero_gradients(self) -> None:
+    def zero_gradients(self, *, stream: Any = None) -> None:
         """Set every gradient to zero and forget which experts were touched."""
         with self.handle.busy.shared(self.kind):
-            self.call(f"moe_{self.kind}_zero_gradients", None)
+            self.call(f"moe_{self.kind}_zero_gradients", stream_of(stream))
 
     def init_parameters(self, seed: int) -> None:
         """Give every owned parameter its first value; bound data is never written."""
