@@ -411,12 +411,17 @@ help:
 #: make cuda           libmoe_cuda alone (CUDA=/usr/local/cuda, CUDA_ARCHS="80 90 100", NO_CUDA=1)
 #: make check-cuda-resources  registers and shared memory of every kernel against tests/cuda/budget.txt
 #: make check-cuda-missing    libmoe_cuda on a machine without a GPU
+#: make check-cuda     the layer's suites, vectors and example on a GPU (GPU_REQUIRED=1 fails without one)
+#: make check-cuda-sanitizer  the same under compute-sanitizer (SANITIZERS="memcheck racecheck initcheck synccheck")
+#: make check-cuda-users      example, Python and benchmark of a GPU in emulation
 #: make check-abi      map, headers, symbols, layouts, abidiff
 #: make check-format   clang-format
 #: make check-mutants  deliberate mistakes in the numeric code, each of which must fail a test (python3)
 #: make bench-scale    131,072 experts: peak memory, time per token (16 GiB; ROWS=, STEPS=)
 #: make bench-ranks    weak scaling over MPI, bytes on the wire (RANKS="1 2", MPI=openmpi or mpich, TOKENS=,
 #:                     EXPERTS=, TOPK=, D=, F=, O=, CHUNK=, STEPS=; all but RANKS of a rank)
+#: make bench-cuda     layers on a GPU beside dense cuBLAS, time and bytes of each kernel (SHAPES=name,name DTYPES=bf16,f32
+#:                     TOKENS=4096,16 ROUNDS=20 MODE=exact or padded KERNELS=1)
 #: make check-long     everything long
 #: make demo           train a language model and its dense twin (FILE=path, STEPS=n, ARGS=...); demo-long
 #: make demo-mpi       the same on ranks (RANKS=4, MPI=openmpi or mpich, MPIRUN=, and as above)

@@ -42,10 +42,10 @@ template <typename T, int V> MOE_GLOBAL(256) moe__cuda_sum_slices(const moe__cud
         for (int i = 0; i < V; i++) sum[i] = sum[i] + x[i];
     }
     for (int i = 0; i < V; i++) part[(int)threadIdx.x * V + i] = sum[i];
-    for (int half = deep / 2; half > 0; half /= 2) {
+    for (int apart = deep / 2; apart > 0; apart /= 2) {
         moe_block_sync();
-        for (int i = 0; depth < half && i < V; i++)
-            part[(int)threadIdx.x * V + i] += part[((int)threadIdx.x + half * across) * V + i];
+        for (int i = 0; depth < apart && i < V; i++)
+            part[(int)threadIdx.x * V + i] += part[((int)threadIdx.x + apart * across) * V + i];
     }
     if (depth > 0 || j >= s.width) return;
     for (int i = 0; i < V; i++) {

@@ -1,9 +1,10 @@
 /* device.h - the language that kernels are written in: what cuda/<step>.cu may use of CUDA.
  *
- * nvcc gets CUDA itself; with MOE_EMULATION any C++17 compiler gets the emulator of tests/emulation,
- * where every GPU thread runs on the CPU, sanitizers included. A kernel uses what is defined here and
- * nothing else of CUDA: no spinning between blocks, no float atomics, no lock-step assumptions
- * without moe_warp_sync, whole warps only. No C++ runtime: no exceptions, no standard containers.
+ * nvcc gets CUDA itself; with MOE_EMULATION any C++17 compiler gets the emulator of
+ * tests/emulation, where every GPU thread runs on the CPU, sanitizers included. A kernel uses what
+ * is defined here and nothing else of CUDA: no spinning between blocks, no float atomics, no
+ * lock-step assumptions without moe_warp_sync, whole warps only. No C++ runtime: no exceptions, no
+ * standard containers.
  *
  *   template <typename T> MOE_GLOBAL(256) moe__cuda_scale(T *x, int64_t n, T factor) { ... }
  *   status = moe_launch(moe__cuda_scale<float>, dim3(blocks), dim3(256), 0, stream, x, n, 2.0f); */

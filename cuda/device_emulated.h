@@ -3,8 +3,8 @@
  *
  * A kernel's symbol carries an ABI tag, "kernel_" and the bound on its threads: by that tag the
  * emulator finds the names of all kernels of a program, template instances included. The bound is
- * therefore a number or a macro that is one. Barriers and shuffles pass on the line they are on, for
- * the messages and to tell a barrier from another. */
+ * therefore a number or a macro that is one. Barriers and shuffles pass on the line they are on,
+ * for the messages and to tell a barrier from another. */
 #ifndef MOE_CUDA_DEVICE_EMULATED_H
 #define MOE_CUDA_DEVICE_EMULATED_H
 

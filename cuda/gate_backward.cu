@@ -67,6 +67,7 @@ struct split_levels {
     const float *group_weight, *second_weight, *dw; /* [entries], [rows,K], [entries,K] */
     float *first_dw, *second_dw;                    /* [entries], [rows,K] */
     float scale;
+    int32_t reserved;
 };
 
 /* w = scale Gp Gs:  dGs = scale Gp dw,  dGp = scale sum_j Gs_j dw_j. A thread for each entry of the
@@ -74,16 +75,14 @@ struct split_levels {
 MOE_GLOBAL(MOE_ROUTE_THREADS) moe_gate_split_levels(split_levels s)
 {
     int64_t n = moe_thread();
-    float dot = 0.0f;
     if (n >= s.entries) return;
     int64_t r = s.row_of_entry[n];
+    const float *dw = s.dw + n * s.K;
+    s.first_dw[n] = 0.0f;
+    if (r < 0) return;
     float by_group = s.scale * s.group_weight[n];
-    for (int64_t j = 0; j < s.K && r >= 0; j++) {
-        float dw = s.dw[n * s.K + j];
-        s.second_dw[r * s.K + j] = by_group * dw;
-        dot = moe__fma_f32(s.second_weight[r * s.K + j], dw, dot);
-    }
-    s.first_dw[n] = s.scale * dot;
+    for (int64_t j = 0; j < s.K; j++) s.second_dw[r * s.K + j] = by_group * dw[j];
+    s.first_dw[n] = s.scale * moe_thread_dot(s.second_weight + r * s.K, dw, s.K);
 }
 
 static moe_status weights_backward_of(const moe__gate_backward_job *job, const moe_loss_arrays *l)
@@ -111,7 +110,8 @@ static moe_status weights_backward_of(const moe__gate_backward_job *job, const m
                       (const float *)job->d_weight,
                       (float *)route->level[0].d_weight,
                       (float *)route->level[1].d_weight,
-                      (float)route->config->route_scale};
+                      (float)route->config->route_scale,
+                      0};
     return moe_over_items(&route->workers, "moe_gate_split_levels", moe_gate_split_levels,
                           s.entries, s);
 }
@@ -243,11 +243,10 @@ static moe_status level_backward(const moe__gate_backward_job *job, const moe__g
 struct destination {
     void *data;
     int64_t stride;
-    int32_t add;
+    int32_t add, dtype;
 };
 
 /* to[rows,D] (=|+=) g[rows,width] w^T */
-template <typename T>
 static moe_status input_product(const moe__route_job *route, const moe__gate_level *level,
                                 const void *g, const moe__matrices *w, destination *to)
 {
@@ -255,11 +254,11 @@ static moe_status input_product(const moe__route_job *route, const moe__gate_lev
     product.ranges = {level->rows, level->parts, level->part_begin, 1};
     product.k = level->width;
     product.n = route->input_width;
-    product.a = {g, level->width, NULL, MOE_DTYPE_F32};
+    product.a = {g, level->width, NULL, MOE_DTYPE_F32, 0};
     product.b = moe_transposed(w);
     product.out = to->data;
     product.out_stride = to->stride;
-    product.out_dtype = moe_dtype_of<T>::value;
+    product.out_dtype = to->dtype;
     product.add = to->add;
     to->add = 1;
     return moe__cuda_rows_product(&route->workers, &product);
@@ -284,12 +283,12 @@ static moe_status level_input(const moe__gate_backward_job *job, const moe__gate
                               bool made, destination *dx)
 {
     const moe__route_job *route = job->losses->route;
-    destination rows = {level->dx_rows, route->input_width, 0};
+    destination rows = {level->dx_rows, route->input_width, 0, MOE_DTYPE_F32};
     destination *to = level->dx_rows ? &rows : dx;
     if (!job->logits_from_host && !made)
-        MOE_TRY(input_product<T>(route, level, level->d_logits, &level->weight_matrix, to));
+        MOE_TRY(input_product(route, level, level->d_logits, &level->weight_matrix, to));
     if (level->noise && !made)
-        MOE_TRY(input_product<T>(route, level, level->d_noise_raw, &level->noise_weight, to));
+        MOE_TRY(input_product(route, level, level->d_noise_raw, &level->noise_weight, to));
     if (!level->dx_rows) return MOE_OK;
     moe__rows_job sum = {};
     sum.workers = route->workers;
@@ -298,14 +297,16 @@ static moe_status level_input(const moe__gate_backward_job *job, const moe__gate
     sum.rows_in = rows.data, sum.rows_in_stride = rows.stride;
     sum.tokens_out = dx->data, sum.tokens_out_stride = dx->stride;
     sum.add = dx->add;
+    sum.rows_wide = 1;
+    sum.tokens_wide = dx->dtype == MOE_DTYPE_F32;
     return sum_rows(&sum, (const T *)NULL);
 }
 
 /* dx (=|+=) dx' u, or 0 where nothing came (in NULL); a thread for four columns. */
 template <typename T>
 MOE_GLOBAL(MOE_ROUTE_THREADS)
-moe_gate_finish_input(const T *in, T *dx, int64_t dx_stride, bool add, int64_t tokens, int64_t D,
-                      moe_jitter how)
+moe_gate_finish_input(const float *in, T *dx, int64_t dx_stride, bool add, int64_t tokens,
+                      int64_t D, moe_jitter how)
 {
     int64_t quads = (D + 3) / 4, t = moe_thread() / quads, first = moe_thread() % quads * 4;
     int32_t dtype = moe_dtype_of<T>::value;
@@ -315,7 +316,7 @@ moe_gate_finish_input(const T *in, T *dx, int64_t dx_stride, bool add, int64_t t
     for (int j = 0; j < 4; j++) {
         int64_t at = t * dx_stride + first + j;
         if (first + j >= D) continue;
-        float v = in ? moe_element(in, dtype, t * D + first + j) * factor[j] : 0.0f;
+        float v = in ? in[t * D + first + j] * factor[j] : 0.0f;
         moe_set_element(dx, dtype, at, add ? moe_element(dx, dtype, at) + v : v);
     }
 }
@@ -326,7 +327,7 @@ static moe_status finish_input(const moe__gate_backward_job *job, const destinat
 {
     const moe__route_job *route = job->losses->route;
     int64_t D = route->input_width;
-    const T *in = sum->add ? (const T *)job->d_x_jittered : NULL;
+    const float *in = sum->add ? (const float *)job->d_x_jittered : NULL;
     bool add = sum->add && job->dx_add; /* else nothing came from there */
     if (sum->add && !in) return MOE_OK;
     return moe_over_items(&route->workers, "moe_gate_finish_input", moe_gate_finish_input<T>,
@@ -351,10 +352,8 @@ static moe_status parameter_product(const moe__gate_backward_job *job, const moe
                       masked ? losses->plan->groups : 1};
     product.k = route->input_width;
     product.n = level->width;
-    product.a = {route->x, route->x_stride, masked ? losses->valid_token : level->token_of_row,
-                 moe_dtype_of<T>::value};
-    if (route->x_jittered) product.a.data = route->x_jittered, product.a.stride = product.k;
-    product.g = {g, level->width, masked ? losses->valid_token : NULL, MOE_DTYPE_F32};
+    product.a = moe_gate_input<T>(route, masked ? losses->valid_token : level->token_of_row);
+    product.g = {g, level->width, masked ? losses->valid_token : NULL, MOE_DTYPE_F32, 0};
     product.dw = *dw;
     product.dbias = *dbias;
     return moe__cuda_dw_product(&route->workers, &product);
@@ -398,9 +397,9 @@ template <typename T> static moe_status gate_backward(moe__gate_backward_job *jo
 {
     const moe__route_job *route = job->losses->route;
     moe_loss_arrays l = moe__cuda_losses_of(job->losses);
-    destination dx = {job->dx, job->dx_stride, job->dx_add};
+    destination dx = {job->dx, job->dx_stride, job->dx_add, moe_dtype_of<T>::value};
     bool started = false;
-    if (job->d_x_jittered) dx = {job->d_x_jittered, route->input_width, 0};
+    if (job->d_x_jittered) dx = {job->d_x_jittered, route->input_width, 0, MOE_DTYPE_F32};
     MOE_TRY(moe__cuda_losses_prepare(job, &l));
     MOE_TRY(weights_backward_of(job, &l));
     MOE_TRY(moe__cuda_losses_rows(job, &l, &started));

@@ -11,6 +11,13 @@
 
 #define MOE_WARP 32
 
+/* Loops whose arrays must be registers. */
+#ifdef __CUDACC__
+#define MOE_UNROLLED _Pragma("unroll")
+#else
+#define MOE_UNROLLED
+#endif
+
 MOE_DEVICE int moe_lane(void) { return (int)(threadIdx.x % MOE_WARP); }
 
 MOE_DEVICE float moe_infinity(void) { return moe__from_bits_f32(0x7f800000u); }
@@ -33,15 +40,27 @@ MOE_DEVICE void moe_lanes_fma(float *lane, float a, float b)
 
 MOE_DEVICE float moe_lanes_tree(float lane)
 {
-    for (int half = 8; half > 0; half /= 2) lane = lane + moe_shuffle_down(lane, half);
+    for (int by = 8; by > 0; by /= 2) lane = lane + moe_shuffle_down(lane, by);
     return moe_shuffle(lane, 0);
+}
+
+/* sum_j a_j b_j of a short row, all by one thread. */
+MOE_DEVICE float moe_thread_dot(const float *a, const float *b, int64_t n)
+{
+    float lane[16] = {};
+    for (int64_t first = 0; first < n; first += 16)
+        MOE_UNROLLED for (int l = 0; l < 16; l++) if (first + l < n)
+            lane[l] = moe__fma_f32(a[first + l], b[first + l], lane[l]);
+    MOE_UNROLLED for (int by = 8; by > 0; by /= 2) MOE_UNROLLED for (int l = 0; l < by; l++)
+        lane[l] = lane[l] + lane[l + by];
+    return lane[0];
 }
 
 /* The largest number of the warp; -infinity if there is none. */
 MOE_DEVICE float moe_warp_max(float v)
 {
-    for (int half = 16; half > 0; half /= 2) {
-        float other = moe_shuffle_xor(v, half);
+    for (int by = 16; by > 0; by /= 2) {
+        float other = moe_shuffle_xor(v, by);
         v = other > v ? other : v;
     }
     return v;
@@ -49,8 +68,8 @@ MOE_DEVICE float moe_warp_max(float v)
 
 MOE_DEVICE uint64_t moe_warp_least(uint64_t v)
 {
-    for (int half = 16; half > 0; half /= 2) {
-        uint64_t other = moe_shuffle_xor(v, half);
+    for (int by = 16; by > 0; by /= 2) {
+        uint64_t other = moe_shuffle_xor(v, by);
         v = other < v ? other : v;
     }
     return v;
@@ -59,7 +78,7 @@ MOE_DEVICE uint64_t moe_warp_least(uint64_t v)
 /* A tree over the threads of the warp, the same for all: no order of the CPU. */
 template <typename T> MOE_DEVICE T moe_warp_sum(T v)
 {
-    for (int half = 16; half > 0; half /= 2) v = v + moe_shuffle_xor(v, half);
+    for (int by = 16; by > 0; by /= 2) v = v + moe_shuffle_xor(v, by);
     return v;
 }
 

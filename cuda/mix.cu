@@ -101,6 +101,18 @@ static inline int32_t dtype_of(const float *) { return MOE_DTYPE_F32; }
 static inline int32_t dtype_of(const moe_bf16 *) { return MOE_DTYPE_BF16; }
 static inline int32_t dtype_of(const moe_f16 *) { return MOE_DTYPE_F16; }
 
+static moe_row_operand rows_of(const void *data, int64_t stride, const int64_t *index,
+                               int32_t dtype)
+{
+    moe_row_operand o;
+    memset(&o, 0, sizeof o);
+    o.data = data;
+    o.stride = stride;
+    o.index = index;
+    o.dtype = dtype;
+    return o;
+}
+
 static moe_mix mix_of(const moe__mix_job *job)
 {
     moe_mix m;
@@ -140,7 +152,7 @@ template <typename T> static moe_status mix_forward(moe__mix_job *job)
     product.ranges.parts = 1;
     product.k = job->input_width;
     product.n = job->width;
-    product.a = {job->x, job->x_stride, NULL, dtype_of((const T *)NULL)};
+    product.a = rows_of(job->x, job->x_stride, NULL, dtype_of((const T *)NULL));
     product.b = job->weight_matrix;
     product.bias = job->bias;
     product.out = job->coefficient;
@@ -161,7 +173,7 @@ template <typename T> static moe_status dx_product(moe__mix_job *job)
     product.ranges.parts = 1;
     product.k = job->width;
     product.n = job->input_width;
-    product.a = {job->d_coefficient, job->width, NULL, MOE_DTYPE_F32};
+    product.a = rows_of(job->d_coefficient, job->width, NULL, MOE_DTYPE_F32);
     product.b = moe_transposed(&job->weight_matrix);
     product.out = job->dx;
     product.out_stride = job->dx_stride;
@@ -181,8 +193,8 @@ template <typename T> static moe_status dw_product(moe__mix_job *job)
     product.ranges.step = job->groups;
     product.k = job->input_width;
     product.n = job->width;
-    product.a = {job->x, job->x_stride, job->valid_token, dtype_of((const T *)NULL)};
-    product.g = {job->d_coefficient, job->width, job->valid_token, MOE_DTYPE_F32};
+    product.a = rows_of(job->x, job->x_stride, job->valid_token, dtype_of((const T *)NULL));
+    product.g = rows_of(job->d_coefficient, job->width, job->valid_token, MOE_DTYPE_F32);
     product.dw = job->d_weight_matrix;
     product.dbias = job->d_bias;
     return moe__cuda_dw_product(&job->workers, &product);

@@ -1,8 +1,8 @@
 /* route.h - what the files of the gate share: what kernels see of a level, where rows and parts are,
  * elements of parameters, launches over rows; as src/cpu/route.h.
  *
- * All of the router is float, but for x, dx and the rows of either, which are of the storage type T,
- * and the parameters, which have a dtype of their own. */
+ * All of the router is float, but for x and dx, which are of the storage type T, and the parameters,
+ * which have a dtype of their own. */
 #ifndef MOE_CUDA_ROUTE_H
 #define MOE_CUDA_ROUTE_H
 
@@ -11,6 +11,9 @@
 
 #define MOE_ROUTE_THREADS 256
 #define MOE_ROUTE_ROWS 8 /* of a block with a warp for each */
+
+/* Structs that are arguments of kernels have no padding: the emulator looks for stray addresses in
+ * them. */
 
 /* ---- elements -------------------------------------------------------------------------------- */
 
@@ -44,12 +47,12 @@ MOE_DEVICE void moe_set_element(void *data, int32_t dtype, int64_t i, float v)
 struct moe_vector {
     void *data;
     int64_t offset, stride;
-    int32_t dtype;
+    int32_t dtype, reserved;
 };
 
 static inline moe_vector moe_vector_of(const moe__matrices *m)
 {
-    moe_vector v = {m->base, m->offset, m->stride_col, m->dtype};
+    moe_vector v = {m->base, m->offset, m->stride_col, m->dtype, 0};
     return v;
 }
 MOE_DEVICE float moe_vector_at(const moe_vector *v, int64_t i)
@@ -170,12 +173,13 @@ struct moe_jitter {
     uint32_t stream, step;
     int64_t token_first;
     float r;
+    int32_t reserved;
 };
 
 static inline moe_jitter moe_jitter_of(const moe__route_job *job)
 {
-    moe_jitter j = {job->config->seed, job->jitter_stream, (uint32_t)job->step, job->token_first,
-                    (float)job->config->jitter};
+    moe_jitter j = {job->config->seed, job->jitter_stream,         (uint32_t)job->step,
+                    job->token_first,  (float)job->config->jitter, 0};
     return j;
 }
 

@@ -5,7 +5,6 @@
  * at most 16. A sum over rows with too few tiles for a GPU is cut into partial sums, tile by tile in
  * scratch, which are added in order. */
 #include "router_gemm.h"
-#include "route.h"
 
 #define TILE_K 16
 #define TILE_THREADS 256
@@ -15,23 +14,17 @@
 #define TILES_WANTED 256
 #define ROWS_OF_PART 128
 
-/* Loops whose arrays must be registers. */
-#ifdef __CUDACC__
-#define UNROLLED _Pragma("unroll")
-#else
-#define UNROLLED
-#endif
-
 /* ---- operands -------------------------------------------------------------------------------- */
 
-/* Element (i,k) is data[row of (i or k) + ...]: a matrix of which TILE x 16 go to shared memory. One
- * of the two strides may be 1; then 4 elements lie together. index is of i, or of k. */
+/* Element (i,k) is data[row of (i or k) + ...]: a matrix of which TILE x 16 go to shared memory.
+ * Where one of the two strides is 1, 4 elements lie together. index is of i, or of k. */
 struct tile_operand {
     const char *data;
     int64_t stride_i, stride_k;
     const int64_t *index;
     int32_t index_k, dtype;
-    bool aligned; /* groups of 4 along the dense dimension */
+    bool along_k; /* 4 elements along k are loaded together, else along i */
+    bool aligned; /* and may be by 16 bytes */
 };
 
 MOE_DEVICE int64_t size_of(int32_t dtype) { return dtype == MOE_DTYPE_F32 ? 4 : 2; }
@@ -51,6 +44,7 @@ MOE_DEVICE char *matrix_of(const moe__matrices *m, int64_t p)
 
 MOE_DEVICE bool is_there(const moe__matrices *m) { return m->base || m->each; }
 
+/* a [rows,k] or its transpose: index_k if the rows are k, which is summed over. */
 MOE_DEVICE tile_operand operand_of_rows(const moe_row_operand *a, bool index_k)
 {
     tile_operand o = {(const char *)a->data,
@@ -59,6 +53,7 @@ MOE_DEVICE tile_operand operand_of_rows(const moe_row_operand *a, bool index_k)
                       a->index,
                       index_k,
                       a->dtype,
+                      !index_k,
                       is_aligned(a->data, a->stride, a->dtype)};
     return o;
 }
@@ -67,9 +62,15 @@ MOE_DEVICE tile_operand operand_of_rows(const moe_row_operand *a, bool index_k)
 MOE_DEVICE tile_operand operand_of_matrix(const moe__matrices *b, int64_t p)
 {
     const char *data = matrix_of(b, p);
-    int64_t stride = b->stride_col == 1 ? b->stride_row : b->stride_col;
-    tile_operand o = {
-        data, b->stride_col, b->stride_row, NULL, 0, b->dtype, is_aligned(data, stride, b->dtype)};
+    bool along_k = b->stride_col != 1 && b->stride_row == 1;
+    tile_operand o = {data,
+                      b->stride_col,
+                      b->stride_row,
+                      NULL,
+                      0,
+                      b->dtype,
+                      along_k,
+                      is_aligned(data, along_k ? b->stride_col : b->stride_row, b->dtype)};
     return o;
 }
 
@@ -83,11 +84,11 @@ MOE_DEVICE void read4(float v[4], const float *p)
 /* v[0..4) = elements at, at + step, ...; beyond count 0. */
 MOE_DEVICE void load4(float v[4], const tile_operand *o, int64_t at, int64_t step, int64_t count)
 {
-    UNROLLED for (int j = 0; j < 4; j++) v[j] = 0.0f;
+    MOE_UNROLLED for (int j = 0; j < 4; j++) v[j] = 0.0f;
     if (count >= 4 && step == 1 && o->aligned && o->dtype == MOE_DTYPE_F32) {
         read4(v, (const float *)(o->data + at * 4));
     } else {
-        UNROLLED for (int j = 0; j < 4; j++) if (j < count)
+        MOE_UNROLLED for (int j = 0; j < 4; j++) if (j < count)
             v[j] = moe_element(o->data, o->dtype, at + j * step);
     }
 }
@@ -100,7 +101,7 @@ MOE_DEVICE void load_tile(float (*shared)[TILE + TILE_PAD], const tile_operand *
 {
     for (int quad = (int)threadIdx.x; quad < TILE * TILE_K / 4; quad += TILE_THREADS) {
         float v[4];
-        bool along_k = o->stride_k == 1;
+        bool along_k = o->along_k;
         int i = along_k ? quad / (TILE_K / 4) : quad % (TILE / 4) * 4;
         int k = along_k ? quad % (TILE_K / 4) * 4 : quad / (TILE / 4);
         int64_t row_i = first_i + i, row_k = first_k + k;
@@ -109,7 +110,7 @@ MOE_DEVICE void load_tile(float (*shared)[TILE + TILE_PAD], const tile_operand *
         if (there && o->index && o->index_k) row_k = o->index[row_k];
         if (there && o->index && !o->index_k) row_i = o->index[row_i];
         load4(v, o, row_i * o->stride_i + row_k * o->stride_k, along_k ? 1 : o->stride_i, count);
-        UNROLLED for (int j = 0; j < 4; j++)
+        MOE_UNROLLED for (int j = 0; j < 4; j++)
             shared[along_k ? k + j : k][along_k ? i : i + j] = v[j];
     }
 }
@@ -134,7 +135,7 @@ MOE_DEVICE void multiply(float sum[4][4], float (*shared_a)[TM + TILE_PAD],
             float column[4], row[4];
             read4(column, &shared_a[kk][i]);
             read4(row, &shared_b[kk][j]);
-            UNROLLED for (int y = 0; y < 4; y++) UNROLLED for (int x = 0; x < 4; x++)
+            MOE_UNROLLED for (int y = 0; y < 4; y++) MOE_UNROLLED for (int x = 0; x < 4; x++)
                 sum[y][x] = moe__fma_f32(column[y], row[x], sum[y][x]);
         }
         moe_block_sync();
@@ -216,8 +217,8 @@ template <int TM, int TN> MOE_GLOBAL(TILE_THREADS) moe_router_rows(moe_rows_prod
     const char *bias = is_there(&job.bias) ? matrix_of(&job.bias, part) : NULL;
     row += (int)threadIdx.x / (TN / 4) * 4;
     column += (int)threadIdx.x % (TN / 4) * 4;
-    UNROLLED for (int y = 0; y < 4; y++)
-        UNROLLED for (int x = 0; x < 4; x++) if (row + y < end[0] && column + x < end[1])
+    MOE_UNROLLED for (int y = 0; y < 4; y++)
+        MOE_UNROLLED for (int x = 0; x < 4; x++) if (row + y < end[0] && column + x < end[1])
             store_row(&job, row + y, column + x, bias, sum[y][x]);
 }
 
@@ -234,11 +235,11 @@ MOE_GLOBAL(TILE_THREADS) moe_router_narrow(moe_rows_product job)
     const char *b = matrix_of(&job.b, part);
     for (int64_t k = moe_lane(); k < job.k; k += MOE_WARP) {
         float v = moe_element(job.a.data, job.a.dtype, a + k);
-        UNROLLED for (int j = 0; j < MOE_NARROW; j++) if (j < job.n) sum[j] = moe__fma_f32(
+        MOE_UNROLLED for (int j = 0; j < MOE_NARROW; j++) if (j < job.n) sum[j] = moe__fma_f32(
             v, moe_element(b, job.b.dtype, k * job.b.stride_row + j * job.b.stride_col), sum[j]);
     }
     const char *bias = is_there(&job.bias) ? matrix_of(&job.bias, part) : NULL;
-    UNROLLED for (int j = 0; j < MOE_NARROW; j++)
+    MOE_UNROLLED for (int j = 0; j < MOE_NARROW; j++)
     {
         float v = moe_warp_sum(sum[j]);
         if (j < job.n && moe_lane() == 0) store_row(&job, row, j, bias, v);
@@ -285,7 +286,7 @@ template <int TM, int TN> MOE_GLOBAL(TILE_THREADS) moe_router_dw(moe_dw_product 
                      begin + rows * (split + 1) / cut.splits);
     int i = (int)threadIdx.x / (TN / 4) * 4, j = (int)threadIdx.x % (TN / 4) * 4;
     char *dw = matrix_of(&job.dw, part);
-    UNROLLED for (int y = 0; y < 4; y++) UNROLLED for (int x = 0; x < 4; x++)
+    MOE_UNROLLED for (int y = 0; y < 4; y++) MOE_UNROLLED for (int x = 0; x < 4; x++)
     {
         if (cut.partial)
             cut.partial[at * TILE_ELEMENTS + (i + y) * TN + j + x] = sum[y][x];

@@ -12,7 +12,7 @@
 #ifndef MOE_CUDA_ROUTER_GEMM_H
 #define MOE_CUDA_ROUTER_GEMM_H
 
-#include "backend_cuda.h"
+#include "route.h"
 
 #define MOE_NARROW 4
 
@@ -21,7 +21,7 @@ struct moe_row_operand {
     const void *data;
     int64_t stride;
     const int64_t *index;
-    int32_t dtype;
+    int32_t dtype, reserved;
 };
 
 /* Rows of part p: begin[p * step] to begin[(p + 1) * step] - 1, read on the device; begin NULL: one
@@ -61,6 +61,15 @@ static inline moe__matrices moe_transposed(const moe__matrices *m)
     return t;
 }
 static inline bool moe_is_there(const moe__matrices *m) { return m->base || m->each; }
+
+/* What the gate's products read: x, or the jittered input, floats. */
+template <typename T>
+static inline moe_row_operand moe_gate_input(const moe__route_job *job, const int64_t *token_of_row)
+{
+    moe_row_operand x = {job->x, job->x_stride, token_of_row, moe_dtype_of<T>::value, 0};
+    moe_row_operand jittered = {job->x_jittered, job->input_width, token_of_row, MOE_DTYPE_F32, 0};
+    return job->x_jittered ? jittered : x;
+}
 
 moe_status moe__cuda_rows_product(const moe__workers *workers, const moe_rows_product *job);
 /* Uses workers->scratch from its beginning: at most moe__cuda_dw_scratch bytes. */

@@ -79,7 +79,7 @@ MOE_GLOBAL(256) moe_rows_ask(moe_ask ask, moe__plan_arrays p)
     if (n >= p.entries) return;
     int64_t t = moe_token_of_entry(p, n);
     if (moe_asks_for_row(ask, p, t, n)) {
-        int64_t g = ask.group_capacity ? moe_run_of(p.group_begin, p.groups, t) : 0;
+        int64_t g = ask.group_capacity ? moe_range_of(p.group_begin, p.groups, t) : 0;
         bool limited = ask.group_capacity && ask.group_capacity[g] >= 0;
         slot = g << 32 | (limited ? moe_key_of(ask, p, t, n) : 0);
     }
@@ -145,7 +145,7 @@ MOE_GLOBAL(256) moe_rows_write(moe__plan_arrays p, int32_t slots)
     p.row_of_entry[n] = row;
     p.token_of_row[row] = t;
     if (!slots) return;
-    int64_t g = p.groups > 1 ? moe_run_of(p.group_begin, p.groups, t) : 0;
+    int64_t g = p.groups > 1 ? moe_range_of(p.group_begin, p.groups, t) : 0;
     p.slot_of_entry[n] = row - moe_group_begin(p, p.expert_of_entry[n], g, row);
 }
 

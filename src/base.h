@@ -137,6 +137,7 @@ typedef struct moe__plan_arrays {
     int64_t *entry_of_row;    /* [N], R used */
     int64_t *group_begin;     /* [G+1] */
     int32_t dtype;
+    int32_t zero; /* kernels take plans by value: no bytes without a name */
 } moe__plan_arrays;
 
 MOE_END_DECLS

@@ -14,7 +14,9 @@ static moe__experts_job job_of_part(const moe__experts_job *all, const moe__expe
                                     const moe_experts *part, int64_t first, moe__plan_arrays *view)
 {
     const moe_experts_config *c = &part->config;
-    int64_t row = all->plan->expert_begin[first];
+    /* Elsewhere a pool has one part, which begins at the first row. */
+    bool host = part->context->memory->is_host;
+    int64_t row = host ? all->plan->expert_begin[first] : 0;
     int64_t skip = row * (room->d_hidden - c->d_hidden) * moe__dtype_size(c->dtype);
     bool gated = part->room.gated, workspace = part->room.workspace_per_row > 0;
     moe__experts_job job = *all;

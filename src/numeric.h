@@ -89,9 +89,9 @@ MOE_FN float moe__exp_sum_f32(float x, float lo)
     x = x > 89.0f ? 89.0f : x;
     x = x < -104.0f ? -104.0f : x;
     uint32_t n = moe__expm1_reduced_f32(x, lo, &p);
-    uint32_t half = n >> 1;
-    float scale1 = moe__from_bits_f32((half - 1) << 23);
-    float scale2 = moe__from_bits_f32((n - half - 1) << 23);
+    uint32_t halved = n >> 1;
+    float scale1 = moe__from_bits_f32((halved - 1) << 23);
+    float scale2 = moe__from_bits_f32((n - halved - 1) << 23);
     return (p + 1.0f) * scale1 * scale2;
 }
 
@@ -372,9 +372,9 @@ MOE_FN double moe__exp_sum_f64(double x, double lo)
     x = x > 710.0 ? 710.0 : x;
     x = x < -746.0 ? -746.0 : x;
     uint64_t n = moe__expm1_reduced_f64(x, lo, &p);
-    uint64_t half = n >> 1;
-    double scale1 = moe__from_bits_f64((half - 1) << 52);
-    double scale2 = moe__from_bits_f64((n - half - 1) << 52);
+    uint64_t halved = n >> 1;
+    double scale1 = moe__from_bits_f64((halved - 1) << 52);
+    double scale2 = moe__from_bits_f64((n - halved - 1) << 52);
     return (p + 1.0) * scale1 * scale2;
 }
 

@@ -24,6 +24,9 @@ IO_EXAMPLES := $(patsubst examples/%.c,$(BUILD)/examples/%,$(shell grep -l 'moe/
 ifeq ($(HAVE_IO),)
 EXAMPLES := $(filter-out $(IO_EXAMPLES),$(EXAMPLES))
 endif
+# That of a GPU is built and run by check-cuda and check-cuda-users.
+CUDA_EXAMPLES := $(patsubst examples/%.c,$(BUILD)/examples/%,$(shell grep -l 'moe/cuda\.h' examples/*.c))
+EXAMPLES := $(filter-out $(CUDA_EXAMPLES),$(EXAMPLES))
 CXX_EXAMPLES := $(filter-out %libtorch,$(patsubst examples/%.cpp,$(BUILD)/examples/%,$(wildcard examples/*.cpp)))
 TORCH_EXAMPLES := $(filter %libtorch,$(patsubst examples/%.cpp,$(BUILD)/examples/%,$(wildcard examples/*.cpp)))
 ifeq ($(HAVE_CXX),yes)
@@ -257,7 +260,7 @@ check-long:
 FORMATTED := $(wildcard cuda/*.[ch] cuda/*.cu) $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] src/io/*.[ch] examples/*.[ch] examples/*.cpp \
     examples/demo/*.[ch] tests/*.c tests/reference/*.[ch] tests/support/*.[ch] tests/hosts/*.[ch] \
     tests/vector_runner/*.[ch] tests/bench/*.[ch] tests/ranks/*.c cuda/*.[ch] cuda/*.cu tests/emulation/*.[ch] \
-    tests/emulation/*.cu)
+    tests/emulation/*.cu tests/cuda/*.c)
 format:
 	$(call NEED,clang-format,clang-format)
 	clang-format -i $(FORMATTED)
@@ -271,3 +274,6 @@ abi-baseline: $(LIB)/libmoe.so
 include tests/emulation/emulation.mk
 
 -include $(SUITES:=.d) $(HOSTS:=.d) $(EXAMPLES:=.d) $(SUPPORT_OBJECTS:=.d)
+
+include tests/emulation/suites.mk
+include tests/cuda/cuda.mk

@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 CSOURCE = "csource"
 LIBRARIES = ("libmoe.so", "libmoe_io.so")
 # What a source archive carries of the tree: all that building the library reads.
-PARTS = ["Makefile", "moe.pc.in", "LICENSE*", "include/moe/*.h", "src/**/*", "tests/tests.mk"]
+PARTS = ["Makefile", "moe.pc.in", "LICENSE*", "include/moe/*.h", "src/**/*", "tests/**/*.mk"]
 
 
 def tree():

@@ -1,8 +1,8 @@
 /* api_memory.c - cudaMalloc and the rest that gives, takes, copies and fills memory.
  *
  * Copies from pageable memory take the bytes at the call; copies to it return when they are done.
- * Pinned memory is read and written when the copy runs, which may be late. Each side of a copy must be
- * of the kind that its direction says. */
+ * Pinned memory is read and written when the copy runs, which may be late. Each side of a copy must
+ * be of the kind that its direction says. */
 #include "internal.h"
 
 #include <stdlib.h>

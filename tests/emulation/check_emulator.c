@@ -1,5 +1,5 @@
-/* check_emulator.c - the emulator itself: correct kernels give right answers, streams and graphs keep
- * CUDA's order, products are right, faults and counters do what recorder.h says.
+/* check_emulator.c - the emulator itself: correct kernels give right answers, streams and graphs
+ * keep CUDA's order, products are right, faults and counters do what recorder.h says.
  *
  * Runs in every flavour and under several seeds; what must be found is in check_planted.sh. */
 #include "sample.h"

@@ -79,7 +79,8 @@ static void draw_job(moe__plan_rows_job *job, int32_t policy)
 static void check_job(moe__plan_arrays plan, int32_t policy)
 {
     int64_t T = plan.tokens, G = plan.groups;
-    moe__plan_arrays on = device_plan(&plan);
+    moe__plan_arrays on;
+    device_plan(&on, &plan);
     moe__plan_rows_job host = {.workers = test_workers(context, 0), .plan = &plan};
     draw_job(&host, policy);
     moe__plan_rows_job device = host;
@@ -192,13 +193,15 @@ static void check_batch(int64_t T, int64_t G)
         host_plan(T, 0, 1, G),          host_plan(T, T * A, 1, G), host_array(T, 1),
         host_array(T, sizeof(int64_t)), host_array(G + 1, 8),      host_array(T * A + 1, 8),
         host_array(G, sizeof(int64_t))};
-    batch_outputs device = {device_plan(&host.plan),
-                            device_plan(&host.primary),
+    batch_outputs device = {host.plan,
+                            host.primary,
                             on_device(host.mask, (size_t)T),
                             on_device(host.valid_token, (size_t)T * 8),
                             on_device(host.valid_begin, (size_t)(G + 1) * 8),
                             on_device(host.second_begin, (size_t)(T * A + 1) * 8),
                             on_device(host.group_capacity, (size_t)G * 8)};
+    device_plan(&device.plan, &host.plan);
+    device_plan(&device.primary, &host.primary);
     moe__batch_job job = {.workers = test_workers(context, moe__cuda_batch_scratch(&shape)),
                           .tokens = T,
                           .groups = G,
@@ -252,7 +255,8 @@ START_TEST(test_everyone_as_cpu)
 {
     for (int64_t T = 0; T < 400; T += 133)
         for (int64_t E = 1; E < 9; E += 3) {
-            moe__plan_arrays host = host_plan(T, T * E, E, 1), device = device_plan(&host);
+            moe__plan_arrays host = host_plan(T, T * E, E, 1), device;
+            device_plan(&device, &host);
             moe__workers workers = test_workers(context, 0);
             snprintf(name, sizeof name, "T %lld E %lld", (ll)T, (ll)E);
             ck_assert_int_eq(cpu->everyone_forward(&workers, &host), MOE_OK);

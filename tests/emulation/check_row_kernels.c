@@ -106,7 +106,7 @@ static void make_plan(row_case *c, int64_t E, int64_t G, int64_t K)
                               .token_mask = c->mask};
     ck_assert_int_eq(cpu->plan_rows(&job), MOE_OK);
     for (int64_t n = 0; n < N; n++) ((float *)c->plan.weight_of_entry)[n] = draw_float();
-    c->on = device_plan(&c->plan);
+    device_plan(&c->on, &c->plan);
     c->on.rows = -1;
     for (int64_t e = 0; e < E; e++)
         most = moe__max(most, c->plan.expert_begin[e + 1] - c->plan.expert_begin[e]);

@@ -1,8 +1,8 @@
 /* cublas.c - the calls of the fake libcublas: handles, what is refused, products put on streams.
  *
  * Refused is what the real library refuses or what would be wrong with it: combinations of types,
- * leading dimensions, operands that are not the device's, arrays of pointers on the host, a workspace
- * that is not aligned. The products run when their stream does. */
+ * leading dimensions, operands that are not the device's, arrays of pointers on the host, a
+ * workspace that is not aligned. The products run when their stream does. */
 #include "internal.h"
 #include "cublas.h"
 
@@ -85,16 +85,20 @@ cublasStatus_t cublasGetStream_v2(cublasHandle_t h, cudaStream_t *stream)
     return CUBLAS_STATUS_SUCCESS;
 }
 
+static int on_device(const void *p)
+{
+    return emu_place_of(p) == EMU_DEVICE || emu_place_of(p) == EMU_MANAGED;
+}
+
 cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t h, void *p, size_t bytes)
 {
     cublasStatus_t status = enter("cublasSetWorkspace");
     if (status == CUBLAS_STATUS_SUCCESS && bytes > 0) {
         if (((uintptr_t)p & 255) != 0) {
             status = REFUSE(CUBLAS_STATUS_INVALID_VALUE, "a workspace not aligned to 256 bytes");
-        } else if (emu_place_of(p) != EMU_DEVICE || emu_range_fault(p, bytes) != NULL) {
+        } else if (!on_device(p) || emu_range_fault(p, bytes) != NULL) {
             status = REFUSE(CUBLAS_STATUS_INVALID_VALUE, "a workspace: %s",
-                            emu_place_of(p) != EMU_DEVICE ? "not of the device"
-                                                          : emu_range_fault(p, bytes));
+                            !on_device(p) ? "not of the device" : emu_range_fault(p, bytes));
         }
     }
     if (status == CUBLAS_STATUS_SUCCESS) h->workspace = p;

@@ -1,8 +1,8 @@
 /* cublas_product.c - the arithmetic of the fake libcublas.
  *
  * Sums are of floats, in ascending k, each product and each sum rounded: panels of op(A), MR rows
- * wide, and of op(B), NR columns wide, are widened to float and multiplied. Where beta is 0, C is not
- * read; where alpha or k is 0, A and B are not. */
+ * wide, and of op(B), NR columns wide, are widened to float and multiplied. Where beta is 0, C is
+ * not read; where alpha or k is 0, A and B are not. */
 #include "internal.h"
 #include "cublas.h"
 #include "half.h"
@@ -40,8 +40,8 @@ static float to_tf32(float x)
     return moe__from_bits_f32((u + 0xfffu + ((u >> 13) & 1u)) & ~0x1fffu);
 }
 
-/* Element (i, l) of a matrix to out[l * width + i % width] of panel i / width; rows past the end are
- * zeros. `row` and `column` are the steps of the matrix in memory. */
+/* Element (i, l) of a matrix to out[l * width + i % width] of panel i / width; rows past the end
+ * are zeros. `row` and `column` are the steps of the matrix in memory. */
 static float *panels(const struct emu_product *p, const void *from, int64_t rows, int64_t row,
                      int64_t column, int width)
 {

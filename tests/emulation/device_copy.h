@@ -22,6 +22,12 @@ __attribute__((weak)) moe_status moe__cuda_status(cudaError_t error, const moe__
     fprintf(stderr, "%s: %s: %s\n", workers->function, what, cudaGetErrorString(error));
     return MOE_ERROR_DEVICE;
 }
+__attribute__((weak)) moe_status moe__cuda_fail(moe_status status, const moe__workers *workers,
+                                                const char *format, ...)
+{
+    fprintf(stderr, "%s: %s\n", workers->function, format);
+    return status;
+}
 __attribute__((weak)) moe_status moe__cuda_fetch(const moe__workers *workers, void *host,
                                                  const void *device, int64_t bytes)
 {
@@ -111,6 +117,7 @@ static inline moe_context *test_context(void)
     moe_context_config config;
     moe_context *context = NULL;
     ck_assert_int_eq(moe_context_config_init(&config, sizeof config), MOE_OK);
+    config.threads = 1;
     ck_assert_int_eq(moe_context_create(&context, &config), MOE_OK);
     return context;
 }
@@ -160,13 +167,12 @@ static inline moe__plan_arrays host_plan(int64_t T, int64_t N, int64_t E, int64_
     DO(entry_of_row, (p)->entries, sizeof(int64_t))         \
     DO(group_begin, (p)->groups + 1, sizeof(int64_t))
 
-static inline moe__plan_arrays device_plan(const moe__plan_arrays *host)
+static inline void device_plan(moe__plan_arrays *p, const moe__plan_arrays *host)
 {
-    moe__plan_arrays p = *host;
-#define COPY(name, count, element) p.name = on_device(host->name, (size_t)(count)*element);
+    *p = *host;
+#define COPY(name, count, element) p->name = on_device(host->name, (size_t)(count)*element);
     EACH_PLAN_ARRAY(host, COPY)
 #undef COPY
-    return p;
 }
 
 static inline void free_plans(moe__plan_arrays *host, moe__plan_arrays *device)

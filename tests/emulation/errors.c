@@ -1,8 +1,8 @@
 /* errors.c - how calls begin and end: the lock, errors that stay, refusals, mistakes, devices.
  *
  * A refusal is what the real library would not do either, or would do wrongly: the call returns an
- * error and the reason is kept for emu_last_message. A mistake is what no correct program does where
- * CUDA has no error to return: the program ends, or the test's handler is called. */
+ * error and the reason is kept for emu_last_message. A mistake is what no correct program does
+ * where CUDA has no error to return: the program ends, or the test's handler is called. */
 #include "internal.h"
 
 #include <pthread.h>

@@ -1,9 +1,9 @@
 /* fiber.c - switching between the threads of a block: stacks, the switch itself, sanitizer hooks.
  *
- * On x86-64 the switch is a few instructions, for ucontext's saves the signal mask with a system call
- * each time; elsewhere it is ucontext. This library is compiled without sanitizers and finds their
- * hooks, when the program has them, as weak symbols. Under ThreadSanitizer a switch orders nothing:
- * only barriers do, so that it finds the races of a kernel. */
+ * On x86-64 the switch is a few instructions, for ucontext's saves the signal mask with a system
+ * call each time; elsewhere it is ucontext. This library is compiled without sanitizers and finds
+ * their hooks, when the program has them, as weak symbols. Under ThreadSanitizer a switch orders
+ * nothing: only barriers do, so that it finds the races of a kernel. */
 #include "internal.h"
 
 #include <stdlib.h>
@@ -76,8 +76,8 @@ __asm__(".text\n"
         "    ret\n"
         ".size emu_switch_stack, .-emu_switch_stack\n");
 
-/* Six registers, the address that the switch returns to, and a return address of 0 above it, where a
- * call would have left the stack: 8 past a multiple of 16. */
+/* Six registers, the address that the switch returns to, and a return address of 0 above it, where
+ * a call would have left the stack: 8 past a multiple of 16. */
 static void prepare(struct emu_fiber *f)
 {
     void **top = (void **)(f->stack + f->stack_bytes - 24);
@@ -175,8 +175,8 @@ void emu_fiber_switch(struct emu_fiber *from, struct emu_fiber *to)
     emu_fiber_enter();
 }
 
-/* What is on their stacks is given up: AddressSanitizer's marks there, and ThreadSanitizer's idea of
- * which functions they are in. */
+/* What is on their stacks is given up: AddressSanitizer's marks there, and ThreadSanitizer's idea
+ * of which functions they are in. */
 void emu_fibers_abandon(int count)
 {
     for (int i = 0; i < count; i++) {

@@ -1,8 +1,8 @@
-/* graph.c - stream capture and graphs: nodes with what they depend on, run in any order that keeps it.
+/* graph.c - stream capture, and graphs: nodes with what they depend on, run in any order of those.
  *
- * A captured stream remembers the nodes that its next one depends on; events carry such sets to other
- * streams, which join the capture. What CUDA refuses while a stream captures is refused and spoils the
- * capture. Captures that ended are kept, for events may still point at them. */
+ * A captured stream remembers the nodes that its next one depends on; events carry such sets to
+ * other streams, which join the capture. What CUDA refuses while a stream captures is refused and
+ * spoils the capture. Captures that ended are kept, for events may still point at them. */
 #include "internal.h"
 
 #include <stdlib.h>

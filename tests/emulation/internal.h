@@ -1,7 +1,8 @@
 /* internal.h - what the files of the fake libcudart share: the lock, errors, memory, streams.
  *
- * The library is C without sanitizers. Every call of the API takes one lock (emu_enter), so all state
- * below is plain. Device memory is readable only between emu_memory_open and emu_memory_close. */
+ * The library is C without sanitizers. Every call of the API takes one lock (emu_enter), so all
+ * state below is plain. Device memory is readable only between emu_memory_open and
+ * emu_memory_close. */
 #ifndef EMU_INTERNAL_H
 #define EMU_INTERNAL_H
 
@@ -34,8 +35,8 @@ void emu_unlock(void);
 /* A call that is refused: the message is kept for emu_last_message. Returns status. */
 cudaError_t emu_refuse(cudaError_t status, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
-/* A mistake that no correct program makes: prints the message and the seed, and calls the handler or
- * aborts. */
+/* A mistake that no correct program makes: prints the message and the seed, and calls the handler
+ * or aborts. */
 void emu_mistake(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* From now on every call on the device gives the error. */
 void emu_make_sticky(int device, cudaError_t status);

@@ -3,8 +3,9 @@
  * A thread runs until it waits at a barrier or with its warp; then another one runs. Blocks, warps
  * and lanes start in a random order, and of the threads that may go on a random one does: the last
  * that became ready in most blocks, for that is kind to the caches and lets warps run far ahead of
- * each other, any one in the others. A fiber whose thread returned runs the next thread that has not
- * begun, without a switch. When no thread can go on, the kernel is wrong, and report() says how. */
+ * each other, any one in the others. A fiber whose thread returned runs the next thread that has
+ * not begun, without a switch. When no thread can go on, the kernel is wrong, and report() says
+ * how. */
 #include "internal.h"
 
 #include <stdio.h>
@@ -41,9 +42,9 @@ static struct {
     bool deep, failed;
 } block;
 
-/* What is acquired and released under ThreadSanitizer, by address: the start of a kernel, its end, and
- * one for each barrier, for a thread that left a barrier early must not be seen by one that leaves
- * it late. */
+/* What is acquired and released under ThreadSanitizer, by address: the start of a kernel, its end,
+ * and one for each barrier, for a thread that left a barrier early must not be seen by one that
+ * leaves it late. */
 static char kernel_begin, kernel_end;
 static uint64_t barriers[1 << 16];
 static unsigned next_barrier;
@@ -358,8 +359,8 @@ static bool run_block(uint3 index)
     return !block.failed;
 }
 
-/* Block number i of a random permutation: i times an odd step, of the range rounded up to a power of
- * two, skipping what is past the end. */
+/* Block number i of a random permutation: i times an odd step, of the range rounded up to a power
+ * of two, skipping what is past the end. */
 bool emu_run_kernel(const struct emu_run *run)
 {
     uint64_t blocks = (uint64_t)run->grid.x * run->grid.y * run->grid.z, range = 1;

@@ -1,8 +1,8 @@
 /* launch.c - a launch: what CUDA checks, what it should, and the kernel put on its stream.
  *
- * The checks that a real launch answers with an error are mistakes here, for no launch of the library
- * may rely on them. The arguments are looked through for addresses that the device has no business
- * with: of the host, of freed memory, of another device. */
+ * The checks that a real launch answers with an error are mistakes here, for no launch of the
+ * library may rely on them. The arguments are looked through for addresses that the device has no
+ * business with: of the host, of freed memory, of another device. */
 #include "internal.h"
 
 #include <string.h>

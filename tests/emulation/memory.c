@@ -1,9 +1,9 @@
 /* memory.c - device, pinned and managed memory: one arena each, red zones, who may touch what.
  *
  * An allocation has pages of its own, with red zones around the bytes the caller gets, and its
- * addresses are never given out again: freed pages stay inaccessible, so a use after free is a fault.
- * Pages of device memory are inaccessible also while host code runs (emu_memory_open opens them for
- * kernels and copies), and the handler of SIGSEGV says whose memory was touched by whom. */
+ * addresses come again at last only: freed pages stay inaccessible, so a use after free is a
+ * fault. Pages of device memory are inaccessible also while host code runs (emu_memory_open opens
+ * them for kernels and copies), and the handler of SIGSEGV says whose memory was touched. */
 #include "internal.h"
 
 #include <signal.h>
@@ -135,7 +135,8 @@ static void say(const char *text)
     (void)written;
 }
 
-/* After the message the fault happens again, under whoever handled it before: nobody, or a sanitizer. */
+/* After the message the fault happens again, under whoever handled it before: nobody, or a
+ * sanitizer. */
 static void on_fault(int number, siginfo_t *info, void *context)
 {
     const struct emu_allocation *a = emu_find(info->si_addr);
@@ -325,8 +326,8 @@ static void protect_all(int protection)
     shut = protection == PROT_NONE;
 }
 
-/* The kernel takes time for each page, so of much memory it is shut now and then only: host code that
- * touches it does so again. MOE_EMULATION_PROTECT=1 shuts it always, =0 never. */
+/* The kernel takes time for each page, so of much memory it is shut now and then only: host code
+ * that touches it does so again. MOE_EMULATION_PROTECT=1 shuts it always, =0 never. */
 static bool shall_shut(void)
 {
     const char *option = emu_option("MOE_EMULATION_PROTECT");

@@ -1,7 +1,7 @@
 /* planted.c - one program, one mistake: `planted <name>` must not end well.
  *
- * Exits 0 when nothing noticed the mistake. What notices it ends the program, or the wrong result or
- * the refusal does: those print the line that check_planted.sh looks for, and exit 3. */
+ * Exits 0 when nothing noticed the mistake. What notices it ends the program, or the wrong result
+ * or the refusal does: those print the line that check_planted.sh looks for, and exit 3. */
 #include "planted.h"
 #include "recorder.h"
 

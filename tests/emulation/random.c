@@ -1,7 +1,7 @@
 /* random.c - the choices of the emulator: one seeded sequence, and the options of the environment.
  *
- * MOE_EMULATION_SEED=n repeats a run. Without it the seed is 1, so that a test gives the same answer
- * twice; a test that wants others sets them. */
+ * MOE_EMULATION_SEED=n repeats a run. Without it the seed is 1, so that a test gives the same
+ * answer twice; a test that wants others sets them. */
 #include "internal.h"
 
 #include <stdlib.h>

@@ -1,7 +1,7 @@
 /* recorder.h - what tests ask of the emulator: what was called, what shall fail, what was moved.
  *
- * Exported by the fake libcudart; a program that links the real one cannot use it. All functions may
- * be called from any thread and synchronise nothing. */
+ * Exported by the fake libcudart; a program that links the real one cannot use it. All functions
+ * may be called from any thread and synchronise nothing. */
 #ifndef EMU_RECORDER_H
 #define EMU_RECORDER_H
 

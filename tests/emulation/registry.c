@@ -2,9 +2,9 @@
  *
  * A kernel's mangled name has "B" and the length of "kernel_<threads>" before the tag (see
  * cuda/device_emulated.h); g++ leaves the tag out of template instances, which are found by their
- * address when they are launched. Kernels are static, so they stand in .symtab only: the files of the
- * program and its libraries are read. Names are demangled by the C++ runtime where the program can
- * load one. MOE_EMULATION_KERNELS=file appends the names of what was launched. */
+ * address when they are launched. Kernels are static, so they stand in .symtab only: the files of
+ * the program and its libraries are read. Names are demangled by the C++ runtime where the program
+ * can load one. MOE_EMULATION_KERNELS=file appends the names of what was launched. */
 #include "internal.h"
 
 #include <dlfcn.h>

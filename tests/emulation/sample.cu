@@ -1,4 +1,5 @@
-/* sample.cu - correct kernels: reductions, scans, atomics, templates, vectors, dynamic shared memory.
+/* sample.cu - correct kernels: reductions, scans, atomics, templates, vectors, dynamic shared
+ * memory.
  *
  * nvcc compiles this file too, with warnings as errors: it is the sample of the kernel language. */
 #include "device.h"

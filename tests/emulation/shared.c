@@ -1,8 +1,8 @@
 /* shared.c - the shared memory of a block: an arena that is filled with a pattern for each block.
  *
- * Arrays lie between red zones, which AddressSanitizer watches where the program has it and which are
- * compared when the block ends. The pattern (see emu_fill) is NaN as a number of any float type and a
- * large negative one as an integer: what a kernel reads without writing shows. */
+ * Arrays lie between red zones, which AddressSanitizer watches where the program has it and which
+ * are compared when the block ends. The pattern (see emu_fill) is NaN as a number of any float type
+ * and a large negative one as an integer: what a kernel reads without writing shows. */
 #include "internal.h"
 
 #include <stdlib.h>

@@ -1,9 +1,9 @@
 /* stream.c - streams as queues that run late: what is put on one runs when somebody must see it.
  *
- * A synchronisation, a blocking copy or a free runs what it waits for; other calls now and then run a
- * little, by the seed. Of the streams that may go on a random one does, or only those that are waited
- * for, so that a missing wait shows as old data. Order within a stream, events and the legacy default
- * stream's rule are kept. MOE_EMULATION_EAGER=1 runs everything when it is put. */
+ * A synchronisation, a blocking copy or a free runs what it waits for; other calls now and then run
+ * a little, by the seed. Of the streams that may go on a random one does, or only those that are
+ * waited for, so that a missing wait shows as old data. Order within a stream, events and the
+ * legacy default stream's rule are kept. MOE_EMULATION_EAGER=1 runs everything when it is put. */
 #include "internal.h"
 
 #include <stdlib.h>

@@ -1,10 +1,11 @@
 /* traffic.c - what kernels read and write, by kernel: bytes, 32-byte sectors, each checked.
  *
  * Programs of the traffic flavour link traffic_hooks.c, which calls emu_traffic_access for every
- * access of a kernel. The model: the k-th time that a lane runs an instruction goes together with the
- * k-th time of the other lanes of its warp, and a sector that several lanes touch then counts once.
- * There are no caches in it; "distinct" counts each sector once in a launch, which is what an ideal
- * cache would leave. Bytes that nobody wrote have a mark for each, and reading one is a mistake. */
+ * access of a kernel. The model: the k-th time that a lane runs an instruction goes together with
+ * the k-th time of the other lanes of its warp, and a sector that several lanes touch then counts
+ * once. There are no caches in it; "distinct" counts each sector once in a launch, which is what an
+ * ideal cache would leave. Bytes that nobody wrote have a mark for each, and reading one is a
+ * mistake. */
 #include "internal.h"
 
 #include <stdio.h>

@@ -1,7 +1,7 @@
 /* traffic_hooks.c - the functions behind -fsanitize=thread in the traffic flavour.
  *
- * The compiler puts a call before each access of a kernel; here it counts. A kernel's atomics become
- * calls too, which have to do the operation: one thread runs at a time, so plainly. */
+ * The compiler puts a call before each access of a kernel; here it counts. A kernel's atomics
+ * become calls too, which have to do the operation: one thread runs at a time, so plainly. */
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>

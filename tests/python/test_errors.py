@@ -15,6 +15,7 @@ def test_every_error_is_a_python_error_too():
         moe.NotSupported: NotImplementedError, moe.SizeOverflow: OverflowError,
         moe.BufferTooSmall: ValueError, moe.CorruptData: ValueError,
         moe.CallbackFailed: RuntimeError, moe.SystemRefused: OSError,
+        moe.DeviceFailed: RuntimeError,
     }  # fmt: skip
     assert {kind for kind in _library.ERRORS.values()} == set(kinds)
     for status, kind in _library.ERRORS.items():
@@ -31,7 +32,7 @@ def test_an_error_has_status_name_and_the_librarys_message(context):
     assert error.name == "MOE_ERROR_INVALID_ARGUMENT"
     assert "moe_gate_create" in str(error) and "top_k" in str(error) and "9" in str(error)
     with pytest.raises(moe.NotSupported):
-        moe.Gate(context, d_model=4, num_experts=4, dtype="bfloat16")
+        moe.Experts(context, d_model=4, d_hidden=4, num_experts=4, storage="panels")
     with pytest.raises(moe.SizeOverflow):
         moe.Experts(context, d_model=2**40, d_hidden=2**40, num_experts=4)
     with pytest.raises(moe.NotSupported):

@@ -390,8 +390,10 @@ def test_nonsense_is_refused():
     with pytest.raises(ValueError, match="elements would share a place"):
         changed.experts.w2.data = numbers(5, 6).expand(4, 5, 6)
         changed(x)
-    with pytest.raises(TypeError, match="torch.float16"):
-        small().half()(x.half())
+    with pytest.raises(TypeError, match="torch.int32"):
+        small(dtype=torch.int32)
+    with pytest.raises(TypeError, match="torch.float64; the layer's parameters are torch.float16"):
+        small().half()(x)
     with pytest.raises(TypeError, match="top_kk"):
         small(gate={"top_kk": 2})
     with pytest.raises(TypeError, match="dtype is not a field"):
@@ -411,3 +413,37 @@ def test_plans_are_kept_and_replayed():
     assert other.plan.save() != out.plan.save()  # weights are anew
     before = out.plan.arrays().expert_of_entry
     assert list(other.plan.arrays().expert_of_entry) == list(before)  # experts are not
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_of_16_bits_is_near_one_of_float32(dtype):
+    ulp = torch.finfo(dtype).eps / 2
+    half, wide = small(dtype=dtype), small(dtype=torch.float32)
+    half.reset_parameters(4)
+    for to, value in zip(wide.tensors(), half.tensors()):
+        to.data.copy_(value.float())
+    x = numbers(9, 6, dtype=dtype)
+    out, want = half(x, step=4), wide(x.float(), step=4)
+    assert out.y.dtype == dtype and out.losses.dtype == torch.float32
+    assert torch.equal(out.losses, want.losses)
+    (out.y.float() ** 2).sum().backward()
+    (want.y**2).sum().backward()
+    pairs = [(out.y, want.y)] + [(a.grad, b.grad) for a, b in zip(half.parameters(),
+                                                                 wide.parameters())]  # fmt: skip
+    for got, expected in pairs:
+        assert got.dtype == dtype
+        assert (got.float() - expected).norm() <= 16 * ulp * expected.norm() + 1e-6
+
+
+def test_a_gate_may_be_float32_in_a_layer_of_16_bits():
+    layer = small(dtype=torch.bfloat16, gate={"selection_bias": 1})
+    assert layer.gate.selection_bias.dtype == torch.float32
+    x = numbers(9, 6, dtype=torch.bfloat16)
+    y = layer(x).y
+    layer.gate.float()
+    assert torch.equal(layer(x).y, y)
+    layer(x).y.sum().backward()
+    assert layer.gate.weight.grad.dtype == torch.float32
+    layer.experts.float()
+    with pytest.raises(TypeError, match="x is torch.bfloat16"):
+        layer(x)

@@ -1,4 +1,4 @@
-"""The sparsely-gated Mixture-of-Experts layer, forward and backward, on the CPU.
+"""The sparsely-gated Mixture-of-Experts layer, forward and backward, on the CPU or a GPU.
 
     import numpy, moe
 
@@ -63,10 +63,12 @@ from ._constants import (
     WeightLayout,
     WeightOn,
 )
+from ._device import DeviceArray
 from ._library import (
     BufferTooSmall,
     CallbackFailed,
     CorruptData,
+    DeviceFailed,
     Error,
     InvalidArgument,
     InvalidState,
@@ -77,10 +79,11 @@ from ._library import (
     constant,
     library_path,
     load,
+    load_cuda,
     version,
 )
 from ._preset import Preset, describe, preset, presets
-from .context import Comm, Context, World
+from .context import Comm, Context, CudaContext, World
 from .functions import (
     Flops,
     GradientReport,
@@ -103,15 +106,15 @@ from .plan import Plan, PlanArrays
 
 __all__ = [
     "Activation", "Backend", "Backward", "Batch", "BufferTooSmall", "CallbackFailed", "Capacity",
-    "Check", "ChoiceNoise", "Comm", "Context", "CorruptData", "DType", "Drop", "Dropped", "Error",
-    "Exchange", "ExpertCall", "Experts", "ExpertsKind", "FROM_CONFIG", "Flops", "Forward", "Gate",
-    "GateKind", "Glu", "GradientReport", "GradientsDisagree", "InvalidArgument", "InvalidState",
-    "Isa", "Kind", "Layer", "Log", "Loss", "LossScope", "Losses", "Memory", "NO_EXPERTS",
-    "NotSupported", "Order", "OutOfMemory", "Output", "Parameter", "Parameters", "Pass", "Plan",
-    "PlanArrays", "PlanUse", "Preset", "Received", "Report", "Round", "Rows", "SAME", "Score",
-    "SecondChoice", "Secondary", "SequenceCounts", "Shard", "SizeOverflow", "Stat", "Stats",
-    "Status", "Storage", "SystemRefused", "Tensor", "Time", "WeightLayout", "WeightOn", "World",
-    "check_gradients", "constant", "cv_squared", "describe", "experts_config", "flops",
-    "gate_config", "io", "layer_config", "library_path", "load", "memory", "noise4", "preset",
-    "presets", "selection_bias_step", "version",
+    "Check", "ChoiceNoise", "Comm", "Context", "CorruptData", "CudaContext", "DType", "DeviceArray",
+    "DeviceFailed", "Drop", "Dropped", "Error", "Exchange", "ExpertCall", "Experts", "ExpertsKind",
+    "FROM_CONFIG", "Flops", "Forward", "Gate", "GateKind", "Glu", "GradientReport",
+    "GradientsDisagree", "InvalidArgument", "InvalidState", "Isa", "Kind", "Layer", "Log", "Loss",
+    "LossScope", "Losses", "Memory", "NO_EXPERTS", "NotSupported", "Order", "OutOfMemory", "Output",
+    "Parameter", "Parameters", "Pass", "Plan", "PlanArrays", "PlanUse", "Preset", "Received",
+    "Report", "Round", "Rows", "SAME", "Score", "SecondChoice", "Secondary", "SequenceCounts",
+    "Shard", "SizeOverflow", "Stat", "Stats", "Status", "Storage", "SystemRefused", "Tensor",
+    "Time", "WeightLayout", "WeightOn", "World", "check_gradients", "constant", "cv_squared",
+    "describe", "experts_config", "flops", "gate_config", "io", "layer_config", "library_path",
+    "load", "load_cuda", "memory", "noise4", "preset", "presets", "selection_bias_step", "version",
 ]  # fmt: skip

@@ -32,6 +32,8 @@ TaskFn = CFUNCTYPE(None, c_void_p, c_int64)
 ParallelFn = CFUNCTYPE(c_int32, c_void_p, c_int64, TaskFn, c_void_p)
 LogFn = CFUNCTYPE(None, c_void_p, c_int32, c_char_p)
 ExpertFn = CFUNCTYPE(c_int32, c_void_p, c_void_p)  # the second is a moe_expert_call
+CudaAllocFn = CFUNCTYPE(c_void_p, c_void_p, c_uint64, c_uint64, c_void_p)
+CudaFreeFn = CFUNCTYPE(None, c_void_p, c_void_p, c_uint64, c_void_p)
 
 # ---- structs ------------------------------------------------------------------------------------
 
@@ -482,7 +484,7 @@ class Collectives(Structure):
     ]
 
 
-# ---- structs of libmoe_io and libmoe_mpi --------------------------------------------------------
+# ---- structs of libmoe_io, libmoe_mpi and libmoe_cuda -------------------------------------------
 
 
 class FileRecord(Structure):
@@ -610,6 +612,31 @@ class MpiOptions(Structure):
     _fields_ = [("struct_size", c_uint64), ("timeout", c_double)]
 
 
+class CudaConfig(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("device", c_int32),
+        ("tf32", c_int32),
+        ("cublas_workspace_bytes", c_int64),
+        ("wait_seconds", c_double),
+        ("check_pointers", c_int32),
+        ("reserved", c_int32),
+        ("alloc", CudaAllocFn),
+        ("free", CudaFreeFn),
+        ("alloc_user", c_void_p),
+        ("host", POINTER(ContextConfig)),
+    ]
+
+
+class CudaPassConfig(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("cublas", c_void_p),
+        ("workspace", c_void_p),
+        ("workspace_bytes", c_int64),
+    ]
+
+
 STRUCTS: List[Type[Structure]] = [
     ContextConfig, GateConfig, ExpertCall, ExpertCallbacks, ExpertsConfig, LayerConfig, CostQuery,
     Cost, ParameterRecord, Binding,
@@ -621,6 +648,7 @@ IO_STRUCTS: List[Type[Structure]] = [
     UpcycleArgs,
 ]  # fmt: skip
 MPI_STRUCTS: List[Type[Structure]] = [MpiOptions]
+CUDA_STRUCTS: List[Type[Structure]] = [CudaConfig, CudaPassConfig]
 FILLED_BY_LIBRARY: List[Type[Structure]] = [ExpertCall]  # the only ones without an init function
 
 

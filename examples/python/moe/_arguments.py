@@ -1,4 +1,4 @@
-"""The arguments of forward and backward: host arrays in, structs for the library out.
+"""The arguments of forward and backward: arrays in, structs for the library out.
 
 Widths and dtype come from the object that is called, so that every array is checked here by name
 before the library sees its address.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
-from . import _abi, _config, _memory, _views
+from . import _abi, _config, _device, _memory, _views
 from ._constants import LOSS_SLOTS, STAT_SLOTS, Backward, Forward, Loss
 from ._library import InvalidState
 
@@ -22,6 +22,17 @@ class Dims(NamedTuple):
     d_gate: int  # of gate_x
     num_experts: int
     groups: int = 0  # groups of a primary gate
+    device: Optional[int] = None  # the GPU they are on; None: the host
+
+    @property
+    def real(self) -> str:
+        """The dtype of logits, noise, weights, losses and their gradients."""
+        return _memory.real(self.dtype)
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of an argument: tokens and their gradients are of the layer's own."""
+        tokens = ("x", "gate_x", "y", "dx", "dy", "d_gate_x")
+        return self.dtype if name in tokens else self.real
 
 
 _FORWARD_FIELDS = ("flags", "tokens", "token_first", "step", "plan_use", "top_k", "capacity")
@@ -47,7 +58,9 @@ class ForwardCall:
             return
         if width == 0:
             raise ValueError(f"{name} is given and this call has no use for it")
-        memory, count, stride = _memory.matrix(name, source, self.dims.dtype, self.tokens, width)
+        memory, count, stride = _memory.matrix(
+            name, source, self.dims.dtype_of(name), self.tokens, width, device=self.dims.device
+        )
         self.tokens = count
         setattr(self.args, name, memory.address)
         setattr(self.args, (field or name) + "_stride", stride)
@@ -64,19 +77,21 @@ class ForwardCall:
         losses_out: Any,
         stats_out: Any,
     ) -> None:
-        """The arrays that are no matrices; `tokens` is known by now."""
-        args, keep = self.args, self.keep
+        """The arrays that are no matrices; `tokens` is known by now. group_begin and loss_weights
+        are the host's everywhere."""
+        args, keep, device = self.args, self.keep, self.dims.device
         tokens = self.tokens = self.tokens or 0
         args.tokens = tokens
         if token_mask is not None:
-            keep.append(_memory.vector("token_mask", token_mask, ["uint8", "bool"], tokens))
+            wanted = ["uint8", "bool"]
+            keep.append(_memory.vector("token_mask", token_mask, wanted, tokens, device=device))
             args.token_mask = keep[-1].address
         if group_begin is not None:
             keep.append(_memory.vector("group_begin", group_begin, ["int64"], None))
             args.group_begin = keep[-1].address
             args.groups = keep[-1].size - 1
         if token_key is not None:
-            keep.append(_memory.vector("token_key", token_key, ["int64"], tokens))
+            keep.append(_memory.vector("token_key", token_key, ["int64"], tokens, device=device))
             args.token_key = keep[-1].address
         if loss_weights is not None:
             keep.append(loss_vector("loss_weights", loss_weights, "float64", 0.0))
@@ -86,7 +101,8 @@ class ForwardCall:
             ("stats_out", stats_out, STAT_SLOTS),
         ):
             if source is not None:
-                keep.append(_memory.vector(name, source, [self.dims.dtype], slots, True))
+                wanted = [self.dims.real]
+                keep.append(_memory.vector(name, source, wanted, slots, True, device))
                 setattr(args, name, keep[-1].address)
 
     def output(self, y: Any, like: Any) -> None:
@@ -99,8 +115,10 @@ class ForwardCall:
                 raise ValueError("y must be given with Forward.ADD")
             shape = tuple(getattr(like, "shape", ()))
             rows = shape[:-1] if len(shape) > 1 else (self.tokens or 0,)
-            y = _views.zeros((*rows, dims.d_out), dims.dtype)
-        memory, _, stride = _memory.matrix("y", y, dims.dtype, self.tokens, dims.d_out, True)
+            y = _new("y", like, (*rows, dims.d_out), dims)
+        memory, _, stride = _memory.matrix(
+            "y", y, dims.dtype, self.tokens, dims.d_out, True, dims.device
+        )
         self.keep.append(memory)
         args.y, args.y_stride = memory.address, stride
         self.y = y
@@ -125,8 +143,9 @@ class BackwardCall:
             return None
         if width == 0:
             raise ValueError(f"{name} is given and this call has no use for it")
+        dims = self.dims
         memory, _, stride = _memory.matrix(
-            name, source, self.dims.dtype, self.tokens, width, writable
+            name, source, dims.dtype_of(name), self.tokens, width, writable, dims.device
         )
         self.keep.append(memory)
         setattr(self.args, name, memory.address)
@@ -143,11 +162,13 @@ class BackwardCall:
     def options(self, loss_grad: Any, entry_weight_grad: Any, entries: int, writable: bool) -> None:
         """The vectors."""
         if loss_grad is not None:
-            self.keep.append(loss_vector("loss_grad", loss_grad, self.dims.dtype, 1.0))
+            real, device = self.dims.real, self.dims.device
+            self.keep.append(loss_vector("loss_grad", loss_grad, real, 1.0, device))
             self.args.loss_grad = self.keep[-1].address
         if entry_weight_grad is not None:
+            wanted = [self.dims.real]
             memory = _memory.vector(
-                "entry_weight_grad", entry_weight_grad, [self.dims.dtype], entries, writable
+                "entry_weight_grad", entry_weight_grad, wanted, entries, writable, self.dims.device
             )
             self.keep.append(memory)
             self.args.entry_weight_grad = memory.address
@@ -157,23 +178,35 @@ class BackwardCall:
         if self.has_moved:
             kept.setdefault("moved", []).append(self.keep)
 
-    def gradient(self, dx: Any, width: int, like: Optional[Tuple[int, ...]]) -> None:
-        """Where dx goes: the caller's array, a new one, or nowhere."""
+    def gradient(
+        self, dx: Any, width: int, like: Optional[Tuple[int, ...]], dy: Any = None
+    ) -> None:
+        """Where dx goes: the caller's array, a new one of dy's kind, or nowhere."""
         if self.args.flags & Backward.SKIP_DX or width == 0:
             return
         if dx is None:
             if self.args.flags & Backward.ADD_DX:
                 raise ValueError("dx must be given with Backward.ADD_DX")
             shape = like if like and len(like) > 1 else (self.tokens, width)
-            dx = _views.zeros(shape, self.dims.dtype)
+            dx = _new("dx", dy, tuple(shape), self.dims)
         self.matrix("dx", dx, width, True)
         self.dx = dx
 
 
-def loss_vector(name: str, source: Any, dtype: str, default: float) -> _memory.Memory:
+def _new(name: str, like: Any, shape: Tuple[int, ...], dims: Dims) -> Any:
+    if dims.device is not None:
+        return _device.new_like(name, like, shape)
+    return _views.zeros(shape, dims.dtype)
+
+
+def loss_vector(
+    name: str, source: Any, dtype: str, default: float, device: Optional[int] = None
+) -> _memory.Memory:
     """A number for each loss: an array of all slots, or a mapping from a loss to its number."""
     if not isinstance(source, Mapping):
-        return _memory.vector(name, source, [dtype], LOSS_SLOTS)
+        return _memory.vector(name, source, [dtype], LOSS_SLOTS, device=device)
+    if device is not None:
+        raise TypeError(f"{name} must be an array on the GPU: the call reads it there")
     array = _views.zeros((LOSS_SLOTS,), dtype)
     for slot in range(len(Loss)):
         array[slot] = default

@@ -21,6 +21,8 @@ RAISED = 1
 Parallel = Callable[[int, Callable[[int], None]], Optional[int]]
 Alloc = Callable[[int, int], Optional[int]]
 Free = Callable[[int, int], None]
+CudaAlloc = Callable[[int, int, Optional[int]], Optional[int]]
+CudaFree = Callable[[int, int, Optional[int]], None]
 Log = Callable[[int, str], None]
 
 
@@ -92,6 +94,44 @@ def _free_callback(free: Free) -> Any:
             note_exception(error)
 
     return _abi.FreeFn(callback)
+
+
+def install_cuda(
+    config: _abi.CudaConfig, alloc: Optional[Tuple[CudaAlloc, CudaFree]]
+) -> Dict[str, Any]:
+    """Put an allocator of device memory into a config; the result must live as long as the
+    context."""
+    if alloc is None:
+        return {}
+    allocate, release = _pair_of(alloc)
+
+    def give(_user: Any, size: int, alignment: int, stream: Optional[int]) -> Optional[int]:
+        try:
+            with inside_callback():
+                return allocate(size, alignment, stream)
+        except BaseException as error:  # noqa: B902
+            note_exception(error)
+            return None
+
+    def take_back(_user: Any, memory: int, size: int, stream: Optional[int]) -> None:
+        try:
+            with inside_callback():
+                release(memory, size, stream)
+        except BaseException as error:  # noqa: B902
+            note_exception(error)
+
+    config.alloc, config.free = _abi.CudaAllocFn(give), _abi.CudaFreeFn(take_back)
+    return {"device_alloc": config.alloc, "device_free": config.free}
+
+
+def _pair_of(alloc: Any) -> Tuple[Any, Any]:
+    try:
+        allocate, release = alloc
+    except (TypeError, ValueError):
+        raise TypeError("alloc must be a pair of callables (alloc, free)") from None
+    if not callable(allocate) or not callable(release):
+        raise TypeError("alloc must be a pair of callables (alloc, free)")
+    return allocate, release
 
 
 def log_callback(log: Log) -> Any:
@@ -190,12 +230,7 @@ def install(
             raise TypeError(f"parallel must be a callable or an executor, not {parallel!r}")
         config.parallel = kept["parallel"] = _parallel_callback(parallel)
     if alloc is not None:
-        try:
-            allocate, release = alloc
-        except (TypeError, ValueError):
-            raise TypeError("alloc must be a pair of callables (alloc, free)") from None
-        if not callable(allocate) or not callable(release):
-            raise TypeError("alloc must be a pair of callables (alloc, free)")
+        allocate, release = _pair_of(alloc)
         config.alloc = kept["alloc"] = _alloc_callback(allocate)
         config.free = kept["free"] = _free_callback(release)
     if log is not None:

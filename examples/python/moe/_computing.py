@@ -8,6 +8,7 @@ from typing import Any, Iterator, List, Optional
 
 from ._arguments import BackwardCall, Dims, ForwardCall
 from ._constants import Forward, Status
+from ._device import stream_of
 from ._handle import Handle, Object, destroy_deferred, refuse_inside_callback
 from ._library import InvalidState, check, function
 from .passes import Pass
@@ -62,6 +63,7 @@ class Computing(Object):
         loss_weights: Any = None,
         losses_out: Any = None,
         stats_out: Any = None,
+        stream: Any = None,
         **fields: Any,
     ) -> Any:
         """Run forward and return y: the array given, or a new one. A gate returns None.
@@ -73,13 +75,18 @@ class Computing(Object):
         name to its weight, 0 for the rest. fields are flags (Forward), tokens, token_first, step,
         plan_use, top_k, capacity.
 
+        On a GPU arrays are there, but for group_begin and loss_weights, and y must be given unless
+        x is a tensor. stream is a cudaStream_t or an object with one, as PyTorch's; None: the
+        legacy default stream.
+
         The pass keeps x and gate_x alive until its next forward: they must stay unchanged until
         the backward.
         """
         made = self._forward_call(
             x, y=y, gate_x=gate_x, logits_in=logits_in, noise=noise, noise_primary=noise_primary,
             token_mask=token_mask, group_begin=group_begin, token_key=token_key, plan=plan,
-            loss_weights=loss_weights, losses_out=losses_out, stats_out=stats_out, **fields,
+            loss_weights=loss_weights, losses_out=losses_out, stats_out=stats_out, stream=stream,
+            **fields,
         )  # fmt: skip
         handle = pass_.handle
         with self._in_call(handle, plan):
@@ -103,11 +110,13 @@ class Computing(Object):
         loss_weights: Any = None,
         losses_out: Any = None,
         stats_out: Any = None,
+        stream: Any = None,
         **fields: Any,
     ) -> ForwardCall:
         """The arguments of a forward, checked."""
         dims = self.dims
         made = ForwardCall(dims, fields, _ARRAYS)
+        made.args.stream = stream_of(stream)
         made.matrix("x", x, dims.d_model or dims.d_gate)
         made.matrix("gate_x", gate_x, dims.d_gate)
         made.matrix("logits_in", logits_in, dims.num_experts, "logits")
@@ -136,6 +145,7 @@ class Computing(Object):
             handle.kept["remembered"] = made.remembered
             handle.kept["had"] = tuple(made.remembered)
             handle.kept["tokens"] = made.tokens
+            handle.kept["stream"] = made.args.stream
             handle.kept.pop("moved", None)
             if made.args.flags & (Forward.NO_SAVE | Forward.TRAIN) == Forward.NO_SAVE:
                 handle.kept["remembered"] = {}  # no backward will look
@@ -156,6 +166,7 @@ class Computing(Object):
         x: Any = None,
         gate_x: Any = None,
         flags: int = 0,
+        stream: Any = None,
     ) -> Any:
         """Run backward on the last forward of `pass_`; returns dx: the array given, or a new one,
         or None with Backward.SKIP_DX. Parameter gradients are added where the parameters say.
@@ -163,11 +174,12 @@ class Computing(Object):
         Arrays have the meaning of moe_backward_args: dy [T,O] in; dx, d_gate_x, d_logits_out [T,E]
         out; entry_weight_grad [N] out, in for a gate. loss_grad is [16] of the layer's dtype or a
         mapping from a loss's name to its factor, 1 for the rest. x and gate_x only if they moved.
+        stream as of forward().
         """
         made = self._backward_call(
             pass_, dy, dx=dx, d_gate_x=d_gate_x, d_logits_out=d_logits_out,
             entry_weight_grad=entry_weight_grad, loss_grad=loss_grad, x=x, gate_x=gate_x,
-            flags=flags,
+            flags=flags, stream=stream,
         )  # fmt: skip
         handle = pass_.handle
         with self._in_call(handle, None):
@@ -188,6 +200,7 @@ class Computing(Object):
         x: Any = None,
         gate_x: Any = None,
         flags: int = 0,
+        stream: Any = None,
     ) -> BackwardCall:
         """The arguments of a backward, checked."""
         dims, kept = self.dims, pass_.handle.kept
@@ -195,6 +208,7 @@ class Computing(Object):
         if tokens is None:
             raise InvalidState("backward needs a forward on this pass first")
         made = BackwardCall(dims, tokens, flags)
+        made.args.stream = stream_of(stream)
         made.matrix("dy", dy, dims.d_out, False)
         made.matrix("d_gate_x", d_gate_x, dims.d_gate, True)
         made.matrix("d_logits_out", d_logits_out, dims.num_experts, True, "d_logits")
@@ -204,7 +218,7 @@ class Computing(Object):
         # A gate writes its gradient by x to one of the two.
         only_gate = dims.d_model == 0 and d_gate_x is not None
         before = kept["remembered"].get("x")
-        made.gradient(dx, 0 if only_gate else width, before.shape if before else None)
+        made.gradient(dx, 0 if only_gate else width, before.shape if before else None, dy)
         entries = pass_.plan.entries if entry_weight_grad is not None else 0
         made.options(loss_grad, entry_weight_grad, entries, self.kind != "gate")
         return made

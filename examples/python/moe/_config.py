@@ -59,6 +59,7 @@ _OWN_ENUMS: Dict[Type[Structure], Dict[str, Type[enum.IntEnum]]] = {
 }
 _DTYPE_NAMES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F16",
                 "int32": "I32", "int64": "I64"}  # fmt: skip
+DTYPES = {name: int(c.DType[member]) for name, member in _DTYPE_NAMES.items()}
 _INTEGERS = {
     ctypes.c_int32: (-(2**31), 2**31 - 1),
     ctypes.c_int64: (-(2**63), 2**63 - 1),

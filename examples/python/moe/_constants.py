@@ -419,6 +419,7 @@ STAT_SLOTS = 16
 TIME_SLOTS = 8
 FILE_MAX_DIMS = 8
 FILE_ALL = -1
+CUDA_CURRENT = -1
 
 # Constants that stand alone, by their C names.
 SINGLES: Dict[str, int] = {
@@ -482,6 +483,9 @@ PREFIXES: Dict[Type[enum.IntEnum] | Type[enum.IntFlag], str] = {
 # The same of libmoe_io, which moe_constant() does not know.
 IO_SINGLES: Dict[str, int] = {"MOE_FILE_MAX_DIMS": FILE_MAX_DIMS, "MOE_FILE_ALL": FILE_ALL}
 IO_PREFIXES: Dict[Type[enum.IntEnum], str] = {FileDType: "MOE_FILE_", Family: "MOE_FAMILY_"}
+
+# And of libmoe_cuda.
+CUDA_SINGLES: Dict[str, int] = {"MOE_CUDA_CURRENT": CUDA_CURRENT}
 
 
 def io_constants() -> Dict[str, int]:

@@ -204,6 +204,14 @@ class Handle:
             self.destroy()
 
 
+def device_of(handle: Optional[Handle]) -> Optional[int]:
+    """The GPU that what was made from a handle's context is on; None: the host."""
+    while handle is not None and handle.kind != "context":
+        kept = handle.kept
+        handle = next((kept[n] for n in ("context", "target", "experts", "pass") if n in kept), None)
+    return None if handle is None else handle.kept.get("device")
+
+
 class Object:
     """A Python object around a Handle: closing, and refusing use after that."""
 

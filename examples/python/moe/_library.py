@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Mapping, NoReturn, Optional, Tuple, Type, Ty
 
 from . import _abi
 from ._constants import Status
-from ._prototypes import IO_PROTOTYPES, MPI_PROTOTYPES, PROTOTYPES
+from ._prototypes import CUDA_PROTOTYPES, IO_PROTOTYPES, MPI_PROTOTYPES, PROTOTYPES
 
 NEEDED_VERSION = (0, 1, 0)
 SYSTEM_NAME = "libmoe.so.0"
@@ -71,6 +71,10 @@ class SystemRefused(Error, OSError):
         return str(self.args[0])
 
 
+class DeviceFailed(Error, RuntimeError):
+    """A device or its runtime failed, or there is none."""
+
+
 ERRORS: Dict[int, Type[Error]] = {
     Status.INVALID_ARGUMENT: InvalidArgument,
     Status.OUT_OF_MEMORY: OutOfMemory,
@@ -81,6 +85,7 @@ ERRORS: Dict[int, Type[Error]] = {
     Status.CORRUPT_DATA: CorruptData,
     Status.CALLBACK: CallbackFailed,
     Status.SYSTEM: SystemRefused,
+    Status.DEVICE: DeviceFailed,
 }
 
 # ---- loading ------------------------------------------------------------------------------------
@@ -197,11 +202,16 @@ _io: Optional[ctypes.CDLL] = None
 _io_path = ""
 _mpi: Optional[ctypes.CDLL] = None
 _mpi_path = ""
+_cuda: Optional[ctypes.CDLL] = None
+_cuda_path = ""
 _NO_IO = (
     "It is built where jansson is: install that (Debian: apt-get install libjansson-dev "
     "pkg-config), then run pip install again, or make in the source tree"
 )
 _NO_MPI = "make builds it in the source tree where that MPI's mpicc is; a path will do as well"
+_NO_CUDA = (
+    "make builds it in the source tree where the CUDA toolkit is; give its path to moe.load_cuda()"
+)
 
 
 def _find_module(name: str) -> str:
@@ -269,8 +279,33 @@ def load_mpi(name: str) -> None:
             raise ImportError(f"{path}: {_mpi_path} is loaded already")
 
 
+def load_cuda(path: Union[str, "os.PathLike[str]", None] = None) -> Any:
+    """Load libmoe_cuda: from `path`, from beside libmoe, or by its soname from the system. Once: a
+    second path is refused."""
+    global _cuda, _cuda_path
+    if _cuda is not None and path is None:  # without the lock: finalizers come here
+        return _cuda
+    library()  # first, so that the module finds this one
+    place = _find_module("libmoe_cuda") if path is None else os.fspath(path)
+    with _module_lock:
+        if _cuda is None:
+            _cuda = _open_module(place, CUDA_PROTOTYPES, _NO_CUDA)
+            _cuda_path = place
+        elif not _is_at(_cuda, place):
+            raise ImportError(f"{place}: {_cuda_path} is loaded already")
+        return _cuda
+
+
+def cuda_library_path() -> str:
+    """The file libmoe_cuda was loaded from."""
+    load_cuda()
+    return _cuda_path
+
+
 def function(name: str) -> Any:
     """A function of libmoe or of a module library. Of MPI's after load_mpi()."""
+    if name in CUDA_PROTOTYPES:
+        return getattr(load_cuda(), name)
     if name in IO_PROTOTYPES:
         return getattr(io_library(), name)
     return getattr(_mpi if name in MPI_PROTOTYPES else library(), name)

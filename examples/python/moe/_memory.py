@@ -1,8 +1,10 @@
-"""Memory of the host: where an array lies, what it holds, and whether the library may use it.
+"""Memory of the program: where an array lies, what it holds, and whether the library may use it.
 
 describe() takes anything with the buffer protocol (numpy arrays, memoryview, array.array,
-bytearray, ctypes arrays) or with DLPack (PyTorch, JAX, CuPy's host arrays). It never copies. The Memory it
-gives keeps the array alive and, for buffers, locked against resizing.
+bytearray, ctypes arrays) or with DLPack (PyTorch, JAX, CuPy's host arrays). It never copies. The
+Memory it gives keeps the array alive and, for buffers, locked against resizing. For a context on a
+GPU it takes PyTorch's CUDA tensors and anything with the CUDA array interface or DLPack on such a
+device, and nothing of the host.
 """
 
 from __future__ import annotations
@@ -22,12 +24,24 @@ NAMES = {
     DType.I32: "int32",
     DType.I64: "int64",
 }
+# What numpy has no type for lies in arrays of this one, bit for bit.
+BITS = {"bfloat16": "uint16"}
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8,
          "uint8": 1, "bool": 1}  # fmt: skip
 
 
+def real(dtype: str) -> str:
+    """What a layer of this dtype computes with: its logits, weights and losses are of that."""
+    return "float32" if dtype in ("bfloat16", "float16") else dtype
+
+
+def accepted(dtype: str) -> List[str]:
+    """The dtypes of arrays that can hold this one."""
+    return [dtype, BITS[dtype]] if dtype in BITS else [dtype]
+
+
 class Memory:
-    """An array of the host; strides count elements."""
+    """An array of the program; strides count elements."""
 
     def __init__(
         self, address: int, shape: Shape, strides: Shape, dtype: str, writable: bool, keep: Any
@@ -190,25 +204,29 @@ _capsule_is.argtypes = [ctypes.py_object, ctypes.c_char_p]
 _capsule_is.restype = ctypes.c_int
 
 
-def _capsule_of(name: str, source: Any) -> Any:
+def _capsule_of(name: str, source: Any, device: Optional[int]) -> Any:
     kind, number = source.__dlpack_device__()
-    if int(kind) not in _HOST_DEVICES:
+    if device is None and int(kind) not in _HOST_DEVICES:
         raise ValueError(
             f"{name} is on device type {int(kind)} number {number}; the library computes on the CPU"
         )
+    if device is not None and int(kind) == _CUDA_DEVICES[0] and number != device:
+        raise ValueError(f"{name} is on device {number}; the context is on device {device}")
+    # -1: the producer does not wait; the order is that of the call's stream.
+    stream = {} if device is None else {"stream": -1}
     try:
         try:
-            return source.__dlpack__(max_version=(1, 0))
+            return source.__dlpack__(max_version=(1, 0), **stream)
         except TypeError:
-            return source.__dlpack__()  # from before DLPack 1.0
+            return source.__dlpack__(**stream)  # from before DLPack 1.0
     except (BufferError, RuntimeError) as error:
         raise type(error)(f"{name}: {error}") from error
 
 
-def _from_dlpack(name: str, source: Any) -> Memory:
+def _from_dlpack(name: str, source: Any, device: Optional[int] = None) -> Memory:
     # The capsule is looked into and never renamed, so that its own destructor calls the deleter
     # when the Memory that keeps it goes.
-    capsule = _capsule_of(name, source)
+    capsule = _capsule_of(name, source, device)
     writable = True
     if _capsule_is(capsule, b"dltensor_versioned"):
         address = _capsule_pointer(capsule, b"dltensor_versioned")
@@ -233,6 +251,56 @@ def _from_dlpack(name: str, source: Any) -> Memory:
     return Memory(address, shape, strides, dtype, writable, (capsule, source))
 
 
+# ---- memory of a GPU ----------------------------------------------------------------------------
+
+_CUDA_DEVICES = (2, 13)  # kDLCUDA, and kDLCUDAManaged
+
+
+def _from_tensor(name: str, source: Any, device: int) -> Memory:
+    """PyTorch's, whose array interface knows no bfloat16."""
+    if source.requires_grad:
+        raise BufferError(f"{name} requires a gradient; give its .detach()")
+    if source.device.index != device:
+        raise ValueError(f"{name} is on {source.device}; the context is on device {device}")
+    dtype = str(source.dtype).rpartition(".")[2]
+    shape, strides = tuple(source.shape), tuple(source.stride())
+    return Memory(source.data_ptr(), shape, strides, dtype, True, source)
+
+
+def _from_interface(name: str, source: Any) -> Memory:
+    """The CUDA array interface. It does not say which device: the library looks."""
+    described = source.__cuda_array_interface__
+    shape = tuple(described["shape"])
+    text = described["typestr"]
+    size, steps = int(text[2:]), described.get("strides")
+    if any(step % size for step in steps or ()):
+        raise ValueError(f"{name}: strides of {steps} bytes split elements of {size}")
+    strides = tuple(step // size for step in steps) if steps else contiguous(shape)
+    kinds = {"f": "float", "i": "int", "u": "uint", "c": "complex"}
+    if text[0] != ">" and text[1] in kinds:
+        dtype = f"{kinds[text[1]]}{8 * size}"
+        dtype = "uint16" if dtype == "int16" else dtype  # bits of bfloat16, as DeviceArray shows them
+    else:
+        dtype = {"|b1": "bool", "<V2": "bfloat16"}.get(text, f"format {text!r}")
+    address, read_only = described["data"]
+    return Memory(address or 0, shape, strides, dtype, not read_only, source)
+
+
+def _from_device(name: str, source: Any, device: int) -> Memory:
+    if getattr(source, "is_cuda", False) and hasattr(source, "data_ptr"):
+        return _from_tensor(name, source, device)
+    if getattr(source, "__cuda_array_interface__", None) is not None:
+        return _from_interface(name, source)
+    if hasattr(source, "__dlpack__") and hasattr(source, "__dlpack_device__"):
+        kind, number = source.__dlpack_device__()
+        if int(kind) in _CUDA_DEVICES:
+            return _from_dlpack(name, source, device)
+    raise TypeError(
+        f"{name} must be an array on the GPU (a CUDA tensor, the CUDA array interface or DLPack), "
+        f"not {type(source).__name__} of the host: the context is on device {device}"
+    )
+
+
 # ---- what the rest of the package calls ---------------------------------------------------------
 
 
@@ -246,15 +314,29 @@ def contiguous(shape: Sequence[int]) -> Shape:
     return tuple(strides)
 
 
-def describe(name: str, source: Any, dtypes: Sequence[str], writable: bool = False) -> Memory:
-    """Where `source` lies, if it holds one of `dtypes` and may be written when that is wanted."""
+def describe(
+    name: str,
+    source: Any,
+    dtypes: Sequence[str],
+    writable: bool = False,
+    device: Optional[int] = None,
+) -> Memory:
+    """Where `source` lies, if it holds one of `dtypes` and may be written when that is wanted.
+    device  the GPU it must be on; None: it must be the host's
+    """
     if isinstance(source, Memory):
         memory = source
+    elif device is not None:
+        memory = _from_device(name, source, device)
     else:
         try:
             memory = _from_buffer(name, source)
         except TypeError:
             if not (hasattr(source, "__dlpack__") and hasattr(source, "__dlpack_device__")):
+                if hasattr(source, "__cuda_array_interface__"):
+                    raise ValueError(
+                        f"{name} is on a GPU; the library computes on the CPU"
+                    ) from None
                 raise TypeError(
                     f"{name} must be an array (buffer protocol or DLPack), not "
                     f"{type(source).__name__}"
@@ -269,10 +351,15 @@ def describe(name: str, source: Any, dtypes: Sequence[str], writable: bool = Fal
 
 
 def vector(
-    name: str, source: Any, dtypes: Sequence[str], length: Optional[int], writable: bool = False
+    name: str,
+    source: Any,
+    dtypes: Sequence[str],
+    length: Optional[int],
+    writable: bool = False,
+    device: Optional[int] = None,
 ) -> Memory:
     """A contiguous array of `length` elements, in one dimension."""
-    memory = describe(name, source, dtypes, writable)
+    memory = describe(name, source, dtypes, writable, device)
     if len(memory.shape) != 1 or (length is not None and memory.shape[0] != length):
         wanted = "one dimension" if length is None else f"({length},)"
         raise ValueError(f"{name} has shape {memory.shape}; wanted {wanted}")
@@ -282,10 +369,16 @@ def vector(
 
 
 def matrix(
-    name: str, source: Any, dtype: str, rows: Optional[int], width: int, writable: bool = False
+    name: str,
+    source: Any,
+    dtype: str,
+    rows: Optional[int],
+    width: int,
+    writable: bool = False,
+    device: Optional[int] = None,
 ) -> Tuple[Memory, int, int]:
     """Rows of `width` elements: the memory, how many rows, and the stride between them."""
-    memory = describe(name, source, [dtype], writable)
+    memory = describe(name, source, accepted(dtype), writable, device)
     count, stride = memory.row_stride(name, width)
     if rows is not None and count != rows:
         raise ValueError(f"{name} has shape {memory.shape}: {count} rows; wanted {rows}")

@@ -21,6 +21,7 @@ from ctypes import (
 from typing import Any, Dict, List, Tuple
 
 from ._abi import (
+    CUDA_STRUCTS,
     FILLED_BY_LIBRARY,
     IO_STRUCTS,
     MPI_STRUCTS,
@@ -32,6 +33,8 @@ from ._abi import (
     ContextConfig,
     Cost,
     CostQuery,
+    CudaConfig,
+    CudaPassConfig,
     Exchange,
     ExpertsConfig,
     FileRecord,
@@ -175,8 +178,16 @@ MPI_PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "moe_comm_create_mpi_f": (_status, [_new, _handle, c_int32, POINTER(MpiOptions)]),
 }
 
+CUDA_PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
+    "moe_cuda_context_create": (_status, [_new, POINTER(CudaConfig)]),
+    "moe_cuda_poll": (_status, [_handle]),
+    "moe_cuda_device": (c_int32, [_handle]),
+    "moe_cuda_pass_set": (_status, [_handle, POINTER(CudaPassConfig)]),
+}
+
 for _table, _structs in (
-    (PROTOTYPES, STRUCTS), (IO_PROTOTYPES, IO_STRUCTS), (MPI_PROTOTYPES, MPI_STRUCTS)
+    (PROTOTYPES, STRUCTS), (IO_PROTOTYPES, IO_STRUCTS), (MPI_PROTOTYPES, MPI_STRUCTS),
+    (CUDA_PROTOTYPES, CUDA_STRUCTS),
 ):  # fmt: skip
     for _struct in _structs:
         if _struct not in FILLED_BY_LIBRARY:

@@ -36,7 +36,9 @@ from .objects import Experts, Gate, Layer
 from .passes import Pass
 from .plan import Plan
 
-DTYPES = {torch.float32: DType.F32, torch.float64: DType.F64}
+DTYPES = {torch.float32: DType.F32, torch.float64: DType.F64, torch.bfloat16: DType.BF16,
+          torch.float16: DType.F16}  # fmt: skip
+_TORCH = {int(code): dtype for dtype, code in DTYPES.items()}
 
 _context: Optional[Context] = None
 _context_lock = threading.Lock()
@@ -156,6 +158,8 @@ class Engine:
 
     def __init__(self, config: Config, context: Context, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        # Of logits, noise, weights and losses.
+        self.real = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         self.context = context
         self.layer = config.make(context, DTYPES[dtype], Parameters.BOUND)
         self.lock = threading.Lock()
@@ -165,9 +169,11 @@ class Engine:
         self.shapes: Dict[str, Tuple[int, ...]] = {
             name: p.shape for name, p in self.layer.parameters.items()
         }
+        # The library's own choice; in 16 bits a gate's buffer and thresholds stay float32.
+        self.dtypes = {
+            name: _TORCH[p.record.data_dtype] for name, p in self.layer.parameters.items()
+        }
         self._bindings = [new(_abi.Binding) for _ in self.shapes]
-        for binding in self._bindings:
-            binding.data_dtype = binding.grad_dtype = int(DTYPES[dtype])
         experts = self.layer.experts
         assert experts is not None
         self.d_model, self.d_out = experts.dims.d_model, experts.dims.d_out
@@ -176,6 +182,10 @@ class Engine:
         gate = self.layer.gate
         self.draws_noise = gate is not None and _draws(gate.config)
         self.buffers = {name for name, p in self.layer.parameters.items() if not p.trainable}
+
+    def accepts(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether a parameter may be of this dtype: a gate's also of what is computed with."""
+        return dtype == self.dtype or (name.startswith("gate.") and dtype == self.real)
 
     # ---- passes ---------------------------------------------------------------------------------
 
@@ -212,6 +222,8 @@ class Engine:
         for i, (binding, tensor, grad) in enumerate(zip(self._bindings, data, grads)):
             binding.data = address(tensor)
             binding.grad = address(grad)
+            binding.data_dtype = int(DTYPES[tensor.dtype])
+            binding.grad_dtype = int(DTYPES[tensor.dtype if grad is None else grad.dtype])
             plain = tensor.is_contiguous()
             for d in range(tensor.dim()):
                 binding.data_stride[d] = 0 if plain else tensor.stride(d)
@@ -251,8 +263,8 @@ class Engine:
                 args.top_k = call.top_k
             if call.capacity is not None:
                 args.capacity = call.capacity
-            losses = torch.zeros(LOSS_SLOTS, dtype=self.dtype)
-            stats = torch.zeros(STAT_SLOTS, dtype=self.dtype)
+            losses = torch.zeros(LOSS_SLOTS, dtype=self.real)
+            stats = torch.zeros(STAT_SLOTS, dtype=self.real)
             args.losses_out, args.stats_out = address(losses), address(stats)
             lease.results = (losses, stats)
         with self.lock:
@@ -341,8 +353,9 @@ def initial_values(
     layer.init_parameters(seed)
     values = {}
     for name, p in layer.parameters.items():
-        raw = (ctypes.c_char * (p.size * dtype_size(dtype))).from_address(p.record.data)
-        values[name] = torch.frombuffer(raw, dtype=dtype).reshape(p.shape).clone()
+        own = _TORCH[p.record.data_dtype]
+        raw = (ctypes.c_char * (p.size * dtype_size(own))).from_address(p.record.data)
+        values[name] = torch.frombuffer(raw, dtype=own).reshape(p.shape).clone()
     return values
 
 

@@ -75,7 +75,7 @@ def set_plan(call: Call, engine: Engine, tokens: int, ids: Optional[torch.Tensor
         call.plan, call.plan_use = plan, PlanUse.IDS
     if ids is None or weights is None:
         return
-    check_tensor("weights", weights, engine.dtype, False)
+    check_tensor("weights", weights, engine.real, False)
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids are {ids.dtype}; wanted torch.int32 or torch.int64")
     if ids.shape != weights.shape or (ids.numel() % tokens if tokens else ids.numel()):

@@ -1,4 +1,4 @@
-"""Context, World and Comm: where work runs, and groups of ranks."""
+"""Context, CudaContext, World and Comm: where work runs, and groups of ranks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 from typing import Any, Optional, Tuple
 
 from . import _abi, _callbacks, _config
-from ._constants import Isa
+from ._constants import CUDA_CURRENT, Isa
 from ._handle import Handle, Object
-from ._library import check, library, load_mpi
+from ._library import check, function, library, load_mpi
 
 
 class Context(Object):
@@ -64,6 +64,60 @@ class Context(Object):
         if self.closed:
             return "<moe.Context closed>"
         return f"<moe.Context threads={self.threads} isa={self.isa.name.lower()}>"
+
+
+class CudaContext(Context):
+    """A context on an NVIDIA GPU, by libmoe_cuda. Keywords are the fields of moe_cuda_config:
+    wait_seconds, check_pointers, and
+
+    device     the ordinal; None: the current one
+    tf32       True: products of float32 may round their factors to TF32
+    workspace  bytes of device memory of each pass for cuBLAS
+    alloc      pair of callables for device memory: alloc(bytes, alignment, stream) -> address or
+               None, free(address, bytes, stream)
+    host_alloc, log, log_level
+               of the host's memory and log, as of Context
+
+    What is made from it takes arrays of the GPU: PyTorch's CUDA tensors and what has the CUDA array
+    interface or DLPack. What it shows is a DeviceArray, what it copies is the host's.
+    """
+
+    def __init__(
+        self,
+        device: Optional[int] = None,
+        *,
+        tf32: bool = False,
+        workspace: Optional[int] = None,
+        alloc: Optional[Tuple[_callbacks.CudaAlloc, _callbacks.CudaFree]] = None,
+        host_alloc: Optional[Tuple[_callbacks.Alloc, _callbacks.Free]] = None,
+        log: Optional[_callbacks.Log] = None,
+        log_level: Any = None,
+        **fields: Any,
+    ) -> None:
+        fields = {"device": CUDA_CURRENT if device is None else device, "tf32": int(tf32), **fields}
+        if workspace is not None:
+            fields["cublas_workspace_bytes"] = workspace
+        config = _config.make(_abi.CudaConfig, fields, ("workspace", "alloc", "host_alloc", "log"))
+        host_fields = {} if log_level is None else {"log_level": log_level}
+        host = _config.make(_abi.ContextConfig, host_fields)
+        handle = Handle("context")
+        handle.kept.update(_callbacks.install(host, None, host_alloc, log))
+        handle.kept.update(_callbacks.install_cuda(config, alloc))
+        config.host = ctypes.pointer(host)
+        self._handle = handle.create("moe_cuda_context_create", ctypes.byref(config))
+        handle.kept["device"] = int(function("moe_cuda_device")(handle.value))
+
+    def poll(self) -> None:
+        """Raise DeviceFailed if the device is known to have failed; never waits."""
+        self.call("moe_cuda_poll")
+
+    @property
+    def device(self) -> int:
+        """The ordinal of the GPU."""
+        return int(function("moe_cuda_device")(self.handle.value))
+
+    def __repr__(self) -> str:
+        return f"<moe.CudaContext {'closed' if self.closed else f'device={self.device}'}>"
 
 
 class World(Object):

@@ -11,7 +11,8 @@ from . import _abi, _callbacks, _config, _memory, _views
 from ._arguments import Dims
 from ._computing import Computing
 from ._constants import NO_EXPERTS, DType, ExpertsKind, GateKind
-from ._handle import Handle
+from ._device import stream_of
+from ._handle import Handle, device_of
 from ._library import library, new
 from ._phases import Phased
 from .context import Comm, Context
@@ -38,7 +39,9 @@ class Gate(Computing, ParameterOwner):
         config = self.config
         dtype = _memory.NAMES[DType(config.dtype)]
         groups = config.expert_groups if config.kind == GateKind.HIERARCHICAL else 0
-        self.dims = Dims(dtype, 0, 0, config.d_model, config.num_experts, groups)
+        self.dims = Dims(
+            dtype, 0, 0, config.d_model, config.num_experts, groups, device_of(handle)
+        )
 
     @property
     def config(self) -> _abi.GateConfig:
@@ -50,7 +53,8 @@ class Gate(Computing, ParameterOwner):
     def update_selection_bias(self, counts: Any, rate: float = 0.001) -> None:
         """Balancing without a loss: selection_bias_e += rate sign(mean(counts) - counts_e).
 
-        counts  [E] int64, entries of each expert: pass.tensor("counts"), summed over micro-batches
+        counts  [E] int64 of the host, entries of each expert: pass.tensor("counts"), summed over
+                micro-batches
         """
         memory = _memory.vector("counts", counts, ["int64"], self.dims.num_experts)
         place = ctypes.cast(memory.address, ctypes.POINTER(ctypes.c_int64))
@@ -120,7 +124,8 @@ class Experts(Computing, ParameterOwner):
         d_out = config.d_out if config.d_out > 0 else config.d_model
         dtype = _memory.NAMES[DType(config.dtype)]
         count = 0 if config.num_experts == NO_EXPERTS else config.num_experts
-        self.dims = Dims(dtype, config.d_model, d_out, 0, count)
+        device = device_of(self.handle)
+        self.dims = Dims(dtype, config.d_model, d_out, 0, count, device=device)
 
     def _used(self) -> List[Handle]:
         return [self.handle, *self.handle.kept.get("parts", ())]
@@ -148,13 +153,13 @@ class Experts(Computing, ParameterOwner):
         with self.handle.busy.shared("the experts"):
             self.call("moe_experts_weights_changed")
 
-    def zero_touched_gradients(self) -> None:
+    def zero_touched_gradients(self, *, stream: Any = None) -> None:
         """As zero_gradients, but of those experts alone that were touched since the last time: as
         good if nobody else writes to the gradients of the others."""
         with contextlib.ExitStack() as stack:
             for used in self._used():
                 stack.enter_context(used.busy.shared("the experts"))
-            self.call("moe_experts_zero_touched_gradients", None)
+            self.call("moe_experts_zero_touched_gradients", stream_of(stream))
 
     def touched(self) -> Any:
         """[E] uint8: 1 for each expert that has received gradients since they were zeroed."""
@@ -271,24 +276,24 @@ class Layer(Phased, ParameterOwner):
         own._handle = self.handle
         return {name: found.get(name, p) for name, p in own._parameters().items()}
 
-    def _zero(self, which: str) -> None:
+    def _zero(self, which: str, stream: Any) -> None:
         with contextlib.ExitStack() as stack:
             for used in self._used():
                 stack.enter_context(used.busy.shared(f"the {used.kind}"))
-            self.call(f"moe_layer_zero_{which}", None)
+            self.call(f"moe_layer_zero_{which}", stream_of(stream))
 
-    def zero_gradients(self) -> None:
+    def zero_gradients(self, *, stream: Any = None) -> None:
         """Set every gradient to zero and forget which experts were touched."""
-        self._zero("gradients")
+        self._zero("gradients", stream)
 
-    def zero_touched_gradients(self) -> None:
+    def zero_touched_gradients(self, *, stream: Any = None) -> None:
         """The same, but of pools those experts alone that were touched since the last time."""
-        self._zero("touched_gradients")
+        self._zero("touched_gradients", stream)
 
-    def gradient_norm(self) -> float:
+    def gradient_norm(self, *, stream: Any = None) -> float:
         """The norm of the gradient over all ranks, after reduce_gradients."""
         squared = ctypes.c_double()
-        self.call("moe_layer_gradient_norm", ctypes.byref(squared), None)
+        self.call("moe_layer_gradient_norm", ctypes.byref(squared), stream_of(stream))
         return math.sqrt(squared.value)
 
     def reduce_gradients(self) -> None:

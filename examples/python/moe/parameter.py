@@ -1,7 +1,7 @@
 """Parameters of a gate, a pool or a layer: their records, their memory, and binding.
 
 A parameter's data and gradient are arrays without a copy: views of the library's memory for owned
-parameters, the host's own arrays for bound ones.
+parameters (DeviceArrays on a GPU), the program's own arrays for bound ones.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from . import _abi, _memory, _views
 from ._constants import DType, Kind, Shard
-from ._handle import Object
+from ._device import stream_of
+from ._handle import Object, device_of
 from ._library import library, new
 
 
@@ -53,7 +54,7 @@ class Parameter:
 
     @property
     def dtype(self) -> str:
-        """The element type of the data, "float32" or "float64"."""
+        """The element type of the data: "float32", "float64", "bfloat16" or "float16"."""
         return _memory.NAMES[DType(self.record.data_dtype)]
 
     @property
@@ -107,8 +108,10 @@ class Parameter:
         """Use memory of the host. It is kept alive until the next bind().
 
         data  array of this shape and dtype, any strides, may be read-only; or a list or tuple with
-              one array for each expert, each of shape[1:]
-        grad  the same for the gradient, writable; None: not wanted. In a list some may be None
+              one array for each expert, each of shape[1:]. bfloat16 may be the bits in uint16; a
+              gate's may be float32 too
+        grad  the same for the gradient, writable; None: not wanted. In a list some may be None.
+              float32 beside data of 16 bits, or of 16 bits too
         """
         binding = new(_abi.Binding)
         memory: List[Any] = []
@@ -134,13 +137,13 @@ class Parameter:
     def _fill(self, binding: _abi.Binding, which: str, source: Any, memory: List[Any]) -> None:
         """One half of a binding, data or gradient."""
         writable = which == "grad"
-        setattr(binding, which + "_dtype", self.record.data_dtype)
         name = f"{which} of {self.name}"
         strides = getattr(binding, which + "_stride")
         if not isinstance(source, (list, tuple)):
             array = self._checked(name, source, self.shape, writable)
             memory.append(array)
             setattr(binding, which, array.address)
+            setattr(binding, which + "_dtype", self._code(array.dtype))
             strides[: len(array.shape)] = _normal_strides(array)
             return
         if len(source) != self.shape[0]:
@@ -153,9 +156,12 @@ class Parameter:
             array = self._checked(f"{name}, expert {e},", one, self.shape[1:], writable)
             memory.append(array)
             pointers[e] = array.address
-            own = _normal_strides(array)
+            code, own = self._code(array.dtype), _normal_strides(array)
             if first is None:
                 first = own
+                setattr(binding, which + "_dtype", code)
+            elif code != getattr(binding, which + "_dtype"):
+                raise TypeError(f"{name}: expert {e} has another dtype than the first")
             elif own != first:
                 raise ValueError(f"{name}: expert {e} has other strides than the first")
         if first is not None and any(first):
@@ -167,10 +173,25 @@ class Parameter:
     def _checked(
         self, name: str, source: Any, shape: Tuple[int, ...], writable: bool
     ) -> _memory.Memory:
-        array = _memory.describe(name, source, [self.dtype], writable)
+        own = self._element()
+        wanted = _memory.accepted(own)
+        if (writable or self._owner.kind == "gate") and _memory.real(own) != own:
+            wanted.append(_memory.real(own))
+        array = _memory.describe(name, source, wanted, writable, device_of(self._owner.handle))
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}; wanted {shape}")
         return array
+
+    def _element(self) -> str:
+        """The object's dtype, which a gate's parameters need not have."""
+        gate = self._owner.kind == "gate"
+        return _memory.NAMES[DType(self._owner.config.dtype)] if gate else self.dtype
+
+    def _code(self, dtype: str) -> int:
+        """The library's number of an array's dtype; bits are of the object's."""
+        if dtype in _memory.BITS.values():
+            dtype = self._element()
+        return next(int(code) for code, name in _memory.NAMES.items() if name == dtype)
 
     def __repr__(self) -> str:
         where = "owned" if self.owned else "bound"
@@ -192,10 +213,10 @@ class ParameterOwner(Object):
         """The parameters by name, in the library's order."""
         return self._parameters()
 
-    def zero_gradients(self) -> None:
+    def zero_gradients(self, *, stream: Any = None) -> None:
         """Set every gradient to zero and forget which experts were touched."""
         with self.handle.busy.shared(self.kind):
-            self.call(f"moe_{self.kind}_zero_gradients", None)
+            self.call(f"moe_{self.kind}_zero_gradients", stream_of(stream))
 
     def init_parameters(self, seed: int) -> None:
         """Give every owned parameter its first value; bound data is never written."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Dict, NamedTuple, Optional, Union
 
 from . import _abi, _config, _memory, _views
 from ._constants import FROM_CONFIG, DType, Tensor, Time
-from ._handle import Handle, Object
+from ._handle import Handle, Object, device_of
 from ._library import InvalidState, library, new
 from .plan import PassPlan, Plan
 
@@ -62,7 +62,8 @@ class Pass(Object):
     """What a forward leaves for its backward. Reused step after step; one thread at a time.
 
     target     the layer, gate or pool it serves
-    workspace  memory of the host for all the pass keeps, 64-byte aligned; None: the context's
+    workspace  memory of the program for all the pass keeps, where the context computes, 64-byte
+               aligned; None: the context's
     """
 
     def __init__(self, target: Union["Layer", "Gate", "Experts"], *, workspace: Any = None) -> None:
@@ -76,7 +77,9 @@ class Pass(Object):
         handle.kept["generation"] = 0
         if workspace is not None:
             sizes = _memory.SIZES
-            memory = _memory.describe("workspace", workspace, list(sizes), True)
+            memory = _memory.describe(
+                "workspace", workspace, list(sizes), True, device_of(target.handle)
+            )
             if tuple(memory.strides) != _memory.contiguous(memory.shape):
                 raise ValueError("workspace must be contiguous")
             config.workspace = memory.address
@@ -172,8 +175,8 @@ class Pass(Object):
     def tensor(self, what: Union[Tensor, str], *, copy: bool = True) -> Any:
         """A tensor of the last forward: a member of Tensor or its name, "counts".
 
-        With copy=False it is a read-only view of the pass's memory, and the next forward or
-        reserve is refused while it lives.
+        With copy=False it is a read-only view of the pass's memory (a DeviceArray on a GPU), and
+        the next forward or reserve is refused while it lives.
         """
         if isinstance(what, str):
             if what.upper() not in Tensor.__members__:
@@ -187,7 +190,7 @@ class Pass(Object):
             shape = tuple(view.shape[: view.dims])
             dtype = _memory.NAMES[DType(view.dtype)]
             if copy:
-                return _views.copy(view.data, shape, dtype)
+                return _views.copy(handle, view.data, shape, dtype)
             return _views.view(handle, view.data, shape, dtype, False, track=True)
 
     def close(self) -> None:

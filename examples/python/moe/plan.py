@@ -7,7 +7,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from . import _abi, _config, _memory, _views
 from ._constants import DType, Status
-from ._handle import Handle, Object, refuse_inside_callback
+from ._device import new_like, stream_of
+from ._handle import Handle, Object, device_of, refuse_inside_callback
 from ._library import InvalidState, check, library, new
 from .context import Context
 
@@ -48,7 +49,8 @@ class Plan(Object):
         token_priority: Any = None,
         **fields: Any,
     ) -> "Plan":
-        """Make this the plan of a routing of the host's own; everything is copied.
+        """Make this the plan of a routing of the host's own; everything is copied, and of the host
+        for a context on a GPU too.
 
         expert_ids   [N] or [T,K] int32 or int64; -1: none
         weights      the same shape, float32 or float64; None: all 1
@@ -160,8 +162,9 @@ class Plan(Object):
     def arrays(self, *, copy: bool = True) -> PlanArrays:
         """The plan's arrays.
 
-        With copy=False they are read-only views of the library's memory, and whatever would change
-        the plan (build, load, the next forward of its pass) is refused while one of them lives.
+        With copy=False they are read-only views of the library's memory (on a GPU DeviceArrays),
+        and whatever would change the plan (build, load, the next forward of its pass) is refused
+        while one of them lives.
         """
         handle = self.handle
         with handle.busy.shared("the plan"):
@@ -170,7 +173,7 @@ class Plan(Object):
             for name, (shape, dtype) in _layout(view).items():
                 address = getattr(view, name)
                 if copy:
-                    made.append(_views.copy(address, shape, dtype))
+                    made.append(_views.copy(handle, address, shape, dtype))
                 else:
                     made.append(_views.view(handle, address, shape, dtype, False, track=True))
             return PlanArrays(*made)
@@ -195,19 +198,27 @@ class Plan(Object):
 
     # ---- dispatch and combine ----
 
-    def dispatch_forward(self, tokens_in: Any, rows_out: Any = None) -> Any:
-        """Gather: rows_out[r] = tokens_in[token_of_row[r]]. Returns rows_out [R,width]."""
-        return self._move("moe_dispatch_forward", {"tokens_in": tokens_in}, "rows_out", rows_out)
+    # On a GPU `stream` is as of a layer's forward, and what is returned must be given unless the
+    # input is a tensor.
 
-    def dispatch_backward(self, rows_in: Any, tokens_out: Any = None, *, flags: int = 0) -> Any:
+    def dispatch_forward(self, tokens_in: Any, rows_out: Any = None, *, stream: Any = None) -> Any:
+        """Gather: rows_out[r] = tokens_in[token_of_row[r]]. Returns rows_out [R,width]."""
+        given = {"tokens_in": tokens_in}
+        return self._move("moe_dispatch_forward", given, "rows_out", rows_out, stream)
+
+    def dispatch_backward(
+        self, rows_in: Any, tokens_out: Any = None, *, flags: int = 0, stream: Any = None
+    ) -> Any:
         """The adjoint of dispatch: each token's sum over its rows. Returns tokens_out."""
         given = {"rows_in": rows_in}
-        return self._move("moe_dispatch_backward", given, "tokens_out", tokens_out, flags)
+        return self._move("moe_dispatch_backward", given, "tokens_out", tokens_out, stream, flags)
 
-    def combine_forward(self, rows_in: Any, tokens_out: Any = None, *, flags: int = 0) -> Any:
+    def combine_forward(
+        self, rows_in: Any, tokens_out: Any = None, *, flags: int = 0, stream: Any = None
+    ) -> Any:
         """The weighted sum of each token's rows; flags are Rows. Returns tokens_out [T,width]."""
         given = {"rows_in": rows_in}
-        return self._move("moe_combine_forward", given, "tokens_out", tokens_out, flags)
+        return self._move("moe_combine_forward", given, "tokens_out", tokens_out, stream, flags)
 
     def combine_backward(
         self,
@@ -217,6 +228,7 @@ class Plan(Object):
         entry_weight_grad: Any = None,
         *,
         flags: int = 0,
+        stream: Any = None,
     ) -> Any:
         """The adjoint of combine: rows_out[r] = weight * tokens_in[token_of_row[r]].
 
@@ -228,7 +240,7 @@ class Plan(Object):
         if rows_in is not None:
             given["rows_in"] = rows_in
         name = "moe_combine_backward"
-        return self._move(name, given, "rows_out", rows_out, flags, entry_weight_grad)
+        return self._move(name, given, "rows_out", rows_out, stream, flags, entry_weight_grad)
 
     def _move(
         self,
@@ -236,17 +248,20 @@ class Plan(Object):
         given: Dict[str, Any],
         out_name: str,
         out: Any,
+        stream: Any = None,
         flags: int = 0,
         entry_weight_grad: Any = None,
     ) -> Any:
         with self.handle.busy.shared("the plan"):
-            view = self._view()
-            dtype = _memory.NAMES[DType(view.dtype)]
-            args = _config.make(_abi.RowsArgs, {"flags": flags, "dtype": view.dtype})
+            view, device = self._view(), device_of(self.handle)
+            real = _memory.NAMES[DType(view.dtype)]
+            dtype = _rows_dtype(real, given, out)
+            args = _config.make(_abi.RowsArgs, {"flags": flags, "dtype": _config.DTYPES[dtype]})
+            args.stream = stream_of(stream)
             keep: List[Any] = []
             lengths = {"tokens": view.tokens, "rows": view.rows}
             for name, source in given.items():
-                memory = _memory.describe(name, source, [dtype])
+                memory = _memory.describe(name, source, _memory.accepted(dtype), False, device)
                 if args.width == 0:
                     if len(memory.shape) < 2:
                         raise ValueError(f"{name} has shape {memory.shape}; wanted [rows, width]")
@@ -256,13 +271,17 @@ class Plan(Object):
             if out is None:
                 if flags & 1:
                     raise ValueError(f"{out_name} must be given with Rows.ADD")
-                out = _views.zeros((lengths[out_name.split("_")[0]], args.width), dtype)
-            keep.append(
-                _put(args, out_name, out, dtype, lengths[out_name.split("_")[0]], args.width, True)
-            )
+                shape = (lengths[out_name.split("_")[0]], int(args.width))
+                if device is None:
+                    out = _views.zeros(shape, dtype)
+                else:
+                    out = new_like(out_name, next(iter(given.values())), shape)
+            target = _memory.describe(out_name, out, _memory.accepted(dtype), True, device)
+            length = lengths[out_name.split("_")[0]]
+            keep.append(_put(args, out_name, target, dtype, length, args.width, True))
             if entry_weight_grad is not None:
                 wanted = _memory.vector(
-                    "entry_weight_grad", entry_weight_grad, [dtype], view.entries, True
+                    "entry_weight_grad", entry_weight_grad, [real], view.entries, True, device
                 )
                 args.entry_weight_grad = wanted.address
                 keep.append(wanted)
@@ -338,6 +357,16 @@ def _entries_by_shape(args: Any, ids: _memory.Memory, fields: Dict[str, Any]) ->
         raise ValueError(
             f"expert_ids has {ids.size} elements; tokens * top_k is {args.tokens} * {args.top_k}"
         )
+
+
+def _rows_dtype(real: str, given: Dict[str, Any], out: Any) -> str:
+    """The dtype of tokens and rows: that of the first array, if the plan's weights go with it."""
+    source = next(iter(given.values()), out)
+    found = getattr(getattr(source, "dtype", None), "name", None) or str(
+        getattr(source, "dtype", "")
+    ).replace("torch.", "")
+    found = next((name for name, bits in _memory.BITS.items() if bits == found), found)
+    return found if real == "float32" and found in ("bfloat16", "float16") else real
 
 
 def _put(

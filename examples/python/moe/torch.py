@@ -6,7 +6,7 @@
     (task_loss(y) + losses.sum()).backward()
 
 The parameters are the library's own, bound in every call to where the tensors are at that moment:
-nothing is copied. On CPU, in float32 and float64; PyTorch 1.13 and later.
+nothing is copied. On CPU, in float32 and float64, bfloat16 and float16; PyTorch 1.13 and later.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class _Run(torch.autograd.Function):
         if dy is None:
             dy = x.new_zeros((x.shape[0], engine.d_out))
         if d_losses is None:
-            d_losses = x.new_zeros(LOSS_SLOTS)
+            d_losses = x.new_zeros(LOSS_SLOTS, dtype=engine.real)
         outputs: Dict[str, Optional[torch.Tensor]] = {
             "dx": torch.empty_like(x, memory_format=torch.contiguous_format) if need[0] else None,
             "d_gate_x": _empty(gate_x, need[1]),
@@ -179,7 +179,8 @@ class MoELayer(nn.Module):
     checkpoint   True: keep the routing of a forward and compute activations anew in the backward
     seed         of the first values, which are the library's: the same numbers everywhere
     context      a moe.Context; None: one that all layers share
-    dtype        torch.float32 or torch.float64; None: torch's default
+    dtype        torch.float32, float64, bfloat16 or float16; None: torch's default. In 16 bits
+                 logits, noise, weights and losses are float32, and a gate's parameters may be
 
     Parameters are registered as gate.weight, experts.w1 and so on, the library's own names; what
     is not trained, as gate.selection_bias, is a buffer.
@@ -242,7 +243,7 @@ class MoELayer(nn.Module):
         self._names = list(engine.shapes)
         for name, shape in engine.shapes.items():
             owner, own = self._place(name)
-            value = torch.empty(shape, dtype=dtype)
+            value = torch.empty(shape, dtype=engine.dtypes[name])
             if name in engine.buffers:
                 owner.register_buffer(own, value)
             else:
@@ -254,7 +255,8 @@ class MoELayer(nn.Module):
     def _engine(self, dtype: torch.dtype) -> Engine:
         if dtype not in DTYPES:
             raise TypeError(
-                f"the parameters are {dtype}; the library has torch.float32 and torch.float64"
+                f"the parameters are {dtype}; the library has torch.float32 and float64, and "
+                "torch.bfloat16 and float16"
             )
         with self._making:
             if dtype not in self._engines:
@@ -265,6 +267,11 @@ class MoELayer(nn.Module):
     def context(self) -> Context:
         """Where the work runs."""
         return self._context if self._context is not None else default_context()
+
+    def _dtype(self, tensors: List[torch.Tensor]) -> torch.dtype:
+        """The layer's dtype: the experts', for a gate's parameters may be of another."""
+        others = [t.dtype for name, t in zip(self._names, tensors) if not name.startswith("gate.")]
+        return others[0] if others else tensors[0].dtype
 
     def _place(self, name: str) -> Tuple[nn.Module, str]:
         """The module that has a parameter of the library, and the name it has there."""
@@ -292,7 +299,7 @@ class MoELayer(nn.Module):
     def reset_parameters(self, seed: int = 0) -> None:
         """Write the library's first values for `seed` into the parameters."""
         tensors = self.tensors()
-        values = initial_values(self._config, self.context, tensors[0].dtype, seed)
+        values = initial_values(self._config, self.context, self._dtype(tensors), seed)
         with torch.no_grad():
             for name, tensor in zip(self._names, tensors):
                 tensor.copy_(values[name])
@@ -356,15 +363,16 @@ class MoELayer(nn.Module):
         plan         a moe.Plan whose selection is taken; weights and losses are computed
         keep_plan    return a copy of the routing
 
-        x, gate_x, logits, weights and all parameters get gradients. Rows are read where they lie if
+        x, gate_x, logits, weights and all parameters get gradients, of their dtype. Rows are read where they lie if
         their elements are side by side. Under autocast, inputs are converted to the parameters'
         dtype.
         """
         parameters = self.tensors()
-        dtype = parameters[0].dtype
+        dtype = self._dtype(parameters)
         engine = self._engine(dtype)
         for name, tensor in zip(self._names, parameters):
-            check_tensor(name, tensor, dtype, False)
+            check_tensor(name, tensor, tensor.dtype if engine.accepts(name, tensor.dtype) else dtype,
+                         False)  # fmt: skip
             if tensor.shape != engine.shapes[name]:  # the library sees an address only
                 want = engine.shapes[name]
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted {want}")
@@ -374,7 +382,7 @@ class MoELayer(nn.Module):
         replay = recorder is not None and recorder.next is not None
         x = matrix("x", x, engine.d_model, shape, dtype)
         gate_x = matrix("gate_x", gate_x, engine.d_gate, shape, dtype)
-        logits = matrix("logits", logits, engine.num_experts, shape, dtype)
+        logits = matrix("logits", logits, engine.num_experts, shape, engine.real)
         if replay:
             assert recorder is not None
             lease, call = recorder.replay(self, x)
@@ -387,8 +395,10 @@ class MoELayer(nn.Module):
                 call.step = int(torch.randint(2**32, ()))
             call.top_k, call.capacity = top_k, capacity
             call.flags = int(Forward.TRAIN) if self.training else 0
-            call.noise = matrix("noise", noise, engine.num_experts, shape, dtype)
-            call.noise_primary = matrix("noise_primary", noise_primary, engine.groups, shape, dtype)
+            call.noise = matrix("noise", noise, engine.num_experts, shape, engine.real)
+            call.noise_primary = matrix(
+                "noise_primary", noise_primary, engine.groups, shape, engine.real
+            )
             call.token_key = vector("token_key", token_key, torch.int64, x.shape[0])
             call.mask = vector("mask", mask, torch.bool, x.shape[0])
             call.group_begin = vector("group_begin", group_begin, torch.int64, None)

@@ -1,5 +1,4 @@
 /* on_device.c - on_device.h over the CUDA runtime. */
-#define MOE_TEST_ON_DEVICE_C
 #include "support/device/on_device.h"
 
 #include <moe/cuda.h>
@@ -112,6 +111,7 @@ moe_status device_context_create(moe_context **context, const moe_context_config
     if (status != MOE_OK) return status;
     c.alloc = managed_alloc;
     c.free = managed_free;
+    c.cublas_workspace_bytes = 1 << 18;
     (void)config;
     return moe_cuda_context_create(context, &c);
 }
