@@ -214,11 +214,11 @@ CUDA_KERNEL_OBJECTS := $(patsubst %.cu,$(BUILD)/%.cu.o,$(wildcard cuda/*.cu))
 CUDA_OBJECTS := $(CUDA_HOST_OBJECTS) $(CUDA_KERNEL_OBJECTS)
 CUDA_CODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
     $(foreach a,$(CUDA_PTX),-gencode arch=compute_$(a),code=compute_$(a))
-# As on the host no contraction, and no C++ runtime.
+# As on the host no contraction, and no C++ runtime. What ptxas says of kernels is kept in *.cu.log.
 CUDA_FLAGS = -std=c++17 -O3 --fmad=false $(CUDA_CODE) -Iinclude -Isrc -Icuda -DNDEBUG -DMOE_BUILD \
     $(if $(filter 1,$(WERROR)),-Werror all-warnings) --cudart shared \
     -Xcompiler -fPIC$(comma)-fvisibility=hidden$(comma)-fno-exceptions$(comma)-fno-rtti$(comma)-fno-threadsafe-statics \
-    -Xcompiler -Wall$(comma)-Wextra $(NVCC_FLAGS)
+    -Xcompiler -Wall$(comma)-Wextra -Xptxas -v $(NVCC_FLAGS)
 # Rebuild when that changes.
 CUDA_STAMP := $(BUILD)/cuda/flags
 $(CUDA_STAMP): force
@@ -232,7 +232,7 @@ $(BUILD)/cuda/%.o: cuda/%.c $(CUDA_STAMP)
 	$(CC) $(SHIPPED) -Icuda -isystem $(CUDA_INCLUDE) -O2 $(CFLAGS) -MMD -MP -c $< -o $@
 $(BUILD)/cuda/%.cu.o: cuda/%.cu $(CUDA_STAMP)
 	@mkdir -p $(@D)
-	$(NVCC) $(CUDA_FLAGS) -Xptxas -v -MMD -MP -MF $(@:.o=.d) -c $< -o $@ 2>$(@:.o=.log) || { cat $(@:.o=.log) >&2; exit 1; }
+	$(NVCC) $(CUDA_FLAGS) -MMD -MP -MF $(@:.o=.d) -c $< -o $@ 2>$(@:.o=.log) || { cat $(@:.o=.log) >&2; exit 1; }
 $(LIB)/libmoe_cuda.a: $(CUDA_OBJECTS) $(CUDA_STAMP)
 	@mkdir -p $(@D)
 	rm -f $@

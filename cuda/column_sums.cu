@@ -27,13 +27,15 @@ template <typename T, int V> MOE_GLOBAL(256) moe__cuda_sum_slices(const moe__cud
 {
     const int across = TILE / V, deep = 256 / across;
     MOE_SHARED(float, part, 256 * V);
-    int64_t expert = blockIdx.x / s.tiles, slice = blockIdx.y;
-    int64_t j = (blockIdx.x % s.tiles) * TILE + (int64_t)(threadIdx.x % across) * V;
+    uint32_t tiles = (uint32_t)s.tiles, slices = (uint32_t)s.slices;
+    int64_t expert = blockIdx.x / tiles, slice = blockIdx.y;
+    int64_t j = (int64_t)(blockIdx.x % tiles) * TILE + (int64_t)(threadIdx.x % across) * V;
     int depth = (int)threadIdx.x / across;
     int64_t begin = s.map.expert_begin[expert], count = s.map.expert_begin[expert + 1] - begin;
     if (s.map.padded && count > s.map.padded) count = s.map.padded;
     int64_t first = s.map.padded ? expert * s.map.padded : begin - s.map.first;
-    int64_t low = count * slice / s.slices, high = count * (slice + 1) / s.slices;
+    int64_t each = ((uint32_t)count + slices - 1) / slices; /* an expert has less than 2^31 rows */
+    int64_t low = slice * each, high = low + each < count ? low + each : count;
     const T *g = (const T *)s.g + first * s.stride + j;
     float sum[V] = {0.0f};
     for (int64_t r = low + depth; r < high && j < s.width; r += deep) {

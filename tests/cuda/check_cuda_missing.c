@@ -62,7 +62,7 @@ static int check_cpu(moe_context *context)
     MUST(moe_gate_create(&gate, context, &g) == MOE_OK);
     MUST(moe_experts_create(&experts, context, &e) == MOE_OK);
     l.gate = gate, l.experts = experts;
-    MUST(moe_layer_create(&layer, context, &l) == MOE_OK);
+    MUST(moe_layer_create(&layer, &l) == MOE_OK);
     MUST(moe_layer_init_parameters(layer, 7) == MOE_OK &&
          moe_pass_create(&pass, layer, NULL) == MOE_OK);
     MUST(moe_cuda_pass_set(pass, NULL) == MOE_ERROR_INVALID_ARGUMENT);

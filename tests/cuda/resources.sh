@@ -37,9 +37,6 @@ awk '{ if ($2 > r[$1]) r[$1] = $2; if ($3 > s[$1]) s[$1] = $3; if ($4 > t[$1]) t
     sort -k5 >"$out/kernels"
 architectures=$(awk '{ print $6 }' "$out/all" | sort -u | tr '\n' ' ')
 
-spilled=$(awk '$4 > 0 { print }' "$out/kernels")
-test -z "$spilled" || { echo "$spilled"; fail "registers of these kernels spill (the fourth number is in bytes)"; }
-
 if test "$2" = --write; then
     {
         echo "# Registers, bytes of shared memory and of stack that each kernel of cuda/ may use, for the largest of"
@@ -48,6 +45,12 @@ if test "$2" = --write; then
             printf "%3d %6d %4d  %s\n", r, $2, $3, name }' "$out/kernels"
     } >"$budget"
 fi
+
+spilled=$(awk '$5 > 0' "$out/all" | c++filt)
+test -z "$spilled" || {
+    echo "$spilled"
+    fail "registers of these kernels spill: registers, shared, stack, bytes spilled, architecture"
+}
 
 awk -v budget="$budget" '
 FNR == NR {

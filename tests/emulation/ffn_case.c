@@ -50,6 +50,8 @@ static void make_config(ffn_case *c)
     c->D = k->d_model = widths[below(c, 10)];
     c->F = k->d_hidden = widths[below(c, 10)];
     c->O = k->d_out = widths[below(c, 10)];
+    /* Several rounds of a block along a row, by elements and by 16 bytes. */
+    if (below(c, 24) == 0) c->F = k->d_hidden = (const int64_t[]){300, 1032, 2064}[below(c, 3)];
     c->E = k->num_experts = below(c, 3) == 0 ? 8 + below(c, 6) : 1 + below(c, 4);
     int64_t a = below(c, 9);
     k->activation = activations[a];
