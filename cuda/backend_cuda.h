@@ -47,6 +47,10 @@ moe_status moe__cuda_fetch(const moe__workers *workers, void *host, const void *
 /* The functions of moe__memory that are kernels. fill.cu */
 moe_status moe__cuda_zero_strided(const moe__workers *workers, void *base, const int64_t count[3],
                                   const int64_t stride[3], int64_t element);
+/* A matrix [k,n] of elements of 2 or 4 bytes, by its strides of rows and columns. */
+moe_status moe__cuda_copy_matrix(const moe__workers *workers, void *to, const int64_t to_stride[2],
+                                 const void *from, const int64_t from_stride[2], int64_t k,
+                                 int64_t n, int64_t element);
 moe_status moe__cuda_note_touched(const moe__workers *workers, uint8_t *touched,
                                   const moe__plan_arrays *plan, bool forget);
 

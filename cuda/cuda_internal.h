@@ -81,6 +81,8 @@ typedef struct moe__cuda_pass {
     uint64_t turn;
     void *groups; /* memory of moe__cuda_group_arrays */
     int64_t group_bytes;
+    void *matrix; /* of the device: one matrix whose own strides no product takes */
+    int64_t matrix_bytes;
 } moe__cuda_pass;
 
 static inline moe__cuda_context *moe__cuda_of(const moe__workers *workers)
@@ -126,6 +128,9 @@ moe_status moe__cuda_find_rows(const moe__workers *workers, moe__plan_arrays *pl
 /* Room for the arguments of `count` products, until the next call. */
 moe_status moe__cuda_group_room(const moe__workers *workers, int64_t count,
                                 moe__cuda_group_arrays *arrays);
+
+/* Memory of the device for one matrix, until the next call; kept, so that later calls find it. */
+moe_status moe__cuda_matrix_room(const moe__workers *workers, int64_t bytes, void **matrix);
 
 /* ---- table.c --------------------------------------------------------------------------------- */
 

@@ -49,32 +49,83 @@ MOE_DEVICE void moe_narrow(moe_f16 *out, float v)
 #define MOE_UNROLL
 #endif
 
-/* N elements that move together: 1, or 16 bytes of them at an address that is a multiple of 16. */
+/* N elements that move together: 1, or 16 bytes of them at an address that is a multiple of 16. They
+ * stay words until they are widened: compilers store an array of elements one by one. */
 template <typename T, int N> struct moe_pack {
-    T v[N];
+    uint4 bits;
+};
+template <typename T> struct moe_pack<T, 1> {
+    T v;
 };
 
-template <typename T, int N> MOE_DEVICE moe_pack<T, N> moe_load_pack(const T *p)
+template <typename T> MOE_DEVICE void moe_load_pack(moe_pack<T, 1> *pack, const T *p)
 {
-    moe_pack<T, N> pack;
-    if (N == 1) {
-        pack.v[0] = *p;
-    } else {
-        uint4 bits = moe_load16(p);
-        memcpy(&pack, &bits, sizeof pack);
-    }
-    return pack;
+    pack->v = *p;
 }
-
+template <typename T, int N> MOE_DEVICE void moe_load_pack(moe_pack<T, N> *pack, const T *p)
+{
+    pack->bits = moe_load16(p);
+}
+template <typename T> MOE_DEVICE void moe_store_pack(T *p, const moe_pack<T, 1> &pack)
+{
+    *p = pack.v;
+}
 template <typename T, int N> MOE_DEVICE void moe_store_pack(T *p, const moe_pack<T, N> &pack)
 {
-    if (N == 1) {
-        *p = pack.v[0];
-    } else {
-        uint4 bits;
-        memcpy(&bits, &pack, sizeof pack);
-        moe_store16(p, bits);
-    }
+    moe_store16(p, pack.bits);
+}
+
+/* v[N] of a pack */
+template <typename T> MOE_DEVICE void moe_widen_pair(float *v, uint32_t word)
+{
+    T low = {(uint16_t)word}, high = {(uint16_t)(word >> 16)};
+    v[0] = moe_widen(low);
+    v[1] = moe_widen(high);
+}
+template <typename T> MOE_DEVICE void moe_widen_pack(float *v, const moe_pack<T, 1> &pack)
+{
+    v[0] = moe_widen(pack.v);
+}
+template <typename T> MOE_DEVICE void moe_widen_pack(float *v, const moe_pack<T, 8> &pack)
+{
+    moe_widen_pair<T>(v, pack.bits.x);
+    moe_widen_pair<T>(v + 2, pack.bits.y);
+    moe_widen_pair<T>(v + 4, pack.bits.z);
+    moe_widen_pair<T>(v + 6, pack.bits.w);
+}
+MOE_DEVICE void moe_widen_pack(float *v, const moe_pack<float, 4> &pack)
+{
+    v[0] = moe__from_bits_f32(pack.bits.x);
+    v[1] = moe__from_bits_f32(pack.bits.y);
+    v[2] = moe__from_bits_f32(pack.bits.z);
+    v[3] = moe__from_bits_f32(pack.bits.w);
+}
+
+/* a pack of v[N] */
+template <typename T> MOE_DEVICE uint32_t moe_narrow_pair(const float *v)
+{
+    T low, high;
+    moe_narrow(&low, v[0]);
+    moe_narrow(&high, v[1]);
+    return low.bits | (uint32_t)high.bits << 16;
+}
+template <typename T> MOE_DEVICE void moe_narrow_pack(moe_pack<T, 1> *pack, const float *v)
+{
+    moe_narrow(&pack->v, v[0]);
+}
+template <typename T> MOE_DEVICE void moe_narrow_pack(moe_pack<T, 8> *pack, const float *v)
+{
+    pack->bits.x = moe_narrow_pair<T>(v);
+    pack->bits.y = moe_narrow_pair<T>(v + 2);
+    pack->bits.z = moe_narrow_pair<T>(v + 4);
+    pack->bits.w = moe_narrow_pair<T>(v + 6);
+}
+MOE_DEVICE void moe_narrow_pack(moe_pack<float, 4> *pack, const float *v)
+{
+    pack->bits.x = moe__bits_f32(v[0]);
+    pack->bits.y = moe__bits_f32(v[1]);
+    pack->bits.z = moe__bits_f32(v[2]);
+    pack->bits.w = moe__bits_f32(v[3]);
 }
 
 /* Elements in 16 bytes. */
@@ -137,10 +188,9 @@ MOE_DEVICE void moe_load_stretch(moe_pack<T, N> *pack, const T *row, int64_t i, 
     MOE_UNROLL
     for (int u = 0; u < MOE_PACKS(N); u++) {
         int64_t j = moe_column<N>(i, u);
-        if (j < width)
-            pack[u] = moe_load_pack<T, N>(row + j);
-        else
-            memset(&pack[u], 0, sizeof pack[u]);
+        moe_pack<T, N> zero = {};
+        pack[u] = zero;
+        if (j < width) moe_load_pack(&pack[u], row + j);
     }
 }
 template <typename T, int N>
@@ -149,7 +199,7 @@ MOE_DEVICE void moe_store_stretch(T *row, const moe_pack<T, N> *pack, int64_t i,
     MOE_UNROLL
     for (int u = 0; u < MOE_PACKS(N); u++) {
         int64_t j = moe_column<N>(i, u);
-        if (j < width) moe_store_pack<T, N>(row + j, pack[u]);
+        if (j < width) moe_store_pack(row + j, pack[u]);
     }
 }
 
@@ -160,19 +210,13 @@ MOE_DEVICE void moe_widen_stretch(float (*v)[N], const T *row, int64_t i, int64_
     moe_pack<T, N> pack[MOE_PACKS(N)];
     moe_load_stretch<T, N>(pack, row, i, width);
     MOE_UNROLL
-    for (int u = 0; u < MOE_PACKS(N); u++) {
-        MOE_UNROLL
-        for (int k = 0; k < N; k++) v[u][k] = moe_widen(pack[u].v[k]);
-    }
+    for (int u = 0; u < MOE_PACKS(N); u++) moe_widen_pack(v[u], pack[u]);
 }
 template <typename T, int N>
 MOE_DEVICE void moe_narrow_packs(moe_pack<T, N> *pack, const float (*v)[N])
 {
     MOE_UNROLL
-    for (int u = 0; u < MOE_PACKS(N); u++) {
-        MOE_UNROLL
-        for (int k = 0; k < N; k++) moe_narrow(&pack[u].v[k], v[u][k]);
-    }
+    for (int u = 0; u < MOE_PACKS(N); u++) moe_narrow_pack(&pack[u], v[u]);
 }
 template <typename T, int N>
 MOE_DEVICE void moe_narrow_stretch(T *row, const float (*v)[N], int64_t i, int64_t width)

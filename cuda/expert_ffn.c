@@ -105,7 +105,7 @@ static bool are_fused(const moe__matrices *one, const moe__matrices *three, int3
 /* The whole of them, [k,2F]. */
 static moe__matrices whole(const ffn *f, moe__matrices one, const moe__matrices *three)
 {
-    one.offset = moe__min(one.offset, three->offset);
+    if (f->job->config->glu_order == MOE_GLU_UP_GATE) one.offset = three->offset;
     if (f->in_turn) one.stride_col /= 2;
     return one;
 }

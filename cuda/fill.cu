@@ -1,4 +1,4 @@
-/* fill.cu - zeros in strided memory, and which experts had rows: kernels of moe__memory. */
+/* fill.cu - zeros in strided memory, copies of strided matrices, and which experts had rows. */
 #include "backend_cuda.h"
 
 struct moe_box {
@@ -54,6 +54,43 @@ extern "C" moe_status moe__cuda_zero_strided(const moe__workers *workers, void *
     case 4: return zero<uint32_t>(workers, base, box);
     default: return zero<uint64_t>(workers, base, box);
     }
+}
+
+/* to[i to_row + j to_col] = from[i from_row + j from_col] of a matrix [.,n] */
+struct moe_strides {
+    int64_t row, col;
+};
+
+template <typename E>
+MOE_GLOBAL(256)
+moe_copy_matrix(E *to, moe_strides out, const E *from, moe_strides in, int64_t n, int64_t total)
+{
+    int64_t step = (int64_t)gridDim.x * 256;
+    for (int64_t at = (int64_t)blockIdx.x * 256 + threadIdx.x; at < total; at += step) {
+        int64_t i = at / n, j = at - i * n;
+        to[i * out.row + j * out.col] = from[i * in.row + j * in.col];
+    }
+}
+
+template <typename E>
+static moe_status copy(const moe__workers *workers, void *to, moe_strides out, const void *from,
+                       moe_strides in, int64_t k, int64_t n)
+{
+    int64_t blocks = moe__min((k * n + 255) / 256, 0x7fffffff);
+    return moe__cuda_launch(workers, "copy of a matrix", moe_copy_matrix<E>,
+                            dim3((unsigned)blocks), dim3(256), 0, (E *)to, out, (const E *)from, in,
+                            n, k * n);
+}
+
+extern "C" moe_status moe__cuda_copy_matrix(const moe__workers *workers, void *to,
+                                            const int64_t to_stride[2], const void *from,
+                                            const int64_t from_stride[2], int64_t k, int64_t n,
+                                            int64_t element)
+{
+    moe_strides out = {to_stride[0], to_stride[1]}, in = {from_stride[0], from_stride[1]};
+    if (k <= 0 || n <= 0) return MOE_OK;
+    return element == 2 ? copy<uint16_t>(workers, to, out, from, in, k, n)
+                        : copy<uint32_t>(workers, to, out, from, in, k, n);
 }
 
 /* touched[e] = 1 for every expert with rows; forget: 0 for the others */

@@ -44,14 +44,15 @@ typedef struct layout {
     int64_t ld;
 } layout;
 
+/* False: neither is contiguous, or rows run backwards; then a copy is multiplied. */
 static bool find_layout(const moe__matrices *m, int64_t k, int64_t n, layout *l)
 {
     int64_t row = k == 1 ? n : m->stride_row, col = n == 1 ? k : m->stride_col;
-    if ((m->stride_col == 1 || n == 1) && row >= n) {
+    if ((m->stride_col == 1 || n == 1) && row >= n && row <= INT_MAX) {
         *l = (layout){true, row};
         return true;
     }
-    if ((m->stride_row == 1 || k == 1) && col >= k) {
+    if ((m->stride_row == 1 || k == 1) && col >= k && col <= INT_MAX) {
         *l = (layout){false, col};
         return true;
     }
@@ -61,14 +62,11 @@ static bool find_layout(const moe__matrices *m, int64_t k, int64_t n, layout *l)
 moe_status moe__cuda_check_matrices(const moe__cuda_groups *g, const char *name, moe__matrices m,
                                     int64_t k, int64_t n, bool gradient)
 {
-    layout l;
     if (!has(&m)) return MOE_OK;
-    if (!find_layout(&m, k, n, &l) || l.ld > INT_MAX || k > INT_MAX || n > INT_MAX)
+    if (k > INT_MAX || n > INT_MAX)
         return moe__cuda_fail(MOE_ERROR_NOT_SUPPORTED, g->workers,
-                              "%s%s has %lld rows with stride %lld and %lld columns with stride "
-                              "%lld; on CUDA one stride must be 1 and the other no less than a row",
-                              gradient ? "the gradient of " : "", name, (ll)k, (ll)m.stride_row,
-                              (ll)n, (ll)m.stride_col);
+                              "%s%s has %lld rows and %lld columns, more than cuBLAS counts",
+                              gradient ? "the gradient of " : "", name, (ll)k, (ll)n);
     if (m.dtype != g->dtype && !(gradient && m.dtype == MOE_DTYPE_F32))
         return moe__cuda_fail(
             MOE_ERROR_NOT_SUPPORTED, g->workers, "%s%s has dtype %d, the rows have %d",
@@ -225,6 +223,24 @@ static moe_status each_product(rows_product *r)
     return MOE_OK;
 }
 
+/* Expert by expert with a dense copy of its matrix [k,n]. */
+static moe_status copied_product(rows_product *r, int64_t k, int64_t n)
+{
+    const moe__cuda_groups *g = r->p.g;
+    int64_t size = moe__dtype_size(g->dtype), dense[2] = {n, 1};
+    int64_t strides[2] = {r->b.stride_row, r->b.stride_col};
+    void *matrix;
+    MOE_TRY(moe__cuda_matrix_room(g->workers, k * n * size, &matrix));
+    for (int64_t e = 0; e < g->experts; e++) {
+        r->p.n = rows_of(g, e);
+        if (r->p.n == 0) continue;
+        MOE_TRY(moe__cuda_copy_matrix(g->workers, matrix, dense, matrix_of(&r->b, e), strides, k, n,
+                                      size));
+        MOE_TRY(multiply(&r->p, matrix, row_of(g, r->a, e), row_of(g, r->out, e)));
+    }
+    return MOE_OK;
+}
+
 moe_status moe__cuda_product(const moe__cuda_groups *g, int64_t k, int64_t n, moe__cuda_dense a,
                              moe__matrices b, bool transposed, moe__cuda_dense out, bool add)
 {
@@ -236,13 +252,14 @@ moe_status moe__cuda_product(const moe__cuda_groups *g, int64_t k, int64_t n, mo
         r.b.stride_row = b.stride_col;
         r.b.stride_col = b.stride_row;
     }
-    (void)find_layout(&r.b, k, n, &l); /* has been checked */
+    bool copied = !find_layout(&r.b, k, n, &l);
     MOE_TRY(check_rows(g, g->rows, moe__max(a.stride, out.stride)));
     MOE_TRY(begin_product(&r.p, g, add));
     r.p.op_x = l.by_rows ? CUBLAS_OP_N : CUBLAS_OP_T;
     r.p.op_y = CUBLAS_OP_N;
     r.p.m = n, r.p.n = g->padded, r.p.k = k;
     r.p.ld_x = l.ld, r.p.ld_y = a.stride, r.p.ld_c = out.stride;
+    if (copied) return copied_product(&r, k, n);
     if (g->padded > 0 && !b.each)
         return multiply_strided(&r.p, matrix_of(&b, 0), b.stride_expert, a.data,
                                 g->padded * a.stride, out.data, g->padded * out.stride);
@@ -282,6 +299,26 @@ static moe_status each_gradient(gradient_product *r)
     return MOE_OK;
 }
 
+/* Expert by expert into a dense copy of its gradient [k,n], which then goes back. */
+static moe_status copied_gradient(gradient_product *r, int64_t k, int64_t n)
+{
+    const moe__cuda_groups *g = r->p.g;
+    int64_t size = moe__dtype_size(r->dw.dtype), dense[2] = {n, 1};
+    int64_t strides[2] = {r->dw.stride_row, r->dw.stride_col};
+    void *matrix;
+    MOE_TRY(moe__cuda_matrix_room(g->workers, k * n * size, &matrix));
+    for (int64_t e = 0; e < g->experts; e++) {
+        void *dw = matrix_of(&r->dw, e);
+        r->p.k = rows_of(g, e);
+        if (r->p.k == 0 || !dw) continue;
+        if (r->p.beta != 0)
+            MOE_TRY(moe__cuda_copy_matrix(g->workers, matrix, dense, dw, strides, k, n, size));
+        MOE_TRY(multiply(&r->p, row_of(g, r->x, e), row_of(g, r->y, e), matrix));
+        MOE_TRY(moe__cuda_copy_matrix(g->workers, dw, strides, matrix, dense, k, n, size));
+    }
+    return MOE_OK;
+}
+
 /* Zeros for the experts without rows, a run of them at once where they lie in one array. */
 static moe_status zero_idle(const moe__cuda_groups *g, int64_t k, int64_t n,
                             const moe__matrices *dw)
@@ -307,7 +344,7 @@ moe_status moe__cuda_weight_gradient(const moe__cuda_groups *g, int64_t k, int64
     layout l = {true, n};
     int64_t count;
     if (!has(&dw)) return MOE_OK;
-    (void)find_layout(&dw, k, n, &l);
+    bool copied = !find_layout(&dw, k, n, &l);
     if (overwrite && g->padded == 0) MOE_TRY(zero_idle(g, k, n, &dw));
     if (g->rows == 0) return MOE_OK;
     MOE_TRY(check_rows(g, g->rows, moe__max(a.stride, d.stride)));
@@ -319,6 +356,7 @@ moe_status moe__cuda_weight_gradient(const moe__cuda_groups *g, int64_t k, int64
     r.p.op_x = CUBLAS_OP_N, r.p.op_y = CUBLAS_OP_T;
     r.p.m = l.by_rows ? n : k, r.p.n = l.by_rows ? k : n, r.p.k = g->padded;
     r.p.ld_x = r.x.stride, r.p.ld_y = r.y.stride, r.p.ld_c = l.ld;
+    if (copied) return copied_gradient(&r, k, n);
     if (g->padded > 0 && !dw.each)
         return multiply_strided(&r.p, r.x.data, g->padded * r.x.stride, r.y.data,
                                 g->padded * r.y.stride, matrix_of(&dw, 0), dw.stride_expert);

@@ -25,9 +25,9 @@ typedef struct moe__cuda_dense {
     int64_t stride;
 } moe__cuda_dense;
 
-/* A matrix is good if its rows or its columns are contiguous, as a product needs it; k by n.
- * Otherwise MOE_ERROR_NOT_SUPPORTED with the parameter's name and strides. Gradients may be of the
- * rows' type or f32. */
+/* MOE_ERROR_NOT_SUPPORTED with the parameter's name for what cuBLAS cannot count and for a dtype:
+ * gradients may be of the rows' type or f32. Any strides are good; where neither rows nor columns
+ * are contiguous a copy is multiplied, expert by expert. k by n. */
 moe_status moe__cuda_check_matrices(const moe__cuda_groups *g, const char *name, moe__matrices m,
                                     int64_t k, int64_t n, bool gradient);
 

@@ -266,11 +266,7 @@ MOE_GLOBAL(MOE_ROUTE_THREADS) moe_losses_sequence(moe_loss_arrays l)
     const float *clean = l.logits + t * l.E;
     float *row = l.columns + t * l.E;
     if (clear_if_masked(&l, t, row)) return;
-    moe_score_all(row, clean, l.E, l.sequence_score);
-    if (l.sequence_score != MOE_SCORE_SOFTMAX) {
-        float sum = moe_row_sum(row, l.E);
-        for (int64_t i = moe_lane(); i < l.E; i += MOE_WARP) row[i] = row[i] / sum;
-    }
+    (void)moe_normalized_scores(row, clean, l.E, l.sequence_score);
     moe_candidates all = {clean, NULL, 1, INT32_MAX, l.E};
     if (l.plain_ids) moe_select_warp(l.plain_ids + t * l.K, l.K, &all);
 }

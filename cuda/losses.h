@@ -76,6 +76,16 @@ MOE_DEVICE int64_t moe_valid_in_group(const moe_loss_arrays *l, int64_t g)
     return l->valid_begin[g + 1] - l->valid_begin[g];
 }
 
+/* row = s / sum(s), and returns the sum; s as the sequence loss wants it. By a warp. */
+MOE_DEVICE float moe_normalized_scores(float *row, const float *clean, int64_t n, int32_t score)
+{
+    moe_score_all(row, clean, n, score);
+    if (score == MOE_SCORE_SOFTMAX) return 1.0f;
+    float sum = moe_row_sum(row, n);
+    for (int64_t i = moe_lane(); i < n; i += MOE_WARP) row[i] = row[i] / sum;
+    return sum;
+}
+
 /* Sums over i in [0, n) by one block of 256 threads; shared: [8]. */
 MOE_DEVICE double moe_sum_counts(const int64_t *counts, int64_t n, double *shared)
 {

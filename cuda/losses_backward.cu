@@ -100,12 +100,13 @@ MOE_DEVICE void softmax_losses_row(const moe_loss_arrays *l, const loss_gradient
     float max, sum = moe_shifted_sum(clean, l->E, &max), lane = 0.0f;
     double lse = (double)max + (double)moe__log_f32(sum);
     double by_z = d->factor[MOE_LOSS_Z] * 2 * lse / l->sums[MOE_SUM_TOKENS];
+    sum = 1.0f / sum;
     for (int64_t i = moe_lane(); i < moe_turns_end(l->E); i += MOE_WARP)
-        moe_lanes_fma(&lane, i < l->E ? moe__exp_f32(clean[i] - max) / sum : 0.0f,
+        moe_lanes_fma(&lane, i < l->E ? moe__exp_f32(clean[i] - max) * sum : 0.0f,
                       i < l->E ? d_score[i] : 0.0f);
     float rest = (float)(by_z - (double)moe_lanes_tree(lane));
     for (int64_t i = moe_lane(); i < l->E; i += MOE_WARP)
-        d_clean[i] = moe__fma_f32(moe__exp_f32(clean[i] - max) / sum, d_score[i] + rest,
+        d_clean[i] = moe__fma_f32(moe__exp_f32(clean[i] - max) * sum, d_score[i] + rest,
                                   d_clean[i]);
 }
 
@@ -117,25 +118,14 @@ MOE_DEVICE void sequence_loss_row(const moe_loss_arrays *l, const loss_gradients
     bool softmax = l->sequence_score == MOE_SCORE_SOFTMAX;
     int64_t g = moe_group_of(l, t);
     const int64_t *counts = l->sequence_counts + g * l->E;
+    float *r = l->columns + t * l->E, lane = 0.0f;
     float scale = (float)(d->factor[MOE_LOSS_SEQUENCE] * l->sequence_scale[g]);
-    float max = 0.0f, sum, lane = 0.0f;
-    if (softmax) {
-        sum = moe_shifted_sum(clean, l->E, &max);
-    } else {
-        for (int64_t i = moe_lane(); i < moe_turns_end(l->E); i += MOE_WARP)
-            moe_lanes_add(&lane, i < l->E ? moe__sigmoid_f32(clean[i]) : 0.0f);
-        sum = moe_lanes_tree(lane);
-        lane = 0.0f;
-    }
-    for (int64_t i = moe_lane(); i < moe_turns_end(l->E); i += MOE_WARP) {
-        float x = i < l->E ? clean[i] : 0.0f;
-        float r = (softmax ? moe__exp_f32(x - max) : moe__sigmoid_f32(x)) / sum;
-        moe_lanes_fma(&lane, i < l->E ? r : 0.0f, i < l->E ? scale * (float)counts[i] : 0.0f);
-    }
+    float sum = moe_normalized_scores(r, clean, l->E, l->sequence_score);
+    for (int64_t i = moe_lane(); i < moe_turns_end(l->E); i += MOE_WARP)
+        moe_lanes_fma(&lane, i < l->E ? r[i] : 0.0f, i < l->E ? scale * (float)counts[i] : 0.0f);
     float dot = moe_lanes_tree(lane);
     for (int64_t i = moe_lane(); i < l->E; i += MOE_WARP) {
-        float r = (softmax ? moe__exp_f32(clean[i] - max) : moe__sigmoid_f32(clean[i])) / sum;
-        float slope = softmax ? r : r * (1.0f - r * sum);
+        float slope = softmax ? r[i] : r[i] * (1.0f - r[i] * sum);
         d_clean[i] = moe__fma_f32(scale * (float)counts[i] - dot, slope, d_clean[i]);
     }
 }

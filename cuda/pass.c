@@ -68,6 +68,7 @@ void moe__cuda_pass_destroy(moe_context *context, void *of_pass)
     if (moe__cuda_enter(p->c, &scope, &error)) {
         if (p->cublas) (void)cublasDestroy(p->cublas);
         moe__cuda_memory_free(context, p->workspace, p->c->cublas_workspace_bytes);
+        moe__cuda_memory_free(context, p->matrix, p->matrix_bytes);
         moe__cuda_staging_destroy(&p->staging);
         for (int i = 0; i < MOE__CUDA_PLANS; i++) {
             if (p->plan[i].done) (void)cudaEventDestroy(p->plan[i].done);
@@ -277,5 +278,28 @@ moe_status moe__cuda_group_room(const moe__workers *workers, int64_t count,
         p->group_bytes = bytes;
     }
     (void)lay_out_groups(arrays, p->groups, count);
+    return MOE_OK;
+}
+
+moe_status moe__cuda_matrix_room(const moe__workers *workers, int64_t bytes, void **matrix)
+{
+    moe__cuda_pass *p = workers->of_pass;
+    if (bytes > p->matrix_bytes) {
+        MOE_TRY(moe__cuda_may_wait(workers)); /* nor allocate */
+        if (p->matrix) {                      /* this call may still use it */
+            MOE_TRY(
+                moe__cuda_status(cudaEventRecord(p->staging.done, (cudaStream_t)workers->stream),
+                                 workers, "cudaEventRecord"));
+            MOE_TRY(moe__cuda_wait(workers, p->staging.done, "a matrix"));
+        }
+        void *larger = moe__cuda_memory_alloc(p->context, bytes, false);
+        if (!larger)
+            return moe__cuda_fail(MOE_ERROR_OUT_OF_MEMORY, workers, "no %lld bytes for a matrix",
+                                  (ll)bytes);
+        moe__cuda_memory_free(p->context, p->matrix, p->matrix_bytes);
+        p->matrix = larger;
+        p->matrix_bytes = bytes;
+    }
+    *matrix = p->matrix;
     return MOE_OK;
 }

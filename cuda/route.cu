@@ -157,24 +157,8 @@ MOE_DEVICE void find_thresholds(int32_t kth[2], const int32_t *ids, int64_t n, c
     kth[1] = best == MOE_NO_KEY ? -1 : (int32_t)(uint32_t)best;
 }
 
-/* The largest score over all experts. */
-MOE_DEVICE float priority_of(const float *clean, int64_t E, int32_t score)
-{
-    uint64_t best = MOE_NO_KEY;
-    float max, sum;
-    for (int64_t i = moe_lane(); i < E; i += MOE_WARP) {
-        uint64_t key = moe_order_key(clean[i], i);
-        best = key < best ? key : best;
-    }
-    float first = clean[(uint32_t)moe_warp_least(best)];
-    if (score == MOE_SCORE_SIGMOID) return moe__sigmoid_f32(first);
-    sum = moe_shifted_sum(clean, E, &max);
-    return moe__exp_f32(first - max) / sum;
-}
-
-/* Weights of the ids that were chosen, thresholds and priority; a warp for each row. */
-MOE_GLOBAL(MOE_ROUTE_THREADS)
-moe_route_weigh(moe_level l, moe_weighing how, float *priority)
+/* Weights of the ids that were chosen, and thresholds; a warp for each row. */
+MOE_GLOBAL(MOE_ROUTE_THREADS) moe_route_weigh(moe_level l, moe_weighing how)
 {
     int64_t row = moe_warp();
     if (row >= moe_rows_of(&l)) return;
@@ -184,22 +168,43 @@ moe_route_weigh(moe_level l, moe_weighing how, float *priority)
     const float *h = l.noisy ? l.noisy + row * l.width : NULL;
     if (moe_is_masked(l.token_mask, moe_token_of(&l, row))) {
         for (int64_t j = moe_lane(); j < n; j += MOE_WARP) ids[j] = -1, w[j] = 0.0f;
-        if (priority && moe_lane() == 0) priority[row] = 0.0f;
         return;
     }
     moe_weigh(&how, w, ids, n, h, l.width);
     if (l.kth) find_thresholds(l.kth + 2 * row, ids, n, h, l.width);
-    if (!priority) return;
-    float score = priority_of(l.logits + row * l.width, l.width, how.score);
-    if (moe_lane() == 0) priority[row] = score;
+}
+
+/* The largest score over all experts, 0 for masked tokens; a warp for each token. */
+MOE_GLOBAL(MOE_ROUTE_THREADS) moe_route_priority(moe_level l, int32_t score, float *priority)
+{
+    int64_t row = moe_warp();
+    uint64_t best = MOE_NO_KEY;
+    float max = 0.0f, sum = 1.0f;
+    if (row >= l.rows) return;
+    const float *clean = l.logits + row * l.width;
+    for (int64_t i = moe_lane(); i < l.width; i += MOE_WARP) {
+        uint64_t key = moe_order_key(clean[i], i);
+        best = key < best ? key : best;
+    }
+    float first = clean[(uint32_t)moe_warp_least(best)];
+    if (score != MOE_SCORE_SIGMOID) sum = moe_shifted_sum(clean, l.width, &max);
+    if (moe_lane() != 0) return;
+    bool masked = moe_is_masked(l.token_mask, row);
+    float value = score == MOE_SCORE_SIGMOID ? moe__sigmoid_f32(first)
+                                             : moe__exp_f32(first - max) / sum;
+    priority[row] = masked ? 0.0f : value;
 }
 
 static moe_status route_rows(const moe__route_job *job, const moe__gate_level *level)
 {
-    float *priority = level == &job->level[0] ? (float *)job->token_priority : NULL;
+    const moe__workers *w = &job->workers;
+    moe_level l = moe_level_of(job, level);
     MOE_TRY(moe__cuda_choose_rows(job, level));
-    return moe_over_rows(&job->workers, "moe_route_weigh", moe_route_weigh, level->rows,
-                         moe_level_of(job, level), moe_weighing_of(job), priority);
+    MOE_TRY(
+        moe_over_rows(w, "moe_route_weigh", moe_route_weigh, level->rows, l, moe_weighing_of(job)));
+    if (!job->token_priority || level != &job->level[0]) return MOE_OK;
+    return moe_over_rows(w, "moe_route_priority", moe_route_priority, level->rows, l,
+                         job->config->score, (float *)job->token_priority);
 }
 
 /* ---- two levels ------------------------------------------------------------------------------ */

@@ -17,15 +17,16 @@ template <typename T> MOE_DEVICE float moe__rounded(float x)
 /* V elements as floats: 1, or the pack of 16 bytes. */
 template <int V, typename T> MOE_DEVICE void moe__load(const T *from, float (&x)[V])
 {
-    moe_pack<T, V> pack = moe_load_pack<T, V>(from);
-    for (int i = 0; i < V; i++) x[i] = moe_widen(pack.v[i]);
+    moe_pack<T, V> pack;
+    moe_load_pack(&pack, from);
+    moe_widen_pack(x, pack);
 }
 
 template <int V, typename T> MOE_DEVICE void moe__store(T *to, const float (&x)[V])
 {
     moe_pack<T, V> pack;
-    for (int i = 0; i < V; i++) moe_narrow(&pack.v[i], x[i]);
-    moe_store_pack<T, V>(to, pack);
+    moe_narrow_pack(&pack, x);
+    moe_store_pack(to, pack);
 }
 
 /* ---- rows ------------------------------------------------------------------------------------ */
@@ -43,7 +44,7 @@ MOE_DEVICE moe__row moe__find_row(const moe__cuda_map &map, int64_t row, bool ex
     if (row >= map.rows) return at;
     if (map.padded == 0) {
         at.number = map.first + row;
-        if (expert) at.expert = moe_run_of(map.expert_begin, map.experts, at.number);
+        if (expert) at.expert = moe_range_of(map.expert_begin, map.experts, at.number);
         return at;
     }
     at.expert = row / map.padded;

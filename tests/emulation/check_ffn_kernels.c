@@ -194,6 +194,7 @@ static void set_up(run *r, ffn_case *c, void *of_pass)
     j->db3 = matrices(r, B3, 1), j->dw2 = matrices(r, W2, 1), j->db2 = matrices(r, B2, 1);
     if (!c->want_dx) j->dx_rows = NULL;
     if (!c->want_weights) j->entry_weight_grad = NULL;
+    MUST(cudaDeviceSynchronize()); /* the stream does not wait for the default stream */
 }
 
 static void tear_down(void)

@@ -81,7 +81,7 @@ struct world {
     moe__gate_backward_job back;
     uint8_t *mask;
     int64_t *token_key, *taken;
-    float *entry_grad, *loss_grad;
+    float *entry_grad, *loss_grad, *results;
 };
 
 static moe__matrices matrix(moe__arena *a, int64_t parts, int64_t rows, int64_t cols, int32_t dtype,
@@ -237,6 +237,7 @@ static void lay_out(world *w, const shape *s, char *base)
 
     moe__gate_backward_job *b = &w->back;
     w->loss_grad = (float *)moe__arena_take(a, MOE_LOSS_SLOTS, 4);
+    w->results = (float *)moe__arena_take(a, MOE_LOSS_SLOTS + MOE_STAT_SLOTS, 4);
     w->entry_grad = (float *)moe__arena_take(a, s->N, 4);
     b->losses = l;
     b->loss_grad = s->has_loss_grad ? w->loss_grad : NULL;
@@ -666,6 +667,11 @@ static void compare_losses(const world *a, const world *b, const shape *s)
     }
     close_to("value", l->value, m->value, MOE_LOSS_SLOTS, 1e-11, true);
     close_to("stats", l->stats, m->stats, MOE_STAT_SLOTS, 1e-11, true);
+    for (int i = 0; i < MOE_LOSS_SLOTS + MOE_STAT_SLOTS; i++) {
+        double v = i < MOE_LOSS_SLOTS ? m->value[i] : m->stats[i - MOE_LOSS_SLOTS];
+        float result = (float)v;
+        same_bits("results", &result, b->results + i, 1);
+    }
 }
 
 static void compare_gradients(const world *a, const world *b, const shape *s)
@@ -791,6 +797,8 @@ static void run_one(uint64_t seed)
     up();
     check(on_cpu->losses_forward(&cpu.losses), "cpu losses");
     check(on_cuda->losses_forward(&gpu.losses), "cuda losses");
+    check(moe__cuda_write_results(&gpu.losses, gpu.results, gpu.results + MOE_LOSS_SLOTS),
+          "cuda results");
     down();
     compare_losses(&cpu, &back, &s);
 

@@ -10,7 +10,7 @@ EMU_SUITE_FLAGS = $(COMMON) -O1 $(CFLAGS) -MMD -MP -MF $@.d -MT $@ -Itests -Icud
     -include support/device/on_device.h -DMOE_SOURCE_DIR='"$(CURDIR)"' $(EMU_SAN_plain)
 
 $(EMU_MOE): force
-	@$(MAKE) -s BUILD=$(EMU)/moe/build LIB=$(EMU)/moe VARIANTS='f32_plain f64_plain bf16_plain f16_plain' HAVE_X86= \
+	@$(MAKE) -s BUILD=$(EMU)/moe/build LIB=$(EMU)/moe VARIANTS="f32_plain f64_plain bf16_plain f16_plain" HAVE_X86= \
 	    NO_CUDA=1 NO_MPI=1 $(EMU_MOE)
 
 $(EMU_SUITE_DIR)/%.o: tests/%.c
