@@ -60,8 +60,10 @@ CORE_OBJECTS := $(CORE:%.c=$(BUILD)/%.o) $(BUILD)/src/cpu/dispatch_isa.o
 KERNEL_OBJECTS := $(foreach v,$(VARIANTS),$(KERNELS:src/cpu/%.c=$(BUILD)/src/cpu/%.$(v).o))
 OBJECTS := $(CORE_OBJECTS) $(KERNEL_OBJECTS)
 
-.PHONY: all help clean install uninstall dist demo demo-long demo-mpi
-all: $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/pkgconfig/moe.pc mpi io cuda
+.PHONY: all host help clean install uninstall dist demo demo-long demo-mpi
+# All but the library for GPUs, which takes minutes to compile.
+host: $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/pkgconfig/moe.pc mpi io
+all: host cuda
 	@printf '\n%-24s %s\n' 'built' 'what'
 	@printf '%-24s %s\n' '$(LIB)/libmoe.a' 'static library, $(words $(VARIANTS)) CPU variants: $(VARIANTS)'
 	@printf '%-24s %s\n' '$(LIB)/libmoe.so' 'shared library $(SONAME), version $(VERSION)'

@@ -363,6 +363,12 @@ static bool blas_aligned(const void *data, int64_t stride, int32_t dtype)
     return dtype == MOE_DTYPE_F32 || ((uintptr_t)data % 16 == 0 && stride % 8 == 0);
 }
 
+/* Pedantic: never TF32, whatever the environment says. */
+static cublasComputeType_t compute_type(int32_t dtype)
+{
+    return dtype == MOE_DTYPE_F32 ? CUBLAS_COMPUTE_32F_PEDANTIC : CUBLAS_COMPUTE_32F;
+}
+
 static cudaDataType_t blas_type(int32_t dtype)
 {
     return dtype == MOE_DTYPE_F32 ? CUDA_R_32F : dtype == MOE_DTYPE_BF16 ? CUDA_R_16BF : CUDA_R_16F;
@@ -384,12 +390,13 @@ static moe_status rows_by_blas(const moe__workers *workers, const moe_rows_produ
             blas_aligned(b.data, b.stride, job->b.dtype);
     if (!*done) return MOE_OK;
     MOE_TRY(moe__cuda_cublas(workers, &handle));
-    MOE_TRY(moe__cublas_status(
-        cublasGemmEx(handle, b.operation, CUBLAS_OP_N, (int)job->n, (int)job->ranges.rows,
-                     (int)job->k, &alpha, b.data, blas_type(job->b.dtype), (int)b.stride,
-                     job->a.data, blas_type(job->a.dtype), (int)job->a.stride, &beta, job->out,
-                     CUDA_R_32F, (int)job->out_stride, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
-        workers, "cublasGemmEx"));
+    MOE_TRY(moe__cublas_status(cublasGemmEx(handle, b.operation, CUBLAS_OP_N, (int)job->n,
+                                            (int)job->ranges.rows, (int)job->k, &alpha, b.data,
+                                            blas_type(job->b.dtype), (int)b.stride, job->a.data,
+                                            blas_type(job->a.dtype), (int)job->a.stride, &beta,
+                                            job->out, CUDA_R_32F, (int)job->out_stride,
+                                            compute_type(job->a.dtype), CUBLAS_GEMM_DEFAULT),
+                               workers, "cublasGemmEx"));
     if (!moe_is_there(&job->bias)) return MOE_OK;
     moe_rows_product bias = *job;
     bias.add = 1;
@@ -411,16 +418,15 @@ static moe_status dw_by_blas(const moe__workers *workers, const moe_dw_product *
             fits_int(job->g.stride) && dw.stride >= (dw.operation == CUBLAS_OP_N ? job->n : job->k);
     if (!*done) return MOE_OK;
     MOE_TRY(moe__cuda_cublas(workers, &handle));
-    const float *a = (const float *)job->a.data, *g = (const float *)job->g.data;
-    float *to = (float *)(uintptr_t)dw.data;
-    int rows = (int)job->ranges.rows, k = (int)job->k, n = (int)job->n;
-    int a_stride = (int)job->a.stride, g_stride = (int)job->g.stride;
-    cublasStatus_t status = dw.operation == CUBLAS_OP_N
-                                ? cublasSgemm(handle, CUBLAS_OP_N, CUBLAS_OP_T, n, k, rows, &one, g,
-                                              g_stride, a, a_stride, &one, to, (int)dw.stride)
-                                : cublasSgemm(handle, CUBLAS_OP_N, CUBLAS_OP_T, k, n, rows, &one, a,
-                                              a_stride, g, g_stride, &one, to, (int)dw.stride);
-    return moe__cublas_status(status, workers, "cublasSgemm");
+    /* By rows dw is there [n,k] = g^T a, by columns [k,n] = a^T g. */
+    bool by_rows = dw.operation == CUBLAS_OP_N;
+    const moe_row_operand *x = by_rows ? &job->g : &job->a, *y = by_rows ? &job->a : &job->g;
+    int m = (int)(by_rows ? job->n : job->k), n = (int)(by_rows ? job->k : job->n);
+    cublasStatus_t status = cublasGemmEx(
+        handle, CUBLAS_OP_N, CUBLAS_OP_T, m, n, (int)job->ranges.rows, &one, x->data, CUDA_R_32F,
+        (int)x->stride, y->data, CUDA_R_32F, (int)y->stride, &one, (void *)(uintptr_t)dw.data,
+        CUDA_R_32F, (int)dw.stride, compute_type(MOE_DTYPE_F32), CUBLAS_GEMM_DEFAULT);
+    return moe__cublas_status(status, workers, "cublasGemmEx");
 }
 
 /* ---- calls ----------------------------------------------------------------------------------- */

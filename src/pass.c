@@ -290,10 +290,27 @@ moe_status moe_pass_primary_plan(const moe_pass *pass, const moe_plan **plan)
     return MOE_OK;
 }
 
+/* In padded mode nobody waited to see whether every expert's rows had room. */
+static moe_status check_room(const moe_pass *pass, const char *function)
+{
+    int64_t padded = pass->experts_job.padded_rows, E = pass->plan.a.num_experts, rows[64];
+    if (!moe__pass_is_padded(pass, pass->uses) || !pass->rows_of_expert) return MOE_OK;
+    for (int64_t first = 0; first < E; first += 64) {
+        int64_t n = moe__min(64, E - first);
+        MOE_TRY(fetch(pass, rows, pass->rows_of_expert + first, (size_t)n * sizeof *rows, function));
+        for (int64_t i = 0; i < n; i++)
+            if (rows[i] > padded)
+                REFUSE(MOE_ERROR_BUFFER_TOO_SMALL, "expert %lld had %lld rows, padded_rows is %lld",
+                       (ll)(first + i), (ll)rows[i], (ll)padded);
+    }
+    return MOE_OK;
+}
+
 moe_status moe_pass_losses(const moe_pass *pass, moe_losses *losses)
 {
     moe_losses known = {0};
     MOE_TRY(check_has_forward(pass, losses, "losses", __func__));
+    MOE_TRY(check_room(pass, __func__));
     MOE_TRY(moe__struct_check_out(&moe__losses_info, losses, __func__));
     MOE_TRY(fetch(pass, known.value, pass->results, sizeof known.value, __func__));
     fenv_t saved;
@@ -308,6 +325,7 @@ moe_status moe_pass_stats(const moe_pass *pass, moe_stats *stats)
 {
     moe_stats known = {0};
     MOE_TRY(check_has_forward(pass, stats, "stats", __func__));
+    MOE_TRY(check_room(pass, __func__));
     MOE_TRY(moe__struct_check_out(&moe__stats_info, stats, __func__));
     MOE_TRY(fetch(pass, known.value, pass->results + MOE_LOSS_SLOTS, sizeof known.value, __func__));
     moe__struct_write(&moe__stats_info, stats, &known);

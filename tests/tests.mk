@@ -112,7 +112,7 @@ SCRIPTS = "sh tests/headers/check.sh $(LIB)" "sh tests/abi/check.sh $(LIB)" \
 
 RUN_EXAMPLES = "sh tests/packaging/check_examples.sh $(BUILD)"
 
-check: all test-programs $(BUILD)/demo
+check: host test-programs $(BUILD)/demo
 	@$(RUN) $(SUITES) $(HOSTS) $(VECTORS) $(SCRIPTS) $(RUN_EXAMPLES) "sh tests/packaging/check_tutorial.sh" \
 	    "sh tests/packaging/check_demo.sh $(BUILD)"
 
@@ -132,7 +132,7 @@ check-headers: $(LIB)/libmoe.a
 	@$(RUN) "sh tests/headers/check.sh $(LIB)"
 check-abi: $(LIB)/libmoe.so $(LIB)/libmoe.a
 	@$(RUN) "sh tests/abi/check.sh $(LIB)"
-check-install: all
+check-install: host
 	@$(RUN) "sh tests/packaging/check_install.sh $(BUILD)"
 
 # Ranks as processes: the first MPI on 2 and 3 ranks; MPI_TESTED="openmpi mpich" RANKS="2 3 4 8" for more.

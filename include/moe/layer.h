@@ -92,8 +92,12 @@ typedef struct moe_layer_config {
                                  MOE_EXCHANGE_PADDED */
     int64_t padded_rows;      /* rows from a rank to an expert (slice) of MOE_EXCHANGE_PADDED, >= 1;
                                  a call with more is refused with MOE_ERROR_BUFFER_TOO_SMALL on
-                                 every rank. Else 0 */
-    int32_t exchange;         /* MOE_EXCHANGE_*; default exact */
+                                 every rank. Without comm, on a GPU: rows of an expert; a call does
+                                 not wait to learn of more, which then have no output and no
+                                 gradient, and its moe_pass_losses and moe_pass_stats return
+                                 MOE_ERROR_BUFFER_TOO_SMALL. Else 0 */
+    int32_t exchange;         /* MOE_EXCHANGE_*; default exact. On a GPU padded may be without
+                                 comm: then no call of a step waits for the device */
     int32_t received;         /* MOE_RECEIVED_*; default error. Dropping not with slices, rounds
                                  not with a pool of parts */
     int32_t loss_batch;       /* MOE_BATCH_*; default local. May be global without comm */
@@ -226,6 +230,7 @@ typedef struct moe_cost_query {
     int32_t reserved;                   /* 0 */
     const moe_experts_config *shared;   /* the layer's shared experts, or NULL */
     const moe_experts_config *residual; /* its residual branch, or NULL */
+    const moe_context *context;         /* whose passes they are; NULL: one of the CPU */
 } moe_cost_query;
 
 /* Its answers, in bytes and in floating-point operations (a multiply-add is 2). */

@@ -250,8 +250,9 @@ MOE_API moe_status moe_stats_init(moe_stats *stats, size_t size);
 
 /* Copy the losses, or the statistics, of the last forward; on a GPU they wait for its stream.
  *   losses, stats  in: struct_size; out: the rest
- * Return MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_INVALID_STATE before a forward, or an error
- * of the struct's size. Since 0.1. */
+ * Return MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_INVALID_STATE before a forward,
+ * MOE_ERROR_BUFFER_TOO_SMALL if an expert had more rows than padded_rows on a GPU, an error of the
+ * device or of the struct's size. Since 0.1. */
 MOE_API moe_status moe_pass_losses(const moe_pass *pass, moe_losses *losses);
 /* As above, for the statistics. Since 0.1. */
 MOE_API moe_status moe_pass_stats(const moe_pass *pass, moe_stats *stats);

@@ -1,12 +1,13 @@
 """The library's side of moe.torch: handles, passes and calls over the memory of torch tensors.
 
-An Engine is the layer of one configuration and dtype. Its parameters are bound, in every call, to
+An Engine is the layer of one configuration, dtype and device. Its parameters are bound, in every call, to
 where the tensors are at that moment; a lock keeps the calls of two threads apart. A Lease is a pass
 in somebody's hands: it goes back to the engine when nothing can ask for its backward any more.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import threading
 import weakref
@@ -31,6 +32,7 @@ from ._constants import (
 from ._handle import destroy_deferred, refuse_inside_callback
 from ._library import InvalidState, check, library, new
 from ._preset import preset
+from ._torch_cuda import cuda_context, is_capturing, stream_of
 from .context import Context
 from .objects import Experts, Gate, Layer
 from .passes import Pass
@@ -44,9 +46,11 @@ _context: Optional[Context] = None
 _context_lock = threading.Lock()
 
 
-def default_context() -> Context:
-    """The context that layers share unless they are given one: all cores."""
+def default_context(device: torch.device = torch.device("cpu")) -> Context:
+    """The context that layers share unless they are given one: all cores, or the GPU."""
     global _context
+    if device.type == "cuda":
+        return cuda_context(device.index)
     with _context_lock:
         if _context is None:
             _context = Context()
@@ -116,12 +120,15 @@ class Lease:
         self.frugal = False  # memory matters more than time: only the routing waits
         self.plan: Optional[Plan] = None  # the routing, when activations have been let go
         self.used = False  # has had a backward
+        self.captured = False  # a graph may replay it at any time
         self._engine = engine
 
     def give_back(self) -> None:
         """Return the pass, for others to use, or let it go."""
         pass_, self.pass_ = self.pass_, None
-        if pass_ is not None and not self.frugal:
+        if pass_ is not None and self.captured:
+            self._engine.captured.append(pass_)
+        elif pass_ is not None and not self.frugal:
             self._engine.passes.append(pass_)
 
     def let_go(self) -> None:
@@ -154,16 +161,20 @@ class Call:
 
 
 class Engine:
-    """The library's layer for one configuration and dtype."""
+    """The library's layer for one configuration, dtype and device."""
 
-    def __init__(self, config: Config, context: Context, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Config, context: Context, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.dtype = dtype
+        self.device = device
         # Of logits, noise, weights and losses.
         self.real = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         self.context = context
         self.layer = config.make(context, DTYPES[dtype], Parameters.BOUND)
         self.lock = threading.Lock()
         self.passes: List[Pass] = []  # append and pop are atomic
+        self.captured: List[Pass] = []  # of graphs, for as long as this lives
         self._leases: "weakref.WeakSet[Lease]" = weakref.WeakSet()
         self._leases_lock = threading.Lock()
         self.shapes: Dict[str, Tuple[int, ...]] = {
@@ -256,6 +267,8 @@ class Engine:
                 y = x.new_empty((x.shape[0], self.d_out))
         args = _forward_arguments(call, x, gate_x, logits, y)
         args.flags = call.flags | flags
+        args.stream = stream_of(self.device)
+        lease.captured = lease.captured or is_capturing(self.device)
         if plan is not None and not flags & Forward.RECOMPUTE:
             args.plan, args.plan_use = plan.handle.value, int(plan_use)
         if not again:  # a kept routing has its K and capacity, losses and statistics stay
@@ -263,8 +276,8 @@ class Engine:
                 args.top_k = call.top_k
             if call.capacity is not None:
                 args.capacity = call.capacity
-            losses = torch.zeros(LOSS_SLOTS, dtype=self.real)
-            stats = torch.zeros(STAT_SLOTS, dtype=self.real)
+            losses = torch.zeros(LOSS_SLOTS, dtype=self.real, device=self.device)
+            stats = torch.zeros(STAT_SLOTS, dtype=self.real, device=self.device)
             args.losses_out, args.stats_out = address(losses), address(stats)
             lease.results = (losses, stats)
         with self.lock:
@@ -296,6 +309,7 @@ class Engine:
             raise InvalidState("the pass of this backward has been given back")
         args = new(_abi.BackwardArgs)
         args.flags = Backward.OVERWRITE
+        args.stream = stream_of(self.device)
         inputs = [outputs[name] for name in ("dx", "d_gate_x", "d_logits")]
         if all(t is None for t in inputs):
             args.flags |= Backward.SKIP_DX
@@ -345,11 +359,12 @@ def _forward_arguments(
     return args
 
 
-def initial_values(
-    config: Config, context: Context, dtype: torch.dtype, seed: int
-) -> Dict[str, torch.Tensor]:
-    """The parameters' first values by the library's rule: the same numbers everywhere."""
-    layer = config.make(context, DTYPES[dtype], Parameters.OWNED_NO_GRAD)
+def initial_values(config: Config, dtype: torch.dtype, seed: int) -> Dict[str, torch.Tensor]:
+    """The parameters' first values by the library's rule, on the CPU: the same numbers
+    everywhere."""
+    config = copy.copy(config)  # what is said of rows has no meaning there
+    config.layer = {k: v for k, v in config.layer.items() if k not in ("exchange", "padded_rows")}
+    layer = config.make(default_context(), DTYPES[dtype], Parameters.OWNED_NO_GRAD)
     layer.init_parameters(seed)
     values = {}
     for name, p in layer.parameters.items():

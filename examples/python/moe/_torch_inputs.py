@@ -7,6 +7,7 @@ from typing import Any, Optional
 import torch
 
 from ._constants import PlanUse
+from ._torch_cuda import wait_for
 from ._torch_engine import Call, Engine
 from .plan import Plan
 
@@ -19,32 +20,38 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_tensor(
-    name: str, tensor: torch.Tensor, dtype: torch.dtype, convert: bool
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, convert: bool, device: torch.device
 ) -> torch.Tensor:
-    """The tensor, on the CPU and of this dtype; under autocast `convert` makes it so."""
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} is on {tensor.device}; the library's layer runs on the CPU")
+    """The tensor, on this device and of this dtype; under autocast `convert` makes it so."""
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; the layer's parameters are on {device}")
     if tensor.dtype != dtype:
-        if convert and _autocast():
+        if convert and _autocast(device):
             return tensor.to(dtype)
         raise TypeError(f"{name} is {tensor.dtype}; the layer's parameters are {dtype}")
     return tensor
 
 
-def _autocast() -> bool:
+def _autocast(device: torch.device) -> bool:
     try:
-        return torch.is_autocast_enabled("cpu")
+        return torch.is_autocast_enabled(device.type)
     except TypeError:  # before it took a device
-        return torch.is_autocast_cpu_enabled()
+        cpu = device.type == "cpu"
+        return torch.is_autocast_cpu_enabled() if cpu else torch.is_autocast_enabled()
 
 
 def matrix(
-    name: str, tensor: Optional[torch.Tensor], width: int, shape: Any, dtype: torch.dtype
+    name: str,
+    tensor: Optional[torch.Tensor],
+    width: int,
+    shape: Any,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Any:
     """Rows of `width` elements, one for each token of `shape`; None stays None."""
     if tensor is None:
         return None
-    tensor = check_tensor(name, tensor, dtype, True)
+    tensor = check_tensor(name, tensor, dtype, True, device)
     if tensor.dim() < 1 or tensor.shape[-1] != width or tensor.shape[:-1] != shape:
         want = tuple(shape) + (width,)
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted {want}")
@@ -52,13 +59,17 @@ def matrix(
 
 
 def vector(
-    name: str, tensor: Optional[torch.Tensor], dtype: torch.dtype, count: Optional[int]
+    name: str,
+    tensor: Optional[torch.Tensor],
+    dtype: torch.dtype,
+    count: Optional[int],
+    device: torch.device = torch.device("cpu"),
 ) -> Any:
     """A contiguous vector, of `count` elements if that is given; None stays None."""
     if tensor is None:
         return None
-    if tensor.dtype != dtype or tensor.device.type != "cpu":
-        raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}; wanted {dtype} on cpu")
+    if tensor.dtype != dtype or tensor.device != device:
+        raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}; wanted {dtype} on {device}")
     if count is not None and tensor.numel() != count:
         raise ValueError(f"{name} has {tensor.numel()} elements; there are {count} tokens")
     return tensor.reshape(-1).contiguous()
@@ -75,7 +86,9 @@ def set_plan(call: Call, engine: Engine, tokens: int, ids: Optional[torch.Tensor
         call.plan, call.plan_use = plan, PlanUse.IDS
     if ids is None or weights is None:
         return
-    check_tensor("weights", weights, engine.real, False)
+    check_tensor("weights", weights, engine.real, False, engine.device)
+    if ids.device != engine.device:
+        raise ValueError(f"ids are on {ids.device}, the layer's parameters on {engine.device}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids are {ids.dtype}; wanted torch.int32 or torch.int64")
     if ids.shape != weights.shape or (ids.numel() % tokens if tokens else ids.numel()):
@@ -88,9 +101,7 @@ def set_plan(call: Call, engine: Engine, tokens: int, ids: Optional[torch.Tensor
     if call.mask is not None:  # padding goes nowhere
         ids = ids.masked_fill(~call.mask[:, None], -1)
     made = Plan(engine.context)
-    made.build(
-        ids.contiguous(),
-        weights.detach().reshape(tokens, count).contiguous(),
-        num_experts=engine.num_experts,
-    )
+    ids, given = ids.contiguous(), weights.detach().reshape(tokens, count).contiguous()
+    wait_for(engine.device)  # the library reads them on the default stream
+    made.build(ids, given, num_experts=engine.num_experts)
     call.plan, call.plan_use = made, PlanUse.IDS_AND_WEIGHTS

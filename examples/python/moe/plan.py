@@ -7,6 +7,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from . import _abi, _config, _memory, _views
 from ._constants import DType, Status
+from ._device import copy as fetch
 from ._device import new_like, stream_of
 from ._handle import Handle, Object, device_of, refuse_inside_callback
 from ._library import InvalidState, check, library, new
@@ -49,8 +50,8 @@ class Plan(Object):
         token_priority: Any = None,
         **fields: Any,
     ) -> "Plan":
-        """Make this the plan of a routing of the host's own; everything is copied, and of the host
-        for a context on a GPU too.
+        """Make this the plan of a routing of the host's own; everything is copied. On a GPU arrays
+        are there, but for group_begin, and what writes to them must be done.
 
         expert_ids   [N] or [T,K] int32 or int64; -1: none
         weights      the same shape, float32 or float64; None: all 1
@@ -69,32 +70,39 @@ class Plan(Object):
                 raise _config.unknown("moe_plan_args", name, allowed)
         args = _config.make(_abi.PlanArgs, fields)
         keep: List[Any] = []
-        ids = _flat(keep, "expert_ids", expert_ids, ["int32", "int64"], None)
+        device = device_of(self.handle)
+        ids = _flat(keep, "expert_ids", expert_ids, ["int32", "int64"], None, device)
         args.expert_ids = ids.address
         args.id_dtype = DType.I32 if ids.dtype == "int32" else DType.I64
         if weights is not None:
             wanted = ["float32", "float64"]
             if "dtype" in fields:
                 wanted = [_memory.NAMES[DType(args.dtype)]]
-            memory = _flat(keep, "weights", weights, wanted, ids.size)
+            memory = _flat(keep, "weights", weights, wanted, ids.size, device)
             args.weights = memory.address
             args.dtype = DType.F32 if memory.dtype == "float32" else DType.F64
         if token_begin is not None:
-            args.token_begin = _flat(keep, "token_begin", token_begin, ["int64"], None).address
+            args.token_begin = _flat(
+                keep, "token_begin", token_begin, ["int64"], None, device
+            ).address
             args.tokens = keep[-1].size - 1
-            _check_last("token_begin", keep[-1], ids.size)
+            _check_last("token_begin", keep[-1], ids.size, device)
         else:
             _entries_by_shape(args, ids, fields)
         if token_mask is not None:
             masks = ["uint8", "bool"]
-            args.token_mask = _flat(keep, "token_mask", token_mask, masks, args.tokens).address
+            args.token_mask = _flat(
+                keep, "token_mask", token_mask, masks, args.tokens, device
+            ).address
         if group_begin is not None:
             args.group_begin = _flat(keep, "group_begin", group_begin, ["int64"], None).address
             args.groups = keep[-1].size - 1
         if token_priority is not None:
             wanted = [_memory.NAMES[DType(args.dtype)]]
             name = "token_priority"
-            args.token_priority = _flat(keep, name, token_priority, wanted, args.tokens).address
+            args.token_priority = _flat(
+                keep, name, token_priority, wanted, args.tokens, device
+            ).address
         self._replace("moe_plan_build", ctypes.byref(args))
         return self
 
@@ -324,10 +332,15 @@ class PassPlan(Plan):
 
 
 def _flat(
-    keep: List[Any], name: str, source: Any, dtypes: List[str], size: Optional[int]
+    keep: List[Any],
+    name: str,
+    source: Any,
+    dtypes: List[str],
+    size: Optional[int],
+    device: Optional[int] = None,
 ) -> _memory.Memory:
     """A contiguous array of any shape; the Memory is put in `keep`."""
-    memory = _memory.describe(name, source, dtypes)
+    memory = _memory.describe(name, source, dtypes, device=device)
     plain = _memory.contiguous(memory.shape)
     same = all(n <= 1 or s == p for n, s, p in zip(memory.shape, memory.strides, plain))
     if memory.size and not same:
@@ -338,11 +351,17 @@ def _flat(
     return memory
 
 
-def _check_last(name: str, memory: _memory.Memory, entries: int) -> None:
+def _check_last(name: str, memory: _memory.Memory, entries: int, device: Optional[int]) -> None:
     """token_begin says how far the library reads; it must not be beyond the ids' end."""
     if memory.size < 1:
         raise ValueError(f"{name} is empty; wanted [T+1]")
-    last = ctypes.c_int64.from_address(memory.address + 8 * (memory.size - 1)).value
+    place = memory.address + 8 * (memory.size - 1)
+    if device is None:
+        last = ctypes.c_int64.from_address(place).value
+    else:
+        fetched = ctypes.c_int64()
+        fetch(ctypes.addressof(fetched), place, 8, None)
+        last = fetched.value
     if last != entries:
         raise ValueError(f"the last element of {name} is {last}; expert_ids has {entries} elements")
 

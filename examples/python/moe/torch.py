@@ -6,7 +6,8 @@
     (task_loss(y) + losses.sum()).backward()
 
 The parameters are the library's own, bound in every call to where the tensors are at that moment:
-nothing is copied. On CPU, in float32 and float64, bfloat16 and float16; PyTorch 1.13 and later.
+nothing is copied. On CPU, in float32 and float64, bfloat16 and float16, and on NVIDIA GPUs, all but
+float64, where libmoe_cuda is; PyTorch 1.13 and later.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint as _torch_checkpoint
 
 from ._constants import LOSS_SLOTS, Forward, Loss
 from ._library import InvalidState
+from ._torch_cuda import device_of
 from ._torch_engine import DTYPES, Call, Config, Engine, Lease, default_context, initial_values
 from ._torch_inputs import check_tensor, matrix, rows, set_plan, vector
 from .context import Context
@@ -153,7 +155,7 @@ class _Run(torch.autograd.Function):
 def _empty(like: Optional[torch.Tensor], wanted: bool) -> Optional[torch.Tensor]:
     if like is None or not wanted:
         return None
-    return torch.empty(like.shape, dtype=like.dtype)
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
 # ---- the module ---------------------------------------------------------------------------------
@@ -178,9 +180,15 @@ class MoELayer(nn.Module):
     layer        further fields of moe_layer_config (shared_gate, residual_mix, dropped)
     checkpoint   True: keep the routing of a forward and compute activations anew in the backward
     seed         of the first values, which are the library's: the same numbers everywhere
-    context      a moe.Context; None: one that all layers share
+    context      a moe.Context; None: one that all layers of a device share
     dtype        torch.float32, float64, bfloat16 or float16; None: torch's default. In 16 bits
                  logits, noise, weights and losses are float32, and a gate's parameters may be
+    device       where the parameters are at first; the layer computes where they are
+
+    On a GPU every call is put on PyTorch's current stream, and memory is PyTorch's. A forward waits
+    once for the rows of each expert, unless layer={"exchange": "padded", "padded_rows": C} with a
+    gate of capacity C: then a step can be captured by torch.cuda.graph. In a graph the number of
+    the step is what it was in the capture, and so is the noise.
 
     Parameters are registered as gate.weight, experts.w1 and so on, the library's own names; what
     is not trained, as gate.selection_bias, is a buffer.
@@ -215,6 +223,7 @@ class MoELayer(nn.Module):
         seed: int = 0,
         context: Optional[Context] = None,
         dtype: Optional[torch.dtype] = None,
+        device: Any = None,
     ) -> None:
         super().__init__()
         for fields in (gate or {}, experts, shared or {}, residual or {}, layer):
@@ -232,18 +241,19 @@ class MoELayer(nn.Module):
         of_layer = {**_given(output=output), "layer_id": layer_id, **layer}
         self._config = Config(preset, of_gate, of_experts, of_layer, pools)
         self._context = context
-        self._engines: Dict[torch.dtype, Engine] = {}
+        self._engines: Dict[Tuple[torch.dtype, torch.device], Engine] = {}
         self._making = threading.Lock()
         self.checkpoint = checkpoint
         dtype = dtype or torch.get_default_dtype()
-        engine = self._engine(dtype)
+        place = device_of(device)
+        engine = self._engine(dtype, place)
         self.gate, self.experts = nn.Module(), nn.Module()
         for name in self._config.pools:
             self.add_module(name, nn.Module())
         self._names = list(engine.shapes)
         for name, shape in engine.shapes.items():
             owner, own = self._place(name)
-            value = torch.empty(shape, dtype=engine.dtypes[name])
+            value = torch.empty(shape, dtype=engine.dtypes[name], device=place)
             if name in engine.buffers:
                 owner.register_buffer(own, value)
             else:
@@ -252,21 +262,30 @@ class MoELayer(nn.Module):
 
     # ---- parameters -----------------------------------------------------------------------------
 
-    def _engine(self, dtype: torch.dtype) -> Engine:
+    def _engine(self, dtype: torch.dtype, device: Any = None) -> Engine:
         if dtype not in DTYPES:
             raise TypeError(
                 f"the parameters are {dtype}; the library has torch.float32 and float64, and "
                 "torch.bfloat16 and float16"
             )
+        device = device_of(device)
         with self._making:
-            if dtype not in self._engines:
-                self._engines[dtype] = Engine(self._config, self.context, dtype)
-            return self._engines[dtype]
+            key = dtype, device
+            if key not in self._engines:
+                context = self._context
+                number = getattr(context, "device", None)
+                if context is not None and number != device.index:
+                    raise ValueError(f"the parameters are on {device}; the context is {context!r}")
+                context = context or default_context(device)
+                self._engines[key] = Engine(self._config, context, dtype, device)
+            return self._engines[key]
 
     @property
     def context(self) -> Context:
         """Where the work runs."""
-        return self._context if self._context is not None else default_context()
+        if self._context is not None:
+            return self._context
+        return default_context(device_of(self.tensors()[0].device))
 
     def _dtype(self, tensors: List[torch.Tensor]) -> torch.dtype:
         """The layer's dtype: the experts', for a gate's parameters may be of another."""
@@ -291,15 +310,26 @@ class MoELayer(nn.Module):
         bias = getattr(self.gate, "selection_bias", None)
         if bias is None:
             raise InvalidState("the gate has no selection_bias: gate={'selection_bias': 1}")
+        if bias.is_cuda:
+            return self._update_there(bias, routed, rate)
         if isinstance(routed, Plan):
             ids = torch.as_tensor(routed.arrays().expert_of_entry).long()
             routed = torch.bincount(ids[ids >= 0], minlength=bias.numel())
         selection_bias_step(bias, routed, rate, out=bias)
 
+    def _update_there(self, bias: torch.Tensor, routed: Any, rate: float) -> None:
+        """The same on a GPU, without waiting where the counts are there."""
+        if isinstance(routed, Plan):
+            ids = torch.as_tensor(routed.arrays().expert_of_entry).long()
+            routed = torch.bincount(ids[ids >= 0], minlength=bias.numel())
+        counts = routed.to(bias.device).double()
+        with torch.no_grad():
+            bias += (rate * torch.sign(counts.mean() - counts)).to(bias.dtype)
+
     def reset_parameters(self, seed: int = 0) -> None:
         """Write the library's first values for `seed` into the parameters."""
         tensors = self.tensors()
-        values = initial_values(self._config, self.context, self._dtype(tensors), seed)
+        values = initial_values(self._config, self._dtype(tensors), seed)
         with torch.no_grad():
             for name, tensor in zip(self._names, tensors):
                 tensor.copy_(values[name])
@@ -350,7 +380,8 @@ class MoELayer(nn.Module):
         logits       [..., E] of the program instead of the gate's own
         ids, weights [..., K] routing of the program: experts (-1: none) and their weights
         mask         [...] bool, False for padding: no expert, in no loss, y = 0
-        group_begin  [G+1] int64, first token of each group, for capacity and losses by group
+        group_begin  [G+1] int64 on the CPU, first token of each group, for capacity and losses by
+                     group
         noise        [..., E] standard normal numbers instead of the library's
         noise_primary
                      [..., groups] the same for the primary gate of a hierarchical one
@@ -363,16 +394,16 @@ class MoELayer(nn.Module):
         plan         a moe.Plan whose selection is taken; weights and losses are computed
         keep_plan    return a copy of the routing
 
-        x, gate_x, logits, weights and all parameters get gradients, of their dtype. Rows are read where they lie if
-        their elements are side by side. Under autocast, inputs are converted to the parameters'
-        dtype.
+        x, gate_x, logits, weights and all parameters get gradients, of their dtype. Rows are read
+        where they lie if their elements are side by side. Under autocast, inputs are converted to
+        the parameters' dtype.
         """
         parameters = self.tensors()
-        dtype = self._dtype(parameters)
-        engine = self._engine(dtype)
+        dtype, device = self._dtype(parameters), parameters[0].device
+        engine = self._engine(dtype, device)
         for name, tensor in zip(self._names, parameters):
-            check_tensor(name, tensor, tensor.dtype if engine.accepts(name, tensor.dtype) else dtype,
-                         False)  # fmt: skip
+            own = tensor.dtype if engine.accepts(name, tensor.dtype) else dtype
+            check_tensor(name, tensor, own, False, device)
             if tensor.shape != engine.shapes[name]:  # the library sees an address only
                 want = engine.shapes[name]
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted {want}")
@@ -380,9 +411,9 @@ class MoELayer(nn.Module):
         call = Call()
         recorder = _active.recorder
         replay = recorder is not None and recorder.next is not None
-        x = matrix("x", x, engine.d_model, shape, dtype)
-        gate_x = matrix("gate_x", gate_x, engine.d_gate, shape, dtype)
-        logits = matrix("logits", logits, engine.num_experts, shape, engine.real)
+        x = matrix("x", x, engine.d_model, shape, dtype, device)
+        gate_x = matrix("gate_x", gate_x, engine.d_gate, shape, dtype, device)
+        logits = matrix("logits", logits, engine.num_experts, shape, engine.real, device)
         if replay:
             assert recorder is not None
             lease, call = recorder.replay(self, x)
@@ -395,12 +426,12 @@ class MoELayer(nn.Module):
                 call.step = int(torch.randint(2**32, ()))
             call.top_k, call.capacity = top_k, capacity
             call.flags = int(Forward.TRAIN) if self.training else 0
-            call.noise = matrix("noise", noise, engine.num_experts, shape, engine.real)
+            call.noise = matrix("noise", noise, engine.num_experts, shape, engine.real, device)
             call.noise_primary = matrix(
-                "noise_primary", noise_primary, engine.groups, shape, engine.real
+                "noise_primary", noise_primary, engine.groups, shape, engine.real, device
             )
-            call.token_key = vector("token_key", token_key, torch.int64, x.shape[0])
-            call.mask = vector("mask", mask, torch.bool, x.shape[0])
+            call.token_key = vector("token_key", token_key, torch.int64, x.shape[0], device)
+            call.mask = vector("mask", mask, torch.bool, x.shape[0], device)
             call.group_begin = vector("group_begin", group_begin, torch.int64, None)
             set_plan(call, engine, x.shape[0], ids, weights, plan)
         weights = None if weights is None else weights.reshape(-1)
