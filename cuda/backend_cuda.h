@@ -26,6 +26,7 @@ moe__cuda_fail(moe_status status, const moe__workers *workers, const char *forma
 
 /* Bytes of workers->scratch that the slots of a file need at most for passes of this shape, or -1;
  * NULL: of calls without a pass. table.c takes the largest. */
+int64_t moe__cuda_batch_scratch(const moe__pass_shape *shape);
 int64_t moe__cuda_route_scratch(const moe__pass_shape *shape);
 int64_t moe__cuda_choose_scratch(const moe__pass_shape *shape);
 int64_t moe__cuda_losses_scratch(const moe__pass_shape *shape);

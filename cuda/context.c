@@ -172,7 +172,10 @@ moe_status moe__cuda_may_wait(const moe__workers *workers)
 cublasComputeType_t moe__cuda_compute_type(const moe__workers *workers, int32_t dtype)
 {
     bool tf32 = dtype == MOE_DTYPE_F32 && moe__cuda_of(workers)->tf32;
-    return tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+    /* Pedantic, so that no environment variable makes TF32 of f32. */
+    return tf32                     ? CUBLAS_COMPUTE_32F_FAST_TF32
+           : dtype == MOE_DTYPE_F32 ? CUBLAS_COMPUTE_32F_PEDANTIC
+                                    : CUBLAS_COMPUTE_32F;
 }
 
 /* ---- config ---------------------------------------------------------------------------------- */

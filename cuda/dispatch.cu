@@ -48,10 +48,11 @@ template <typename T> static moe_status dispatch_forward(const moe__rows_job *jo
 
 MOE_CUDA_SLOT(dispatch_forward, moe__rows_job *)
 
-/* passed: tokens_in, for those that passed through; or NULL */
-template <typename T, int N>
+/* passed: tokens_in, for those that passed through; or NULL. Rows may be floats where tokens are
+ * not. */
+template <typename I, typename T, int N>
 MOE_GLOBAL(256)
-moe_dispatch_backward(moe_stretches s, moe__plan_arrays p, const T *in, int64_t in_stride,
+moe_dispatch_backward(moe_stretches s, moe__plan_arrays p, const I *in, int64_t in_stride,
                       const T *passed, int64_t passed_stride, const uint8_t *token_mask, T *out,
                       int64_t out_stride, int32_t add, int64_t padded_rows)
 {
@@ -65,7 +66,7 @@ moe_dispatch_backward(moe_stretches s, moe__plan_arrays p, const T *in, int64_t 
             for (int n = 0; n < moe_lanes_used(first, end); n++) {
                 int64_t row = moe_shuffle(place, n);
                 if (row < 0) continue;
-                moe_widen_stretch<T, N>(v, in + row * in_stride, i, s.width);
+                moe_widen_stretch<I, N>(v, in + row * in_stride, i, s.width);
                 MOE_EACH(sum, N, any ? sum[u][k] + v[u][k] : v[u][k]);
                 any = true;
             }
@@ -80,26 +81,29 @@ moe_dispatch_backward(moe_stretches s, moe__plan_arrays p, const T *in, int64_t 
     }
 }
 
-template <typename T, int N> static moe_status backward(const moe__rows_job *job, const T *passed)
+template <typename I, typename T, int N>
+static moe_status backward(const moe__rows_job *job, const T *passed)
 {
     moe_stretches s = moe_cut(job->plan->tokens, job->width, N);
-    return moe__cuda_launch(&job->workers, "dispatch", moe_dispatch_backward<T, N>,
+    return moe__cuda_launch(&job->workers, "dispatch", moe_dispatch_backward<I, T, N>,
                             moe_stretch_grid(s), moe_stretch_block(), 0, s, *job->plan,
-                            (const T *)job->rows_in, job->rows_in_stride, passed,
+                            (const I *)job->rows_in, job->rows_in_stride, passed,
                             job->tokens_in_stride, job->token_mask, (T *)job->tokens_out,
                             job->tokens_out_stride, job->add, job->padded_rows);
 }
 
 template <typename T> static moe_status dispatch_backward(const moe__rows_job *job)
 {
+    if (job->tokens_wide && sizeof(T) != sizeof(float)) return dispatch_backward<float>(job);
     const T *passed = job->dropped == MOE_DROPPED_PASS_THROUGH ? (const T *)job->tokens_in : NULL;
     if (job->plan->tokens == 0) return MOE_OK;
+    if (job->rows_wide && sizeof(T) != sizeof(float)) return backward<float, T, 1>(job, passed);
     if (job->width % moe_pack_of<T>::N == 0 &&
         moe_rows_aligned<T>(job->rows_in, job->rows_in_stride) &&
         moe_rows_aligned<T>(job->tokens_out, job->tokens_out_stride) &&
         moe_rows_aligned<T>(passed, passed ? job->tokens_in_stride : 0))
-        return backward<T, moe_pack_of<T>::N>(job, passed);
-    return backward<T, 1>(job, passed);
+        return backward<T, T, moe_pack_of<T>::N>(job, passed);
+    return backward<T, T, 1>(job, passed);
 }
 
 MOE_CUDA_SLOT(dispatch_backward, moe__rows_job *)

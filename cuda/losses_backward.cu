@@ -115,15 +115,15 @@ MOE_DEVICE void softmax_losses_row(const moe_loss_arrays *l, const loss_gradient
 MOE_DEVICE void sequence_loss_row(const moe_loss_arrays *l, const loss_gradients *d, int64_t t,
                                   const float *clean, float *d_clean)
 {
+    float *r = l->columns + t * l->E;
+    float sum = moe_normalized_scores(r, clean, l->E, l->sequence_score), dot = 0.0f;
     bool softmax = l->sequence_score == MOE_SCORE_SOFTMAX;
     int64_t g = moe_group_of(l, t);
     const int64_t *counts = l->sequence_counts + g * l->E;
-    float *r = l->columns + t * l->E, lane = 0.0f;
     float scale = (float)(d->factor[MOE_LOSS_SEQUENCE] * l->sequence_scale[g]);
-    float sum = moe_normalized_scores(r, clean, l->E, l->sequence_score);
-    for (int64_t i = moe_lane(); i < moe_turns_end(l->E); i += MOE_WARP)
-        moe_lanes_fma(&lane, i < l->E ? r[i] : 0.0f, i < l->E ? scale * (float)counts[i] : 0.0f);
-    float dot = moe_lanes_tree(lane);
+    for (int64_t i = moe_lane(); i < l->E; i += MOE_WARP)
+        dot = moe__fma_f32(r[i], scale * (float)counts[i], dot);
+    dot = moe_warp_sum(dot);
     for (int64_t i = moe_lane(); i < l->E; i += MOE_WARP) {
         float slope = softmax ? r[i] : r[i] * (1.0f - r[i] * sum);
         d_clean[i] = moe__fma_f32(scale * (float)counts[i] - dot, slope, d_clean[i]);

@@ -197,9 +197,16 @@ static moe_status move_through(const moe__workers *workers, void *host, void *de
     return status;
 }
 
+/* Of the host's memory there is nothing to fetch. */
 moe_status moe__cuda_fetch(const moe__workers *workers, void *host, const void *device,
                            int64_t bytes)
 {
+    struct cudaPointerAttributes a = {.type = cudaMemoryTypeUnregistered};
+    if (bytes > 0 && cudaPointerGetAttributes(&a, device) != cudaSuccess) (void)cudaGetLastError();
+    if (bytes > 0 && a.type == cudaMemoryTypeUnregistered) {
+        memcpy(host, device, (size_t)bytes);
+        return MOE_OK;
+    }
     return move_through(workers, host, (void *)(uintptr_t)device, bytes, true);
 }
 

@@ -363,6 +363,12 @@ static bool blas_aligned(const void *data, int64_t stride, int32_t dtype)
     return dtype == MOE_DTYPE_F32 || ((uintptr_t)data % 16 == 0 && stride % 8 == 0);
 }
 
+/* Pedantic: never TF32, whatever the environment says. */
+static cublasComputeType_t compute_type(int32_t dtype)
+{
+    return dtype == MOE_DTYPE_F32 ? CUBLAS_COMPUTE_32F_PEDANTIC : CUBLAS_COMPUTE_32F;
+}
+
 static cudaDataType_t blas_type(int32_t dtype)
 {
     return dtype == MOE_DTYPE_F32 ? CUDA_R_32F : dtype == MOE_DTYPE_BF16 ? CUDA_R_16BF : CUDA_R_16F;
@@ -384,12 +390,13 @@ static moe_status rows_by_blas(const moe__workers *workers, const moe_rows_produ
             blas_aligned(b.data, b.stride, job->b.dtype);
     if (!*done) return MOE_OK;
     MOE_TRY(moe__cuda_cublas(workers, &handle));
-    MOE_TRY(moe__cublas_status(
-        cublasGemmEx(handle, b.operation, CUBLAS_OP_N, (int)job->n, (int)job->ranges.rows,
-                     (int)job->k, &alpha, b.data, blas_type(job->b.dtype), (int)b.stride,
-                     job->a.data, blas_type(job->a.dtype), (int)job->a.stride, &beta, job->out,
-                     CUDA_R_32F, (int)job->out_stride, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
-        workers, "cublasGemmEx"));
+    MOE_TRY(moe__cublas_status(cublasGemmEx(handle, b.operation, CUBLAS_OP_N, (int)job->n,
+                                            (int)job->ranges.rows, (int)job->k, &alpha, b.data,
+                                            blas_type(job->b.dtype), (int)b.stride, job->a.data,
+                                            blas_type(job->a.dtype), (int)job->a.stride, &beta,
+                                            job->out, CUDA_R_32F, (int)job->out_stride,
+                                            compute_type(job->a.dtype), CUBLAS_GEMM_DEFAULT),
+                               workers, "cublasGemmEx"));
     if (!moe_is_there(&job->bias)) return MOE_OK;
     moe_rows_product bias = *job;
     bias.add = 1;

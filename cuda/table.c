@@ -5,9 +5,9 @@
 static int64_t scratch_bytes(const moe__pass_shape *shape)
 {
     static int64_t (*const of_file[])(const moe__pass_shape *) = {
-        moe__cuda_route_scratch,  moe__cuda_choose_scratch,        moe__cuda_losses_scratch,
-        moe__cuda_mix_scratch,    moe__cuda_gate_backward_scratch, moe__cuda_rows_scratch,
-        moe__cuda_experts_scratch};
+        moe__cuda_batch_scratch,  moe__cuda_route_scratch,  moe__cuda_choose_scratch,
+        moe__cuda_losses_scratch, moe__cuda_mix_scratch,    moe__cuda_gate_backward_scratch,
+        moe__cuda_rows_scratch,   moe__cuda_experts_scratch};
     int64_t most = 0;
     for (size_t i = 0; i < sizeof of_file / sizeof *of_file; i++) {
         int64_t bytes = of_file[i](shape);

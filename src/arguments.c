@@ -417,6 +417,67 @@ static moe_status check_experts(moe__forward *f, const moe_pass *pass, const cha
     return moe__experts_check_bound(pass->experts, function);
 }
 
+/* ---- where the arrays are -------------------------------------------------------------------- */
+
+/* An array that a call was given. */
+typedef struct named_array {
+    const char *name;
+    const void *data;
+} named_array;
+
+static moe_status check_arrays(const moe__workers *workers, const named_array *array, size_t count)
+{
+    const moe__memory *memory = workers->context->memory;
+    for (size_t i = 0; i < count && memory->check_pointer; i++)
+        if (array[i].data) MOE_TRY(memory->check_pointer(workers, array[i].name, array[i].data));
+    return MOE_OK;
+}
+
+/* Of a backend with memory of its own: that the arrays are there, and that the host can wait where it
+ * must: for the rows of experts, and for entries that are not known before. */
+static moe_status check_backend(const moe__forward *f, const moe_pass *pass, const char *function)
+{
+    const moe_forward_args *a = &f->a;
+    const moe__memory *memory = pass->context->memory;
+    moe__workers workers = pass->workers;
+    workers.function = function;
+    workers.stream = a->stream;
+    if (memory->is_host || a->tokens == 0) return MOE_OK;
+    bool counted = (f->uses & MOE__USE_EXPERTS) && !moe__pass_is_padded(pass, f->uses);
+    if (memory->may_wait && (f->entries < 0 || counted)) MOE_TRY(memory->may_wait(&workers));
+    const named_array array[] = {{"y", a->y},
+                                 {"x", a->x},
+                                 {"gate_x", f->route ? a->gate_x : NULL},
+                                 {"logits_in", f->route ? a->logits_in : NULL},
+                                 {"noise", f->route ? a->noise : NULL},
+                                 {"noise_primary", f->route ? a->noise_primary : NULL},
+                                 {"token_mask", a->token_mask},
+                                 {"token_key", f->route ? a->token_key : NULL},
+                                 {"losses_out", a->losses_out},
+                                 {"stats_out", a->stats_out}};
+    return check_arrays(&workers, array, sizeof array / sizeof *array);
+}
+
+static moe_status check_backend_backward(const moe_backward_args *b, const moe_pass *pass,
+                                         const char *function)
+{
+    moe__workers workers = pass->workers;
+    workers.function = function;
+    workers.stream = b->stream;
+    if (pass->context->memory->is_host || pass->plan.a.tokens == 0) return MOE_OK;
+    const named_array array[] = {{"dx", b->dx},
+                                 {"dy", b->dy},
+                                 {"d_gate_x", b->d_gate_x},
+                                 {"d_logits_out", b->d_logits_out},
+                                 {"entry_weight_grad", b->entry_weight_grad},
+                                 {"loss_grad", b->loss_grad},
+                                 {"x", b->x},
+                                 {"gate_x", b->gate_x}};
+    return check_arrays(&workers, array, sizeof array / sizeof *array);
+}
+
+/* ---- all of a forward ------------------------------------------------------------------------ */
+
 moe_status moe__forward_check(moe__forward *f, const moe_pass *pass, const moe_forward_args *args,
                               int32_t uses, const char *function)
 {
@@ -425,9 +486,11 @@ moe_status moe__forward_check(moe__forward *f, const moe_pass *pass, const moe_f
     MOE_TRY(check_flags(&f->a, pass, uses, function));
     MOE_TRY(check_routing(f, pass, function));
     if (f->route) MOE_TRY(check_gate(f, pass, function));
-    if (uses & MOE__USE_EXPERTS) return check_experts(f, pass, function);
-    if (f->a.y) REFUSE_ARGUMENT("y must be NULL: a gate writes no y");
-    return MOE_OK;
+    if (uses & MOE__USE_EXPERTS)
+        MOE_TRY(check_experts(f, pass, function));
+    else if (f->a.y)
+        REFUSE_ARGUMENT("y must be NULL: a gate writes no y");
+    return check_backend(f, pass, function);
 }
 
 /* ---- backward -------------------------------------------------------------------------------- */
@@ -495,5 +558,6 @@ moe_status moe__backward_check(moe_backward_args *b, const moe_pass *pass,
         MOE_TRY(check_gate_bound(pass->gate, pass->logits_from_host && !pass->route.level[0].noise,
                                  function));
     if (uses & MOE__USE_LAYER) MOE_TRY(check_layer_backward(pass->layer, function));
-    return c ? moe__experts_check_backward(pass->experts, function) : MOE_OK;
+    if (c) MOE_TRY(moe__experts_check_backward(pass->experts, function));
+    return check_backend_backward(b, pass, function);
 }

@@ -77,7 +77,8 @@ typedef struct moe__memory {
     /* On the stream: zeros; a copy within backend memory. */
     moe_status (*zero)(const moe__workers *workers, void *to, int64_t bytes);
     moe_status (*copy)(const moe__workers *workers, void *to, const void *from, int64_t bytes);
-    /* To and from the host's memory, behind what is on the stream; both wait until it is done. */
+    /* To and from the host's memory, behind what is on the stream; both wait until it is done. What
+     * is fetched may be in the host's memory already. */
     moe_status (*fetch)(const moe__workers *workers, void *host, const void *from, int64_t bytes);
     moe_status (*store)(const moe__workers *workers, void *to, const void *host, int64_t bytes);
     /* On the stream: zeros at base[i stride[0] + j stride[1] + k stride[2]], i < count[0] and so on,

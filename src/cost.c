@@ -211,11 +211,15 @@ moe_status moe_layer_memory(const moe_cost_query *query, moe_cost *cost)
     shape.groups = c.groups;
     shape.top_k = c.top_k;
     shape.threads = (int32_t)c.threads;
+    if (c.q.context && !c.q.context->memory->is_host) {
+        shape.threads = 1;
+        shape.padded_rows = c.layer.padded_rows;
+    }
     int64_t wider = moe__mul(vectors, real_size - element);
     moe_cost known = {.parameter_bytes = moe__add(moe__mul(count, element), wider),
                       .gradient_bytes = moe__mul(count, real_size),
                       .parameter_count = count,
-                      .pass_bytes = moe__pass_shape_bytes(NULL, &shape),
+                      .pass_bytes = moe__pass_shape_bytes(c.q.context, &shape),
                       .active_parameters = moe__add(fixed, moe__mul(per_token, expert))};
     if (known.parameter_bytes < 0 || known.gradient_bytes < 0 || known.pass_bytes < 0 ||
         known.active_parameters < 0)

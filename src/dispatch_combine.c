@@ -37,6 +37,18 @@ static moe_status read_args(moe__rows_job *job, const moe__backend **kernels, co
                               reads_rows, function));
     MOE_TRY(moe__check_matrix("rows_out", a.rows_out, &a.rows_out_stride, rows, a.width, element,
                               needs & ROWS_OUT, function));
+    const moe__memory *memory = plan->context->memory;
+    moe__workers workers = moe__workers_of(plan->context, function, a.stream);
+    const struct {
+        const char *name;
+        const void *data;
+    } array[] = {{"tokens_in", a.tokens_in},
+                 {"tokens_out", a.tokens_out},
+                 {"rows_in", a.rows_in},
+                 {"rows_out", a.rows_out},
+                 {"entry_weight_grad", a.entry_weight_grad}};
+    for (size_t i = 0; memory->check_pointer && T > 0 && i < sizeof array / sizeof *array; i++)
+        MOE_TRY(memory->check_pointer(&workers, array[i].name, array[i].data));
     *job = (moe__rows_job){.workers = moe__workers_of(plan->context, function, a.stream),
                            .plan = &plan->a,
                            .width = a.width,

@@ -495,6 +495,23 @@ static moe_status check_pointers(const moe__parameter *p, const moe_binding *b, 
     return MOE_OK;
 }
 
+/* Of a backend that cannot use any memory. */
+static moe_status check_memory(const moe__parameter_list *list, const moe__parameter *p,
+                               const moe_binding *b, const char *function)
+{
+    moe_status (*check)(const moe__workers *, const char *,
+                        const void *) = list->context->memory->check_pointer;
+    moe__workers workers = moe__workers_of(list->context, function, NULL);
+    if (!check || moe__parameter_elements(p) == 0) return MOE_OK;
+    MOE_TRY(check(&workers, p->name, b->data));
+    MOE_TRY(check(&workers, p->name, b->grad));
+    for (int64_t e = 0; b->data_per_expert && e < list->num_experts; e++)
+        MOE_TRY(check(&workers, p->name, b->data_per_expert[e]));
+    for (int64_t e = 0; b->grad_per_expert && e < list->num_experts; e++)
+        MOE_TRY(check(&workers, p->name, b->grad_per_expert[e]));
+    return MOE_OK;
+}
+
 static moe_status check_dtypes(const moe__parameter *p, const moe_binding *b, const char *function)
 {
     if (moe__dtype_size(b->data_dtype) == 0 || b->data_dtype >= MOE_DTYPE_I32)
@@ -538,6 +555,7 @@ static moe_status bind(moe__parameter_list *list, int64_t index, const moe_bindi
     MOE_TRY(moe__struct_read(&moe__binding_info, &b, binding, false, function));
     MOE_TRY(check_pointers(p, &b, E, function));
     MOE_TRY(check_dtypes(p, &b, function));
+    MOE_TRY(check_memory(list, p, &b, function));
     MOE_TRY(resolve_strides(data_stride, b.data_stride, p, b.data_dtype, b.data_per_expert != NULL,
                             "data", function));
     MOE_TRY(resolve_strides(grad_stride, b.grad_stride, p, b.grad_dtype, b.grad_per_expert != NULL,

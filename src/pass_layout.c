@@ -352,9 +352,8 @@ moe__pass_shape moe__pass_shape_of(const moe_gate_config *gate, const moe__exper
 
 void moe__pass_shape_branches(moe__pass_shape *shape, const moe_pass *pass)
 {
-    const moe_layer_config *c = &pass->layer->config;
-    bool padded = c->exchange == MOE_EXCHANGE_PADDED && !pass->context->memory->is_host;
-    shape->padded_rows = padded ? c->padded_rows : 0;
+    bool padded = moe__pass_is_padded(pass, MOE__USE_LAYER);
+    shape->padded_rows = padded ? pass->layer->config.padded_rows : 0;
     shape->shared = pass->shared.experts ? &pass->shared.experts->room : NULL;
     shape->residual = pass->residual.experts ? &pass->residual.experts->room : NULL;
 }

@@ -246,6 +246,13 @@ static inline bool moe__pass_has_branches(const moe_pass *pass, int32_t uses)
     return (uses & MOE__USE_LAYER) && (pass->shared.experts || pass->residual.experts);
 }
 
+/* Whether every expert has padded_rows rows, used or not, in the backend's memory. */
+static inline bool moe__pass_is_padded(const moe_pass *pass, int32_t uses)
+{
+    return (uses & MOE__USE_LAYER) && !pass->context->memory->is_host &&
+           pass->layer->config.exchange == MOE_EXCHANGE_PADDED;
+}
+
 /* Rows of a pool for `entries` entries. pass_layout.c */
 void moe__lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__experts_room *c,
                           int64_t entries, bool save, int32_t dtype);

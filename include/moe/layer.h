@@ -226,6 +226,7 @@ typedef struct moe_cost_query {
     int32_t reserved;                   /* 0 */
     const moe_experts_config *shared;   /* the layer's shared experts, or NULL */
     const moe_experts_config *residual; /* its residual branch, or NULL */
+    const moe_context *context;         /* whose passes they are; NULL: one of the CPU */
 } moe_cost_query;
 
 /* Its answers, in bytes and in floating-point operations (a multiply-add is 2). */

@@ -3,8 +3,6 @@
 #include "device_copy.h"
 #include "support/suite.h"
 
-int64_t moe__cuda_batch_scratch(const moe__pass_shape *shape);
-
 static char name[256]; /* of the case */
 static moe_context *context;
 static const moe__backend *cpu;
@@ -114,7 +112,7 @@ static void check_job(moe__plan_arrays plan, int32_t policy)
 START_TEST(test_plan_rows_as_cpu_random)
 {
     draw_state = 77 + (uint64_t)_i;
-    for (int i = 0; i < 60; i++) {
+    for (int i = 0; i < TEST_CASES; i++) {
         int64_t T = draw_chance(5) ? draw_below(2) : draw_below(draw_chance(70) ? 60 : 300);
         int64_t K = draw_in(0, draw_chance(80) ? 8 : 40), E = draw_chance(10) ? 1 : draw_in(2, 300);
         int64_t G = draw_chance(50) ? 1 : draw_in(2, 9);
@@ -245,7 +243,7 @@ static void check_batch(int64_t T, int64_t G)
 START_TEST(test_batch_as_cpu_random)
 {
     draw_state = 31 + (uint64_t)_i;
-    for (int i = 0; i < 60; i++)
+    for (int i = 0; i < TEST_CASES; i++)
         check_batch(draw_chance(10) ? 0 : draw_below(draw_chance(80) ? 100 : 3000),
                     draw_chance(50) ? 1 : draw_in(2, draw_chance(90) ? 9 : 700));
 }
@@ -273,15 +271,18 @@ END_TEST
 int main(int argc, char **argv)
 {
     Suite *suite = suite_create("plan kernels");
-    TCase *tests = tcase_create("plan kernels");
+    TCase *tests = tcase_create("plan kernels"), *large = tcase_create("large");
     (void)argv;
     tcase_set_timeout(tests, 600);
+    tcase_set_timeout(large, 600);
+    tcase_add_checked_fixture(large, setup, teardown);
+    tcase_add_test(large, test_plan_rows_as_cpu_many_tiles);
     tcase_add_checked_fixture(tests, setup, teardown);
     tcase_add_loop_test(tests, test_plan_rows_as_cpu_random, 0, 5);
     tcase_add_loop_test(tests, test_plan_rows_as_cpu_many_digits, 0, 5);
-    tcase_add_test(tests, test_plan_rows_as_cpu_many_tiles);
     tcase_add_loop_test(tests, test_batch_as_cpu_random, 0, 2);
     tcase_add_test(tests, test_everyone_as_cpu);
     suite_add_tcase(suite, tests);
+    suite_add_tcase(suite, large);
     return run_suite(suite, argc < 2);
 }

@@ -234,7 +234,6 @@ typedef struct steps {
     }
 static const steps STEPS_OF[] = {STEPS(MOE_DTYPE_F32, f32), STEPS(MOE_DTYPE_BF16, bf16),
                                  STEPS(MOE_DTYPE_F16, f16)};
-enum { CASES = 60 };
 
 /* The CPU's copies rows of the order by expert; here those of the places. */
 static void dispatch_to_places(const row_case *c)
@@ -250,7 +249,7 @@ START_TEST(test_dispatch_as_cpu_random)
 {
     const steps *s = &STEPS_OF[_i];
     draw_state = 3 + (uint64_t)_i;
-    for (int i = 0; i < CASES; i++) {
+    for (int i = 0; i < TEST_CASES; i++) {
         row_case c;
         draw_case(&c, s->dtype);
         set_options(&c, 1);
@@ -272,7 +271,7 @@ START_TEST(test_combine_as_cpu_random)
 {
     const steps *s = &STEPS_OF[_i];
     draw_state = 13 + (uint64_t)_i;
-    for (int i = 0; i < CASES; i++) {
+    for (int i = 0; i < TEST_CASES; i++) {
         row_case c;
         draw_case(&c, s->dtype);
         set_options(&c, draw_chance(50));
@@ -293,7 +292,7 @@ START_TEST(test_output_backward_as_cpu_random)
 {
     const steps *s = &STEPS_OF[_i];
     draw_state = 23 + (uint64_t)_i;
-    for (int i = 0; i < CASES; i++) {
+    for (int i = 0; i < TEST_CASES; i++) {
         row_case c;
         draw_case(&c, s->dtype);
         set_options(&c, 1);

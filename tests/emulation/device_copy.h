@@ -36,6 +36,11 @@ __attribute__((weak)) moe_status moe__cuda_fetch(const moe__workers *workers, vo
     return moe__cuda_status(cudaStreamSynchronize(stream), workers, "fetch");
 }
 
+/* Random cases of a test; slow builds take fewer. */
+#ifndef TEST_CASES
+#define TEST_CASES 60
+#endif
+
 /* ---- random numbers -------------------------------------------------------------------------- */
 
 static uint64_t draw_state = 1;

@@ -207,6 +207,7 @@ class CostQuery(Structure):
         ("reserved", c_int32),
         ("shared", POINTER(ExpertsConfig)),
         ("residual", POINTER(ExpertsConfig)),
+        ("context", c_void_p),
     ]
 
 
