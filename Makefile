@@ -352,6 +352,8 @@ dist:
 # Only what the build makes, by name: BUILD and LIB may be anywhere.
 clean:
 	rm -rf $(BUILD)/src $(BUILD)/cuda $(BUILD)/tests $(BUILD)/examples $(BUILD)/venv $(BUILD)/venv-current
+	rm -rf $(BUILD)/gpu $(BUILD)/emulation
+	rm -f $(BUILD)/bench_scale $(BUILD)/bench_cuda
 	rm -f $(BUILD)/demo $(BUILD)/demo_mpi_* $(BUILD)/run_vectors $(FLAGS_STAMP) $(OBJECTS_STAMP)
 	rm -f $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/libmoe.so.* $(LIB)/pkgconfig/moe.pc
 	rm -f $(LIB)/libmoe_mpi_* $(LIB)/pkgconfig/moe-mpi*.pc $(LIB)/libmoe_io.* $(LIB)/pkgconfig/moe-io.pc

@@ -1,5 +1,5 @@
-"""Contexts on a GPU: arrays, streams, errors. They run where libmoe_cuda and a device are, which may
-be the ones of tests/emulation: MOE_CUDA_LIB names the library."""
+"""Contexts on a GPU: arrays, streams, errors. They run where libmoe_cuda and a device are, which
+may be the ones of tests/emulation: MOE_CUDA_LIB names the library."""
 
 import array
 import ctypes

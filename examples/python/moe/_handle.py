@@ -208,7 +208,8 @@ def device_of(handle: Optional[Handle]) -> Optional[int]:
     """The GPU that what was made from a handle's context is on; None: the host."""
     while handle is not None and handle.kind != "context":
         kept = handle.kept
-        handle = next((kept[n] for n in ("context", "target", "experts", "pass") if n in kept), None)
+        parents = (kept[n] for n in ("context", "target", "experts", "pass") if n in kept)
+        handle = next(parents, None)
     return None if handle is None else handle.kept.get("device")
 
 

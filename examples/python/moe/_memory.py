@@ -279,7 +279,7 @@ def _from_interface(name: str, source: Any) -> Memory:
     kinds = {"f": "float", "i": "int", "u": "uint", "c": "complex"}
     if text[0] != ">" and text[1] in kinds:
         dtype = f"{kinds[text[1]]}{8 * size}"
-        dtype = "uint16" if dtype == "int16" else dtype  # bits of bfloat16, as DeviceArray shows them
+        dtype = "uint16" if dtype == "int16" else dtype  # bits of bfloat16, as of DeviceArray
     else:
         dtype = {"|b1": "bool", "<V2": "bfloat16"}.get(text, f"format {text!r}")
     address, read_only = described["data"]

@@ -1,8 +1,9 @@
 """The library's side of moe.torch: handles, passes and calls over the memory of torch tensors.
 
-An Engine is the layer of one configuration, dtype and device. Its parameters are bound, in every call, to
-where the tensors are at that moment; a lock keeps the calls of two threads apart. A Lease is a pass
-in somebody's hands: it goes back to the engine when nothing can ask for its backward any more.
+An Engine is the layer of one configuration, dtype and device. Its parameters are bound, in every
+call, to where the tensors are at that moment; a lock keeps the calls of two threads apart. A Lease
+is a pass in somebody's hands: it goes back to the engine when nothing can ask for its backward any
+more.
 """
 
 from __future__ import annotations
