@@ -93,7 +93,7 @@ typedef struct moe__memory {
     void (*pass_destroy)(moe_context *context, void *of_pass);
     /* Around every phase of a call: NULL, or the device of the context becomes the thread's, and
      * what it was comes back. begin refuses a stream that is not of the device, and what is left of
-     * an earlier failure. */
+     * an earlier failure; then there is no end. */
     moe_status (*begin)(const moe__workers *workers);
     void (*end)(const moe__workers *workers);
     /* Rows of a plan are final: what the host needs of them starts on its way. find_rows: plan->rows

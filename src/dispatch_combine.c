@@ -73,8 +73,10 @@ static moe_status run(moe_status (*slot)(moe__rows_job *), moe__rows_job *job)
     fenv_t saved;
     moe__fenv_enter(&saved);
     moe_status status = memory->begin ? memory->begin(&job->workers) : MOE_OK;
-    if (status == MOE_OK) status = slot(job);
-    if (memory->end) memory->end(&job->workers);
+    if (status == MOE_OK) {
+        status = slot(job);
+        if (memory->end) memory->end(&job->workers);
+    }
     moe__fenv_leave(&saved);
     return status;
 }

@@ -65,7 +65,9 @@ moe_status moe__enter_phase(moe_pass *pass, const char *function, void *stream, 
     moe__set_workers(pass, function, stream);
     moe__continue_report(pass);
     moe__fenv_enter(saved);
-    return memory->begin ? memory->begin(&pass->workers) : MOE_OK;
+    moe_status status = memory->begin ? memory->begin(&pass->workers) : MOE_OK;
+    pass->begun = status == MOE_OK;
+    return status;
 }
 
 moe_status moe__leave_phase(moe_pass *pass, int32_t uses, moe_status status, const char *function,
@@ -73,7 +75,8 @@ moe_status moe__leave_phase(moe_pass *pass, int32_t uses, moe_status status, con
 {
     const moe__memory *memory = pass->context->memory;
     status = moe__fail_on_ranks(pass, uses, status, function);
-    if (memory->end) memory->end(&pass->workers);
+    if (memory->end && pass->begun) memory->end(&pass->workers);
+    pass->begun = false;
     moe__fenv_leave(saved);
     return status;
 }

@@ -265,10 +265,10 @@ static moe_status zero(moe_context *context, moe_gate *gate, moe_experts *expert
     moe__workers workers = moe__workers_of(context, function, stream);
     MOE_TRY(moe__check_stream(context, stream, function));
     moe_status status = memory->begin ? memory->begin(&workers) : MOE_OK;
-    if (status == MOE_OK)
-        status = gate      ? zero_gradients(&workers, &gate->parameters, NULL, 0)
-                 : experts ? zero_pool(&workers, experts, whole)
-                           : zero_layer(&workers, layer, whole);
+    if (status != MOE_OK) return status;
+    status = gate      ? zero_gradients(&workers, &gate->parameters, NULL, 0)
+             : experts ? zero_pool(&workers, experts, whole)
+                       : zero_layer(&workers, layer, whole);
     if (memory->end) memory->end(&workers);
     return status;
 }

@@ -87,6 +87,7 @@ struct moe_pass {
     moe__ranks ranks;
     moe__call call;
     bool backward; /* the call is one */
+    bool begun;    /* memory->begin has been called, and end has not */
     moe_pass_report report;
     double lap_from;
     moe__plan_arrays mixed; /* the plan with weights times the routed part's coefficient */
