@@ -226,7 +226,7 @@ bench-ranks: $(if $(MPI),$(BUILD)/tests/bench_ranks_$(MPI))
 # Registers, shared memory and spills of what cuda/ is compiled to.
 check-cuda-resources: cuda
 	CUDA='$(CUDA)' sh tests/cuda/resources.sh $(BUILD)/cuda
-check-cuda-missing: cuda
+check-cuda-missing: cuda $(LIB)/libmoe.a
 	CUDA_LIB='$(CUDA_LIB)' sh tests/cuda/check_cuda_missing.sh $(LIB)
 
 # ---- sanitizers and valgrind ------------------------------------------------------------------------
