@@ -130,6 +130,15 @@ MOE_DEVICE void sequence_loss_row(const moe_loss_arrays *l, const loss_gradients
     }
 }
 
+/* above - taken of an expert, from the ids of a token in any order. */
+MOE_DEVICE int64_t over_threshold(const moe_loss_arrays *l, int64_t first, int64_t last, int64_t e,
+                                  float p)
+{
+    int64_t over = p > moe_vector_at(&l->threshold, e);
+    for (int64_t n = first; n < last; n++) over -= l->ids[n] == e;
+    return over;
+}
+
 /* dP_e = factor (above - taken), masks constant:  d_clean_i += P_i (dP_i - sum_j P_j dP_j). */
 MOE_DEVICE void threshold_loss_row(const moe_loss_arrays *l, const loss_gradients *d, int64_t t,
                                    const float *clean, float *d_clean)
@@ -139,17 +148,13 @@ MOE_DEVICE void threshold_loss_row(const moe_loss_arrays *l, const loss_gradient
     float max, sum = moe_shifted_sum(clean, l->E, &max);
     for (int64_t e = moe_lane(); e < l->E; e += MOE_WARP) {
         float p = moe__exp_f32(clean[e] - max) / sum;
-        if (p > moe_vector_at(&l->threshold, e)) dot = moe__fma_f32(p, factor, dot);
+        dot = moe__fma_f32(p, factor * (float)over_threshold(l, first, last, e, p), dot);
     }
-    for (int64_t n = first + moe_lane(); n < last; n += MOE_WARP)
-        if (l->ids[n] >= 0)
-            dot = moe__fma_f32(moe__exp_f32(clean[l->ids[n]] - max) / sum, -factor, dot);
     dot = moe_warp_sum(dot);
     for (int64_t e = moe_lane(); e < l->E; e += MOE_WARP) {
         float p = moe__exp_f32(clean[e] - max) / sum;
-        int64_t over = p > moe_vector_at(&l->threshold, e);
-        for (int64_t n = first; n < last; n++) over -= l->ids[n] == e;
-        d_clean[e] = moe__fma_f32(p, factor * (float)over - dot, d_clean[e]);
+        float d_p = factor * (float)over_threshold(l, first, last, e, p);
+        d_clean[e] = moe__fma_f32(p, d_p - dot, d_clean[e]);
     }
 }
 

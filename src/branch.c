@@ -58,6 +58,7 @@ static void begin_mix(moe_pass *pass, moe__mix_job *mix, const uint8_t *mask)
     mix->x = pass->x;
     mix->x_stride = pass->x_stride;
     mix->token_mask = mask;
+    mix->entry_grad[0] = mix->entry_grad[1] = NULL; /* of an earlier backward */
     mix->groups = plan->groups;
     mix->valid_begin = pass->valid_begin;
     mix->valid_token = mask ? pass->valid_token : NULL;

@@ -246,9 +246,6 @@ moe_status moe_check_gradients(moe_layer *layer, const moe_gradient_check *asked
     fenv_t saved;
     memset(&c, 0, sizeof c);
     if (!layer) REFUSE_ARGUMENT("layer is NULL");
-    if (!layer->context->memory->is_host)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "the layer's parameters are in memory of %s",
-               layer->context->memory->name);
     if (layer->where)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "the layer's experts live on %d ranks",
                (int)layer->comm->size);
@@ -260,7 +257,7 @@ moe_status moe_check_gradients(moe_layer *layer, const moe_gradient_check *asked
     moe_status status = moe__twin_create(&c.twin, layer, &c.asked, function);
     if (status == MOE_OK) status = check_all(&c, function);
     moe__fenv_leave(&saved);
-    moe__free(c.twin.context, c.probe, moe__mul(c.probes, (int64_t)sizeof *c.probe));
+    if (c.probe) moe__free(c.twin.context, c.probe, moe__mul(c.probes, (int64_t)sizeof *c.probe));
     moe__twin_free(&c.twin);
     if (status != MOE_OK) return status;
     if (report) moe__struct_write(&moe__gradient_report_info, report, &c.found);

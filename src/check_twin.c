@@ -52,16 +52,45 @@ static void convert(double *to, const moe__parameter *p)
     }
 }
 
-/* Sets p to the value of `from`, or draws it as number `which`. */
+/* The same where the host cannot read them: over a copy of each expert in turn, or of the whole. */
+static moe_status convert_copies(double *to, const moe__parameter *p, moe_context *context,
+                                 const char *function)
+{
+    moe__workers workers = moe__workers_of(context, function, NULL);
+    int64_t lowest, size = moe__dtype_size(p->data_dtype), count = p->per_expert ? p->shape[0] : 1;
+    int64_t bytes = moe__parameter_span(p, p->data_stride, p->per_expert, &lowest) * size;
+    int64_t elements = moe__parameter_elements(p);
+    moe_status status = MOE_OK;
+    if (elements == 0) return MOE_OK;
+    char *copy = moe__alloc(context, bytes);
+    if (!copy) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no %lld bytes for %s", (ll)bytes, p->name);
+    for (int64_t i = 0; i < count && status == MOE_OK; i++) {
+        moe__parameter here = *p;
+        const char *from = p->data_each ? p->data_each[i]
+                                        : (const char *)p->data + i * p->data_stride[0] * size;
+        status = context->memory->fetch(&workers, copy, from + lowest * size, bytes);
+        here.data = copy - lowest * size;
+        here.data_each = NULL;
+        here.shape[0] = p->shape[0] / count;
+        if (status == MOE_OK) convert(to + i * (elements / count), &here);
+    }
+    moe__free(context, copy, bytes);
+    return status;
+}
+
+/* Sets p to the value of `from`, of objects of a context, or draws it as number `which`. */
 static moe_status set_parameter(const moe__parameter *p, const moe__parameter *from,
-                                int32_t weight_layout, const moe_gradient_check *check,
-                                uint32_t which, const char *function)
+                                moe_context *context, int32_t weight_layout,
+                                const moe_gradient_check *check, uint32_t which,
+                                const char *function)
 {
     if (check->parameters != MOE_CHECK_CURRENT)
         draw(p->own_data, moe__parameter_elements(p), drawn_scale(p, weight_layout), check->seed,
              which);
     else if (!from->data && !from->data_each)
         REFUSE(MOE_ERROR_INVALID_STATE, "parameter %s is not bound", from->name);
+    else if (!context->memory->is_host)
+        return convert_copies(p->own_data, from, context, function);
     else
         convert(p->own_data, from);
     return MOE_OK;
@@ -72,7 +101,7 @@ static moe_status set_list(const moe__parameter_list *list, const moe__parameter
                            const moe_gradient_check *check, uint32_t first, const char *function)
 {
     for (int64_t i = 0; i < list->count; i++)
-        MOE_TRY(set_parameter(&list->p[i], &from->p[i], list->weight_layout, check,
+        MOE_TRY(set_parameter(&list->p[i], &from->p[i], from->context, list->weight_layout, check,
                               first + (uint32_t)i, function));
     return MOE_OK;
 }
@@ -83,8 +112,8 @@ static moe_status set_pool(moe_experts *experts, const moe_experts *from,
     const moe__listing *l = &experts->listing;
     for (int64_t i = 0; i < l->count; i++)
         MOE_TRY(set_parameter(moe__listed_parameter(l, i), moe__listed_parameter(&from->listing, i),
-                              l->entry[i].list->weight_layout, check, first + (uint32_t)i,
-                              function));
+                              from->context, l->entry[i].list->weight_layout, check,
+                              first + (uint32_t)i, function));
     return MOE_OK;
 }
 
@@ -133,6 +162,22 @@ static moe_status copy_pool(moe__twin *t, const moe_experts *from, moe_experts *
     if (status == MOE_OK) status = moe_experts_create_parts(to, part, from->parts);
     for (int64_t i = 0; i < from->parts; i++) moe_experts_destroy(part[i]);
     return status;
+}
+
+/* A layer whose memory is not the host's has a twin on the CPU, with the same allocator. */
+static moe_status find_context(moe__twin *t, const moe_layer *layer)
+{
+    const moe_context *of_layer = layer->context;
+    moe_context_config c;
+    t->context = layer->context;
+    if (of_layer->memory->is_host) return MOE_OK;
+    t->context = NULL;
+    MOE_TRY(moe_context_config_init(&c, sizeof c));
+    c.alloc = of_layer->alloc, c.free = of_layer->free, c.alloc_user = of_layer->alloc_user;
+    c.log = of_layer->log, c.log_user = of_layer->log_user, c.log_level = of_layer->log_level;
+    MOE_TRY(moe_context_create(&t->own, &c));
+    t->context = t->own;
+    return MOE_OK;
 }
 
 static moe_status make_objects(moe__twin *t, const moe_layer *layer)
@@ -346,10 +391,8 @@ static void list_tensors(moe__twin *t, const moe_layer *layer)
 moe_status moe__twin_create(moe__twin *t, const moe_layer *layer, const moe_gradient_check *check,
                             const char *function)
 {
-    *t = (moe__twin){.context = layer->context,
-                     .tokens = check->tokens,
-                     .groups = check->groups,
-                     .train = check->train};
+    *t = (moe__twin){.tokens = check->tokens, .groups = check->groups, .train = check->train};
+    MOE_TRY(find_context(t, layer));
     MOE_TRY(make_objects(t, layer));
     MOE_TRY(allocate(t, layer, function));
     draw_inputs(t, layer, check->seed);
@@ -374,5 +417,6 @@ void moe__twin_free(moe__twin *t)
     moe_experts_destroy(t->shared);
     moe_experts_destroy(t->residual);
     moe_gate_destroy(t->gate);
-    moe__free(t->context, t->memory, t->bytes);
+    if (t->memory) moe__free(t->context, t->memory, t->bytes);
+    moe_context_destroy(t->own);
 }

@@ -24,7 +24,8 @@ typedef struct moe__twin_value {
 } moe__twin_value;
 
 typedef struct moe__twin {
-    moe_context *context;
+    moe_context *context;                     /* the layer's, or own where that has no f64 */
+    moe_context *own;                         /* may be NULL */
     moe_gate *gate;                           /* may be NULL */
     moe_experts *experts, *shared, *residual; /* the last two may be NULL */
     moe_layer *layer;

@@ -178,6 +178,10 @@ moe_status moe__parameters_zero_gradients(const moe__workers *workers, moe__para
 moe_status moe__parameters_check_bound(const moe__parameter_list *list, const char *function);
 /* Product of the shape, or -1 if it does not fit. */
 int64_t moe__parameter_elements(const moe__parameter *p);
+/* Elements from the lowest to the highest place that dimensions first..2 reach with the strides, and
+ * the lowest place. */
+int64_t moe__parameter_span(const moe__parameter *p, const int64_t *stride, int first,
+                            int64_t *lowest);
 const moe__parameter *moe__parameter_by_name(const moe__parameter_list *list, const char *name);
 /* Whether its data or gradient is what is computed with, rather than 16 bits. */
 static inline int32_t moe__parameter_is_wide(const moe__parameter *p, bool gradient)

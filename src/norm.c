@@ -39,26 +39,13 @@ static void sum_range(void *argument, int64_t begin, int64_t end)
 
 /* ---- gradients that are not in the host's memory --------------------------------------------- */
 
-/* Elements from the lowest to the highest place of dimensions first..2, and the lowest place. */
-static int64_t span_of(const moe__parameter *p, int first, int64_t *lowest)
-{
-    int64_t span = 1;
-    *lowest = 0;
-    for (int d = first; d < 3; d++) {
-        int64_t reach = (p->shape[d] - 1) * p->grad_stride[d];
-        if (reach < 0) *lowest += reach;
-        span += reach < 0 ? -reach : reach;
-    }
-    return span;
-}
-
 /* The same sums over a copy: of each expert in turn, or of the whole. */
 static moe_status sum_copies(const moe__workers *w, const moe__parameter *p, double *sums,
                              int64_t step)
 {
     const moe__memory *memory = w->context->memory;
     int64_t lowest, size = moe__dtype_size(p->grad_dtype), count = p->per_expert ? p->shape[0] : 1;
-    int64_t bytes = span_of(p, p->per_expert, &lowest) * size;
+    int64_t bytes = moe__parameter_span(p, p->grad_stride, p->per_expert, &lowest) * size;
     moe_status status = MOE_OK;
     char *copy = moe__alloc(w->context, bytes);
     if (!copy)

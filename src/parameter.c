@@ -48,6 +48,19 @@ int64_t moe__parameter_elements(const moe__parameter *p)
     return count;
 }
 
+int64_t moe__parameter_span(const moe__parameter *p, const int64_t *stride, int first,
+                            int64_t *lowest)
+{
+    int64_t span = 1;
+    *lowest = 0;
+    for (int d = first; d < 3; d++) {
+        int64_t reach = (p->shape[d] - 1) * stride[d];
+        if (reach < 0) *lowest += reach;
+        span += reach < 0 ? -reach : reach;
+    }
+    return span;
+}
+
 moe__parameter *moe__parameter_add(moe__parameter_list *list, const char *name, int32_t per_expert,
                                    int32_t dims, const int64_t *shape, int32_t dtype,
                                    int32_t init_tensor, double init_std)

@@ -11,7 +11,7 @@
 
 enum { T = 11, D = 6, O = 6, E = 4, K = 2 };
 
-/* A layer with branches as asked, in f64, and a batch. */
+/* A layer with branches as asked, in double, and a batch. */
 typedef struct bench {
     moe_context *context;
     moe_gate *gate;
@@ -20,7 +20,7 @@ typedef struct bench {
     moe_pass *pass;
     moe_layer_config l;
     moe_gate_config g;
-    double x[T * D], y[T * O], dx[T * D], dy[T * O];
+    scalar x[T * D], y[T * O], dx[T * D], dy[T * O];
     uint8_t mask[T];
     moe_forward_args f;
     moe_backward_args b;
@@ -31,7 +31,7 @@ static moe_experts *new_pool(moe_context *context, int64_t experts, int64_t hidd
     moe_experts *pool = NULL;
     moe_experts_config e;
     MUST(moe_experts_config_init(&e, sizeof e));
-    e.d_model = D, e.d_hidden = hidden, e.num_experts = experts, e.dtype = MOE_DTYPE_F64;
+    e.d_model = D, e.d_hidden = hidden, e.num_experts = experts, e.dtype = REAL;
     e.activation = MOE_ACTIVATION_SILU, e.bias = 1;
     MUST(moe_experts_create(&pool, context, &e));
     MUST(moe_experts_init_parameters(pool, seed));
@@ -47,13 +47,13 @@ static void bench_begin(bench *n, int shared_experts, int residual)
     MUST(moe_layer_config_init(&n->l, sizeof n->l));
     MUST(moe_forward_args_init(&n->f, sizeof n->f));
     MUST(moe_backward_args_init(&n->b, sizeof n->b));
-    n->g.d_model = D, n->g.num_experts = E, n->g.top_k = K, n->g.dtype = MOE_DTYPE_F64;
+    n->g.d_model = D, n->g.num_experts = E, n->g.top_k = K, n->g.dtype = REAL;
     n->g.init_std = 1;
     n->experts = new_pool(n->context, E, 5, 1);
     if (shared_experts) n->shared = new_pool(n->context, shared_experts, 3, 2);
     if (residual) n->residual = new_pool(n->context, 1, 7, 3);
-    for (int i = 0; i < T * D; i++) n->x[i] = random_normal(&state);
-    for (int i = 0; i < T * O; i++) n->dy[i] = random_normal(&state);
+    for (int i = 0; i < T * D; i++) n->x[i] = (scalar)random_normal(&state);
+    for (int i = 0; i < T * O; i++) n->dy[i] = (scalar)random_normal(&state);
     n->l.experts = n->experts, n->l.shared = n->shared, n->l.residual = n->residual;
     n->f.tokens = T, n->f.x = n->x, n->f.y = n->y;
     n->b.dx = n->dx, n->b.dy = n->dy;
@@ -77,7 +77,7 @@ static void bench_end(bench *n)
 
 /* out[T,O] of a layer of the routed experts alone, or of one pool whose experts all tokens
  * visit. */
-static void routed_alone(const bench *n, double *out)
+static void routed_alone(const bench *n, scalar *out)
 {
     moe_layer *layer = NULL;
     moe_pass *pass = NULL;
@@ -91,18 +91,18 @@ static void routed_alone(const bench *n, double *out)
     moe_pass_destroy(pass), moe_layer_destroy(layer);
 }
 
-static void pool_alone(const bench *n, moe_experts *pool, int32_t experts, double *out)
+static void pool_alone(const bench *n, moe_experts *pool, int32_t experts, scalar *out)
 {
     moe_pass *pass = NULL;
     moe_plan *plan = NULL;
     moe_plan_args a;
     moe_forward_args f = n->f;
     int32_t ids[2 * T];
-    double ones[2 * T];
+    scalar ones[2 * T];
     for (int i = 0; i < T * experts; i++) ids[i] = i % experts, ones[i] = 1;
     MUST(moe_plan_args_init(&a, sizeof a));
     a.tokens = T, a.num_experts = experts, a.top_k = experts, a.expert_ids = ids;
-    a.weights = ones, a.dtype = MOE_DTYPE_F64;
+    a.weights = ones, a.dtype = REAL;
     MUST(moe_plan_create(&plan, n->context));
     MUST(moe_plan_build(plan, &a));
     MUST(moe_pass_create_for_experts(&pass, pool, NULL));
@@ -112,22 +112,23 @@ static void pool_alone(const bench *n, moe_experts *pool, int32_t experts, doubl
 }
 
 /* The layer's own parameter, set to drawn numbers. */
-static double *draw_own(bench *n, const char *name)
+static scalar *draw_own(bench *n, const char *name)
 {
     uint64_t state = 31;
     moe_parameter_record p;
     MUST(moe_parameter_record_init(&p, sizeof p));
     MUST(moe_layer_parameter(n->layer, moe_layer_parameter_find(n->layer, name), &p));
     ck_assert_int_eq(p.sharding, MOE_SHARD_REPLICATED);
-    for (int64_t i = 0; i < p.element_count; i++) ((double *)p.data)[i] = random_normal(&state);
+    for (int64_t i = 0; i < p.element_count; i++)
+        ((scalar *)p.data)[i] = (scalar)random_normal(&state);
     return p.data;
 }
 
-static void compare(const double *got, const double *want)
+static void compare(const scalar *got, const double *want)
 {
     for (int i = 0; i < T * O; i++)
-        ck_assert_msg(fabs(got[i] - want[i]) < 1e-12, "y[%d] is %.17g, want %.17g", i, got[i],
-                      want[i]);
+        ck_assert_msg(fabs((double)got[i] - want[i]) < TOLERANCE(1e-12),
+                      "y[%d] is %.17g, want %.17g", i, (double)got[i], want[i]);
 }
 
 /* ---- values ---------------------------------------------------------------------------------- */
@@ -136,27 +137,30 @@ static void compare(const double *got, const double *want)
 START_TEST(test_branches_are_added_with_their_coefficients)
 {
     bench n;
-    double routed[T * O], shared[T * O], residual[T * O], want[T * O];
+    scalar routed[T * O], shared[T * O], residual[T * O];
+    double want[T * O];
     int gate = _i & 1, mix = (_i >> 1) & 1, sigmoid = (_i >> 2) & 1, add = !sigmoid && gate;
     bench_begin(&n, 2, 1);
     n.l.shared_gate = gate, n.l.residual_mix = mix, n.l.output = sigmoid;
     bench_make(&n);
-    const double *ws = gate ? draw_own(&n, "shared_gate") : NULL;
-    const double *wc = mix ? draw_own(&n, "residual_mix") : NULL;
-    const double *bc = mix ? draw_own(&n, "residual_mix_bias") : NULL;
+    const scalar *ws = gate ? draw_own(&n, "shared_gate") : NULL;
+    const scalar *wc = mix ? draw_own(&n, "residual_mix") : NULL;
+    const scalar *bc = mix ? draw_own(&n, "residual_mix_bias") : NULL;
     routed_alone(&n, routed);
     pool_alone(&n, n.shared, 2, shared), pool_alone(&n, n.residual, 1, residual);
     for (int t = 0; t < T; t++) {
-        double zs = 0, z[2] = {bc ? bc[0] : 0, bc ? bc[1] : 0};
+        double zs = 0, z[2] = {bc ? (double)bc[0] : 0, bc ? (double)bc[1] : 0};
         for (int d = 0; d < D; d++) {
-            zs += ws ? n.x[t * D + d] * ws[d] : 0;
-            for (int i = 0; i < 2 && wc; i++) z[i] += n.x[t * D + d] * wc[d * 2 + i];
+            zs += ws ? (double)n.x[t * D + d] * (double)ws[d] : 0;
+            for (int i = 0; i < 2 && wc; i++)
+                z[i] += (double)n.x[t * D + d] * (double)wc[d * 2 + i];
         }
         double s = ws ? 1 / (1 + exp(-zs)) : 1, c = wc ? 1 / (1 + exp(z[1] - z[0])) : 1;
         for (int i = t * O; i < (t + 1) * O; i++) {
-            want[i] = c * routed[i] + (wc ? 1 - c : 1) * residual[i] + s * shared[i];
+            want[i] = c * (double)routed[i] + (wc ? 1 - c : 1) * (double)residual[i] +
+                      s * (double)shared[i];
             if (sigmoid) want[i] = 1 / (1 + exp(-want[i]));
-            n.y[i] = add ? i : 0;
+            n.y[i] = (scalar)(add ? i : 0);
             if (add) want[i] += i;
         }
     }
@@ -178,19 +182,21 @@ START_TEST(test_branches_leave_masked_tokens_alone)
     bench_make(&n);
     for (int t = 0; t < T; t++) n.mask[t] = t % 3 != 0;
     for (int i = 0; i < T * D; i++)
-        if (!n.mask[i / D]) n.x[i] = NAN;
+        if (!n.mask[i / D]) n.x[i] = (scalar)NAN;
     n.f.token_mask = n.mask;
     MUST(moe_layer_forward(n.layer, n.pass, &n.f));
     MUST(moe_layer_backward(n.layer, n.pass, &n.b));
     for (int i = 0; i < T * D; i++) {
-        ck_assert_msg(n.mask[i / D] ? isfinite(n.y[i]) : n.y[i] == 0, "y[%d] is %g", i, n.y[i]);
-        ck_assert_msg(n.mask[i / D] ? isfinite(n.dx[i]) : n.dx[i] == 0, "dx[%d] is %g", i, n.dx[i]);
+        ck_assert_msg(n.mask[i / D] ? isfinite(n.y[i]) : n.y[i] == 0, "y[%d] is %g", i,
+                      (double)n.y[i]);
+        ck_assert_msg(n.mask[i / D] ? isfinite(n.dx[i]) : n.dx[i] == 0, "dx[%d] is %g", i,
+                      (double)n.dx[i]);
     }
     MUST(moe_parameter_record_init(&p, sizeof p));
     for (int64_t i = 0; i < moe_layer_parameter_count(n.layer); i++) {
         MUST(moe_layer_parameter(n.layer, i, &p));
         for (int64_t j = 0; j < p.element_count; j++)
-            ck_assert_msg(isfinite(((double *)p.grad)[j]), "%s[%d]", p.name, (int)j);
+            ck_assert_msg(isfinite(((scalar *)p.grad)[j]), "%s[%d]", p.name, (int)j);
     }
     bench_end(&n);
 }
@@ -203,7 +209,7 @@ START_TEST(test_dropped_tokens_get_what_was_asked)
     const moe_plan *plan;
     moe_plan_view v;
     int dropped = _i / 2, add = _i % 2, seen = 0;
-    double routed[T * O];
+    scalar routed[T * O];
     bench_begin(&n, 0, 0);
     n.l.dropped = dropped;
     n.g.capacity_kind = MOE_CAPACITY_NUMBER, n.g.capacity = 2, n.g.top_k = 1;
@@ -211,7 +217,7 @@ START_TEST(test_dropped_tokens_get_what_was_asked)
     for (int t = 0; t < T; t++) n.mask[t] = t != 10;
     n.f.token_mask = n.mask;
     routed_alone(&n, routed);
-    for (int i = 0; i < T * O; i++) n.y[i] = 100 + i;
+    for (int i = 0; i < T * O; i++) n.y[i] = (scalar)(100 + i);
     if (add) n.f.flags = MOE_FORWARD_ADD;
     MUST(moe_layer_forward(n.layer, n.pass, &n.f));
     MUST(moe_pass_plan(n.pass, &plan));
@@ -222,12 +228,11 @@ START_TEST(test_dropped_tokens_get_what_was_asked)
         int none = n.mask[t] && v.row_of_entry[t] < 0;
         seen += none;
         for (int i = t * O; i < (t + 1) * O; i++) {
-            double old = 100 + i,
+            scalar old = (scalar)(100 + i),
                    part = none && dropped == MOE_DROPPED_PASS_THROUGH ? n.x[i] : routed[i];
-            double want = none && dropped == MOE_DROPPED_UNTOUCHED ? old : add ? old + part : part;
-            ck_assert_msg(n.y[i] == want, "token %d: %g, want %g", t, n.y[i], want);
-            if (none)
-                ck_assert_double_eq(n.dx[i], dropped == MOE_DROPPED_PASS_THROUGH ? n.dy[i] : 0);
+            scalar want = none && dropped == MOE_DROPPED_UNTOUCHED ? old : add ? old + part : part;
+            ck_assert_msg(n.y[i] == want, "token %d: %g, want %g", t, (double)n.y[i], (double)want);
+            if (none) ck_assert(n.dx[i] == (dropped == MOE_DROPPED_PASS_THROUGH ? n.dy[i] : 0));
         }
     }
     ck_assert_int_gt(seen, 1);
@@ -247,7 +252,9 @@ START_TEST(test_layer_lists_and_binds_its_own_parameters)
     bench n;
     moe_parameter_record p;
     moe_binding b;
-    double shared_gate[D] = {0}, grad[D] = {0}, first[T * O];
+    scalar first[T * O], *own = calloc(4 * D + 2, sizeof *own); /* what is bound */
+    scalar *shared_gate = own, *grad = own + D, *mix = grad + D, *bias = mix + D * 2;
+    ck_assert_ptr_nonnull(own);
     bench_begin(&n, 1, 1);
     n.l.shared_gate = n.l.residual_mix = 1, n.l.parameters = MOE_PARAMETERS_BOUND;
     bench_make(&n);
@@ -259,10 +266,10 @@ START_TEST(test_layer_lists_and_binds_its_own_parameters)
     }
     REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_forward(n.layer, n.pass, &n.f));
     ck_assert_ptr_nonnull(strstr(moe_last_error(), "shared_gate"));
-    double mix[D * 2] = {0}, bias[2] = {50, -50}; /* all routed, no residual */
-    double *data[3] = {shared_gate, mix, bias};
+    bias[0] = 50, bias[1] = -50; /* all routed, no residual */
+    scalar *data[3] = {shared_gate, mix, bias};
     MUST(moe_binding_init(&b, sizeof b));
-    b.data_dtype = b.grad_dtype = MOE_DTYPE_F64;
+    b.data_dtype = b.grad_dtype = REAL;
     for (int i = 0; i < 3; i++) {
         b.data = data[i], b.grad = i == 0 ? grad : NULL;
         MUST(moe_layer_bind(n.layer, 13 + i, &b));
@@ -270,23 +277,25 @@ START_TEST(test_layer_lists_and_binds_its_own_parameters)
     MUST(moe_layer_forward(n.layer, n.pass, &n.f));
     memcpy(first, n.y, sizeof first);
     MUST(moe_layer_backward(n.layer, n.pass, &n.b));
-    double once = grad[2];
+    double once = (double)grad[2];
     ck_assert_double_ne(once, 0);
     MUST(moe_layer_backward(n.layer, n.pass, &n.b));
-    ck_assert_double_eq(grad[2], once + once);
+    ck_assert_double_eq((double)grad[2], once + once);
     n.b.flags = MOE_BACKWARD_OVERWRITE;
     MUST(moe_layer_backward(n.layer, n.pass, &n.b));
-    ck_assert_double_eq(grad[2], once);
+    ck_assert_double_eq((double)grad[2], once);
     MUST(moe_layer_zero_gradients(n.layer, NULL));
-    ck_assert_double_eq(grad[2], 0);
+    ck_assert_double_eq((double)grad[2], 0);
     n.b.flags = MOE_BACKWARD_SKIP_PARAMETERS;
     MUST(moe_layer_backward(n.layer, n.pass, &n.b));
-    ck_assert_double_eq(grad[2], 0);
-    double routed[T * O], shared[T * O], want[T * O];
+    ck_assert_double_eq((double)grad[2], 0);
+    scalar routed[T * O], shared[T * O];
+    double want[T * O];
     routed_alone(&n, routed), pool_alone(&n, n.shared, 1, shared);
-    for (int i = 0; i < T * O; i++) want[i] = routed[i] + shared[i] / 2;
+    for (int i = 0; i < T * O; i++) want[i] = (double)routed[i] + (double)shared[i] / 2;
     compare(first, want);
     bench_end(&n);
+    free(own);
 }
 END_TEST
 
@@ -305,7 +314,7 @@ START_TEST(test_layer_init_makes_its_pools_differ)
         MUST(moe_layer_parameter(n.layer, moe_layer_parameter_find(n.layer, NAMES[i]), &p));
         data[i] = p.data;
         for (int j = 0; j < i; j++)
-            ck_assert_double_ne(((const double *)data[i])[0], ((const double *)data[j])[0]);
+            ck_assert(((const scalar *)data[i])[0] != ((const scalar *)data[j])[0]);
     }
     bench_end(&n);
 }
@@ -351,7 +360,7 @@ START_TEST(test_layer_refuses_branches_that_clash)
     MUST(moe_experts_create(&narrow, n.context, &e));
     n.l = good, n.l.shared = narrow, refuse(&n, "d_out 3", "6");
     moe_experts_destroy(narrow);
-    e.d_out = O, e.dtype = MOE_DTYPE_F32;
+    e.d_out = O, e.dtype = ON_DEVICE ? MOE_DTYPE_F16 : MOE_DTYPE_F32;
     MUST(moe_experts_create(&narrow, n.context, &e));
     n.l = good, n.l.residual = narrow, refuse(&n, "residual", "dtype");
     moe_experts_destroy(narrow), bench_end(&n);

@@ -59,7 +59,7 @@ static drop_case *make_case(uint64_t number, int32_t policy, int with_odd_values
     c->least_k = (int64_t)draw(3), c->most_k = c->least_k + (int64_t)draw(2) * (int64_t)draw(6);
     c->groups = (int64_t)draw(4), c->capacity = (int64_t)draw(7) - 1;
     c->mask = (int32_t)draw(2), c->renormalize = (int32_t)draw(2);
-    c->dtype = draw(2) ? F32 : F64, c->id_dtype = draw(2) ? I32 : I64;
+    c->dtype = draw(2) ? F32 : WIDE, c->id_dtype = draw(2) ? I32 : I64;
     c->isa = MOE_ISA_AUTO, c->threads = 1;
     routing *r = d->r = make_routing(c, number);
     d->policy = r->args.drop_policy = policy;
@@ -228,7 +228,7 @@ START_TEST(test_drop_build_policy)
     OK(moe_plan_create(&plan, context));
     for (int number = 0; number < BUILDS; number++) {
         drop_case *d = make_case((uint64_t)number, _i, 1);
-        for (int32_t dtype = F32; dtype <= F64; dtype += F64 - F32) {
+        for (int32_t dtype = F32; dtype <= WIDE; dtype += F64 - F32) {
             void *priority = priority_as(d, dtype);
             write_weights(d, dtype);
             d->r->args.token_priority = _i == MOE_DROP_BATCH_PRIORITY ? priority : NULL;
@@ -412,7 +412,7 @@ static moe_status run_rows(const drop_case *d, moe_plan *plan, const void *prior
                               .token_first = a->token_first};
     size_t bytes = (size_t)d->r->entries * size_of(a->dtype);
     if (bytes) memcpy(plan->a.weight_of_entry, d->r->weights, bytes);
-    return moe__kernels(plan->context, a->dtype)->plan_rows(&job);
+    return WAITED(moe__kernels(plan->context, a->dtype)->plan_rows(&job));
 }
 
 /* Every policy with every rule for second choices; each group has a capacity of its own. */
@@ -450,13 +450,14 @@ END_TEST
 /* The second of 20000 tokens, weight 1/8: with a threshold of 1/2 a quarter stays; with 0 all. */
 START_TEST(test_drop_second_choice_random_rate)
 {
-    static const plan_case c = {20000, 4, 2, 2, 0, -1, 0, 0, F64, I32, MOE_ISA_AUTO, 2};
+    static const plan_case c = {20000, 4, 2, 2, 0, -1, 0, 0, WIDE, I32, MOE_ISA_AUTO, 2};
     routing *r = make_routing(&c, 24);
-    int64_t capacity = -1;
-    drop_case d = {.r = r, .sizes = c, .capacity = &capacity, .second = MOE_SECOND_CHOICE_RANDOM};
+    int64_t *capacity = words(0);
+    drop_case d = {.r = r, .sizes = c, .capacity = capacity, .second = MOE_SECOND_CHOICE_RANDOM};
     for (int64_t n = 0; n < r->entries; n++)
-        r->ids32[n] = (int32_t)(n % 4), set(r->weights, F64, n, 0.125);
+        r->ids32[n] = (int32_t)(n % 4), set(r->weights, WIDE, n, 0.125);
     moe_plan *plan = make_plan(&c, r);
+    capacity[0] = -1;
     for (int free_pass = 0; free_pass < 2; free_pass++) {
         d.threshold = free_pass ? 0 : 0.5;
         OK(run_rows(&d, plan, NULL));
@@ -471,6 +472,7 @@ START_TEST(test_drop_second_choice_random_rate)
             ck_assert_msg(seconds > 4750 && seconds < 5250, "%d seconds", (int)seconds);
     }
     moe_plan_destroy(plan);
+    free(capacity);
     free_routing(r);
 }
 END_TEST
@@ -489,7 +491,7 @@ START_TEST(test_drop_renormalize_minimum)
                                   .plan = &s->plan->a,
                                   .renormalize_after_drop = 1,
                                   .renormalize_minimum = minimum[i]};
-        OK(moe__kernels(s->plan->context, F32)->plan_rows(&job));
+        OK(WAITED(moe__kernels(s->plan->context, F32)->plan_rows(&job)));
         for (int n = 0; n < 6; n++)
             ck_assert_double_eq(get(s->plan->a.weight_of_entry, F32, n), expected[i][n]);
     }
@@ -502,27 +504,29 @@ START_TEST(test_drop_keep_slots)
 {
     static const int64_t slots[6] = {1, 0, 0, 1, 2, 0}, rows[6] = {0, 2, 1, 3, 4, 5};
     small *s = make_small();
-    int64_t capacity = 1;
+    int64_t *capacity = words(0);
+    capacity[0] = 1;
     OK(moe_plan_build(s->plan, &s->args));
     moe__plan_rows_job job = {.workers = {.context = s->plan->context, .function = "test"},
                               .plan = &s->plan->a,
-                              .group_capacity = &capacity,
+                              .group_capacity = capacity,
                               .second_choice = MOE_SECOND_CHOICE_NONE,
                               .keep_slots = 1};
     memcpy(s->plan->a.slot_of_entry, slots, sizeof slots);
     memset(s->plan->a.row_of_entry, 0x5a, sizeof rows);
     s->plan->a.rows = 0;
-    OK(moe__kernels(s->plan->context, F32)->plan_rows(&job));
+    OK(WAITED(moe__kernels(s->plan->context, F32)->plan_rows(&job)));
     OK(moe_plan_check(s->plan));
-    ck_assert_int_eq(s->plan->a.rows, 6);
+    ck_assert_int_eq(view_of(s->plan).rows, 6);
     same_bytes(s->plan->a.slot_of_entry, slots, sizeof slots, "slots");
     same_bytes(s->plan->a.row_of_entry, rows, sizeof rows, "rows");
     same_bytes(s->plan->a.weight_of_entry, s->weights, sizeof s->weights, "weights");
     s->plan->a.expert_of_entry[3] = -1, s->plan->a.slot_of_entry[3] = -1;
     s->plan->a.slot_of_entry[4] = 1;
-    OK(moe__kernels(s->plan->context, F32)->plan_rows(&job));
+    OK(WAITED(moe__kernels(s->plan->context, F32)->plan_rows(&job)));
     OK(moe_plan_check(s->plan));
-    ck_assert(s->plan->a.rows == 5 && get(s->plan->a.weight_of_entry, F32, 3) == 0);
+    ck_assert(view_of(s->plan).rows == 5 && get(s->plan->a.weight_of_entry, F32, 3) == 0);
+    free(capacity);
     free_small(s);
 }
 END_TEST

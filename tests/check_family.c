@@ -62,7 +62,7 @@ static uint64_t run_in(int32_t kind, uint64_t n, int32_t threads, int32_t isa,
     family f;
     family_batch b;
     moe_pass *pass = NULL;
-    family_draw(&f, kind, n, n % 2 ? MOE_DTYPE_F32 : MOE_DTYPE_F64);
+    family_draw(&f, kind, n, n % 2 ? MOE_DTYPE_F32 : REAL);
     family_make(&f, context);
     family_batch_make(&b, &f);
     memcpy(text, f.text, sizeof f.text);
@@ -74,6 +74,7 @@ static uint64_t run_in(int32_t kind, uint64_t n, int32_t threads, int32_t isa,
     return hash;
 }
 
+/* On a device, which has neither, from run to run. */
 START_TEST(test_family_is_the_same_for_any_threads_and_isa)
 {
     char text[FAMILY_TEXT];
@@ -95,7 +96,7 @@ START_TEST(test_family_replays_and_recomputes)
         moe_pass *pass = NULL;
         moe_plan *plan = NULL;
         const moe_plan *routed;
-        family_draw(&f, _i, n + 1000, MOE_DTYPE_F64);
+        family_draw(&f, _i, n + 1000, REAL);
         family_make(&f, context);
         family_batch_make(&b, &f);
         MUST(moe_pass_create(&pass, f.layer, NULL));
@@ -206,6 +207,7 @@ START_TEST(test_family_memory_is_known_beforehand)
         q.shared = f.has_shared ? &f.shared : NULL;
         q.residual = f.has_residual ? &f.residual : NULL;
         q.flags = b.fwd.flags, q.threads = 2;
+        if (ON_DEVICE) q.context = context;
         MUST(moe_layer_memory(&q, &cost));
         int64_t elements = 0;
         moe_parameter_record p;

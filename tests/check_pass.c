@@ -1,6 +1,7 @@
 /* check_pass.c - a pass that has been trimmed: what stays, what is gone, and that the step goes on
  * as if nothing had happened; an x that has moved between forward and backward; and a layer of one
  * expert with nothing to choose. */
+#include "support/real.h"
 #include "support/suite.h"
 
 #include <moe/moe.h>
@@ -224,7 +225,7 @@ START_TEST(test_pass_trim_leaves_the_hosts_workspace_alone)
 {
     static host h;
     moe_pass_config w;
-    int64_t bytes = 4 << 20;
+    int64_t bytes = ON_DEVICE ? 16 << 20 : 4 << 20;
     void *workspace = aligned_alloc(64, (size_t)bytes);
     ck_assert_int_eq(moe_pass_config_init(&w, sizeof w), MOE_OK);
     w.workspace = workspace, w.workspace_bytes = bytes;

@@ -70,7 +70,9 @@ MOE_API moe_status moe_gradient_report_init(moe_gradient_report *report, size_t 
 /* Checks the gradients of a layer like `layer`: the same gate, pool, losses, capacity and layout,
  * in f64, with inputs drawn from `seed`. The layer itself is read and never changed; its passes may
  * be in flight. The host's own experts are called with dtype f64 and parameters 0. Takes two
- * forwards for each element; memory of a layer of this configuration in f64.
+ * forwards for each element; memory of a layer of this configuration in f64. A layer on a GPU has
+ * this done on the CPU, with its parameters fetched where they are asked for, behind what is on the
+ * legacy default stream.
  *   layer   whose configuration is checked. A layer without a gate gets a drawn plan, and the
  *           gradient by its weights is checked too; a gate of width 0 gets drawn logits
  *   check   NULL for all defaults

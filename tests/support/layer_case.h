@@ -4,15 +4,9 @@
 #define LAYER_CASE_H
 
 #include "reference/reference.h"
+#include "support/real.h"
 
 #include <moe/moe.h>
-
-/* Whether the suite runs on a CUDA context: support/device/on_device.h. */
-#ifdef MOE_TEST_DEVICE
-enum { ON_DEVICE = 1 };
-#else
-enum { ON_DEVICE = 0 };
-#endif
 
 /* What is varied. Zero is the plain choice for every field but those with a comment; see
  * layer_case_make. */

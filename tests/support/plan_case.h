@@ -18,6 +18,7 @@
 
 #include "internal.h"
 #include "numeric.h"
+#include "support/real.h"
 
 #define OK(call)                                                               \
     do {                                                                       \
@@ -26,7 +27,14 @@
     } while (0)
 #define FAILS(call, status) ck_assert_str_eq(moe_status_name(call), #status)
 
-enum { F32 = MOE_DTYPE_F32, F64 = MOE_DTYPE_F64, I32 = MOE_DTYPE_I32, I64 = MOE_DTYPE_I64 };
+/* WIDE is double where there is one. */
+enum {
+    F32 = MOE_DTYPE_F32,
+    F64 = MOE_DTYPE_F64,
+    WIDE = REAL,
+    I32 = MOE_DTYPE_I32,
+    I64 = MOE_DTYPE_I64
+};
 
 /* ---- numbers of either type ------------------------------------------------------------------ */
 
@@ -87,18 +95,18 @@ typedef struct plan_case {
 
 static const plan_case cases[] = {
     {0, 1, 0, 0, 0, -1, 0, 0, F32, I32, MOE_ISA_AUTO, 1},
-    {0, 7, 2, 2, 3, 4, 0, 1, F64, I64, MOE_ISA_AUTO, 1},
+    {0, 7, 2, 2, 3, 4, 0, 1, WIDE, I64, MOE_ISA_AUTO, 1},
     {1, 1, 1, 1, 0, -1, 0, 0, F32, I32, MOE_ISA_PLAIN, 1},
-    {9, 1, 3, 3, 1, 5, 0, 1, F64, I32, MOE_ISA_AUTO, 2},
+    {9, 1, 3, 3, 1, 5, 0, 1, WIDE, I32, MOE_ISA_AUTO, 2},
     {5, 3, 0, 0, 0, -1, 0, 0, F32, I32, MOE_ISA_AUTO, 1},
     {40, 5, 2, 2, 0, -1, 0, 0, F32, I32, MOE_ISA_AUTO, 1},
     {40, 5, 2, 2, 0, -1, 1, 0, F32, I64, MOE_ISA_AUTO, 3},
     {64, 8, 4, 4, 4, 5, 1, 1, F32, I32, MOE_ISA_PLAIN, 2},
-    {64, 8, 4, 4, 4, 0, 0, 1, F64, I64, MOE_ISA_AUTO, 2},
-    {100, 300, 0, 9, 7, 2, 1, 1, F64, I32, MOE_ISA_AUTO, 1},
+    {64, 8, 4, 4, 4, 0, 0, 1, WIDE, I64, MOE_ISA_AUTO, 2},
+    {100, 300, 0, 9, 7, 2, 1, 1, WIDE, I32, MOE_ISA_AUTO, 1},
     {100, 6, 0, 9, 30, 2, 1, 1, F32, I64, MOE_ISA_AUTO, 1},
     {3000, 11, 0, 4, 3, 150, 1, 1, F32, I32, MOE_ISA_AUTO, 4},
-    {3000, 4096, 2, 2, 0, 1, 0, 0, F64, I32, MOE_ISA_PLAIN, 4},
+    {3000, 4096, 2, 2, 0, 1, 0, 0, WIDE, I32, MOE_ISA_PLAIN, 4},
 };
 enum { CASES = sizeof cases / sizeof cases[0] };
 

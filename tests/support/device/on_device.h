@@ -16,6 +16,8 @@
 
 void *device_malloc(size_t bytes);
 void *device_calloc(size_t count, size_t bytes);
+void *device_aligned_alloc(size_t alignment, size_t bytes);
+int device_posix_memalign(void **memory, size_t alignment, size_t bytes);
 void device_free(void *memory); /* of either of these, or of the C library */
 
 moe_status device_context_create(moe_context **context, const moe_context_config *config);
@@ -24,11 +26,19 @@ moe_status device_waited(moe_status status);
 /* The stream that calls run on. */
 void *device_stream(void);
 
-/* The arguments with that stream, if the caller's struct has a plausible size; in static storage of
- * the thread. */
-const moe_forward_args *device_forward_args(const moe_forward_args *args);
-const moe_backward_args *device_backward_args(const moe_backward_args *args);
-const moe_rows_args *device_rows_args(const moe_rows_args *args);
+/* The arguments with that stream, and with copies of arrays that the device could not read, if the
+ * caller's struct has a plausible size; in static storage of the thread. One object of the three is
+ * given, the others are NULL. */
+const moe_forward_args *device_forward_args(const moe_layer *layer, const moe_gate *gate,
+                                            const moe_experts *experts,
+                                            const moe_forward_args *args);
+const moe_backward_args *device_backward_args(const moe_layer *layer, const moe_gate *gate,
+                                              const moe_experts *experts, const moe_pass *pass,
+                                              const moe_backward_args *args);
+const moe_rows_args *device_rows_args(const moe_plan *plan, const moe_rows_args *args);
+const moe_plan_args *device_plan_args(const moe_plan_args *args);
+/* [E] of a gate. */
+const int64_t *device_counts(const moe_gate *gate, const int64_t *counts);
 
 #ifndef MOE_TEST_ON_DEVICE_C
 #define malloc(bytes) device_malloc(bytes)
@@ -36,24 +46,34 @@ const moe_rows_args *device_rows_args(const moe_rows_args *args);
 #define free(memory) device_free(memory)
 #define moe_context_create(context, config) device_context_create(context, config)
 
-#define DEVICE_FORWARD(call, object, pass, args) \
-    device_waited(call(object, pass, device_forward_args(args)))
-#define DEVICE_BACKWARD(call, object, pass, args) \
-    device_waited(call(object, pass, device_backward_args(args)))
-#define moe_layer_forward(o, p, a) DEVICE_FORWARD((moe_layer_forward), o, p, a)
-#define moe_gate_forward(o, p, a) DEVICE_FORWARD((moe_gate_forward), o, p, a)
-#define moe_experts_forward(o, p, a) DEVICE_FORWARD((moe_experts_forward), o, p, a)
-#define moe_layer_backward(o, p, a) DEVICE_BACKWARD((moe_layer_backward), o, p, a)
-#define moe_gate_backward(o, p, a) DEVICE_BACKWARD((moe_gate_backward), o, p, a)
-#define moe_experts_backward(o, p, a) DEVICE_BACKWARD((moe_experts_backward), o, p, a)
-#define moe_layer_forward_start(o, p, a) (moe_layer_forward_start)(o, p, device_forward_args(a))
-#define moe_layer_backward_start(o, p, a) (moe_layer_backward_start)(o, p, device_backward_args(a))
+#define aligned_alloc(alignment, bytes) device_aligned_alloc(alignment, bytes)
+#define posix_memalign(m, alignment, bytes) device_posix_memalign(m, alignment, bytes)
+#define moe_layer_forward(o, p, a) \
+    device_waited((moe_layer_forward)(o, p, device_forward_args(o, NULL, NULL, a)))
+#define moe_gate_forward(o, p, a) \
+    device_waited((moe_gate_forward)(o, p, device_forward_args(NULL, o, NULL, a)))
+#define moe_experts_forward(o, p, a) \
+    device_waited((moe_experts_forward)(o, p, device_forward_args(NULL, NULL, o, a)))
+#define moe_layer_backward(o, p, a) \
+    device_waited((moe_layer_backward)(o, p, device_backward_args(o, NULL, NULL, p, a)))
+#define moe_gate_backward(o, p, a) \
+    device_waited((moe_gate_backward)(o, p, device_backward_args(NULL, o, NULL, p, a)))
+#define moe_experts_backward(o, p, a) \
+    device_waited((moe_experts_backward)(o, p, device_backward_args(NULL, NULL, o, p, a)))
+#define moe_layer_forward_start(o, p, a) \
+    (moe_layer_forward_start)(o, p, device_forward_args(o, NULL, NULL, a))
+#define moe_layer_backward_start(o, p, a) \
+    (moe_layer_backward_start)(o, p, device_backward_args(o, NULL, NULL, p, a))
 #define moe_layer_forward_finish(o, p) device_waited((moe_layer_forward_finish)(o, p))
 #define moe_layer_backward_finish(o, p) device_waited((moe_layer_backward_finish)(o, p))
-#define moe_dispatch_forward(p, a) device_waited((moe_dispatch_forward)(p, device_rows_args(a)))
-#define moe_dispatch_backward(p, a) device_waited((moe_dispatch_backward)(p, device_rows_args(a)))
-#define moe_combine_forward(p, a) device_waited((moe_combine_forward)(p, device_rows_args(a)))
-#define moe_combine_backward(p, a) device_waited((moe_combine_backward)(p, device_rows_args(a)))
+#define moe_dispatch_forward(p, a) device_waited((moe_dispatch_forward)(p, device_rows_args(p, a)))
+#define moe_dispatch_backward(p, a) \
+    device_waited((moe_dispatch_backward)(p, device_rows_args(p, a)))
+#define moe_combine_forward(p, a) device_waited((moe_combine_forward)(p, device_rows_args(p, a)))
+#define moe_combine_backward(p, a) device_waited((moe_combine_backward)(p, device_rows_args(p, a)))
+#define moe_plan_build(p, a) device_waited((moe_plan_build)(p, device_plan_args(a)))
+#define moe_gate_update_selection_bias(o, counts, rate) \
+    device_waited((moe_gate_update_selection_bias)(o, device_counts(o, counts), rate))
 #define moe_gate_zero_gradients(o, s) device_waited((moe_gate_zero_gradients)(o, s))
 #define moe_experts_zero_gradients(o, s) device_waited((moe_experts_zero_gradients)(o, s))
 #define moe_layer_zero_gradients(o, s) device_waited((moe_layer_zero_gradients)(o, s))
