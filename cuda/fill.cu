@@ -77,9 +77,8 @@ static moe_status copy(const moe__workers *workers, void *to, moe_strides out, c
                        moe_strides in, int64_t k, int64_t n)
 {
     int64_t blocks = moe__min((k * n + 255) / 256, 0x7fffffff);
-    return moe__cuda_launch(workers, "copy of a matrix", moe_copy_matrix<E>,
-                            dim3((unsigned)blocks), dim3(256), 0, (E *)to, out, (const E *)from, in,
-                            n, k * n);
+    return moe__cuda_launch(workers, "copy of a matrix", moe_copy_matrix<E>, dim3((unsigned)blocks),
+                            dim3(256), 0, (E *)to, out, (const E *)from, in, n, k * n);
 }
 
 extern "C" moe_status moe__cuda_copy_matrix(const moe__workers *workers, void *to,

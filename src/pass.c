@@ -297,7 +297,8 @@ static moe_status check_room(const moe_pass *pass, const char *function)
     if (!moe__pass_is_padded(pass, pass->uses) || !pass->rows_of_expert) return MOE_OK;
     for (int64_t first = 0; first < E; first += 64) {
         int64_t n = moe__min(64, E - first);
-        MOE_TRY(fetch(pass, rows, pass->rows_of_expert + first, (size_t)n * sizeof *rows, function));
+        MOE_TRY(
+            fetch(pass, rows, pass->rows_of_expert + first, (size_t)n * sizeof *rows, function));
         for (int64_t i = 0; i < n; i++)
             if (rows[i] > padded)
                 REFUSE(MOE_ERROR_BUFFER_TOO_SMALL, "expert %lld had %lld rows, padded_rows is %lld",

@@ -257,10 +257,10 @@ check-long:
 
 # ---- format and baselines ---------------------------------------------------------------------------
 
-FORMATTED := $(wildcard cuda/*.[ch] cuda/*.cu) $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] src/io/*.[ch] examples/*.[ch] examples/*.cpp \
+FORMATTED := $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] src/io/*.[ch] examples/*.[ch] examples/*.cpp \
     examples/demo/*.[ch] tests/*.c tests/reference/*.[ch] tests/support/*.[ch] tests/hosts/*.[ch] \
     tests/vector_runner/*.[ch] tests/bench/*.[ch] tests/ranks/*.c cuda/*.[ch] cuda/*.cu tests/emulation/*.[ch] \
-    tests/emulation/*.cu tests/cuda/*.c)
+    tests/emulation/*.cu tests/emulation/*.cpp tests/cuda/*.c tests/support/device/*.[ch])
 format:
 	$(call NEED,clang-format,clang-format)
 	clang-format -i $(FORMATTED)
