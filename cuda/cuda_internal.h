@@ -123,7 +123,8 @@ extern const moe__memory moe__cuda_memory;
 
 moe_status moe__cuda_pass_create(moe_context *context, void **of_pass, const char *function);
 void moe__cuda_pass_destroy(moe_context *context, void *of_pass);
-moe_status moe__cuda_plan_ready(const moe__workers *workers, const moe__plan_arrays *plan);
+moe_status moe__cuda_plan_ready(const moe__workers *workers, const moe__plan_arrays *plan,
+                                bool wanted);
 moe_status moe__cuda_find_rows(const moe__workers *workers, moe__plan_arrays *plan);
 /* Room for the arguments of `count` products, until the next call. */
 moe_status moe__cuda_group_room(const moe__workers *workers, int64_t count,

@@ -108,22 +108,43 @@ static void note_use(const moe__workers *workers, moe__cuda_context *c)
 
 /* ---- on the stream --------------------------------------------------------------------------- */
 
+/* The functions below may be called outside of a phase too, with the legacy default stream, which is
+ * that of the thread's device: the context's for so long. */
+static moe_status enter_device(const moe__workers *workers, int *before)
+{
+    const moe__cuda_context *c = moe__cuda_of(workers);
+    MOE_TRY(moe__cuda_status(cudaGetDevice(before), workers, "cudaGetDevice"));
+    if (*before == c->device) return MOE_OK;
+    return moe__cuda_status(cudaSetDevice(c->device), workers, "cudaSetDevice");
+}
+
+static void leave_device(const moe__workers *workers, int before)
+{
+    if (before != moe__cuda_of(workers)->device) (void)cudaSetDevice(before);
+}
+
 static moe_status zero(const moe__workers *workers, void *to, int64_t bytes)
 {
+    int before = 0;
     if (bytes <= 0) return MOE_OK;
-    return moe__cuda_status(cudaMemsetAsync(to, 0, (size_t)bytes, (cudaStream_t)workers->stream),
-                            workers, "cudaMemsetAsync");
+    MOE_TRY(enter_device(workers, &before));
+    cudaError_t error = cudaMemsetAsync(to, 0, (size_t)bytes, (cudaStream_t)workers->stream);
+    leave_device(workers, before);
+    return moe__cuda_status(error, workers, "cudaMemsetAsync");
 }
 
 static moe_status copy(const moe__workers *workers, void *to, const void *from, int64_t bytes)
 {
     moe__cuda_context *c = moe__cuda_of(workers);
+    int before = 0;
     if (bytes <= 0) return MOE_OK;
-    MOE_TRY(moe__cuda_status(cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice,
-                                             (cudaStream_t)workers->stream),
-                             workers, "cudaMemcpyAsync"));
-    if (c->free) note_use(workers, c); /* memory may go back in the same call */
-    return MOE_OK;
+    MOE_TRY(enter_device(workers, &before));
+    cudaError_t error = cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice,
+                                        (cudaStream_t)workers->stream);
+    if (error == cudaSuccess && c->free) /* memory may go back in the same call */
+        note_use(workers, c);
+    leave_device(workers, before);
+    return moe__cuda_status(error, workers, "cudaMemcpyAsync");
 }
 
 /* ---- to and from the host -------------------------------------------------------------------- */
@@ -188,12 +209,18 @@ static moe_status move_through(const moe__workers *workers, void *host, void *de
 {
     moe__cuda_pass *pass = workers->of_pass;
     moe__cuda_context *c = moe__cuda_of(workers);
+    int before = 0;
     if (bytes <= 0) return MOE_OK;
-    MOE_TRY(moe__cuda_may_wait(workers));
-    if (pass) return move(workers, &pass->staging, host, device, bytes, fetch);
-    (void)pthread_mutex_lock(&c->mutex);
-    moe_status status = move(workers, &c->staging, host, device, bytes, fetch);
-    (void)pthread_mutex_unlock(&c->mutex);
+    MOE_TRY(enter_device(workers, &before));
+    moe_status status = moe__cuda_may_wait(workers);
+    if (status == MOE_OK && pass) {
+        status = move(workers, &pass->staging, host, device, bytes, fetch);
+    } else if (status == MOE_OK) {
+        (void)pthread_mutex_lock(&c->mutex);
+        status = move(workers, &c->staging, host, device, bytes, fetch);
+        (void)pthread_mutex_unlock(&c->mutex);
+    }
+    leave_device(workers, before);
     return status;
 }
 

@@ -206,15 +206,17 @@ static moe_status start_copy(const moe__workers *workers, const moe__plan_arrays
 }
 
 /* While the stream is captured there is nothing to start: whoever asks for the rows is refused. */
-moe_status moe__cuda_plan_ready(const moe__workers *workers, const moe__plan_arrays *plan)
+moe_status moe__cuda_plan_ready(const moe__workers *workers, const moe__plan_arrays *plan,
+                                bool wanted)
 {
     moe__cuda_plan_counts *r;
     moe__cuda_pass *p = workers->of_pass;
     enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     if (!p) return MOE_OK;
-    MOE_TRY(moe__cuda_status(cudaStreamIsCapturing((cudaStream_t)workers->stream, &capture),
-                             workers, "cudaStreamIsCapturing"));
-    if (capture == cudaStreamCaptureStatusNone) return start_copy(workers, plan, &r);
+    if (wanted)
+        MOE_TRY(moe__cuda_status(cudaStreamIsCapturing((cudaStream_t)workers->stream, &capture),
+                                 workers, "cudaStreamIsCapturing"));
+    if (wanted && capture == cudaStreamCaptureStatusNone) return start_copy(workers, plan, &r);
     r = place_of(p, plan->expert_begin);
     if (r->expert_begin == plan->expert_begin) r->expert_begin = NULL;
     return MOE_OK;

@@ -96,9 +96,11 @@ typedef struct moe__memory {
      * an earlier failure; then there is no end. */
     moe_status (*begin)(const moe__workers *workers);
     void (*end)(const moe__workers *workers);
-    /* Rows of a plan are final: what the host needs of them starts on its way. find_rows: plan->rows
-     * is set, which may wait. NULL: plan->rows is right. */
-    moe_status (*plan_ready)(const moe__workers *workers, const moe__plan_arrays *plan);
+    /* Rows of a plan are final: what is known of earlier ones there is forgotten, and if this call
+     * will ask (wanted), what the host needs of them starts on its way. find_rows: plan->rows is set,
+     * which may wait. NULL: plan->rows is right. */
+    moe_status (*plan_ready)(const moe__workers *workers, const moe__plan_arrays *plan,
+                             bool wanted);
     moe_status (*find_rows)(const moe__workers *workers, moe__plan_arrays *plan);
     void (*context_destroy)(void *of_context); /* or NULL */
     /* Refuses `memory`, the field `name` of a call, if the backend cannot read and write it there;

@@ -46,7 +46,7 @@ static moe_status make_plan(moe_pass *pass, moe__branch *branch, const uint8_t *
     branch->job.x = pass->x;
     branch->job.x_stride = pass->x_stride;
     MOE_TRY(kernels->plan_rows(&rows));
-    return memory->plan_ready ? memory->plan_ready(&pass->workers, plan) : MOE_OK;
+    return memory->plan_ready ? memory->plan_ready(&pass->workers, plan, false) : MOE_OK;
 }
 
 static void begin_mix(moe_pass *pass, moe__mix_job *mix, const uint8_t *mask)

@@ -188,7 +188,10 @@ static moe_status start_steps(moe_pass *pass, const moe__forward *f, const moe__
         MOE_TRY(everyone_step(pass, f, kernels));
     else
         MOE_TRY(replay_step(pass, f));
-    if (memory->plan_ready) MOE_TRY(memory->plan_ready(&pass->workers, &pass->plan.a));
+    if (memory->plan_ready)
+        MOE_TRY(memory->plan_ready(&pass->workers, &pass->plan.a,
+                                   (f->uses & MOE__USE_EXPERTS) &&
+                                       !moe__pass_is_padded(pass, f->uses)));
     MOE_TRY(agree_step(pass, f, kernels, function));
     MOE_TRY(losses_step(pass, f, kernels));
     moe__lap(pass, MOE_TIME_GATE);

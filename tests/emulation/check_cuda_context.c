@@ -297,7 +297,7 @@ static void test_counts_of_several_plans(void)
     for (int turn = 0; turn < 3; turn++)
         for (int i = 0; i < 6; i++) {
             moe__plan_arrays plan = {.num_experts = 3 + i, .expert_begin = begin[i], .rows = -1};
-            if (i != 4) MUST(memory->plan_ready(&w, &plan) == MOE_OK); /* 4: asked without */
+            if (i != 4) MUST(memory->plan_ready(&w, &plan, true) == MOE_OK); /* 4: asked without */
             MUST(memory->find_rows(&w, &plan) == MOE_OK && plan.rows == (3 + i) * (i + 1));
             moe__plan_arrays part = {.num_experts = 2, .expert_begin = begin[i] + 1};
             MUST(moe__cuda_counts(&w, &part, &rows) == MOE_OK && rows[0] == i + 1 &&
@@ -329,11 +329,11 @@ static void test_wait_ends_at_its_time(void)
          cudaStreamCreate(&stream) == cudaSuccess);
     moe__workers w = workers_of(context, stream, of_pass);
     moe__plan_arrays plan = {.num_experts = 3, .expert_begin = begin, .rows = -1};
-    MUST(memory->plan_ready(&w, &plan) == MOE_OK && memory->find_rows(&w, &plan) == MOE_OK);
+    MUST(memory->plan_ready(&w, &plan, true) == MOE_OK && memory->find_rows(&w, &plan) == MOE_OK);
     plan.rows = -1;
     for (int i = 0; i < 80; i++)
         MUST(cudaLaunchHostFunc(stream, sleep_a_little, NULL) == cudaSuccess);
-    MUST(memory->plan_ready(&w, &plan) == MOE_OK &&
+    MUST(memory->plan_ready(&w, &plan, true) == MOE_OK &&
          memory->find_rows(&w, &plan) == MOE_ERROR_TIMEOUT);
     MUST(SAID("not done in 0.1 s") && plan.rows == -1);
     for (int i = 0; i < 80; i++)
@@ -364,7 +364,7 @@ static void test_capture_refuses_what_waits(void)
     MUST(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
     MUST(memory->begin(&w) == MOE_OK);
     MUST(memory->may_wait(&w) == MOE_ERROR_INVALID_STATE && SAID("padded rows"));
-    MUST(memory->plan_ready(&w, &plan) == MOE_OK &&
+    MUST(memory->plan_ready(&w, &plan, true) == MOE_OK &&
          memory->find_rows(&w, &plan) == MOE_ERROR_INVALID_STATE);
     MUST(memory->fetch(&w, &rows, begin, 8) == MOE_ERROR_INVALID_STATE);
     MUST(memory->zero(&w, begin, 8) == MOE_OK && moe_cuda_poll(context) == MOE_OK);

@@ -332,7 +332,7 @@ static void run_again(run *r)
     restore_gradients(r);
     MUST(cudaDeviceSynchronize());
     emu_record_start();
-    if (r->c->C == 0) MUST(moe__cuda_plan_ready(&r->job.workers, &r->plan));
+    if (r->c->C == 0) MUST(moe__cuda_plan_ready(&r->job.workers, &r->plan, true));
     MUST(forward(r));
     if (r->c->save) MUST(backward(r));
     emu_record_stop();
@@ -373,7 +373,7 @@ static void run_case(uint64_t seed, void *of_pass)
     ffn_case_make(&c, seed);
     set_up(&r, &c, of_pass);
     int before = failures;
-    if (c.C == 0) MUST(moe__cuda_plan_ready(&r.job.workers, &r.plan));
+    if (c.C == 0) MUST(moe__cuda_plan_ready(&r.job.workers, &r.plan, true));
     moe_status status = forward(&r);
     if (status == MOE_OK && c.save) status = backward(&r);
     if (status != MOE_OK) {

@@ -6,23 +6,6 @@
 #include "device_copy.h"
 #include "support/suite.h"
 
-/* Never called: the products are too narrow for cuBLAS. */
-__attribute__((weak)) moe_status moe__cuda_cublas(const moe__workers *workers,
-                                                  cublasHandle_t *handle)
-{
-    (void)workers;
-    (void)handle;
-    return MOE_ERROR_DEVICE;
-}
-__attribute__((weak)) moe_status moe__cublas_status(cublasStatus_t status,
-                                                    const moe__workers *workers, const char *what)
-{
-    (void)status;
-    (void)workers;
-    (void)what;
-    return MOE_ERROR_DEVICE;
-}
-
 static char name[256]; /* of the case */
 static moe_context *context;
 static const moe__backend *cpu;
@@ -34,10 +17,10 @@ static void setup(void)
 }
 static void teardown(void) { moe_context_destroy(context); }
 
-typedef moe_status step(moe__mix_job *);
+typedef moe_status mix_step(moe__mix_job *);
 typedef struct steps {
     int32_t dtype;
-    step *forward, *backward;
+    mix_step *forward, *backward;
 } steps;
 static const steps STEPS_OF[] = {
     {MOE_DTYPE_F32, moe__cuda_mix_forward_f32, moe__cuda_mix_backward_f32},
@@ -74,7 +57,7 @@ static numbers draw_numbers(int64_t count, int32_t dtype)
 /* Within a few roundings of the largest number, and one of a 16-bit number. */
 static void near_numbers(const numbers *v, const char *what)
 {
-    float most = 1.0f, step = v->dtype == MOE_DTYPE_F32    ? 0.0f
+    float most = 1.0f, unit = v->dtype == MOE_DTYPE_F32    ? 0.0f
                               : v->dtype == MOE_DTYPE_BF16 ? 0x1p-8f
                                                            : 0x1p-11f;
     bool wide = v->dtype == MOE_DTYPE_F32;
@@ -86,7 +69,7 @@ static void near_numbers(const numbers *v, const char *what)
         float f = wide                         ? ((float *)found)[i]
                   : v->dtype == MOE_DTYPE_BF16 ? moe__from_bf16(bits)
                                                : moe__from_f16(bits);
-        ck_assert_msg(moe__abs_f32(f - v->host[i]) <= most * (step + 0x1p-20f),
+        ck_assert_msg(moe__abs_f32(f - v->host[i]) <= most * (unit + 0x1p-20f),
                       "%s: %s[%lld] is %a, not %a", name, what, (ll)i, f, v->host[i]);
     }
     free(found);

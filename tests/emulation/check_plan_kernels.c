@@ -112,7 +112,7 @@ static void check_job(moe__plan_arrays plan, int32_t policy)
 START_TEST(test_plan_rows_as_cpu_random)
 {
     draw_state = 77 + (uint64_t)_i;
-    for (int i = 0; i < TEST_CASES; i++) {
+    for (int i = 0; i < test_cases(); i++) {
         int64_t T = draw_chance(5) ? draw_below(2) : draw_below(draw_chance(70) ? 60 : 300);
         int64_t K = draw_in(0, draw_chance(80) ? 8 : 40), E = draw_chance(10) ? 1 : draw_in(2, 300);
         int64_t G = draw_chance(50) ? 1 : draw_in(2, 9);
@@ -243,7 +243,7 @@ static void check_batch(int64_t T, int64_t G)
 START_TEST(test_batch_as_cpu_random)
 {
     draw_state = 31 + (uint64_t)_i;
-    for (int i = 0; i < TEST_CASES; i++)
+    for (int i = 0; i < test_cases(); i++)
         check_batch(draw_chance(10) ? 0 : draw_below(draw_chance(80) ? 100 : 3000),
                     draw_chance(50) ? 1 : draw_in(2, draw_chance(90) ? 9 : 700));
 }

@@ -249,7 +249,7 @@ START_TEST(test_dispatch_as_cpu_random)
 {
     const steps *s = &STEPS_OF[_i];
     draw_state = 3 + (uint64_t)_i;
-    for (int i = 0; i < TEST_CASES; i++) {
+    for (int i = 0; i < test_cases(); i++) {
         row_case c;
         draw_case(&c, s->dtype);
         set_options(&c, 1);
@@ -271,7 +271,7 @@ START_TEST(test_combine_as_cpu_random)
 {
     const steps *s = &STEPS_OF[_i];
     draw_state = 13 + (uint64_t)_i;
-    for (int i = 0; i < TEST_CASES; i++) {
+    for (int i = 0; i < test_cases(); i++) {
         row_case c;
         draw_case(&c, s->dtype);
         set_options(&c, draw_chance(50));
@@ -292,7 +292,7 @@ START_TEST(test_output_backward_as_cpu_random)
 {
     const steps *s = &STEPS_OF[_i];
     draw_state = 23 + (uint64_t)_i;
-    for (int i = 0; i < TEST_CASES; i++) {
+    for (int i = 0; i < test_cases(); i++) {
         row_case c;
         draw_case(&c, s->dtype);
         set_options(&c, 1);

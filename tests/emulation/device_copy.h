@@ -22,6 +22,22 @@ __attribute__((weak)) moe_status moe__cuda_status(cudaError_t error, const moe__
     fprintf(stderr, "%s: %s: %s\n", workers->function, what, cudaGetErrorString(error));
     return MOE_ERROR_DEVICE;
 }
+/* Never called: products of these suites are too narrow for cuBLAS. */
+__attribute__((weak)) moe_status moe__cuda_cublas(const moe__workers *workers,
+                                                  cublasHandle_t *handle)
+{
+    (void)workers;
+    (void)handle;
+    return MOE_ERROR_DEVICE;
+}
+__attribute__((weak)) moe_status moe__cublas_status(cublasStatus_t status,
+                                                    const moe__workers *workers, const char *what)
+{
+    (void)status;
+    (void)workers;
+    (void)what;
+    return MOE_ERROR_DEVICE;
+}
 __attribute__((weak)) moe_status moe__cuda_fail(moe_status status, const moe__workers *workers,
                                                 const char *format, ...)
 {
@@ -37,9 +53,12 @@ __attribute__((weak)) moe_status moe__cuda_fetch(const moe__workers *workers, vo
 }
 
 /* Random cases of a test; slow builds take fewer. */
-#ifndef TEST_CASES
-#define TEST_CASES 60
-#endif
+/* Of each random test; MOE_TEST_CASES for more or fewer. */
+static inline int test_cases(void)
+{
+    const char *asked = getenv("MOE_TEST_CASES");
+    return asked ? atoi(asked) : 60;
+}
 
 /* ---- random numbers -------------------------------------------------------------------------- */
 

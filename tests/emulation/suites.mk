@@ -1,53 +1,100 @@
-# suites.mk - the layer's suites on a CUDA context, in emulation: make check-emulation.
+# suites.mk - what runs on an emulated device: the layer's suites, the vectors, kernels against the CPU's
+# steps, calls and traffic: make check-emulation, make cuda-traffic.
 #
 # Every file of a suite is compiled with tests/support/device/on_device.h before it. libmoe has its plain
-# variants: its speed is not the point.
+# variants: its speed is not the point. A flavour's programs are in $(EMU)/<flavour>/suites and kernels.
 
-DEVICE_SUITES := check_layer check_family
-EMU_SUITE_DIR := $(EMU)/suites
+DEVICE_SUITES := check_layer check_family check_half_layer check_branches check_gate check_gate_kinds check_experts \
+    check_expert_kinds check_expert_config check_drop check_combine check_plan check_pass check_parameter check_preset
+# Check suites and programs that count themselves; the latter take seeds.
+KERNEL_SUITES := check_row_kernels check_plan_kernels check_mix_kernels
+KERNEL_PROGRAMS := check_ffn_kernels check_gate_kernels check_router_gemm
 EMU_MOE := $(EMU)/moe/libmoe.a
+EMU_SUPPORT := $(SUPPORT) $(wildcard tests/support/device/*.c)
+RUNNER_SOURCES := $(wildcard tests/vector_runner/*.c)
 EMU_SUITE_FLAGS = $(COMMON) -O1 $(CFLAGS) -MMD -MP -MF $@.d -MT $@ -Itests -Icuda -isystem $(CUDA_INCLUDE) \
-    -include support/device/on_device.h -DMOE_SOURCE_DIR='"$(CURDIR)"' $(EMU_SAN_plain)
+    -include support/device/on_device.h -DMOE_SOURCE_DIR='"$(CURDIR)"' $(MATH) $(CHECK_CFLAGS)
+EMU_CHECK_FLAGS = $(CHECK_CFLAGS) -Isrc/cpu -MMD -MP -MF $@.d -MT $@ $(MATH)
 
 $(EMU_MOE): force
 	@$(MAKE) -s BUILD=$(EMU)/moe/build LIB=$(EMU)/moe VARIANTS="f32_plain f64_plain bf16_plain f16_plain" HAVE_X86= \
-	    NO_CUDA=1 NO_MPI=1 $(EMU_MOE)
+	    NO_CUDA=1 NO_MPI=1 SANITIZE= $(EMU_MOE)
 
-$(EMU_SUITE_DIR)/%.o: tests/%.c
-	@mkdir -p $(@D)
-	$(CC) $(EMU_SUITE_FLAGS) $(MATH) $(CHECK_CFLAGS) -c $< -o $@
-
-$(EMU_SUITE_DIR)/support/device/on_device.o: EMU_SUITE_FLAGS += -DMOE_TEST_ON_DEVICE_C
-
-EMU_SUPPORT := $(SUPPORT) $(wildcard tests/support/device/*.c)
-EMU_SUPPORT_OBJECTS := $(EMU_SUPPORT:tests/%.c=$(EMU_SUITE_DIR)/%.o)
-.SECONDARY: $(EMU_SUPPORT_OBJECTS)
-$(EMU_SUITE_DIR)/check_%: $(EMU_SUITE_DIR)/check_%.o $(EMU_SUPPORT_OBJECTS) $(EMU_CUDA_OBJECTS_plain) $(EMU_MOE) $(EMU_LIBS)
-	$(CC) $(filter %.o,$^) $(EMU_MOE) $(CHECK_LIBS) $(EMU_LINK_plain) -ldl -o $@
-
-RUNNER_SOURCES := $(wildcard tests/vector_runner/*.c)
-EMU_RUNNER := $(EMU_SUITE_DIR)/run_vectors
-$(EMU_RUNNER): $(RUNNER_SOURCES:tests/%.c=$(EMU_SUITE_DIR)/%.o) $(EMU_SUITE_DIR)/support/device/on_device.o \
-    $(EMU_CUDA_OBJECTS_plain) $(EMU_MOE) $(EMU_LIBS)
-	$(CC) $(filter %.o,$^) $(EMU_MOE) $(EMU_LINK_plain) -ldl -o $@
-
-# ---- contexts, and the experts' kernels ---------------------------------------------------------------
-
-define EMU_EXPERTS
-$(EMU)/$(1)/tests/%.o: tests/emulation/%.c
+# $(1): the flavour. check_calls and traffic_table are programs of the layer's calls alone.
+define EMU_SUITES
+$(EMU)/$(1)/suites/%.o: tests/%.c
 	@mkdir -p $$(@D)
-	$$(CC) $$(EMU_HOST_FLAGS) $$(EMU_SAN_$(1)) -MMD -MP -c $$< -o $$@
-$(EMU)/$(1)/check_cuda_context: $(EMU)/$(1)/tests/check_cuda_context.o $$(EMU_CUDA_OBJECTS_$(1)) $(EMU_MOE) $(EMU_LIBS)
-	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -o $$@
-$(EMU)/$(1)/check_ffn_kernels: $(EMU)/$(1)/tests/check_ffn_kernels.o $(EMU)/$(1)/tests/ffn_case.o \
-    $$(EMU_CUDA_OBJECTS_$(1)) $(EMU_MOE) $(EMU_LIBS)
-	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -o $$@
--include $(EMU)/$(1)/tests/check_cuda_context.d $(EMU)/$(1)/tests/check_ffn_kernels.d $(EMU)/$(1)/tests/ffn_case.d
-endef
-EMU_EXPERTS_FLAVOURS := plain asan tsan
-$(foreach f,$(EMU_EXPERTS_FLAVOURS),$(eval $(call EMU_EXPERTS,$(f))))
+	$$(CC) $$(EMU_SUITE_FLAGS) $$(EMU_SAN_$(1)) -c $$< -o $$@
+$(EMU)/$(1)/suites/support/device/on_device.o: EMU_SUITE_FLAGS += -DMOE_TEST_ON_DEVICE_C
+EMU_SUPPORT_$(1) := $$(EMU_SUPPORT:tests/%.c=$(EMU)/$(1)/suites/%.o)
+EMU_LINKED_$(1) := $$(EMU_CUDA_OBJECTS_$(1)) $(EMU_MOE) $(EMU_LIBS)
+.SECONDARY: $$(EMU_SUPPORT_$(1)) $$(EMU_CUDA_OBJECTS_$(1)) $$(DEVICE_SUITES:%=$(EMU)/$(1)/suites/%.o) \
+    $$(patsubst %,$(EMU)/$(1)/kernels/%.o,$$(KERNEL_SUITES) $$(KERNEL_PROGRAMS) check_calls traffic_table)
+$(EMU)/$(1)/suites/check_%: $(EMU)/$(1)/suites/check_%.o $$(EMU_SUPPORT_$(1)) $$(EMU_LINKED_$(1))
+	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) $$(EMU_LINK_$(1)) -ldl -o $$@
+$(EMU)/$(1)/suites/run_vectors: $$(RUNNER_SOURCES:tests/%.c=$(EMU)/$(1)/suites/%.o) \
+    $(EMU)/$(1)/suites/support/device/on_device.o $$(EMU_LINKED_$(1))
+	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -ldl -o $$@
 
-.PHONY: check-emulation-experts
-check-emulation-experts: $(foreach f,$(EMU_EXPERTS_FLAVOURS),$(EMU)/$(f)/check_cuda_context $(EMU)/$(f)/check_ffn_kernels)
-	@$(RUN) $(foreach f,$(EMU_EXPERTS_FLAVOURS),$(EMU)/$(f)/check_cuda_context) "$(EMU)/plain/check_ffn_kernels 1 2000" \
-	    "$(EMU)/asan/check_ffn_kernels 1 500" "$(EMU)/tsan/check_ffn_kernels 1 100"
+# Programs that stand in for the host code of cuda/ where they do not need it.
+$(EMU)/$(1)/kernels/%.o: tests/emulation/%.c
+	@mkdir -p $$(@D)
+	$$(CC) $$(EMU_HOST_FLAGS) $$(EMU_CHECK_FLAGS) $$(EMU_SAN_$(1)) -c $$< -o $$@
+$(EMU)/$(1)/kernels/%.o: tests/emulation/%.cpp
+	@mkdir -p $$(@D)
+	$$(CXX) $$(EMU_KERNEL_FLAGS) $$(EMU_SAN_$(1)) -MMD -MP -MF $$@.d -MT $$@ -c $$< -o $$@
+EMU_KERNELS_$(1) := $$(EMU_CUDA_KERNELS:cuda/%.cu=$(EMU)/$(1)/cuda/%.o)
+$(EMU)/$(1)/kernels/check_%: $(EMU)/$(1)/kernels/check_%.o $$(EMU_KERNELS_$(1)) $(EMU_MOE) $(EMU_LIBS)
+	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) $$(EMU_LINK_$(1)) -ldl -o $$@
+$(EMU)/$(1)/kernels/check_gate_kernels: $(EMU)/$(1)/kernels/check_gate_kernels.o \
+    $$(filter-out %/dispatch.o %/rows.o,$$(EMU_KERNELS_$(1))) $(EMU_MOE) $(EMU_LIBS)
+	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -ldl -o $$@
+$(EMU)/$(1)/kernels/check_ffn_kernels: $(EMU)/$(1)/kernels/check_ffn_kernels.o $(EMU)/$(1)/kernels/ffn_case.o \
+    $$(EMU_LINKED_$(1))
+	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -ldl -o $$@
+$(EMU)/$(1)/kernels/check_calls: $(EMU)/$(1)/kernels/check_calls.o $$(EMU_LINKED_$(1))
+	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) $$(EMU_LINK_$(1)) -ldl -o $$@
+$(EMU)/$(1)/kernels/traffic_table: $(EMU)/$(1)/kernels/traffic_table.o $$(EMU_LINKED_$(1)) \
+    $(if $(filter traffic,$(1)),$(EMU)/traffic/traffic_hooks.o)
+	$$(CC) $$(filter-out %traffic_hooks.o,$$(filter %.o,$$^)) $(EMU_MOE) $$(EMU_LINK_$(1)) -ldl -o $$@
+-include $$(wildcard $(EMU)/$(1)/suites/*.d $(EMU)/$(1)/suites/*/*.d $(EMU)/$(1)/suites/*/*/*.d \
+    $(EMU)/$(1)/kernels/*.d)
+endef
+$(foreach f,$(EMU_FLAVOURS),$(eval $(call EMU_SUITES,$(f))))
+
+# ---- check-emulation ----------------------------------------------------------------------------------
+
+# Everything in the plain flavour; under the sanitizers the layer's suite with few random cases, the vectors and
+# the kernels. A program that prints no count fails.
+EMU_SEED ?= 1
+EMU_JOBS ?= 2
+EMU_LAUNCHED := $(abspath $(EMU))/launched.txt
+EMU_SANITIZED := asan tsan
+EMU_PROGRAMS_plain := $(DEVICE_SUITES:%=$(EMU)/plain/suites/%) $(EMU)/plain/suites/run_vectors \
+    $(KERNEL_SUITES:%=$(EMU)/plain/kernels/%) $(KERNEL_PROGRAMS:%=$(EMU)/plain/kernels/%) $(EMU)/plain/kernels/check_calls
+EMU_PROGRAMS_SANITIZED := $(foreach f,$(EMU_SANITIZED),$(EMU)/$(f)/suites/check_layer $(EMU)/$(f)/suites/run_vectors \
+    $(KERNEL_SUITES:%=$(EMU)/$(f)/kernels/%) $(KERNEL_PROGRAMS:%=$(EMU)/$(f)/kernels/%))
+EMU_ENV = env CK_FORK=no MOE_EMULATION_SEED=$(EMU_SEED) MOE_EMULATION_KERNELS=$(EMU_LAUNCHED) MOE_EMULATION_QUIET=1
+# $(1) flavour, $(2) random cases of a Check suite, $(3) jobs of the others, $(4) more of the environment
+EMU_KERNEL_RUNS = $(foreach k,$(KERNEL_SUITES),"$(EMU_ENV) $(4) MOE_TEST_CASES=$(2) $(EMU)/$(1)/kernels/$(k)") \
+    $(foreach k,$(KERNEL_PROGRAMS),"$(EMU_ENV) $(4) $(EMU)/$(1)/kernels/$(k) $(EMU_SEED) $(3)")
+.PHONY: check-emulation check-emulation-plain
+check-emulation: $(EMU_PROGRAMS_plain) $(EMU_PROGRAMS_SANITIZED)
+	@rm -f $(EMU_LAUNCHED); echo "seed $(EMU_SEED) (EMU_SEED=)"
+	@sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
+	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,200) \
+	    "$(EMU_ENV) $(EMU)/plain/kernels/check_calls" \
+	    $(foreach f,$(EMU_SANITIZED),"$(EMU_ENV) MOE_FEW=1 $(EMU)/$(f)/suites/check_layer" \
+	        "$(EMU_ENV) $(EMU)/$(f)/suites/run_vectors tests/vectors" $(call EMU_KERNEL_RUNS,$(f),2,30))
+	@sh tests/emulation/kernels_launched.sh $(EMU_LAUNCHED) $(EMU_KERNELS_plain)
+check-emulation-plain: $(EMU_PROGRAMS_plain)
+	@rm -f $(EMU_LAUNCHED); echo "seed $(EMU_SEED) (EMU_SEED=)"
+	@sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
+	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,200) \
+	    "$(EMU_ENV) $(EMU)/plain/kernels/check_calls"
+	@sh tests/emulation/kernels_launched.sh $(EMU_LAUNCHED) $(EMU_KERNELS_plain)
+
+# Bytes that kernels move, over what they must.
+.PHONY: cuda-traffic
+cuda-traffic: $(EMU)/traffic/kernels/traffic_table
+	@$(EMU)/traffic/kernels/traffic_table
