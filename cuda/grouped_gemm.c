@@ -6,7 +6,7 @@
  *     padded  every expert has C rows: one strided-batched product, or one for each expert where
  *             the host gave one pointer each; nothing is asked of the host
  *     exact   one product for each expert with rows, or one grouped product of all where each would
- *             fill only a corner of the device
+ *             fill only a corner of the device and their addresses are aligned
  *
  * Accumulation is in f32. */
 #include "grouped_gemm.h"
@@ -158,6 +158,22 @@ static bool want_groups(const product *p, int64_t *count)
 /* The operands of expert e; c NULL: not wanted. */
 typedef void (*operands_fn)(const void *of, int64_t e, const void **x, const void **y, void **c);
 
+/* Unlike a product by itself, which cuBLAS picks by its addresses as well, those of a group must be
+ * aligned by the caller where tensor cores make them: else the device fails. */
+static bool may_group(const product *p, operands_fn operands, const void *of)
+{
+    const moe__cuda_groups *g = p->g;
+    if (p->compute == CUBLAS_COMPUTE_32F_PEDANTIC) return true;
+    for (int64_t e = 0; e < g->experts; e++) {
+        const void *x, *y;
+        void *c;
+        if (rows_of(g, e) == 0) continue;
+        operands(of, e, &x, &y, &c);
+        if (c && (((uintptr_t)x | (uintptr_t)y | (uintptr_t)c) & 15) != 0) return false;
+    }
+    return true;
+}
+
 /* All experts with rows at once; `rows_are` says which of m, n, k counts them. */
 static moe_status multiply_grouped(const product *p, char rows_are, int64_t count,
                                    operands_fn operands, const void *of)
@@ -264,7 +280,8 @@ moe_status moe__cuda_product(const moe__cuda_groups *g, int64_t k, int64_t n, mo
         return multiply_strided(&r.p, matrix_of(&b, 0), b.stride_expert, a.data,
                                 g->padded * a.stride, out.data, g->padded * out.stride);
 #if CUBLAS_VERSION >= 120500
-    if (want_groups(&r.p, &count)) return multiply_grouped(&r.p, 'n', count, rows_operands, &r);
+    if (want_groups(&r.p, &count) && may_group(&r.p, rows_operands, &r))
+        return multiply_grouped(&r.p, 'n', count, rows_operands, &r);
 #endif
     return each_product(&r);
 }
@@ -361,7 +378,8 @@ moe_status moe__cuda_weight_gradient(const moe__cuda_groups *g, int64_t k, int64
         return multiply_strided(&r.p, r.x.data, g->padded * r.x.stride, r.y.data,
                                 g->padded * r.y.stride, matrix_of(&dw, 0), dw.stride_expert);
 #if CUBLAS_VERSION >= 120500
-    if (want_groups(&r.p, &count)) return multiply_grouped(&r.p, 'k', count, gradient_operands, &r);
+    if (want_groups(&r.p, &count) && may_group(&r.p, gradient_operands, &r))
+        return multiply_grouped(&r.p, 'k', count, gradient_operands, &r);
 #endif
     return each_gradient(&r);
 }

@@ -54,6 +54,64 @@ START_TEST(test_layer_agrees_with_reference_for_random_configurations)
 }
 END_TEST
 
+#ifdef MOE_TEST_DEVICE
+/* Rows of every expert as many as the host says, used or not. */
+START_TEST(test_layer_agrees_with_reference_in_padded_rows)
+{
+    uint64_t state = 2027;
+    for (int i = 0; i < 150; i++) {
+        layer_case c = layer_case_draw(&state);
+        if (c.no_experts || c.no_gate == 2) continue;
+        c.padded_rows = (c.replay ? c.T * c.E : c.T) + 1; /* a plan may name an expert twice */
+        compare(&c, (uint64_t)i, MOE_DTYPE_F32);
+    }
+}
+END_TEST
+
+static void same_numbers(const char *name, const double *a, const double *b, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++)
+        ck_assert_msg(fabs(a[i] - b[i]) <= 1e-5, "%s[%lld]: %g, not %g", name, (long long)i, a[i],
+                      b[i]);
+}
+
+/* Rows for which there is no room have no output and no gradient, as those beyond a capacity. */
+START_TEST(test_layer_leaves_out_rows_beyond_padded_rows)
+{
+    static const char *const gradients[] = {"dWg", "dW1", "db1", "dW2", "db2"};
+    layer_case padded = {.T = 40, .D = 8, .E = 3, .F = 12, .K = 2, .expert_bias = 1}, dropped;
+    layer_run r, want;
+    padded.name = "padded", padded.masked = 1, padded.position = _i, padded.order = 1;
+    dropped = padded;
+    padded.padded_rows = dropped.capacity = 11;
+    dropped.capacity_kind = MOE_CAPACITY_NUMBER;
+    layer_run_begin(&r, &padded, MOE_DTYPE_F32);
+    layer_run_begin(&want, &dropped, MOE_DTYPE_F32);
+    MUST(layer_run_forward(&r));
+    MUST(layer_run_backward(&r));
+    MUST(layer_run_forward(&want));
+    MUST(layer_run_backward(&want));
+    moe_losses losses;
+    MUST(moe_losses_init(&losses, sizeof losses));
+    REFUSED(MOE_ERROR_BUFFER_TOO_SMALL, moe_pass_losses(r.pass, &losses));
+    MUST(moe_pass_losses(want.pass, &losses));
+    for (int64_t i = 0; i < padded.T * padded.D; i++) {
+        double y[2] = {((float *)r.y)[i], ((float *)want.y)[i]};
+        double dx[2] = {((float *)r.dx)[i], ((float *)want.dx)[i]};
+        same_numbers("y", &y[0], &y[1], 1), same_numbers("dx", &dx[0], &dx[1], 1);
+    }
+    for (size_t i = 0; i < COUNT(gradients); i++) {
+        int64_t count;
+        double *a = layer_run_gradient(&r, gradients[i], &count);
+        double *b = layer_run_gradient(&want, gradients[i], &count);
+        same_numbers(gradients[i], a, b, count);
+        free(a), free(b);
+    }
+    layer_run_end(&want, &dropped), layer_run_end(&r, &padded);
+}
+END_TEST
+#endif
+
 /* ---- what is refused ------------------------------------------------------------------------- */
 
 static const layer_case base = {.name = "layer",
@@ -717,6 +775,10 @@ int main(void)
     tcase_add_loop_test(tests, test_layer_agrees_with_reference_in_f32, 0, LAYER_CASES);
     tcase_add_loop_test(tests, test_layer_agrees_with_reference_in_f64, 0, LAYER_CASES);
     tcase_add_test(tests, test_layer_agrees_with_reference_for_random_configurations);
+#ifdef MOE_TEST_DEVICE
+    tcase_add_test(tests, test_layer_agrees_with_reference_in_padded_rows);
+    tcase_add_loop_test(tests, test_layer_leaves_out_rows_beyond_padded_rows, 0, 3);
+#endif
     tcase_add_test(tests, test_layer_forward_and_backward_refuse_bad_fields);
     tcase_add_test(tests, test_layer_and_pass_calls_refuse_null);
     tcase_add_test(tests, test_layer_create_refuses_what_does_not_fit);

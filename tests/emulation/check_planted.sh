@@ -35,6 +35,8 @@ check plain unwritten_shared 'noticed: NaN'
 check traffic unwritten_shared 'read of shared memory that nobody wrote'
 check plain unwritten_device 'noticed: NaN'
 check traffic unwritten_device 'read of device memory that nobody wrote'
+check plain unwritten_managed 'noticed: NaN'
+check traffic unwritten_managed 'read of managed memory that nobody wrote'
 everywhere divergent_barrier 'divergent barrier: kernel divergent_barrier'
 everywhere early_return 'return before a barrier: kernel early_return'
 everywhere divergent_shuffle 'divergent shuffle: kernel divergent_shuffle'
@@ -56,7 +58,8 @@ for mistake in 'much_shared too much shared memory: much_shared' 'block_33 block
     'cublas_types noticed: CUBLAS_STATUS_NOT_SUPPORTED' \
     'cublas_leading noticed: CUBLAS_STATUS_INVALID_VALUE: leading dimensions' \
     'cublas_alignment not aligned to its elements' 'cublas_host_operand operand, .* is host memory' \
-    'cublas_workspace not aligned to 256 bytes' 'cublas_grouped_types CUBLAS_STATUS_NOT_SUPPORTED'; do
+    'cublas_workspace not aligned to 256 bytes' 'cublas_grouped_types CUBLAS_STATUS_NOT_SUPPORTED' \
+    'cublas_grouped_alignment not aligned as its k asks'; do
     check plain "${mistake%% *}" "${mistake#* }"
 done
 

@@ -115,6 +115,16 @@ static const char *operand_fault(const void *p, int64_t rows, int64_t columns, i
     return emu_range_fault(p, (size_t)((columns - 1) * ld + rows) * emu_type_bytes(type));
 }
 
+/* What cuBLAS requires of pointers in arrays where tensor cores multiply: where k elements are a
+ * multiple of 16 bytes, or of 4, addresses are one too. A device reports a misaligned address. */
+static bool are_misaligned(const struct emu_product *p, const void *a, const void *b, const void *c)
+{
+    uintptr_t bits = (uintptr_t)a | (uintptr_t)b | (uintptr_t)c;
+    size_t row = (size_t)p->k * emu_type_bytes(p->in);
+    if (!p->arrays || (p->in == CUDA_R_32F && !p->tf32)) return false;
+    return (row % 16 == 0 && bits % 16 != 0) || (row % 4 == 0 && bits % 4 != 0);
+}
+
 /* The addresses of an array are known only now. */
 static bool operands_are_wrong(const struct emu_product *p, const void *a, const void *b, void *c)
 {
@@ -122,6 +132,7 @@ static bool operands_are_wrong(const struct emu_product *p, const void *a, const
     const char *fault = operand_fault(a, t ? p->k : p->m, t ? p->m : p->k, p->lda, p->in);
     if (fault == NULL) fault = operand_fault(b, u ? p->n : p->k, u ? p->k : p->n, p->ldb, p->in);
     if (fault == NULL) fault = operand_fault(c, p->m, p->n, p->ldc, p->out);
+    if (fault == NULL && are_misaligned(p, a, b, c)) fault = "not aligned as its k asks";
     if (fault != NULL) emu_mistake("an operand of cuBLAS: %s", fault);
     return fault != NULL;
 }

@@ -72,6 +72,17 @@ static void unwritten_device(void)
     if (x != x) noticed("NaN");
 }
 
+static void unwritten_managed(void)
+{
+    float *fresh;
+    cudaMallocManaged((void **)&fresh, N * sizeof *fresh, cudaMemAttachGlobal);
+    fresh[0] = 1.0f; /* the host's, and no mistake */
+    planted_copy(device, fresh, 1, stream), sync();
+    planted_copy(device, fresh, N, stream), sync();
+    float x = first(device + 1);
+    if (x != x) noticed("NaN");
+}
+
 /* Twenty tries: the order is random. */
 static void missing_wait(void)
 {
@@ -234,6 +245,20 @@ static void cublas_grouped_types(void)
         CUDA_R_32F, &eight, 1, &count, CUBLAS_COMPUTE_32F));
 }
 
+/* Eight elements of 2 bytes are 16 bytes, and the first of them is 2 bytes behind such an address. */
+static void cublas_grouped_alignment(void)
+{
+    cublasOperation_t n = CUBLAS_OP_N;
+    int eight = 8, count = 1;
+    void *at = (char *)other + 2, **list = (void **)device;
+    cudaMemcpy(list, &at, sizeof at, cudaMemcpyHostToDevice);
+    expect_cublas(cublasGemmGroupedBatchedEx(
+        handle(), &n, &n, &eight, &eight, &eight, &one, (const void *const *)list, CUDA_R_16BF,
+        &eight, (const void *const *)list, CUDA_R_16BF, &eight, &zero, list, CUDA_R_16BF, &eight, 1,
+        &count, CUBLAS_COMPUTE_32F));
+    sync();
+}
+
 #define MISTAKE(name) \
     {                 \
 #name, name   \
@@ -256,6 +281,7 @@ static const struct {
     MISTAKE(global_overrun),
     MISTAKE(unwritten_shared),
     MISTAKE(unwritten_device),
+    MISTAKE(unwritten_managed),
     MISTAKE(missing_wait),
     MISTAKE(missing_synchronise),
     MISTAKE(host_argument),
@@ -277,6 +303,7 @@ static const struct {
     MISTAKE(cublas_host_operand),
     MISTAKE(cublas_workspace),
     MISTAKE(cublas_grouped_types),
+    MISTAKE(cublas_grouped_alignment),
 };
 
 int main(int argc, char **argv)

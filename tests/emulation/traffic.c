@@ -5,7 +5,7 @@
  * the k-th time of the other lanes of its warp, and a sector that several lanes touch then counts
  * once. There are no caches in it; "distinct" counts each sector once in a launch, which is what an
  * ideal cache would leave. Bytes that nobody wrote have a mark for each, and reading one is a
- * mistake. */
+ * mistake; of managed memory, which the host writes unseen, if they are as fresh memory is. */
 #include "internal.h"
 
 #include <stdio.h>
@@ -159,6 +159,19 @@ static void check_written(unsigned char *written, size_t bytes, bool write, cons
     }
 }
 
+/* Where the host may have written too there are no marks of it: what no device wrote and has the
+ * pattern of fresh memory from end to end is what nobody wrote. A byte alone may be a number. */
+static bool is_fresh(const unsigned char *p) { return *p == ((uintptr_t)p & 1 ? 0xff : 0xe5); }
+
+static void check_managed(unsigned char *written, size_t bytes, bool write, const unsigned char *p)
+{
+    size_t fresh = 0;
+    for (size_t i = 0; i < bytes && !write; i++) fresh += !written[i] && is_fresh(p + i);
+    if (write) memset(written, 1, bytes);
+    if (fresh == bytes && bytes > 1)
+        bad_access("read of managed memory that nobody wrote", p, bytes, false);
+}
+
 static bool shared_access(const unsigned char *p, size_t bytes, bool write)
 {
     for (int i = 0; i < shared_count; i++) {
@@ -217,6 +230,9 @@ void emu_traffic_access(const void *p, size_t bytes, int write, const void *pc)
         check_written(a->written + ((const unsigned char *)p - a->begin), bytes, write != 0, p,
                       "read of device memory that nobody wrote");
     }
+    if (a->written != NULL && a->place == EMU_MANAGED) {
+        check_managed(a->written + ((const unsigned char *)p - a->begin), bytes, write != 0, p);
+    }
     count_sectors(a, p, bytes, write != 0, pc);
 }
 
@@ -235,6 +251,10 @@ void emu_copy_written(const void *to, const void *from, size_t bytes)
     unsigned char *out = a->written + ((const unsigned char *)to - a->begin);
     if (b != NULL && b->written != NULL && b->place == EMU_DEVICE) {
         memmove(out, b->written + ((const unsigned char *)from - b->begin), bytes);
+    } else if (b != NULL && b->written != NULL && b->place == EMU_MANAGED) {
+        const unsigned char *mark = b->written + ((const unsigned char *)from - b->begin);
+        for (size_t i = 0; i < bytes; i++)
+            out[i] = mark[i] || !is_fresh((const unsigned char *)from + i);
     } else {
         memset(out, 1, bytes);
     }

@@ -47,6 +47,7 @@ typedef struct layer_case {
     int dropped, position;      /* MOE_DROPPED_*, MOE_WEIGHT_ON_* of the routed experts */
     double renormalize_minimum, capacity_factor_eval, second_threshold;
     double alpha, limit, offset; /* of SwiGLU in the routed experts */
+    int64_t padded_rows;         /* on a device: of MOE_EXCHANGE_PADDED; 0: exact */
     int32_t element;    /* MOE_DTYPE_BF16 or _F16: what tokens and weights are rounded to; 0: f32 */
     int half_gradients; /* 1: bound gradients are of 16 bits too, not f32 */
     /* filled by layer_case_make */

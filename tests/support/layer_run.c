@@ -92,6 +92,7 @@ static void make_objects(layer_run *r)
     l.gate = r->gate, l.experts = r->experts, l.output = c->layer_sigmoid, l.layer_id = CASE_LAYER;
     l.shared = r->shared, l.residual = r->residual, l.dropped = c->dropped;
     l.shared_gate = c->shared_gate, l.residual_mix = c->residual_mix;
+    if (c->padded_rows) l.exchange = MOE_EXCHANGE_PADDED, l.padded_rows = c->padded_rows;
     if (c->bound) l.parameters = MOE_PARAMETERS_BOUND;
     MUST(moe_layer_create(&r->layer, &l));
     MUST(moe_pass_create(&r->pass, r->layer, NULL));
