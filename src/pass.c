@@ -223,7 +223,7 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     int64_t rows_bytes = 0;
     if (shape.ranks)
         MOE_TRY(moe__ranks_set_aside(pass, shape.entries, &rows, &rows_bytes, function));
-    moe_status status = moe__pass_make_room(pass, &shape, false, function);
+    moe_status status = moe__pass_make_room(pass, &shape, false, NULL, function);
     if (status != MOE_OK) {
         moe__free(pass->context, rows, rows_bytes);
         return status;
