@@ -91,6 +91,10 @@ static moe_status pass_create(moe_pass **pass, moe_context *context, moe_layer *
     moe_pass_config c;
     MOE_TRY(moe__struct_read(&moe__pass_config_info, &c, config, true, function));
     MOE_TRY(check_workspace(&c, function));
+    if (context->memory->check_pointer) {
+        moe__workers workers = moe__workers_of(context, function, NULL);
+        MOE_TRY(context->memory->check_pointer(&workers, "workspace", c.workspace));
+    }
     moe_pass *p = moe__alloc_zeroed(context, sizeof *p);
     if (!p) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for the pass");
     p->context = context;
@@ -297,7 +301,8 @@ static moe_status check_room(const moe_pass *pass, const char *function)
     if (!moe__pass_is_padded(pass, pass->uses) || !pass->rows_of_expert) return MOE_OK;
     for (int64_t first = 0; first < E; first += 64) {
         int64_t n = moe__min(64, E - first);
-        MOE_TRY(fetch(pass, rows, pass->rows_of_expert + first, (size_t)n * sizeof *rows, function));
+        MOE_TRY(
+            fetch(pass, rows, pass->rows_of_expert + first, (size_t)n * sizeof *rows, function));
         for (int64_t i = 0; i < n; i++)
             if (rows[i] > padded)
                 REFUSE(MOE_ERROR_BUFFER_TOO_SMALL, "expert %lld had %lld rows, padded_rows is %lld",
