@@ -430,6 +430,64 @@ static void test_work_beside_a_capture(void)
     nothing_left();
 }
 
+/* A padded step in a graph, after moe_pass_reserve, replayed with other x. */
+static void test_reserved_step_in_a_graph(void)
+{
+    model m;
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t made;
+    make(&m, context_of(0), PADDED | SHARED);
+    arrays a = arrays_on(0, T, 7), b = arrays_on(0, T, 9);
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    GOOD(moe_pass_reserve(m.pass, T, 1, K));
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    GOOD(forward(&m, &a, T, 0, stream));
+    GOOD(backward(&m, &a, stream));
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphInstantiate(&made, graph, 0));
+    for (int i = 0; i < 2; i++) {
+        CUDA(cudaGraphLaunch(made, stream));
+        same_as_cpu(&a, T, i ? 9 : 7, SHARED);
+        GOOD(losses_of(&m));
+        CUDA(cudaMemcpy(a.x, b.x, T * D * sizeof(float), cudaMemcpyDeviceToDevice));
+        CUDA(cudaMemcpy(a.dy, b.dy, T * D * sizeof(float), cudaMemcpyDeviceToDevice));
+        CUDA(cudaDeviceSynchronize());
+    }
+    CUDA(cudaGraphExecDestroy(made));
+    CUDA(cudaGraphDestroy(graph));
+    CUDA(cudaStreamDestroy(stream));
+    free_arrays(&a);
+    free_arrays(&b);
+    drop(&m);
+    nothing_left();
+}
+
+/* An exact forward, and its backward in a capture: the host knows the rows already. */
+static void test_backward_of_an_exact_forward_in_a_capture(void)
+{
+    model m;
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t made;
+    make(&m, context_of(0), SHARED);
+    arrays a = arrays_on(0, T, 7);
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    GOOD(forward(&m, &a, T, 0, stream));
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    GOOD(backward(&m, &a, stream));
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphInstantiate(&made, graph, 0));
+    CUDA(cudaGraphLaunch(made, stream));
+    same_as_cpu(&a, T, 7, SHARED);
+    CUDA(cudaGraphExecDestroy(made));
+    CUDA(cudaGraphDestroy(graph));
+    CUDA(cudaStreamDestroy(stream));
+    free_arrays(&a);
+    drop(&m);
+    nothing_left();
+}
+
 /* What waits is refused before anything is done, and the capture goes on. */
 static void test_capture_refuses_what_waits(void)
 {
@@ -644,6 +702,73 @@ static void test_any_allocation_fails(void)
     MUST(refused > 20);
 }
 
+/* An allocator that writes over what it gets back, on a stream of its own: work of the library that
+ * were still to come would read that. */
+typedef struct spoiler {
+    cudaStream_t stream;
+    void *memory[256];
+    int count;
+} spoiler;
+static void *spoiler_alloc(void *user, uint64_t bytes, uint64_t alignment, void *stream)
+{
+    void *p = NULL;
+    (void)user, (void)alignment, (void)stream;
+    return cudaMalloc(&p, bytes) == cudaSuccess ? p : NULL;
+}
+static void spoiler_free(void *user, void *p, uint64_t bytes, void *stream)
+{
+    spoiler *s = user;
+    (void)stream;
+    CUDA(cudaMemsetAsync(p, 0xff, bytes, s->stream));
+    CUDA(cudaStreamSynchronize(s->stream));
+    MUST(s->count < 256);
+    s->memory[s->count++] = p;
+}
+
+static void test_memory_goes_back_when_its_work_is_done(void)
+{
+    for (uint64_t seed = 1; seed <= 8; seed++) {
+        int options = seed % 2 ? PADDED | SHARED : SHARED;
+        spoiler s = {NULL, {NULL}, 0};
+        moe_cuda_config c = config_of(0);
+        moe_context *context = NULL;
+        model m;
+        cudaStream_t first, second;
+        cudaEvent_t done;
+        emu_set_seed(seed);
+        CUDA(cudaStreamCreateWithFlags(&s.stream, cudaStreamNonBlocking));
+        CUDA(cudaStreamCreateWithFlags(&first, cudaStreamNonBlocking));
+        CUDA(cudaStreamCreateWithFlags(&second, cudaStreamNonBlocking));
+        CUDA(cudaEventCreateWithFlags(&done, cudaEventDisableTiming));
+        c.alloc = spoiler_alloc, c.free = spoiler_free, c.alloc_user = &s;
+        GOOD(moe_cuda_context_create(&context, &c));
+        make(&m, context, options);
+        arrays a = arrays_on(0, T, 3), b = arrays_on(0, MOST, 4);
+        GOOD(forward(&m, &a, T, MOE_FORWARD_PLAN_ONLY, first));
+        GOOD(moe_pass_trim(m.pass));
+        CUDA(cudaEventRecord(done, first));
+        CUDA(cudaStreamWaitEvent(second, done, 0));
+        GOOD(forward(&m, &a, T, MOE_FORWARD_RECOMPUTE, second));
+        GOOD(backward(&m, &a, second));
+        CUDA(cudaEventRecord(done, second));
+        CUDA(cudaStreamWaitEvent(first, done, 0));
+        if (seed % 3) GOOD(forward(&m, &b, MOST, MOE_FORWARD_NO_SAVE, first)); /* grows */
+        if (seed % 3 == 1) GOOD(moe_pass_trim(m.pass));
+        moe_pass_destroy(m.pass);
+        m.pass = NULL;
+        same_as_cpu(&a, T, 3, options);
+        drop(&m);
+        for (int i = 0; i < s.count; i++) CUDA(cudaFree(s.memory[i]));
+        CUDA(cudaEventDestroy(done));
+        CUDA(cudaStreamDestroy(first));
+        CUDA(cudaStreamDestroy(second));
+        CUDA(cudaStreamDestroy(s.stream));
+        free_arrays(&a);
+        free_arrays(&b);
+        nothing_left();
+    }
+}
+
 static void test_other_fields_of_the_hosts_config_are_not_read(void)
 {
     moe_cuda_config c = config_of(0);
@@ -659,6 +784,64 @@ static void test_other_fields_of_the_hosts_config_are_not_read(void)
     context = NULL;
     MUST(moe_cuda_context_create(&context, &c) == MOE_ERROR_INVALID_ARGUMENT &&
          SAID("log_level is 99") && !context);
+    nothing_left();
+}
+
+/* ---- threads --------------------------------------------------------------------------------- */
+
+typedef struct job {
+    const model *m;
+    int salt;
+    arrays a;
+} job;
+
+/* One pass of each thread, on a stream of its own; forwards alone, for gradients are the layer's. */
+static void *work_of_thread(void *argument)
+{
+    const job *j = argument;
+    model m = *j->m;
+    moe_plan *plan = NULL;
+    const moe_plan *shown;
+    cudaStream_t stream;
+    CUDA(cudaSetDevice(0));
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    CUDA(cudaSetDevice(j->salt % 2)); /* another one than the context's for some */
+    GOOD(moe_pass_create(&m.pass, m.layer, NULL));
+    GOOD(moe_plan_create(&plan, m.context));
+    for (int i = 0; i < 3; i++) {
+        GOOD(forward(&m, &j->a, T, i == 1 ? MOE_FORWARD_PLAN_ONLY : 0, stream));
+        GOOD(losses_of(&m));
+        GOOD(moe_pass_plan(m.pass, &shown));
+        GOOD(moe_plan_copy(plan, shown));
+        GOOD(moe_plan_check(plan));
+        MUST(current() == j->salt % 2);
+        GOOD(moe_pass_trim(m.pass));
+    }
+    moe_plan_destroy(plan);
+    moe_pass_destroy(m.pass);
+    CUDA(cudaStreamDestroy(stream));
+    return NULL;
+}
+
+static void test_threads_share_a_context(void)
+{
+    enum { THREADS = 3 };
+    pthread_t thread[THREADS];
+    job j[THREADS];
+    model m;
+    static results r;
+    make(&m, context_of(0), SHARED);
+    for (int i = 0; i < THREADS; i++) {
+        j[i] = (job){&m, i, arrays_on(0, T, i)};
+        MUST(pthread_create(&thread[i], NULL, work_of_thread, &j[i]) == 0);
+    }
+    for (int i = 0; i < THREADS; i++) MUST(pthread_join(thread[i], NULL) == 0);
+    for (int i = 0; i < THREADS; i++) {
+        on_cpu(&r, T, i, SHARED);
+        near(j[i].a.y, r.y, T * D);
+        free_arrays(&j[i].a);
+    }
+    drop(&m);
     nothing_left();
 }
 
@@ -914,14 +1097,19 @@ int main(int count, char **arguments)
         {"passes_on_several_streams", test_passes_on_several_streams},
         {"recompute_on_another_stream", test_recompute_on_another_stream},
         {"work_beside_a_capture", test_work_beside_a_capture},
+        {"reserved_step_in_a_graph", test_reserved_step_in_a_graph},
+        {"backward_of_an_exact_forward_in_a_capture",
+         test_backward_of_an_exact_forward_in_a_capture},
         {"capture_refuses_what_waits", test_capture_refuses_what_waits},
         {"workspace_of_the_host", test_workspace_of_the_host},
         {"routing_in_any_memory", test_routing_in_any_memory},
         {"plan_copy_between_contexts", test_plan_copy_between_contexts},
         {"any_allocation_fails", test_any_allocation_fails},
+        {"memory_goes_back_when_its_work_is_done", test_memory_goes_back_when_its_work_is_done},
         {"other_fields_of_the_hosts_config_are_not_read",
          test_other_fields_of_the_hosts_config_are_not_read},
         {"errors_of_the_host_stay", test_errors_of_the_host_stay},
+        {"threads_share_a_context", test_threads_share_a_context},
         {"any_call_fails", test_any_call_fails},
         {"forked_child_is_refused", test_forked_child_is_refused},
         {"no_tokens_and_costs", test_no_tokens_and_costs},
