@@ -392,6 +392,158 @@ static void test_recompute_on_another_stream(void)
     }
 }
 
+/* ---- everything a call can be given, against the CPU ------------------------------------------ */
+
+/* Arrays in the memory of a context. */
+typedef struct place {
+    moe_context *context;
+    bool gpu;
+    void *stream;
+    void *array[64];
+    int arrays;
+    float kept[16][MOST * D]; /* what came out */
+    int outs;
+} place;
+
+static void *put(place *p, const void *from, size_t bytes)
+{
+    void *to = p->gpu ? on_device(0, NULL, bytes) : malloc(bytes);
+    MUST(to && p->arrays < 64);
+    if (from && p->gpu) CUDA(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+    if (from && !p->gpu) memcpy(to, from, bytes);
+    return p->array[p->arrays++] = to;
+}
+
+static float *put_floats(place *p, int count, int salt)
+{
+    float host[MOST * D];
+    fill(host, count, salt);
+    return put(p, host, (size_t)count * sizeof(float));
+}
+
+static void keep(place *p, const float *from, int count)
+{
+    float *to = p->kept[p->outs++];
+    if (p->gpu) CUDA(cudaStreamSynchronize((cudaStream_t)p->stream));
+    if (p->gpu) CUDA(cudaMemcpy(to, from, (size_t)count * sizeof(float), cudaMemcpyDeviceToHost));
+    if (!p->gpu) memcpy(to, from, (size_t)count * sizeof(float));
+}
+
+/* Backward of the last forward, its x elsewhere by now, dx added to. */
+static void back(place *p, model *m, const float *x, float *weights)
+{
+    moe_backward_args b;
+    float *dx = put_floats(p, T * D, 11);
+    GOOD(moe_backward_args_init(&b, sizeof b));
+    b.dx = dx, b.dy = put_floats(p, T * D, 12), b.x = x, b.stream = p->stream;
+    b.flags = MOE_BACKWARD_ADD_DX, b.entry_weight_grad = weights;
+    GOOD(moe_layer_backward(m->layer, m->pass, &b));
+    keep(p, dx, T * D);
+}
+
+static void replays(place *p, int options)
+{
+    model m;
+    moe_pass *first;
+    moe_plan *built = NULL, *copied = NULL;
+    const moe_plan *shown;
+    moe_plan_args a;
+    double norm;
+    int64_t groups[3] = {0, 5, T};
+    int32_t ids[T * K];
+    uint8_t mask[T];
+    for (int i = 0; i < T * K; i++) ids[i] = i % 7 == 3 ? -1 : (i * i + i / 3) % E;
+    for (int t = 0; t < T; t++) mask[t] = t % 5 != 2;
+    make(&m, p->context, options);
+    first = m.pass;
+    moe_forward_args f;
+    GOOD(moe_forward_args_init(&f, sizeof f));
+    float *x = put_floats(p, T * D, 1), *moved = put_floats(p, T * D, 1);
+    float *y = put_floats(p, T * D, 2), *weights = put_floats(p, T * K, 3);
+    f.tokens = T, f.x = x, f.y = y, f.stream = p->stream;
+    f.flags = MOE_FORWARD_ADD, f.group_begin = groups, f.groups = 2;
+    f.token_mask = put(p, mask, sizeof mask);
+    GOOD(moe_layer_forward(m.layer, m.pass, &f));
+    keep(p, y, T * D);
+    back(p, &m, moved, NULL);
+    GOOD(moe_pass_plan(m.pass, &shown));
+    GOOD(moe_plan_create(&copied, m.context));
+    GOOD(moe_plan_create(&built, m.context));
+    GOOD(moe_plan_copy(copied, shown));
+    /* The own plan, for the gate's weights; then with its weights in another pass. */
+    f.flags = MOE_FORWARD_NO_SAVE, f.plan = shown, f.plan_use = MOE_PLAN_IDS;
+    GOOD(moe_layer_forward(m.layer, m.pass, &f));
+    keep(p, y, T * D);
+    GOOD(moe_pass_create(&m.pass, m.layer, NULL));
+    GOOD(moe_pass_plan(first, &shown));
+    f.flags = 0, f.plan = shown, f.plan_use = MOE_PLAN_IDS_AND_WEIGHTS, f.group_begin = NULL;
+    GOOD(moe_layer_forward_start(m.layer, m.pass, &f));
+    moe_losses l;
+    GOOD(moe_losses_init(&l, sizeof l));
+    MUST(moe_pass_losses(m.pass, &l) == MOE_ERROR_INVALID_STATE);
+    MUST(moe_layer_forward(m.layer, m.pass, &f) == MOE_ERROR_INVALID_STATE);
+    MUST(moe_pass_trim(m.pass) == MOE_ERROR_INVALID_STATE);
+    MUST(moe_layer_backward_work(m.layer, m.pass) == MOE_ERROR_INVALID_STATE);
+    GOOD(moe_layer_forward_work(m.layer, m.pass));
+    GOOD(moe_layer_forward_finish(m.layer, m.pass));
+    keep(p, y, T * D);
+    back(p, &m, moved, weights);
+    keep(p, weights, T * K);
+    /* One of the host, with drops; and one that was loaded. */
+    GOOD(moe_plan_args_init(&a, sizeof a));
+    a.tokens = T, a.num_experts = E, a.top_k = K, a.capacity = 3;
+    a.expert_ids = put(p, ids, sizeof ids), a.token_mask = put(p, mask, sizeof mask);
+    a.weights = put_floats(p, T * K, 8);
+    GOOD(moe_plan_build(built, &a));
+    GOOD(moe_plan_check(built));
+    f.plan = built, f.groups = 0;
+    GOOD(moe_layer_forward(m.layer, m.pass, &f));
+    keep(p, y, T * D);
+    back(p, &m, NULL, weights);
+    keep(p, weights, T * K);
+    GOOD(moe_plan_check(copied));
+    f.plan = copied, f.groups = 2, f.plan_use = MOE_PLAN_IDS;
+    GOOD(moe_layer_forward(m.layer, m.pass, &f));
+    keep(p, y, T * D);
+    GOOD(moe_layer_gradient_norm(m.layer, &norm, p->stream));
+    p->kept[p->outs++][0] = (float)norm;
+    GOOD(moe_layer_zero_touched_gradients(m.layer, p->stream));
+    GOOD(moe_layer_gradient_norm(m.layer, &norm, p->stream));
+    MUST(norm == 0);
+    moe_pass_destroy(first);
+    moe_plan_destroy(copied);
+    moe_plan_destroy(built);
+    drop(&m);
+    for (int i = 0; i < p->arrays; i++)
+        if (p->gpu)
+            CUDA(cudaFree(p->array[i]));
+        else
+            free(p->array[i]);
+}
+
+static void test_replays(void)
+{
+    static place cpu, gpu;
+    for (uint64_t seed = 1; seed <= 4; seed++) {
+        int options = seed % 2 ? SHARED : seed == 2 ? PADDED : PADDED | SHARED;
+        cudaStream_t stream;
+        emu_set_seed(seed);
+        CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        memset(&cpu, 0, sizeof cpu);
+        memset(&gpu, 0, sizeof gpu);
+        GOOD(moe_context_create(&cpu.context, NULL));
+        gpu.context = context_of(0), gpu.gpu = true, gpu.stream = stream;
+        replays(&cpu, options & ~PADDED);
+        replays(&gpu, options);
+        MUST(cpu.outs == gpu.outs);
+        for (int o = 0; o < cpu.outs; o++)
+            for (int i = 0; i < MOST * D; i++)
+                MUST(fabsf(cpu.kept[o][i] - gpu.kept[o][i]) <= 1e-5f * (1 + fabsf(cpu.kept[o][i])));
+        CUDA(cudaStreamDestroy(stream));
+        nothing_left();
+    }
+}
+
 /* ---- captures -------------------------------------------------------------------------------- */
 
 static void end_capture(cudaStream_t stream)
@@ -1041,6 +1193,9 @@ static void test_no_tokens_and_costs(void)
     q.gate = &g, q.experts = &e, q.tokens = T, q.context = m.context;
     GOOD(moe_layer_memory(&q, &cost));
     MUST(cost.pass_bytes == moe_pass_bytes(m.pass));
+    g.dtype = e.dtype = MOE_DTYPE_F64;
+    MUST(moe_layer_memory(&q, &cost) == MOE_ERROR_NOT_SUPPORTED && SAID("dtype"));
+    MUST(moe_gate_create(&m.gate, m.context, &g) == MOE_ERROR_NOT_SUPPORTED && SAID("dtype"));
     free_arrays(&a);
     drop(&m);
     CUDA(cudaStreamDestroy(stream));
@@ -1096,6 +1251,7 @@ int main(int count, char **arguments)
         {"plan_of_another_device", test_plan_of_another_device},
         {"passes_on_several_streams", test_passes_on_several_streams},
         {"recompute_on_another_stream", test_recompute_on_another_stream},
+        {"replays", test_replays},
         {"work_beside_a_capture", test_work_beside_a_capture},
         {"reserved_step_in_a_graph", test_reserved_step_in_a_graph},
         {"backward_of_an_exact_forward_in_a_capture",
