@@ -544,6 +544,216 @@ static void test_replays(void)
     }
 }
 
+/* Gates whose entries are counted first, or that have two levels; a gate alone. */
+static void route(place *p, int kind, bool train)
+{
+    moe_gate_config g;
+    moe_gate *gate;
+    moe_pass *pass;
+    moe_forward_args f;
+    moe_backward_args b;
+    moe_plan *copied = NULL;
+    const moe_plan *shown;
+    moe_plan_view v;
+    uint8_t mask[T];
+    int64_t groups[3] = {0, 6, T};
+    for (int t = 0; t < T; t++) mask[t] = t % 4 != 1;
+    GOOD(moe_gate_config_init(&g, sizeof g));
+    g.d_model = D, g.num_experts = E, g.top_k = K, g.init_std = 0.5, g.kind = kind;
+    if (kind == MOE_GATE_HIERARCHICAL)
+        g.expert_groups = 2, g.top_groups = 2, g.top_k = 1;
+    else if (kind == MOE_GATE_BALANCED || kind == MOE_GATE_EXPERT_CHOICE)
+        g.capacity_kind = MOE_CAPACITY_FACTOR, g.capacity_factor = 1;
+    else
+        g.switch_weight = 0.1;
+    GOOD(moe_gate_create(&gate, p->context, &g));
+    GOOD(moe_gate_init_parameters(gate, 3));
+    GOOD(moe_pass_create_for_gate(&pass, gate, NULL));
+    GOOD(moe_forward_args_init(&f, sizeof f));
+    f.tokens = T, f.x = put_floats(p, T * D, 1), f.stream = p->stream;
+    f.token_mask = put(p, mask, sizeof mask);
+    f.group_begin = groups, f.groups = 2;
+    f.flags = train ? MOE_FORWARD_TRAIN : 0;
+    GOOD(moe_gate_forward(gate, pass, &f));
+    GOOD(moe_pass_plan(pass, &shown));
+    GOOD(moe_plan_check(shown));
+    GOOD(moe_plan_view_init(&v, sizeof v));
+    GOOD(moe_plan_get(shown, &v));
+    p->kept[p->outs++][0] = (float)v.rows;
+    GOOD(moe_plan_create(&copied, p->context));
+    GOOD(moe_plan_copy(copied, shown));
+    keep(p, v.weight_of_entry, (int)v.entries);
+    moe_losses l;
+    GOOD(moe_losses_init(&l, sizeof l));
+    GOOD(moe_pass_losses(pass, &l));
+    p->kept[p->outs++][0] = (float)l.total;
+    if (kind == MOE_GATE_HIERARCHICAL) {
+        GOOD(moe_pass_primary_plan(pass, &shown));
+        GOOD(moe_plan_check(shown));
+        GOOD(moe_plan_get(shown, &v));
+        keep(p, v.weight_of_entry, (int)v.entries);
+    }
+    f.plan = copied, f.plan_use = MOE_PLAN_IDS;
+    GOOD(moe_gate_forward(gate, pass, &f));
+    float *weights = put_floats(p, MOST * D, 5), *dx = put_floats(p, T * D, 6);
+    GOOD(moe_backward_args_init(&b, sizeof b));
+    b.entry_weight_grad = weights, b.dx = dx, b.stream = p->stream;
+    GOOD(moe_gate_backward(gate, pass, &b));
+    keep(p, dx, T * D);
+    moe_plan_destroy(copied);
+    moe_pass_destroy(pass);
+    moe_gate_destroy(gate);
+}
+
+static void end_place(place *p)
+{
+    moe_context_destroy(p->context);
+    for (int i = 0; i < p->arrays; i++)
+        if (p->gpu)
+            CUDA(cudaFree(p->array[i]));
+        else
+            free(p->array[i]);
+    p->arrays = 0;
+}
+
+static void start_places(place *cpu, place *gpu, cudaStream_t stream)
+{
+    memset(cpu, 0, sizeof *cpu);
+    memset(gpu, 0, sizeof *gpu);
+    GOOD(moe_context_create(&cpu->context, NULL));
+    gpu->context = context_of(0), gpu->gpu = true, gpu->stream = stream;
+}
+
+static void compare_places(const place *cpu, const place *gpu)
+{
+    MUST(cpu->outs == gpu->outs);
+    for (int o = 0; o < cpu->outs; o++)
+        for (int i = 0; i < MOST * D; i++)
+            MUST(fabsf(cpu->kept[o][i] - gpu->kept[o][i]) <= 1e-5f * (1 + fabsf(cpu->kept[o][i])));
+}
+
+static void test_gates_that_count(void)
+{
+    static place cpu, gpu;
+    static const int kind[] = {MOE_GATE_HIERARCHICAL, MOE_GATE_BALANCED, MOE_GATE_EXPERT_CHOICE,
+                               MOE_GATE_NOISY_TOP_K, MOE_GATE_SINKHORN};
+    for (size_t k = 0; k < sizeof kind / sizeof *kind; k++)
+        for (int train = 0; train < 2; train++) {
+            cudaStream_t stream;
+            emu_set_seed(k + 1);
+            CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+            start_places(&cpu, &gpu, stream);
+            route(&cpu, kind[k], train);
+            route(&gpu, kind[k], train);
+            compare_places(&cpu, &gpu);
+            end_place(&cpu);
+            end_place(&gpu);
+            CUDA(cudaStreamDestroy(stream));
+            nothing_left();
+        }
+}
+
+/* One pointer for each expert, strides that go back, a gradient that is not wanted. */
+static void bound(place *p)
+{
+    model m;
+    moe_binding b;
+    double norm;
+    float *w1[E], *g1[E], host[MOST * D];
+    make(&m, p->context, 0);
+    fill(host, D * F, 1);
+    for (int e = 0; e < E; e++) {
+        w1[e] = put(p, host, D * F * sizeof(float));
+        g1[e] = e == 1 ? NULL : put(p, host, D * F * sizeof(float));
+    }
+    GOOD(moe_binding_init(&b, sizeof b));
+    b.data_per_expert = (const void *const *)w1, b.grad_per_expert = (void *const *)g1;
+    GOOD(moe_layer_bind(m.layer, moe_layer_parameter_find(m.layer, "experts.w1"), &b));
+    GOOD(moe_binding_init(&b, sizeof b));
+    float *w2 = put(p, NULL, E * D * F * sizeof(float)),
+          *g2 = put(p, NULL, E * D * F * sizeof(float));
+    float big[E * D * F];
+    for (int i = 0; i < E * D * F; i++) big[i] = (float)(i % 13) / 13 - 0.5f;
+    if (p->gpu) CUDA(cudaMemcpy(w2, big, sizeof big, cudaMemcpyHostToDevice));
+    if (!p->gpu) memcpy(w2, big, sizeof big);
+    b.data = w2 + (E - 1) * F * D, b.grad = g2 + (E - 1) * F * D;
+    b.data_stride[0] = b.grad_stride[0] = -F * D;
+    b.data_stride[1] = b.grad_stride[1] = 1, b.data_stride[2] = b.grad_stride[2] = F;
+    GOOD(moe_layer_bind(m.layer, moe_layer_parameter_find(m.layer, "experts.w2"), &b));
+    GOOD(moe_layer_init_parameters(m.layer, 1)); /* of what is owned */
+    GOOD(moe_layer_zero_gradients(m.layer, p->stream));
+    GOOD(moe_layer_gradient_norm(m.layer, &norm, p->stream));
+    MUST(norm == 0);
+    moe_forward_args f;
+    GOOD(moe_forward_args_init(&f, sizeof f));
+    float *y = put(p, NULL, T * D * sizeof(float));
+    f.tokens = T, f.x = put_floats(p, T * D, 1), f.y = y, f.stream = p->stream;
+    GOOD(moe_layer_forward(m.layer, m.pass, &f));
+    keep(p, y, T * D);
+    back(p, &m, NULL, NULL);
+    GOOD(moe_layer_gradient_norm(m.layer, &norm, p->stream));
+    p->kept[p->outs++][0] = (float)norm;
+    keep(p, g1[0], D * F);
+    keep(p, g2, D * F);
+    moe_pass_destroy(m.pass);
+    moe_layer_destroy(m.layer);
+    moe_experts_destroy(m.experts);
+    moe_gate_destroy(m.gate);
+}
+
+static void test_bound_parameters(void)
+{
+    static place cpu, gpu;
+    cudaStream_t stream;
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    start_places(&cpu, &gpu, stream);
+    bound(&cpu);
+    bound(&gpu);
+    compare_places(&cpu, &gpu);
+    end_place(&cpu);
+    end_place(&gpu);
+    CUDA(cudaStreamDestroy(stream));
+    nothing_left();
+}
+
+/* A handle and a workspace of the host, and its own again. */
+static void test_cublas_of_the_host(void)
+{
+    model m;
+    cublasHandle_t handle;
+    moe_cuda_pass_config c;
+    void *workspace = on_device(0, NULL, 1 << 16);
+    make(&m, context_of(0), SHARED);
+    arrays a = arrays_on(0, T, 2);
+    MUST(cublasCreate(&handle) == CUBLAS_STATUS_SUCCESS);
+    GOOD(moe_cuda_pass_config_init(&c, sizeof c));
+    for (int i = 0; i < 4; i++) {
+        c.cublas = i & 1 ? handle : NULL;
+        c.workspace = i & 2 ? workspace : NULL, c.workspace_bytes = i & 2 ? 1 << 16 : 0;
+        GOOD(moe_cuda_pass_set(m.pass, &c));
+        MUST(cublasSetPointerMode(handle, CUBLAS_POINTER_MODE_DEVICE) == CUBLAS_STATUS_SUCCESS);
+        GOOD(forward(&m, &a, T, 0, NULL));
+        GOOD(backward(&m, &a, NULL));
+        same_as_cpu(&a, T, 2, SHARED);
+    }
+    MUST(moe_cuda_pass_set(NULL, &c) == MOE_ERROR_INVALID_ARGUMENT && SAID("pass is NULL"));
+    c.workspace = (char *)workspace + 64;
+    MUST(moe_cuda_pass_set(m.pass, &c) == MOE_ERROR_INVALID_ARGUMENT && SAID("aligned"));
+    c.workspace = NULL;
+    MUST(moe_cuda_pass_set(m.pass, &c) == MOE_ERROR_INVALID_ARGUMENT && SAID("workspace is NULL"));
+    c.struct_size = 3;
+    MUST(moe_cuda_pass_set(m.pass, &c) == MOE_ERROR_STRUCT_SIZE);
+    GOOD(moe_cuda_pass_set(m.pass, NULL));
+    MUST(cublasDestroy(handle) == CUBLAS_STATUS_SUCCESS);
+    CUDA(cudaFree(workspace));
+    GOOD(forward(&m, &a, T, 0, NULL));
+    GOOD(backward(&m, &a, NULL));
+    same_as_cpu(&a, T, 2, SHARED);
+    free_arrays(&a);
+    drop(&m);
+    nothing_left();
+}
+
 /* ---- captures -------------------------------------------------------------------------------- */
 
 static void end_capture(cudaStream_t stream)
@@ -1252,6 +1462,9 @@ int main(int count, char **arguments)
         {"passes_on_several_streams", test_passes_on_several_streams},
         {"recompute_on_another_stream", test_recompute_on_another_stream},
         {"replays", test_replays},
+        {"gates_that_count", test_gates_that_count},
+        {"bound_parameters", test_bound_parameters},
+        {"cublas_of_the_host", test_cublas_of_the_host},
         {"work_beside_a_capture", test_work_beside_a_capture},
         {"reserved_step_in_a_graph", test_reserved_step_in_a_graph},
         {"backward_of_an_exact_forward_in_a_capture",
