@@ -442,9 +442,10 @@ static moe_status check_backend(const moe__forward *f, const moe_pass *pass, con
     const moe_forward_args *a = &f->a;
     const moe__memory *memory = pass->context->memory;
     moe__workers workers = moe__call_workers(pass, a->stream, function);
-    if (memory->is_host || a->tokens == 0) return MOE_OK;
+    if (memory->is_host) return MOE_OK;
     bool counted = (f->uses & MOE__USE_EXPERTS) && !moe__pass_is_padded(pass, f->uses);
     if (memory->may_wait && (f->entries < 0 || counted)) MOE_TRY(memory->may_wait(&workers));
+    if (a->tokens == 0) return MOE_OK;
     const named_array array[] = {{"y", a->y},
                                  {"x", a->x},
                                  {"gate_x", f->route ? a->gate_x : NULL},

@@ -754,6 +754,90 @@ static void test_cublas_of_the_host(void)
     nothing_left();
 }
 
+/* What init_parameters sets to zero is there when it returns, for any stream. */
+static void test_init_parameters_are_there_for_any_stream(void)
+{
+    float bias[E] = {0, 0, 50, 50};
+    for (uint64_t seed = 1; seed <= 12; seed++) {
+        model m;
+        cudaStream_t stream;
+        moe_parameter_record r;
+        emu_set_seed(seed);
+        make(&m, context_of(0), BIAS);
+        arrays a = arrays_on(0, T, 5);
+        CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        GOOD(moe_parameter_record_init(&r, sizeof r));
+        GOOD(moe_gate_parameter(m.gate, moe_gate_parameter_find(m.gate, "selection_bias"), &r));
+        CUDA(cudaMemcpy(r.data, bias, sizeof bias, cudaMemcpyHostToDevice));
+        GOOD(moe_gate_init_parameters(m.gate, 1));
+        CUDA(cudaStreamQuery(NULL)); /* all is done */
+        GOOD(forward(&m, &a, T, 0, stream));
+        GOOD(backward(&m, &a, stream));
+        same_as_cpu(&a, T, 5, BIAS);
+        CUDA(cudaStreamDestroy(stream));
+        free_arrays(&a);
+        drop(&m);
+        nothing_left();
+    }
+}
+
+static void sleep_a_little(void *user)
+{
+    (void)user;
+    (void)usleep(4000);
+}
+
+/* The wait ends at its time, the pass is failed, and works again afterwards. */
+static void test_forward_that_waits_too_long(void)
+{
+    moe_cuda_config shorter = config_of(0);
+    moe_context *context = NULL;
+    model s;
+    cudaStream_t stream;
+    shorter.wait_seconds = 0.1;
+    GOOD(moe_cuda_context_create(&context, &shorter));
+    make(&s, context, SHARED);
+    arrays a = arrays_on(0, T, 5);
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    for (int i = 0; i < 300; i++) CUDA(cudaLaunchHostFunc(stream, sleep_a_little, NULL));
+    MUST(forward(&s, &a, T, 0, stream) == MOE_ERROR_TIMEOUT && SAID("not done in 0.1 s"));
+    MUST(losses_of(&s) == MOE_ERROR_INVALID_STATE && SAID("failed in the middle"));
+    MUST(backward(&s, &a, stream) == MOE_ERROR_INVALID_STATE);
+    CUDA(cudaStreamSynchronize(stream));
+    GOOD(forward(&s, &a, T, 0, stream));
+    GOOD(backward(&s, &a, stream));
+    same_as_cpu(&a, T, 5, SHARED);
+    CUDA(cudaStreamDestroy(stream));
+    free_arrays(&a);
+    drop(&s);
+    nothing_left();
+}
+
+/* check_pointers 0: memory is taken as it is, the host's for a plan among it. */
+static void test_pointers_that_are_trusted(void)
+{
+    moe_cuda_config c = config_of(0);
+    moe_context *context = NULL;
+    moe_plan *plan = NULL;
+    model m;
+    int32_t ids[T * K];
+    for (int i = 0; i < T * K; i++) ids[i] = i % E;
+    c.check_pointers = 0;
+    GOOD(moe_cuda_context_create(&context, &c));
+    make(&m, context, 0);
+    arrays a = arrays_on(0, T, 5);
+    GOOD(moe_plan_create(&plan, m.context));
+    build_plan(plan, ids, T);
+    GOOD(moe_plan_check(plan));
+    GOOD(forward(&m, &a, T, 0, NULL));
+    GOOD(backward(&m, &a, NULL));
+    same_as_cpu(&a, T, 5, 0);
+    moe_plan_destroy(plan);
+    free_arrays(&a);
+    drop(&m);
+    nothing_left();
+}
+
 /* ---- captures -------------------------------------------------------------------------------- */
 
 static void end_capture(cudaStream_t stream)
@@ -863,6 +947,7 @@ static void test_capture_refuses_what_waits(void)
     GOOD(forward(&padded, &a, T, MOE_FORWARD_PLAN_ONLY, stream));
     CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
     MUST(forward(&m, &a, T, 0, stream) == MOE_ERROR_INVALID_STATE && SAID("captured"));
+    MUST(forward(&m, &a, 0, 0, stream) == MOE_ERROR_INVALID_STATE && SAID("captured"));
     MUST(losses_of(&m) == MOE_ERROR_INVALID_STATE && SAID("captured"));
     MUST(forward(&padded, &a, T, MOE_FORWARD_RECOMPUTE, stream) == MOE_ERROR_INVALID_STATE &&
          SAID("captured")); /* the pass would grow */
@@ -1465,6 +1550,9 @@ int main(int count, char **arguments)
         {"gates_that_count", test_gates_that_count},
         {"bound_parameters", test_bound_parameters},
         {"cublas_of_the_host", test_cublas_of_the_host},
+        {"init_parameters_are_there_for_any_stream", test_init_parameters_are_there_for_any_stream},
+        {"forward_that_waits_too_long", test_forward_that_waits_too_long},
+        {"pointers_that_are_trusted", test_pointers_that_are_trusted},
         {"work_beside_a_capture", test_work_beside_a_capture},
         {"reserved_step_in_a_graph", test_reserved_step_in_a_graph},
         {"backward_of_an_exact_forward_in_a_capture",
