@@ -46,7 +46,7 @@ static moe_status say(cudaError_t error, moe__cuda_context *c, const char *funct
                       const char *what)
 {
     char text[300];
-    (void)cudaGetLastError();
+    moe__cuda_forget_error();
     if (c && is_final(error)) {
         int none = 0;
         (void)atomic_compare_exchange_strong(&c->failed, &none, (int)error);
@@ -69,7 +69,7 @@ moe_status moe__cublas_status(cublasStatus_t status, const moe__workers *workers
     if (status == CUBLAS_STATUS_SUCCESS) return MOE_OK;
     cudaError_t error = cudaPeekAtLastError();
     if (is_final(error)) return moe__cuda_status(error, workers, what);
-    (void)cudaGetLastError();
+    moe__cuda_forget_error();
     return moe__cuda_fail(
         status == CUBLAS_STATUS_ALLOC_FAILED ? MOE_ERROR_OUT_OF_MEMORY : MOE_ERROR_DEVICE, workers,
         "%s: %s (%s)", what, cublasGetStatusName(status), cublasGetStatusString(status));
@@ -95,12 +95,27 @@ moe_status moe__cuda_check_alive(const moe__workers *workers)
 
 /* ---- whose device is current ----------------------------------------------------------------- */
 
+/* Of the outermost scope of this thread: its context, and the error of the host's own calls that
+ * the host has not asked for. */
+static _Thread_local const moe__cuda_context *inside;
+static _Thread_local cudaError_t host_error;
+
+void moe__cuda_forget_error(void)
+{
+    if (!inside || host_error == cudaSuccess) (void)cudaGetLastError();
+}
+
 bool moe__cuda_enter(const moe__cuda_context *c, moe__cuda_scope *scope, cudaError_t *error)
 {
+    *error = cudaSuccess;
+    scope->outer = inside;
+    if (inside == c) return true;
     if (c->process != getpid()) {
         *error = cudaErrorInitializationError;
         return false;
     }
+    if (!inside) host_error = cudaPeekAtLastError();
+    inside = c;
     *error = cudaGetDevice(&scope->previous);
     if (*error == cudaSuccess && scope->previous != c->device) *error = cudaSetDevice(c->device);
     if (*error == cudaSuccess) {
@@ -108,18 +123,30 @@ bool moe__cuda_enter(const moe__cuda_context *c, moe__cuda_scope *scope, cudaErr
         *error = cudaThreadExchangeStreamCaptureMode(&scope->mode);
         if (*error != cudaSuccess) (void)cudaSetDevice(scope->previous);
     }
-    if (*error != cudaSuccess) (void)cudaGetLastError();
-    return *error == cudaSuccess;
+    if (*error == cudaSuccess) return true;
+    moe__cuda_forget_error();
+    inside = scope->outer;
+    return false;
 }
 
 void moe__cuda_leave(const moe__cuda_scope *scope)
 {
     int now = -1;
     enum cudaStreamCaptureMode mode = scope->mode;
+    if (inside == scope->outer) return;
     (void)cudaThreadExchangeStreamCaptureMode(&mode);
     if (cudaGetDevice(&now) != cudaSuccess || now != scope->previous)
         (void)cudaSetDevice(scope->previous);
-    (void)cudaGetLastError();
+    moe__cuda_forget_error();
+    inside = scope->outer;
+}
+
+moe_status moe__cuda_enter_call(const moe__workers *workers, moe__cuda_scope *scope)
+{
+    cudaError_t error;
+    MOE_TRY(moe__cuda_check_alive(workers));
+    if (moe__cuda_enter(moe__cuda_of(workers), scope, &error)) return MOE_OK;
+    return moe__cuda_status(error, workers, "cudaSetDevice");
 }
 
 /* ---- waiting --------------------------------------------------------------------------------- */
@@ -141,7 +168,7 @@ moe_status moe__cuda_wait(const moe__workers *workers, cudaEvent_t event, const 
     for (;;) {
         cudaError_t error = cudaEventQuery(event);
         if (error != cudaErrorNotReady) return moe__cuda_status(error, workers, what);
-        (void)cudaGetLastError();
+        moe__cuda_forget_error();
         double waited = seconds() - begin;
         if (waited > c->wait_seconds)
             return moe__cuda_fail(MOE_ERROR_TIMEOUT, workers, "%s: device %d was not done in %g s",
@@ -153,20 +180,27 @@ moe_status moe__cuda_wait(const moe__workers *workers, cudaEvent_t event, const 
     }
 }
 
+static moe_status find_capture(const moe__workers *workers, enum cudaStreamCaptureStatus *capture)
+{
+    cudaError_t error = cudaStreamIsCapturing((cudaStream_t)workers->stream, capture);
+    if (error != cudaErrorStreamCaptureImplicit)
+        return moe__cuda_status(error, workers, "cudaStreamIsCapturing");
+    moe__cuda_forget_error(); /* the legacy stream while another one is captured */
+    *capture = cudaStreamCaptureStatusActive;
+    return MOE_OK;
+}
+
 moe_status moe__cuda_may_wait(const moe__workers *workers)
 {
     enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    cudaError_t error = cudaStreamIsCapturing((cudaStream_t)workers->stream, &capture);
-    if (error == cudaErrorStreamCaptureImplicit) {
-        (void)cudaGetLastError(); /* the legacy stream while another one is captured */
-        capture = cudaStreamCaptureStatusActive;
-    } else {
-        MOE_TRY(moe__cuda_status(error, workers, "cudaStreamIsCapturing"));
-    }
-    if (capture == cudaStreamCaptureStatusNone) return MOE_OK;
+    moe__cuda_scope scope;
+    MOE_TRY(moe__cuda_enter_call(workers, &scope));
+    moe_status status = find_capture(workers, &capture);
+    moe__cuda_leave(&scope);
+    if (status != MOE_OK || capture == cudaStreamCaptureStatusNone) return status;
     return moe__cuda_fail(MOE_ERROR_INVALID_STATE, workers,
                           "the stream is being captured, and this call waits for the device: use "
-                          "padded rows, or do not capture it");
+                          "padded rows and moe_pass_reserve, or do not capture it");
 }
 
 cublasComputeType_t moe__cuda_compute_type(const moe__workers *workers, int32_t dtype)

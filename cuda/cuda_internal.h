@@ -93,13 +93,18 @@ static inline moe__cuda_context *moe__cuda_of(const moe__workers *workers)
 /* ---- context.c ------------------------------------------------------------------------------- */
 
 /* The device of the context is the thread's until leave, and work beside any capture of the thread
- * is allowed. False: it cannot be; *error says why. No leave then. */
+ * is allowed. Scopes may be one in another. False: it cannot be; *error says why. No leave then. */
 typedef struct moe__cuda_scope {
+    const moe__cuda_context *outer; /* of the scope around this one, or NULL */
     int previous;
     enum cudaStreamCaptureMode mode;
 } moe__cuda_scope;
 bool moe__cuda_enter(const moe__cuda_context *c, moe__cuda_scope *scope, cudaError_t *error);
 void moe__cuda_leave(const moe__cuda_scope *scope);
+/* The same for a call: an error, and then no leave, also if the context cannot be used. */
+moe_status moe__cuda_enter_call(const moe__workers *workers, moe__cuda_scope *scope);
+/* Takes back the last error of CUDA, which was of a call here. One that the host had before stays. */
+void moe__cuda_forget_error(void);
 
 /* MOE_ERROR_DEVICE if the device has failed or the context is another process's. */
 moe_status moe__cuda_check_alive(const moe__workers *workers);

@@ -2,6 +2,7 @@
 #include "cuda_internal.h"
 
 #include <string.h>
+#include <unistd.h>
 
 /* ---- alloc, free ----------------------------------------------------------------------------- */
 
@@ -57,7 +58,8 @@ void *moe__cuda_memory_alloc(moe_context *context, int64_t bytes, bool zeroed)
     return memory;
 }
 
-/* cudaFree waits for the device; for a host's allocator the work of all calls is waited for. */
+/* cudaFree waits for the device; for a host's allocator the work of all calls is waited for. It gets
+ * memory back from a device that failed too. */
 static void wait_for_calls(moe_context *context, moe__cuda_context *c)
 {
     moe__workers w = outside(context);
@@ -74,10 +76,12 @@ void moe__cuda_memory_free(moe_context *context, void *memory, int64_t bytes)
     moe__cuda_context *c = moe__module_of_context(context);
     moe__cuda_scope scope;
     cudaError_t error;
-    if (!memory || !moe__cuda_enter(c, &scope, &error)) return;
+    if (!memory) return;
+    bool entered = moe__cuda_enter(c, &scope, &error);
+    if (!entered && (!c->free || c->process != getpid())) return;
     if (c->free) wait_for_calls(context, c);
     give_back(c, memory, bytes);
-    moe__cuda_leave(&scope);
+    if (entered) moe__cuda_leave(&scope);
 }
 
 /* Remembers that the stream has work of the library; the oldest use makes room. */
@@ -88,7 +92,7 @@ static void note_use(const moe__workers *workers, moe__cuda_context *c)
     moe__cuda_use *use = NULL;
     if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess ||
         capture != cudaStreamCaptureStatusNone) {
-        (void)cudaGetLastError();
+        moe__cuda_forget_error();
         return;
     }
     (void)pthread_mutex_lock(&c->mutex);
@@ -103,48 +107,40 @@ static void note_use(const moe__workers *workers, moe__cuda_context *c)
     use->stream = workers->stream;
     use->used = cudaEventRecord(use->done, stream) == cudaSuccess;
     (void)pthread_mutex_unlock(&c->mutex);
-    (void)cudaGetLastError();
+    moe__cuda_forget_error();
 }
 
 /* ---- on the stream --------------------------------------------------------------------------- */
 
-/* The functions below may be called outside of a phase too, with the legacy default stream, which is
- * that of the thread's device: the context's for so long. */
-static moe_status enter_device(const moe__workers *workers, int *before)
-{
-    const moe__cuda_context *c = moe__cuda_of(workers);
-    MOE_TRY(moe__cuda_status(cudaGetDevice(before), workers, "cudaGetDevice"));
-    if (*before == c->device) return MOE_OK;
-    return moe__cuda_status(cudaSetDevice(c->device), workers, "cudaSetDevice");
-}
-
-static void leave_device(const moe__workers *workers, int before)
-{
-    if (before != moe__cuda_of(workers)->device) (void)cudaSetDevice(before);
-}
-
+/* These are called in a phase of a call and outside: then the device may be another one, whose
+ * default stream would be taken for ours. */
 static moe_status zero(const moe__workers *workers, void *to, int64_t bytes)
 {
-    int before = 0;
+    moe__cuda_context *c = moe__cuda_of(workers);
+    moe__cuda_scope scope;
     if (bytes <= 0) return MOE_OK;
-    MOE_TRY(enter_device(workers, &before));
-    cudaError_t error = cudaMemsetAsync(to, 0, (size_t)bytes, (cudaStream_t)workers->stream);
-    leave_device(workers, before);
-    return moe__cuda_status(error, workers, "cudaMemsetAsync");
+    MOE_TRY(moe__cuda_enter_call(workers, &scope));
+    moe_status status = moe__cuda_status(
+        cudaMemsetAsync(to, 0, (size_t)bytes, (cudaStream_t)workers->stream), workers,
+        "cudaMemsetAsync");
+    if (c->free && scope.outer != c) note_use(workers, c);
+    moe__cuda_leave(&scope);
+    return status;
 }
 
 static moe_status copy(const moe__workers *workers, void *to, const void *from, int64_t bytes)
 {
     moe__cuda_context *c = moe__cuda_of(workers);
-    int before = 0;
+    moe__cuda_scope scope;
     if (bytes <= 0) return MOE_OK;
-    MOE_TRY(enter_device(workers, &before));
-    cudaError_t error = cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice,
-                                        (cudaStream_t)workers->stream);
-    if (error == cudaSuccess && c->free) /* memory may go back in the same call */
-        note_use(workers, c);
-    leave_device(workers, before);
-    return moe__cuda_status(error, workers, "cudaMemcpyAsync");
+    MOE_TRY(moe__cuda_enter_call(workers, &scope));
+    moe_status status = moe__cuda_status(cudaMemcpyAsync(to, from, (size_t)bytes,
+                                                         cudaMemcpyDeviceToDevice,
+                                                         (cudaStream_t)workers->stream),
+                                         workers, "cudaMemcpyAsync");
+    if (c->free) note_use(workers, c); /* memory may go back in the same call */
+    moe__cuda_leave(&scope);
+    return status;
 }
 
 /* ---- to and from the host -------------------------------------------------------------------- */
@@ -186,18 +182,18 @@ static moe_status move_piece(const moe__workers *workers, moe__cuda_staging *s, 
 }
 
 static moe_status move(const moe__workers *workers, moe__cuda_staging *s, void *host, void *device,
-                       int64_t bytes, bool fetch)
+                       int64_t bytes, enum cudaMemcpyKind kind)
 {
     MOE_TRY(wait_for_staging(workers, s));
     for (int64_t at = 0; at < bytes; at += s->bytes) {
         int64_t n = moe__min(s->bytes, bytes - at);
         char *near = (char *)host + at, *far = (char *)device + at;
-        if (fetch) {
-            MOE_TRY(move_piece(workers, s, s->pinned, far, n, cudaMemcpyDeviceToHost));
+        if (kind != cudaMemcpyHostToDevice) {
+            MOE_TRY(move_piece(workers, s, s->pinned, far, n, kind));
             memcpy(near, s->pinned, (size_t)n);
         } else {
             memcpy(s->pinned, near, (size_t)n);
-            MOE_TRY(move_piece(workers, s, far, s->pinned, n, cudaMemcpyHostToDevice));
+            MOE_TRY(move_piece(workers, s, far, s->pinned, n, kind));
         }
     }
     return MOE_OK;
@@ -205,41 +201,68 @@ static moe_status move(const moe__workers *workers, moe__cuda_staging *s, void *
 
 /* Through the pass's pinned memory, or outside of a pass through the context's. */
 static moe_status move_through(const moe__workers *workers, void *host, void *device, int64_t bytes,
-                               bool fetch)
+                               enum cudaMemcpyKind kind)
 {
     moe__cuda_pass *pass = workers->of_pass;
     moe__cuda_context *c = moe__cuda_of(workers);
-    int before = 0;
-    if (bytes <= 0) return MOE_OK;
-    MOE_TRY(enter_device(workers, &before));
-    moe_status status = moe__cuda_may_wait(workers);
-    if (status == MOE_OK && pass) {
-        status = move(workers, &pass->staging, host, device, bytes, fetch);
-    } else if (status == MOE_OK) {
-        (void)pthread_mutex_lock(&c->mutex);
-        status = move(workers, &c->staging, host, device, bytes, fetch);
-        (void)pthread_mutex_unlock(&c->mutex);
-    }
-    leave_device(workers, before);
+    MOE_TRY(moe__cuda_may_wait(workers));
+    if (pass) return move(workers, &pass->staging, host, device, bytes, kind);
+    (void)pthread_mutex_lock(&c->mutex);
+    moe_status status = move(workers, &c->staging, host, device, bytes, kind);
+    (void)pthread_mutex_unlock(&c->mutex);
     return status;
 }
 
-/* Of the host's memory there is nothing to fetch. */
+/* What kind of memory it is; what CUDA does not know is cudaMemoryTypeUnregistered. */
+static moe_status find_kind(const moe__workers *workers, const void *memory,
+                            struct cudaPointerAttributes *a)
+{
+    cudaError_t error = cudaPointerGetAttributes(a, memory);
+    if (error == cudaErrorInvalidValue) {
+        moe__cuda_forget_error();
+        a->type = cudaMemoryTypeUnregistered;
+        return MOE_OK;
+    }
+    if (error != cudaSuccess) MOE_TRY(moe__cuda_check_alive(workers));
+    return moe__cuda_status(error, workers, "cudaPointerGetAttributes");
+}
+
+/* Of pageable memory of the host there is nothing to fetch; work may still write to pinned memory,
+ * and to any that is trusted. */
+static moe_status fetch_from(const moe__workers *workers, void *host, const void *from,
+                             int64_t bytes)
+{
+    struct cudaPointerAttributes a;
+    MOE_TRY(find_kind(workers, from, &a));
+    if (a.type == cudaMemoryTypeUnregistered && moe__cuda_of(workers)->check_pointers) {
+        memcpy(host, from, (size_t)bytes);
+        return MOE_OK;
+    }
+    bool device = a.type == cudaMemoryTypeDevice || a.type == cudaMemoryTypeManaged;
+    return move_through(workers, host, (void *)(uintptr_t)from, bytes,
+                        device ? cudaMemcpyDeviceToHost : cudaMemcpyDefault);
+}
+
 moe_status moe__cuda_fetch(const moe__workers *workers, void *host, const void *device,
                            int64_t bytes)
 {
-    struct cudaPointerAttributes a = {.type = cudaMemoryTypeUnregistered};
-    if (bytes > 0 && cudaPointerGetAttributes(&a, device) != cudaSuccess) (void)cudaGetLastError();
-    if (bytes > 0 && a.type == cudaMemoryTypeUnregistered) {
-        memcpy(host, device, (size_t)bytes);
-        return MOE_OK;
-    }
-    return move_through(workers, host, (void *)(uintptr_t)device, bytes, true);
+    moe__cuda_scope scope;
+    if (bytes <= 0) return MOE_OK;
+    MOE_TRY(moe__cuda_enter_call(workers, &scope));
+    moe_status status = fetch_from(workers, host, device, bytes);
+    moe__cuda_leave(&scope);
+    return status;
 }
 
 static moe_status store(const moe__workers *workers, void *to, const void *host, int64_t bytes)
 {
-    return move_through(workers, (void *)(uintptr_t)host, to, bytes, false);
+    moe__cuda_scope scope;
+    if (bytes <= 0) return MOE_OK;
+    MOE_TRY(moe__cuda_enter_call(workers, &scope));
+    moe_status status = move_through(workers, (void *)(uintptr_t)host, to, bytes,
+                                     cudaMemcpyHostToDevice);
+    moe__cuda_leave(&scope);
+    return status;
 }
 
 /* ---- pointers of the host -------------------------------------------------------------------- */
@@ -249,13 +272,7 @@ static moe_status check_pointer(const moe__workers *workers, const char *name, c
     const moe__cuda_context *c = moe__cuda_of(workers);
     struct cudaPointerAttributes a;
     if (!memory || !c->check_pointers) return MOE_OK;
-    cudaError_t error = cudaPointerGetAttributes(&a, memory);
-    if (error == cudaErrorInvalidValue) {
-        (void)cudaGetLastError();
-        a.type = cudaMemoryTypeUnregistered;
-    } else {
-        MOE_TRY(moe__cuda_status(error, workers, "cudaPointerGetAttributes"));
-    }
+    MOE_TRY(find_kind(workers, memory, &a));
     if (a.type == cudaMemoryTypeManaged) return MOE_OK;
     if (a.type == cudaMemoryTypeDevice && a.device == c->device) return MOE_OK;
     if (a.type == cudaMemoryTypeDevice)
@@ -267,8 +284,8 @@ static moe_status check_pointer(const moe__workers *workers, const char *name, c
 
 /* ---- phases of a call ------------------------------------------------------------------------ */
 
-/* The device that was the thread's before begin. */
-static _Thread_local int device_before;
+/* Of the phase that this thread is in. */
+static _Thread_local moe__cuda_scope phase;
 
 static moe_status check_stream(const moe__workers *workers, int32_t device)
 {
@@ -289,15 +306,9 @@ static moe_status check_stream(const moe__workers *workers, int32_t device)
 
 static moe_status begin(const moe__workers *workers)
 {
-    const moe__cuda_context *c = moe__cuda_of(workers);
-    int now = 0;
-    MOE_TRY(moe__cuda_check_alive(workers));
-    MOE_TRY(moe__cuda_status(cudaGetDevice(&now), workers, "cudaGetDevice"));
-    if (now != c->device)
-        MOE_TRY(moe__cuda_status(cudaSetDevice(c->device), workers, "cudaSetDevice"));
-    moe_status status = check_stream(workers, c->device);
-    if (status != MOE_OK && now != c->device) (void)cudaSetDevice(now);
-    device_before = now;
+    MOE_TRY(moe__cuda_enter_call(workers, &phase));
+    moe_status status = check_stream(workers, moe__cuda_of(workers)->device);
+    if (status != MOE_OK) moe__cuda_leave(&phase);
     return status;
 }
 
@@ -305,7 +316,7 @@ static void end(const moe__workers *workers)
 {
     moe__cuda_context *c = moe__cuda_of(workers);
     if (c->free) note_use(workers, c);
-    if (device_before != c->device) (void)cudaSetDevice(device_before);
+    moe__cuda_leave(&phase);
 }
 
 const moe__memory moe__cuda_memory = {.name = "cuda",

@@ -67,8 +67,6 @@ void moe__cuda_pass_destroy(moe_context *context, void *of_pass)
     if (!p) return;
     if (moe__cuda_enter(p->c, &scope, &error)) {
         if (p->cublas) (void)cublasDestroy(p->cublas);
-        moe__cuda_memory_free(context, p->workspace, p->c->cublas_workspace_bytes);
-        moe__cuda_memory_free(context, p->matrix, p->matrix_bytes);
         moe__cuda_staging_destroy(&p->staging);
         for (int i = 0; i < MOE__CUDA_PLANS; i++) {
             if (p->plan[i].done) (void)cudaEventDestroy(p->plan[i].done);
@@ -76,6 +74,8 @@ void moe__cuda_pass_destroy(moe_context *context, void *of_pass)
         }
         moe__cuda_leave(&scope);
     }
+    moe__cuda_memory_free(context, p->workspace, p->c->cublas_workspace_bytes);
+    moe__cuda_memory_free(context, p->matrix, p->matrix_bytes);
     moe__module_free(context, p->groups, p->group_bytes);
     moe__module_free(context, p, sizeof *p);
 }
@@ -109,6 +109,8 @@ moe_status moe_cuda_pass_set(moe_pass *pass, const moe_cuda_pass_config *config)
     if (((uintptr_t)k.workspace & 255) != 0)
         return moe__module_fail(MOE_ERROR_INVALID_ARGUMENT, __func__,
                                 "workspace is not aligned to 256 bytes");
+    moe__workers w = {.context = p->context, .function = __func__};
+    MOE_TRY(moe__cuda_memory.check_pointer(&w, "workspace", k.workspace));
     p->host = k;
     p->on_stream = false;
     return MOE_OK;
@@ -163,6 +165,18 @@ static moe__cuda_plan_counts *place_of(moe__cuda_pass *p, const int64_t *begin)
     return oldest;
 }
 
+/* The plan is there anew: what is known of any whose array lay where its array lies is not true any
+ * more. */
+static void forget_plans(moe__cuda_pass *p, const moe__plan_arrays *plan)
+{
+    const int64_t *begin = plan->expert_begin, *end = begin + plan->num_experts;
+    for (int i = 0; i < MOE__CUDA_PLANS; i++) {
+        moe__cuda_plan_counts *r = &p->plan[i];
+        if (r->expert_begin && r->expert_begin <= end && begin <= r->expert_begin + r->experts)
+            r->expert_begin = NULL;
+    }
+}
+
 static moe_status wait_for_plan(const moe__workers *workers, moe__cuda_plan_counts *r)
 {
     if (r->under_way) MOE_TRY(moe__cuda_wait(workers, r->done, "the rows of each expert"));
@@ -191,6 +205,7 @@ static moe_status start_copy(const moe__workers *workers, const moe__plan_arrays
     cudaStream_t stream = (cudaStream_t)workers->stream;
     size_t bytes = (size_t)(plan->num_experts + 1) * sizeof *r->pinned;
     MOE_TRY(wait_for_plan(workers, r));
+    forget_plans(p, plan);
     r->expert_begin = NULL;
     MOE_TRY(make_room(workers, r, plan->num_experts + 1));
     MOE_TRY(moe__cuda_status(
@@ -217,8 +232,7 @@ moe_status moe__cuda_plan_ready(const moe__workers *workers, const moe__plan_arr
         MOE_TRY(moe__cuda_status(cudaStreamIsCapturing((cudaStream_t)workers->stream, &capture),
                                  workers, "cudaStreamIsCapturing"));
     if (wanted && capture == cudaStreamCaptureStatusNone) return start_copy(workers, plan, &r);
-    r = place_of(p, plan->expert_begin);
-    if (r->expert_begin == plan->expert_begin) r->expert_begin = NULL;
+    forget_plans(p, plan);
     return MOE_OK;
 }
 

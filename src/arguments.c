@@ -80,19 +80,20 @@ static moe_status check_replayed_mask(const moe_forward_args *a, const moe_pass 
     return MOE_OK;
 }
 
-static moe_status check_replayed_groups(const moe_forward_args *a, const moe_plan *replayed,
-                                        const char *function)
+static moe_status check_replayed_groups(const moe_forward_args *a, const moe_pass *pass,
+                                        const moe_plan *replayed, const char *function)
 {
     moe__plan_block there;
     moe_status status = MOE_OK;
+    moe__workers call = moe__call_workers(pass, a->stream, function);
     if (!a->group_begin) return MOE_OK;
-    MOE_TRY(moe__plan_on_host(replayed, &there, function));
+    MOE_TRY(moe__plan_on_host(replayed, &there, pass->context, &call));
     for (int64_t g = 0; g <= there.a.groups && status == MOE_OK; g++)
         if (a->group_begin[g] != there.a.group_begin[g])
             status = moe__fail(MOE_ERROR_INVALID_ARGUMENT, function,
                                "group_begin[%lld] is %lld, the plan has %lld", (ll)g,
                                (ll)a->group_begin[g], (ll)there.a.group_begin[g]);
-    moe__plan_block_free(replayed->context, &there);
+    moe__plan_block_free(pass->context, &there);
     return status;
 }
 
@@ -122,7 +123,7 @@ static moe_status check_replay(const moe__forward *f, const moe_pass *pass,
     int64_t groups = a->groups == 0 && a->group_begin ? 1 : a->groups;
     if (groups != 0 && groups != plan->groups)
         REFUSE_ARGUMENT("groups is %lld, the plan has %lld", (ll)groups, (ll)plan->groups);
-    MOE_TRY(check_replayed_groups(a, replayed, function));
+    MOE_TRY(check_replayed_groups(a, pass, replayed, function));
     return check_replayed_mask(a, pass, plan, function);
 }
 
@@ -354,9 +355,10 @@ static moe_status check_gate(moe__forward *f, const moe_pass *pass, const char *
     if (f->replay && c->kind == MOE_GATE_HIERARCHICAL) {
         const moe_plan *plan = f->own_plan ? &pass->plan : a->plan;
         moe__plan_block there;
-        MOE_TRY(moe__plan_on_host(plan, &there, function));
+        moe__workers call = moe__call_workers(pass, a->stream, function);
+        MOE_TRY(moe__plan_on_host(plan, &there, pass->context, &call));
         moe_status status = check_two_levels(f, c, &there.a, function);
-        moe__plan_block_free(plan->context, &there);
+        moe__plan_block_free(pass->context, &there);
         MOE_TRY(status);
     }
     MOE_TRY(check_noise(f, c, function));
@@ -439,12 +441,11 @@ static moe_status check_backend(const moe__forward *f, const moe_pass *pass, con
 {
     const moe_forward_args *a = &f->a;
     const moe__memory *memory = pass->context->memory;
-    moe__workers workers = pass->workers;
-    workers.function = function;
-    workers.stream = a->stream;
-    if (memory->is_host || a->tokens == 0) return MOE_OK;
+    moe__workers workers = moe__call_workers(pass, a->stream, function);
+    if (memory->is_host) return MOE_OK;
     bool counted = (f->uses & MOE__USE_EXPERTS) && !moe__pass_is_padded(pass, f->uses);
     if (memory->may_wait && (f->entries < 0 || counted)) MOE_TRY(memory->may_wait(&workers));
+    if (a->tokens == 0) return MOE_OK;
     const named_array array[] = {{"y", a->y},
                                  {"x", a->x},
                                  {"gate_x", f->route ? a->gate_x : NULL},
@@ -454,16 +455,15 @@ static moe_status check_backend(const moe__forward *f, const moe_pass *pass, con
                                  {"token_mask", a->token_mask},
                                  {"token_key", f->route ? a->token_key : NULL},
                                  {"losses_out", a->losses_out},
-                                 {"stats_out", a->stats_out}};
+                                 {"stats_out", a->stats_out},
+                                 {"plan", a->plan ? a->plan->a.token_begin : NULL}};
     return check_arrays(&workers, array, sizeof array / sizeof *array);
 }
 
 static moe_status check_backend_backward(const moe_backward_args *b, const moe_pass *pass,
                                          const char *function)
 {
-    moe__workers workers = pass->workers;
-    workers.function = function;
-    workers.stream = b->stream;
+    moe__workers workers = moe__call_workers(pass, b->stream, function);
     if (pass->context->memory->is_host || pass->plan.a.tokens == 0) return MOE_OK;
     const named_array array[] = {{"dx", b->dx},
                                  {"dy", b->dy},

@@ -66,7 +66,8 @@ typedef struct moe__pass_shape {
 } moe__pass_shape;
 
 /* Backend memory, and what orders the work in it. Of every context, never NULL. The host's memory
- * is src/memory.c; where a function may be NULL there is nothing to do. */
+ * is src/memory.c; where a function may be NULL there is nothing to do. But for note_touched and
+ * zero_strided, all may be called outside of begin and end. */
 typedef struct moe__memory {
     const char *name;
     int32_t is_host;  /* 1: src/ may read and write it as any memory, and there is no stream */

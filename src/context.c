@@ -156,11 +156,14 @@ moe_status moe__context_make(moe_context **context, const moe_context_config *ho
                              const moe__memory *memory, const moe__backend *const kernels[4],
                              void *of_context, const char *function)
 {
-    moe_context_config k;
-    MOE_TRY(moe__struct_read(&moe__context_config_info, &k, host, true, function));
+    moe_context_config given, k;
+    MOE_TRY(moe__struct_read(&moe__context_config_info, &given, host, true, function));
+    config_defaults(&k);
+    k.alloc = given.alloc, k.free = given.free, k.alloc_user = given.alloc_user;
+    k.log = given.log, k.log_level = given.log_level, k.log_user = given.log_user;
     MOE_TRY(check_config(&k, function));
     moe_context c = {.backend = MOE_BACKEND_CUDA,
-                     .isa = k.isa ? k.isa : moe__cpu_best_isa(),
+                     .isa = moe__cpu_best_isa(),
                      .threads = 1,
                      .log_level = k.log_level,
                      .alloc = k.alloc,

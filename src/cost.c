@@ -110,6 +110,10 @@ static moe_status read_query(cost_case *c, const moe_cost_query *query, const ch
     if (c->has_gate && c->has_experts && c->gate.dtype != c->experts.dtype)
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "the gate's dtype is %d, the pool's is %d",
                (int)c->gate.dtype, (int)c->experts.dtype);
+    int32_t dtype = c->has_gate ? c->gate.dtype : c->experts.dtype;
+    if (c->q.context && !moe__kernels(c->q.context, dtype))
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d is not available on %s", (int)dtype,
+               c->q.context->memory->name);
     if (c->q.flags & ~(uint64_t)MOE__FORWARD_FLAGS)
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "flags 0x%llx has unknown bits",
                (unsigned long long)c->q.flags);

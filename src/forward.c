@@ -267,7 +267,7 @@ static moe_status count_entries(moe_pass *pass, moe__forward *f, moe__pass_shape
         REFUSE(MOE_ERROR_OVERFLOW, "what %lld tokens send does not fit in 63 bits",
                (ll)f->a.tokens);
     shape->entries = f->entries;
-    MOE_TRY(moe__pass_make_room(pass, shape, false, function));
+    MOE_TRY(moe__pass_make_room(pass, shape, false, &pass->workers, function));
     moe__set_workers(pass, function, pass->workers.stream);
     return MOE_OK;
 }
@@ -279,7 +279,8 @@ static moe_status prepare(moe_pass *pass, moe__forward *f, const moe_forward_arg
 {
     MOE_TRY(moe__forward_check(f, pass, args, uses, function));
     *shape = forward_shape(pass, f, weights);
-    return moe__pass_make_room(pass, shape, f->own_plan, function);
+    moe__workers call = moe__call_workers(pass, f->a.stream, function);
+    return moe__pass_make_room(pass, shape, f->own_plan, &call, function);
 }
 
 /* The call is over. */

@@ -58,6 +58,13 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
     if (!host && c->comm && c->comm->size > 1)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "a comm of %d ranks is not available on %s",
                (int)c->comm->size, e->context->memory->name);
+    if (!host && moe__ranks_travels(c))
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "%s with a comm is not available on %s",
+               c->expert_slices > 1  ? "expert_slices"
+               : c->placement        ? "placement"
+               : c->max_received > 0 ? "max_received"
+                                     : "exchange MOE_EXCHANGE_PADDED",
+               e->context->memory->name);
     if (!c->comm && (c->expert_slices > 1 || c->placement || c->max_received > 0 ||
                      (host && c->exchange == MOE_EXCHANGE_PADDED)))
         REFUSE_ARGUMENT("%s is given, comm is NULL", c->expert_slices > 1  ? "expert_slices"

@@ -91,7 +91,7 @@ static moe_status draw_one(const moe__parameter_list *list, const moe__parameter
                                fill_range, &f, function);
 }
 
-/* Drawn where they are, or on the host and copied. */
+/* Drawn where they are, or on the host and copied, which waits: zeros too are there for any stream. */
 static moe_status init_one(const moe__parameter_list *list, const moe__parameter *p, uint64_t seed,
                            int32_t stream_id, const int64_t *numbers, const char *function)
 {
@@ -100,11 +100,12 @@ static moe_status init_one(const moe__parameter_list *list, const moe__parameter
     moe__workers workers = moe__workers_of(context, function, NULL);
     bool drawn = p->init_std != 0 && p->dims - p->per_expert == 2;
     if (!p->owned) return MOE_OK;
-    if (!drawn) return memory->zero(&workers, p->own_data, p->own_bytes);
+    if (!drawn && memory->is_host) return memory->zero(&workers, p->own_data, p->own_bytes);
     if (memory->is_host) return draw_one(list, p, p->own_data, seed, stream_id, numbers, function);
     void *host = moe__alloc_zeroed(context, p->own_bytes);
     if (!host) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no %lld bytes for %s", (ll)p->own_bytes, p->name);
-    moe_status status = draw_one(list, p, host, seed, stream_id, numbers, function);
+    moe_status status = drawn ? draw_one(list, p, host, seed, stream_id, numbers, function)
+                              : MOE_OK;
     if (status == MOE_OK) status = memory->store(&workers, p->own_data, host, p->own_bytes);
     moe__free(context, host, p->own_bytes);
     return status;

@@ -91,6 +91,10 @@ static moe_status pass_create(moe_pass **pass, moe_context *context, moe_layer *
     moe_pass_config c;
     MOE_TRY(moe__struct_read(&moe__pass_config_info, &c, config, true, function));
     MOE_TRY(check_workspace(&c, function));
+    if (context->memory->check_pointer) {
+        moe__workers workers = moe__workers_of(context, function, NULL);
+        MOE_TRY(context->memory->check_pointer(&workers, "workspace", c.workspace));
+    }
     moe_pass *p = moe__alloc_zeroed(context, sizeof *p);
     if (!p) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for the pass");
     p->context = context;
@@ -223,7 +227,7 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     int64_t rows_bytes = 0;
     if (shape.ranks)
         MOE_TRY(moe__ranks_set_aside(pass, shape.entries, &rows, &rows_bytes, function));
-    moe_status status = moe__pass_make_room(pass, &shape, false, function);
+    moe_status status = moe__pass_make_room(pass, &shape, false, NULL, function);
     if (status != MOE_OK) {
         moe__free(pass->context, rows, rows_bytes);
         return status;

@@ -400,20 +400,23 @@ void moe__pass_free_memory(moe_pass *pass)
     pass->capacity = 0;
 }
 
-/* Moves the block to memory of another size with its first `keep` bytes; the old one lives until
- * the new one is there. */
-static moe_status move_to(moe_pass *pass, int64_t bytes, int64_t keep, const char *function)
+/* Moves the block to memory of another size with its first `keep` bytes, copied on the stream of
+ * `call`; the old one lives until the new one is there. To give it back may wait for the stream, and
+ * what a capture holds may use it. */
+static moe_status move_to(moe_pass *pass, int64_t bytes, int64_t keep, const moe__workers *call,
+                          const char *function)
 {
     if (pass->host_memory)
         return moe__fail(MOE_ERROR_BUFFER_TOO_SMALL, function,
                          "the pass needs %lld bytes of workspace, the host gave %lld", (ll)bytes,
                          (ll)pass->capacity);
     const moe__memory *where = pass->context->memory;
+    if (call && pass->memory && where->may_wait) MOE_TRY(where->may_wait(call));
     char *memory = where->alloc(pass->context, bytes, false);
     if (!memory)
         return moe__fail(MOE_ERROR_OUT_OF_MEMORY, function, "no %lld bytes for the pass",
                          (ll)bytes);
-    moe_status status = where->copy(&pass->workers, memory, pass->memory, keep);
+    moe_status status = call ? where->copy(call, memory, pass->memory, keep) : MOE_OK;
     if (status != MOE_OK) {
         where->free(pass->context, memory, bytes);
         return status;
@@ -431,7 +434,9 @@ moe_status moe__pass_trim(moe_pass *pass, const char *function)
     if (pass->host_memory) return MOE_OK;
     if (pass->state == MOE__PASS_PLAN) {
         int64_t bytes = plan_bytes(pass);
-        if (bytes < pass->capacity) MOE_TRY(move_to(pass, bytes, bytes, function));
+        moe__workers call = pass->workers;
+        call.function = function;
+        if (bytes < pass->capacity) MOE_TRY(move_to(pass, bytes, bytes, &call, function));
         moe__plan_arrays kept = pass->plan.a;
         (void)lay_out_plan(&pass->plan.a, &pass->results, pass->memory, &kept);
     } else {
@@ -448,7 +453,7 @@ moe_status moe__pass_trim(moe_pass *pass, const char *function)
 }
 
 moe_status moe__pass_make_room(moe_pass *pass, const moe__pass_shape *shape, bool keep_plan,
-                               const char *function)
+                               const moe__workers *call, const char *function)
 {
     int64_t bytes = moe__pass_shape_bytes(pass->context, shape);
     int64_t rows = pass->plan.a.rows;
@@ -457,7 +462,7 @@ moe_status moe__pass_make_room(moe_pass *pass, const moe__pass_shape *shape, boo
                          "the pass for %lld tokens is larger than the address space",
                          (ll)shape->tokens);
     if (bytes > pass->capacity)
-        MOE_TRY(move_to(pass, bytes, keep_plan ? plan_bytes(pass) : 0, function));
+        MOE_TRY(move_to(pass, bytes, keep_plan ? plan_bytes(pass) : 0, call, function));
     moe__arena arena = {pass->memory, 0};
     moe__pass_layout(pass, &arena, shape);
     pass->used = moe__max(pass->used, bytes);

@@ -110,16 +110,26 @@ struct moe_pass {
     double *again;   /* the same of a recompute, which no one asks for */
 };
 
+/* The workers of a call of the pass that has not begun: those it has are the last call's. */
+static inline moe__workers moe__call_workers(const moe_pass *pass, void *stream,
+                                             const char *function)
+{
+    moe__workers w = pass->workers;
+    w.function = function;
+    w.stream = stream;
+    return w;
+}
+
 /* Cuts `arena` into the arrays of `pass` for this shape; with a NULL base it counts. */
 void moe__pass_layout(moe_pass *pass, moe__arena *arena, const moe__pass_shape *shape);
 
 /* Bytes a pass of this shape needs, or -1 on overflow. */
 int64_t moe__pass_shape_bytes(const moe_context *context, const moe__pass_shape *shape);
 
-/* Makes room for the shape, keeping the plan at the front if `keep_plan`. Nothing changes on
- * error. */
+/* Makes room for the shape, keeping the plan at the front if `keep_plan`, in a call whose stream is
+ * that of `call`; NULL: outside of one. Nothing changes on error. */
 moe_status moe__pass_make_room(moe_pass *pass, const moe__pass_shape *shape, bool keep_plan,
-                               const char *function);
+                               const moe__workers *call, const char *function);
 
 /* Frees the block, unless a transport may still touch it: some exchanges are of its arrays. */
 void moe__pass_free_memory(moe_pass *pass);

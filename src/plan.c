@@ -111,8 +111,7 @@ moe_status moe__plan_block_create(moe__plan_block *block, moe_context *context, 
     return MOE_OK;
 }
 
-/* What orders the reading of a plan's arrays after the writing. */
-static moe__workers workers_of(const moe_plan *plan, const char *function)
+moe__workers moe__plan_workers(const moe_plan *plan, const char *function)
 {
     moe__workers w = moe__workers_of(plan->context, function, NULL);
     if (plan->workers) w = *plan->workers;
@@ -154,18 +153,20 @@ moe_status moe__plan_adopt(moe_plan *plan, moe__plan_block *block, const char *f
     return MOE_OK;
 }
 
-moe_status moe__plan_on_host(const moe_plan *plan, moe__plan_block *block, const char *function)
+moe_status moe__plan_on_host(const moe_plan *plan, moe__plan_block *block, moe_context *context,
+                             const moe__workers *workers)
 {
     const moe__plan_arrays *a = &plan->a;
     const moe__memory *memory = plan->context->memory;
     *block = (moe__plan_block){.a = *a};
     if (memory->is_host) return MOE_OK;
-    moe__workers workers = workers_of(plan, function);
-    MOE_TRY(moe__plan_block_create(block, plan->context, a->tokens, a->entries, a->num_experts,
-                                   a->groups, a->dtype, function));
-    moe_status status = memory->fetch(&workers, block->memory, a->token_begin, block->bytes);
-    block->a.rows = block->a.expert_begin[a->num_experts];
-    if (status != MOE_OK) moe__plan_block_free(plan->context, block);
+    MOE_TRY(moe__plan_block_create(block, context, a->tokens, a->entries, a->num_experts, a->groups,
+                                   a->dtype, workers->function));
+    moe_status status = memory->fetch(workers, block->memory, a->token_begin, block->bytes);
+    if (status == MOE_OK)
+        block->a.rows = block->a.expert_begin[a->num_experts];
+    else
+        moe__plan_block_free(context, block);
     return status;
 }
 
@@ -232,7 +233,8 @@ moe_status moe_plan_copy(moe_plan *plan, const moe_plan *from)
     if (plan == from) return MOE_OK;
     if (!plan->context->memory->is_host || !from->context->memory->is_host) {
         moe__plan_block there;
-        MOE_TRY(moe__plan_on_host(from, &there, __func__));
+        moe__workers workers = moe__plan_workers(from, __func__);
+        MOE_TRY(moe__plan_on_host(from, &there, plan->context, &workers));
         if (from->context->memory->is_host)
             MOE_TRY(copy_block(&there, plan->context, &from->a, __func__));
         return moe__plan_adopt(plan, &there, __func__);
@@ -249,7 +251,7 @@ moe_status moe_plan_get(const moe_plan *plan, moe_plan_view *view)
     const moe__memory *memory = plan->context->memory;
     int64_t rows = a->rows;
     if (rows < 0) { /* a device knows */
-        moe__workers workers = workers_of(plan, __func__);
+        moe__workers workers = moe__plan_workers(plan, __func__);
         MOE_TRY(memory->fetch(&workers, &rows, a->expert_begin + a->num_experts, sizeof rows));
     }
     moe_plan_view known = {.tokens = a->tokens,

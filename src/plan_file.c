@@ -138,7 +138,8 @@ moe_status moe_plan_check(const moe_plan *plan)
 {
     if (!plan) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "plan is NULL");
     moe__plan_block there;
-    MOE_TRY(moe__plan_on_host(plan, &there, __func__));
+    moe__workers workers = moe__plan_workers(plan, __func__);
+    MOE_TRY(moe__plan_on_host(plan, &there, plan->context, &workers));
     moe_status status = moe__plan_check_entries(&there.a, __func__);
     if (status == MOE_OK) status = check_rows(&there.a, __func__);
     if (status == MOE_OK) status = check_slots(plan->context, &there.a, __func__);
@@ -203,7 +204,8 @@ moe_status moe_plan_save(const moe_plan *plan, void *buffer, int64_t capacity, i
     if (capacity < bytes)
         REFUSE(MOE_ERROR_BUFFER_TOO_SMALL, "capacity is %lld, %lld bytes are needed", (ll)capacity,
                (ll)bytes);
-    MOE_TRY(moe__plan_on_host(plan, &there, function));
+    moe__workers workers = moe__plan_workers(plan, function);
+    MOE_TRY(moe__plan_on_host(plan, &there, plan->context, &workers));
     p = &there.a;
     memcpy(at, MAGIC, sizeof MAGIC);
     at += sizeof MAGIC;

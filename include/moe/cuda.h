@@ -7,11 +7,15 @@
  *   memory    "backend memory" is memory of the device, or managed memory
  *   streams   `stream` of a call is a cudaStream_t of the context's device, NULL the legacy default
  *             stream. Work is put on it and most calls return before it is done; what a call
- *             returns on the host it has waited for. No other stream of the host is used, the device
- *             is never synchronised or reset, and a thread's current device is left as it was
+ *             returns on the host it has waited for. Calls that have no stream, such as
+ *             moe_experts_touched, are on the default stream, and those that show what a pass holds
+ *             on that of its last call: what other streams do must be done. No other stream of the
+ *             host is used, the device is never synchronised or reset, and a thread's current
+ *             device is left as it was
  *   waiting   exact mode (the default) waits once in a forward, for the rows of each expert; padded
  *             mode never does, and can be captured in a graph. In a stream that is being captured
- *             what would wait is refused with MOE_ERROR_INVALID_STATE
+ *             what would wait is refused with MOE_ERROR_INVALID_STATE, and so is a pass that would
+ *             grow
  *   errors    one that the device meets later is returned by the next call of the context, or by
  *             moe_cuda_poll; from then on only destroying is of use, as CUDA has it
  *   results   the same bytes from run to run on one device model and one version of CUDA; routing

@@ -9,6 +9,7 @@ DEVICE_SUITES := check_layer check_family check_half_layer check_branches check_
 # Check suites and programs that count themselves; the latter take seeds.
 KERNEL_SUITES := check_row_kernels check_plan_kernels check_mix_kernels
 KERNEL_PROGRAMS := check_ffn_kernels check_gate_kernels check_router_gemm
+CALL_PROGRAMS := check_calls check_cuda_context check_cuda_host
 EMU_MOE := $(EMU)/moe/libmoe.a
 EMU_SUPPORT := $(SUPPORT) $(wildcard tests/support/device/*.c)
 RUNNER_SOURCES := $(wildcard tests/vector_runner/*.c)
@@ -29,7 +30,8 @@ $(EMU)/$(1)/suites/support/device/on_device.o: EMU_SUITE_FLAGS += -DMOE_TEST_ON_
 EMU_SUPPORT_$(1) := $$(EMU_SUPPORT:tests/%.c=$(EMU)/$(1)/suites/%.o)
 EMU_LINKED_$(1) := $$(EMU_CUDA_OBJECTS_$(1)) $(EMU_MOE) $(EMU_LIBS)
 .SECONDARY: $$(EMU_SUPPORT_$(1)) $$(EMU_CUDA_OBJECTS_$(1)) $$(DEVICE_SUITES:%=$(EMU)/$(1)/suites/%.o) \
-    $$(patsubst %,$(EMU)/$(1)/kernels/%.o,$$(KERNEL_SUITES) $$(KERNEL_PROGRAMS) check_calls traffic_table)
+    $$(patsubst %,$(EMU)/$(1)/kernels/%.o,$$(KERNEL_SUITES) $$(KERNEL_PROGRAMS) check_calls check_cuda_context \
+    check_cuda_host traffic_table)
 $(EMU)/$(1)/suites/check_%: $(EMU)/$(1)/suites/check_%.o $$(EMU_SUPPORT_$(1)) $$(EMU_LINKED_$(1))
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) $$(EMU_LINK_$(1)) -ldl -o $$@
 $(EMU)/$(1)/suites/run_vectors: $$(RUNNER_SOURCES:tests/%.c=$(EMU)/$(1)/suites/%.o) \
@@ -52,6 +54,10 @@ $(EMU)/$(1)/kernels/check_gate_kernels: $(EMU)/$(1)/kernels/check_gate_kernels.o
 $(EMU)/$(1)/kernels/check_ffn_kernels: $(EMU)/$(1)/kernels/check_ffn_kernels.o $(EMU)/$(1)/kernels/ffn_case.o \
     $$(EMU_LINKED_$(1))
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -ldl -o $$@
+$(EMU)/$(1)/kernels/check_cuda_context: $(EMU)/$(1)/kernels/check_cuda_context.o $$(EMU_LINKED_$(1))
+	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -ldl -o $$@
+$(EMU)/$(1)/kernels/check_cuda_host: $(EMU)/$(1)/kernels/check_cuda_host.o $$(EMU_LINKED_$(1))
+	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -ldl -o $$@
 $(EMU)/$(1)/kernels/check_calls: $(EMU)/$(1)/kernels/check_calls.o $$(EMU_LINKED_$(1))
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) $$(EMU_LINK_$(1)) -ldl -o $$@
 $(EMU)/$(1)/kernels/traffic_table: $(EMU)/$(1)/kernels/traffic_table.o $$(EMU_LINKED_$(1)) \
@@ -71,7 +77,8 @@ EMU_JOBS ?= 2
 EMU_LAUNCHED := $(abspath $(EMU))/launched.txt
 EMU_SANITIZED := asan tsan
 EMU_PROGRAMS_plain := $(DEVICE_SUITES:%=$(EMU)/plain/suites/%) $(EMU)/plain/suites/run_vectors \
-    $(KERNEL_SUITES:%=$(EMU)/plain/kernels/%) $(KERNEL_PROGRAMS:%=$(EMU)/plain/kernels/%) $(EMU)/plain/kernels/check_calls
+    $(KERNEL_SUITES:%=$(EMU)/plain/kernels/%) $(KERNEL_PROGRAMS:%=$(EMU)/plain/kernels/%) \
+    $(CALL_PROGRAMS:%=$(EMU)/plain/kernels/%)
 EMU_PROGRAMS_SANITIZED := $(foreach f,$(EMU_SANITIZED),$(EMU)/$(f)/suites/check_layer $(EMU)/$(f)/suites/run_vectors \
     $(KERNEL_SUITES:%=$(EMU)/$(f)/kernels/%) $(KERNEL_PROGRAMS:%=$(EMU)/$(f)/kernels/%))
 EMU_ENV = env CK_FORK=no MOE_EMULATION_SEED=$(EMU_SEED) MOE_EMULATION_KERNELS=$(EMU_LAUNCHED) MOE_EMULATION_QUIET=1
@@ -83,7 +90,7 @@ check-emulation: $(EMU_PROGRAMS_plain) $(EMU_PROGRAMS_SANITIZED)
 	@rm -f $(EMU_LAUNCHED); echo "seed $(EMU_SEED) (EMU_SEED=)"
 	@sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
 	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,200) \
-	    "$(EMU_ENV) $(EMU)/plain/kernels/check_calls" \
+	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)") \
 	    $(foreach f,$(EMU_SANITIZED),"$(EMU_ENV) MOE_FEW=1 $(EMU)/$(f)/suites/check_layer" \
 	        "$(EMU_ENV) $(EMU)/$(f)/suites/run_vectors tests/vectors" $(call EMU_KERNEL_RUNS,$(f),2,30))
 	@sh tests/emulation/kernels_launched.sh $(EMU_LAUNCHED) $(EMU_KERNELS_plain)
@@ -91,7 +98,7 @@ check-emulation-plain: $(EMU_PROGRAMS_plain)
 	@rm -f $(EMU_LAUNCHED); echo "seed $(EMU_SEED) (EMU_SEED=)"
 	@sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
 	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,200) \
-	    "$(EMU_ENV) $(EMU)/plain/kernels/check_calls"
+	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)")
 	@sh tests/emulation/kernels_launched.sh $(EMU_LAUNCHED) $(EMU_KERNELS_plain)
 
 # Bytes that kernels move, over what they must.

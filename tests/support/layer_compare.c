@@ -115,7 +115,9 @@ static double size_of_terms(const layer_run *r, const char *name)
 {
     static const char *const sums[] = {"dWg", "dbg", "dWn", "dWp", "dWq", "dWc", "dbc", "dws"};
     const ref_problem *p = &r->c->p;
-    int alone = r->c->no_experts, of_branch = name[2] == 'c' || name[2] == 's';
+    int alone = r->c->no_experts;
+    int of_branch = strcmp(name, "dWc") == 0 || strcmp(name, "dbc") == 0 ||
+                    strcmp(name, "dws") == 0;
     double each = root_mean_square(alone ? p->weight_grad : r->want->d_w, p->T * p->K);
     if (of_branch && !alone) /* of the branch's out the reference keeps no more than y */
         each = fmax(each, root_mean_square(p->dy, p->T * p->O) * sqrt((double)p->O) *

@@ -1,0 +1,1582 @@
+/* check_cuda_host.c - a layer on a GPU as a host uses it: plain device memory, other devices current,
+ * several streams, captures, calls that fail.
+ *
+ * Device memory is shut for the host's code all the time, so that a read of it here or in src/ ends
+ * the program. */
+#include "cuda_internal.h"
+#include "recorder.h"
+
+#include <moe/moe.h>
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static int cases;
+
+#define MUST(condition)                                                                      \
+    do {                                                                                     \
+        if (!(condition)) {                                                                  \
+            printf("%s:%d: %s (%s; %s)\n", __FILE__, __LINE__, #condition, moe_last_error(), \
+                   emu_last_message());                                                      \
+            exit(1);                                                                         \
+        }                                                                                    \
+    } while (0)
+#define GOOD(call) MUST((call) == MOE_OK)
+#define CUDA(call) MUST((call) == cudaSuccess)
+#define SAID(text) (strstr(moe_last_error(), text) != NULL)
+
+enum { T = 13, D = 8, F = 12, E = 4, K = 2, ROOM = T };
+
+static int current(void)
+{
+    int device = -1;
+    CUDA(cudaGetDevice(&device));
+    return device;
+}
+
+static void nothing_left(void)
+{
+    MUST(emu_live_allocations(0) == 0 && emu_live_allocations(1) == 0 && emu_live_objects() == 0);
+    cases++;
+}
+
+/* ---- a layer --------------------------------------------------------------------------------- */
+
+typedef struct model {
+    moe_context *context;
+    moe_gate *gate;
+    moe_experts *experts, *shared;
+    moe_layer *layer;
+    moe_pass *pass;
+} model;
+
+enum { PADDED = 1, SHARED = 2, BIAS = 4 };
+
+/* The objects in turn; what a failure leaves is for `drop`. */
+static moe_status try_make(model *m, moe_context *context, int options)
+{
+    moe_gate_config g;
+    moe_experts_config e;
+    moe_layer_config l;
+    *m = (model){.context = context};
+    GOOD(moe_gate_config_init(&g, sizeof g));
+    g.d_model = D, g.num_experts = E, g.top_k = K, g.init_std = 0.5, g.switch_weight = 0.01;
+    g.selection_bias = (options & BIAS) != 0;
+    MOE_TRY(moe_gate_create(&m->gate, context, &g));
+    GOOD(moe_experts_config_init(&e, sizeof e));
+    e.d_model = D, e.d_hidden = F, e.num_experts = E, e.activation = MOE_ACTIVATION_SWIGLU;
+    MOE_TRY(moe_experts_create(&m->experts, context, &e));
+    e.num_experts = 1;
+    if (options & SHARED) MOE_TRY(moe_experts_create(&m->shared, context, &e));
+    GOOD(moe_layer_config_init(&l, sizeof l));
+    l.gate = m->gate, l.experts = m->experts, l.shared = m->shared;
+    if (options & PADDED) l.exchange = MOE_EXCHANGE_PADDED, l.padded_rows = ROOM;
+    MOE_TRY(moe_layer_create(&m->layer, &l));
+    MOE_TRY(moe_layer_init_parameters(m->layer, 1));
+    return moe_pass_create(&m->pass, m->layer, NULL);
+}
+
+static void make(model *m, moe_context *context, int options)
+{
+    GOOD(try_make(m, context, options));
+}
+
+static void drop(model *m)
+{
+    moe_pass_destroy(m->pass);
+    moe_layer_destroy(m->layer);
+    moe_experts_destroy(m->shared);
+    moe_experts_destroy(m->experts);
+    moe_gate_destroy(m->gate);
+    moe_context_destroy(m->context);
+}
+
+static moe_cuda_config config_of(int32_t device)
+{
+    moe_cuda_config c;
+    GOOD(moe_cuda_config_init(&c, sizeof c));
+    c.device = device;
+    c.wait_seconds = 20;
+    c.cublas_workspace_bytes = 1 << 16;
+    return c;
+}
+
+static moe_context *context_of(int32_t device)
+{
+    moe_cuda_config c = config_of(device);
+    moe_context *context = NULL;
+    GOOD(moe_cuda_context_create(&context, &c));
+    return context;
+}
+
+/* ---- arrays ---------------------------------------------------------------------------------- */
+
+static void fill(float *a, int count, int salt)
+{
+    for (int i = 0; i < count; i++) a[i] = (float)((i * 37 + salt * 101) % 97) / 97 - 0.5f;
+}
+
+static void *on_device(int device, const void *from, size_t bytes)
+{
+    void *p = NULL;
+    int before = current();
+    CUDA(cudaSetDevice(device));
+    CUDA(cudaMalloc(&p, bytes));
+    if (from) CUDA(cudaMemcpy(p, from, bytes, cudaMemcpyHostToDevice));
+    CUDA(cudaSetDevice(before));
+    return p;
+}
+
+/* A step's arrays on a device. */
+typedef struct arrays {
+    float *x, *y, *dy, *dx;
+} arrays;
+
+static arrays arrays_on(int device, int tokens, int salt)
+{
+    float *host = malloc((size_t)tokens * D * sizeof(float));
+    size_t bytes = (size_t)tokens * D * sizeof(float);
+    arrays a;
+    fill(host, tokens * D, salt);
+    a.x = on_device(device, host, bytes);
+    a.y = on_device(device, NULL, bytes);
+    fill(host, tokens * D, salt + 1);
+    a.dy = on_device(device, host, bytes);
+    a.dx = on_device(device, NULL, bytes);
+    free(host);
+    return a;
+}
+
+static void free_arrays(const arrays *a)
+{
+    CUDA(cudaFree(a->x));
+    CUDA(cudaFree(a->y));
+    CUDA(cudaFree(a->dy));
+    CUDA(cudaFree(a->dx));
+}
+
+static moe_forward_args forward_args(const arrays *a, int tokens, uint64_t flags, void *stream)
+{
+    moe_forward_args f;
+    GOOD(moe_forward_args_init(&f, sizeof f));
+    f.tokens = tokens, f.x = a->x, f.y = a->y, f.stream = stream;
+    f.flags = flags;
+    return f;
+}
+
+static moe_status forward(const model *m, const arrays *a, int tokens, uint64_t flags, void *stream)
+{
+    moe_forward_args f = forward_args(a, tokens, flags, stream);
+    return moe_layer_forward(m->layer, m->pass, &f);
+}
+
+static moe_status backward(const model *m, const arrays *a, void *stream)
+{
+    moe_backward_args b;
+    GOOD(moe_backward_args_init(&b, sizeof b));
+    b.dy = a->dy, b.dx = a->dx, b.flags = MOE_BACKWARD_OVERWRITE, b.stream = stream;
+    return moe_layer_backward(m->layer, m->pass, &b);
+}
+
+static moe_status losses_of(const model *m)
+{
+    moe_losses l;
+    GOOD(moe_losses_init(&l, sizeof l));
+    return moe_pass_losses(m->pass, &l);
+}
+
+/* ---- the same on the CPU --------------------------------------------------------------------- */
+
+enum { MOST = 40 };
+typedef struct results {
+    float y[MOST * D], dx[MOST * D];
+    double norm;
+} results;
+
+static void on_cpu(results *r, int tokens, int salt, int options)
+{
+    static float x[MOST * D], dy[MOST * D];
+    moe_context *context = NULL;
+    model m;
+    arrays a = {x, r->y, dy, r->dx};
+    fill(x, tokens * D, salt);
+    fill(dy, tokens * D, salt + 1);
+    GOOD(moe_context_create(&context, NULL));
+    make(&m, context, options & ~PADDED);
+    GOOD(forward(&m, &a, tokens, 0, NULL));
+    GOOD(backward(&m, &a, NULL));
+    GOOD(moe_layer_gradient_norm(m.layer, &r->norm, NULL));
+    drop(&m);
+}
+
+static void near(const float *device, const float *host, int count)
+{
+    float *here = malloc((size_t)count * sizeof(float));
+    CUDA(cudaDeviceSynchronize());
+    CUDA(cudaMemcpy(here, device, (size_t)count * sizeof(float), cudaMemcpyDeviceToHost));
+    for (int i = 0; i < count; i++) MUST(fabsf(here[i] - host[i]) <= 1e-5f);
+    free(here);
+}
+
+static void same_as_cpu(const arrays *a, int tokens, int salt, int options)
+{
+    static results r;
+    on_cpu(&r, tokens, salt, options);
+    near(a->y, r.y, tokens * D);
+    near(a->dx, r.dx, tokens * D);
+}
+
+/* ---- another device is current --------------------------------------------------------------- */
+
+static void build_plan(moe_plan *plan, const void *ids, int tokens)
+{
+    moe_plan_args p;
+    GOOD(moe_plan_args_init(&p, sizeof p));
+    p.tokens = tokens, p.num_experts = E, p.top_k = K, p.expert_ids = ids;
+    GOOD(moe_plan_build(plan, &p));
+}
+
+/* Every call that works outside of a forward or a backward, on the default stream. */
+static void test_another_device_is_current(void)
+{
+    model m;
+    moe_plan *plan = NULL;
+    const moe_plan *shown;
+    moe_plan_view view;
+    moe_tensor_view tensor;
+    uint8_t touched[E];
+    int32_t ids[T * K];
+    static unsigned char saved[1 << 16];
+    int64_t bytes, count;
+    double norm;
+    results r;
+    for (int i = 0; i < T * K; i++) ids[i] = i % E;
+    CUDA(cudaSetDevice(0));
+    make(&m, context_of(1), BIAS | SHARED);
+    arrays a = arrays_on(1, T, 5);
+    GOOD(moe_layer_init_parameters(m.layer, 1));
+    GOOD(moe_plan_create(&plan, m.context));
+    build_plan(plan, ids, T);
+    GOOD(moe_plan_check(plan));
+    GOOD(moe_plan_save(plan, saved, sizeof saved, &bytes));
+    GOOD(moe_plan_load(plan, saved, bytes));
+    GOOD(forward(&m, &a, T, MOE_FORWARD_PLAN_ONLY, NULL));
+    GOOD(losses_of(&m));
+    GOOD(moe_pass_trim(m.pass));
+    GOOD(forward(&m, &a, T, MOE_FORWARD_RECOMPUTE, NULL));
+    GOOD(moe_pass_plan(m.pass, &shown));
+    GOOD(moe_plan_view_init(&view, sizeof view));
+    GOOD(moe_plan_get(shown, &view));
+    MUST(view.rows == T * K);
+    GOOD(moe_plan_check(shown));
+    GOOD(moe_plan_copy(plan, shown));
+    GOOD(backward(&m, &a, NULL));
+    GOOD(moe_layer_gradient_norm(m.layer, &norm, NULL));
+    GOOD(moe_experts_touched(m.experts, touched, &count));
+    GOOD(moe_tensor_view_init(&tensor, sizeof tensor));
+    GOOD(moe_pass_tensor(m.pass, MOE_TENSOR_COUNTS, &tensor));
+    GOOD(moe_gate_update_selection_bias(m.gate, tensor.data, 0));
+    MUST(current() == 0 && count == E);
+    on_cpu(&r, T, 5, BIAS | SHARED);
+    MUST(fabs(norm - r.norm) <= 1e-4 * r.norm);
+    CUDA(cudaSetDevice(1));
+    near(a.y, r.y, T * D);
+    near(a.dx, r.dx, T * D);
+    CUDA(cudaSetDevice(0));
+    free_arrays(&a);
+    moe_plan_destroy(plan);
+    drop(&m);
+    MUST(current() == 0);
+    nothing_left();
+}
+
+static void test_plan_of_another_device(void)
+{
+    model m;
+    moe_plan *plan = NULL;
+    moe_context *far = context_of(1);
+    int32_t ids[T * K];
+    for (int i = 0; i < T * K; i++) ids[i] = i % E;
+    make(&m, context_of(0), 0);
+    arrays a = arrays_on(0, T, 5);
+    GOOD(moe_plan_create(&plan, far));
+    build_plan(plan, ids, T);
+    moe_forward_args f = forward_args(&a, T, 0, NULL);
+    f.plan = plan;
+    MUST(moe_layer_forward(m.layer, m.pass, &f) == MOE_ERROR_INVALID_ARGUMENT && SAID("device 1"));
+    free_arrays(&a);
+    moe_plan_destroy(plan);
+    drop(&m);
+    moe_context_destroy(far);
+    nothing_left();
+}
+
+/* ---- streams --------------------------------------------------------------------------------- */
+
+static void test_passes_on_several_streams(void)
+{
+    enum { PASSES = 3 };
+    for (uint64_t seed = 1; seed <= 6; seed++) {
+        int options = seed % 2 ? SHARED : SHARED | PADDED;
+        model m;
+        moe_pass *first, *pass[PASSES];
+        arrays a[PASSES];
+        cudaStream_t forwards[PASSES], backwards[PASSES];
+        cudaEvent_t done;
+        emu_set_seed(seed);
+        make(&m, context_of(0), options);
+        first = m.pass;
+        CUDA(cudaEventCreateWithFlags(&done, cudaEventDisableTiming));
+        for (int i = 0; i < PASSES; i++) {
+            a[i] = arrays_on(0, T + i, 3 * i);
+            GOOD(moe_pass_create(&pass[i], m.layer, NULL));
+            CUDA(cudaStreamCreateWithFlags(&forwards[i], cudaStreamNonBlocking));
+            CUDA(cudaStreamCreateWithFlags(&backwards[i], cudaStreamNonBlocking));
+        }
+        for (int i = 0; i < PASSES; i++) {
+            m.pass = pass[i];
+            GOOD(forward(&m, &a[i], T + i, 0, forwards[i]));
+        }
+        for (int i = PASSES - 1; i >= 0; i--) { /* gradients are of one stream at a time */
+            m.pass = pass[i];
+            CUDA(cudaEventRecord(done, forwards[i]));
+            CUDA(cudaStreamWaitEvent(backwards[i], done, 0));
+            GOOD(backward(&m, &a[i], backwards[i]));
+            CUDA(cudaEventRecord(done, backwards[i]));
+            if (i > 0) CUDA(cudaStreamWaitEvent(backwards[i - 1], done, 0));
+        }
+        for (int i = 0; i < PASSES; i++) moe_pass_destroy(pass[i]); /* with work pending */
+        m.pass = first;
+        for (int i = 0; i < PASSES; i++) {
+            same_as_cpu(&a[i], T + i, 3 * i, options);
+            CUDA(cudaStreamDestroy(forwards[i]));
+            CUDA(cudaStreamDestroy(backwards[i]));
+            free_arrays(&a[i]);
+        }
+        CUDA(cudaEventDestroy(done));
+        drop(&m);
+        nothing_left();
+    }
+}
+
+/* A recompute grows the pass, on another stream than the kept forward, which is gone. */
+static void test_recompute_on_another_stream(void)
+{
+    for (uint64_t seed = 1; seed <= 6; seed++) {
+        model m;
+        cudaStream_t first, second;
+        cudaEvent_t done;
+        emu_set_seed(seed);
+        make(&m, context_of(0), PADDED);
+        arrays a = arrays_on(0, T, 7);
+        CUDA(cudaStreamCreateWithFlags(&first, cudaStreamNonBlocking));
+        CUDA(cudaStreamCreateWithFlags(&second, cudaStreamNonBlocking));
+        CUDA(cudaEventCreateWithFlags(&done, cudaEventDisableTiming));
+        GOOD(forward(&m, &a, T, MOE_FORWARD_PLAN_ONLY, first));
+        CUDA(cudaEventRecord(done, first));
+        CUDA(cudaStreamWaitEvent(second, done, 0));
+        CUDA(cudaStreamSynchronize(first));
+        CUDA(cudaStreamDestroy(first));
+        GOOD(forward(&m, &a, T, MOE_FORWARD_RECOMPUTE, second));
+        GOOD(backward(&m, &a, second));
+        same_as_cpu(&a, T, 7, PADDED);
+        CUDA(cudaEventDestroy(done));
+        CUDA(cudaStreamDestroy(second));
+        free_arrays(&a);
+        drop(&m);
+        nothing_left();
+    }
+}
+
+/* ---- everything a call can be given, against the CPU ------------------------------------------ */
+
+/* Arrays in the memory of a context. */
+typedef struct place {
+    moe_context *context;
+    bool gpu;
+    void *stream;
+    void *array[64];
+    int arrays;
+    float kept[16][MOST * D]; /* what came out */
+    int outs;
+} place;
+
+static void *put(place *p, const void *from, size_t bytes)
+{
+    void *to = p->gpu ? on_device(0, NULL, bytes) : malloc(bytes);
+    MUST(to && p->arrays < 64);
+    if (from && p->gpu) CUDA(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+    if (from && !p->gpu) memcpy(to, from, bytes);
+    return p->array[p->arrays++] = to;
+}
+
+static float *put_floats(place *p, int count, int salt)
+{
+    float host[MOST * D];
+    fill(host, count, salt);
+    return put(p, host, (size_t)count * sizeof(float));
+}
+
+static void keep(place *p, const float *from, int count)
+{
+    float *to = p->kept[p->outs++];
+    if (p->gpu) CUDA(cudaStreamSynchronize((cudaStream_t)p->stream));
+    if (p->gpu) CUDA(cudaMemcpy(to, from, (size_t)count * sizeof(float), cudaMemcpyDeviceToHost));
+    if (!p->gpu) memcpy(to, from, (size_t)count * sizeof(float));
+}
+
+/* Backward of the last forward, its x elsewhere by now, dx added to. */
+static void back(place *p, model *m, const float *x, float *weights)
+{
+    moe_backward_args b;
+    float *dx = put_floats(p, T * D, 11);
+    GOOD(moe_backward_args_init(&b, sizeof b));
+    b.dx = dx, b.dy = put_floats(p, T * D, 12), b.x = x, b.stream = p->stream;
+    b.flags = MOE_BACKWARD_ADD_DX, b.entry_weight_grad = weights;
+    GOOD(moe_layer_backward(m->layer, m->pass, &b));
+    keep(p, dx, T * D);
+}
+
+static void replays(place *p, int options)
+{
+    model m;
+    moe_pass *first;
+    moe_plan *built = NULL, *copied = NULL;
+    const moe_plan *shown;
+    moe_plan_args a;
+    double norm;
+    int64_t groups[3] = {0, 5, T};
+    int32_t ids[T * K];
+    uint8_t mask[T];
+    for (int i = 0; i < T * K; i++) ids[i] = i % 7 == 3 ? -1 : (i * i + i / 3) % E;
+    for (int t = 0; t < T; t++) mask[t] = t % 5 != 2;
+    make(&m, p->context, options);
+    first = m.pass;
+    moe_forward_args f;
+    GOOD(moe_forward_args_init(&f, sizeof f));
+    float *x = put_floats(p, T * D, 1), *moved = put_floats(p, T * D, 1);
+    float *y = put_floats(p, T * D, 2), *weights = put_floats(p, T * K, 3);
+    f.tokens = T, f.x = x, f.y = y, f.stream = p->stream;
+    f.flags = MOE_FORWARD_ADD, f.group_begin = groups, f.groups = 2;
+    f.token_mask = put(p, mask, sizeof mask);
+    GOOD(moe_layer_forward(m.layer, m.pass, &f));
+    keep(p, y, T * D);
+    back(p, &m, moved, NULL);
+    GOOD(moe_pass_plan(m.pass, &shown));
+    GOOD(moe_plan_create(&copied, m.context));
+    GOOD(moe_plan_create(&built, m.context));
+    GOOD(moe_plan_copy(copied, shown));
+    /* The own plan, for the gate's weights; then with its weights in another pass. */
+    f.flags = MOE_FORWARD_NO_SAVE, f.plan = shown, f.plan_use = MOE_PLAN_IDS;
+    GOOD(moe_layer_forward(m.layer, m.pass, &f));
+    keep(p, y, T * D);
+    GOOD(moe_pass_create(&m.pass, m.layer, NULL));
+    GOOD(moe_pass_plan(first, &shown));
+    f.flags = 0, f.plan = shown, f.plan_use = MOE_PLAN_IDS_AND_WEIGHTS, f.group_begin = NULL;
+    GOOD(moe_layer_forward_start(m.layer, m.pass, &f));
+    moe_losses l;
+    GOOD(moe_losses_init(&l, sizeof l));
+    MUST(moe_pass_losses(m.pass, &l) == MOE_ERROR_INVALID_STATE);
+    MUST(moe_layer_forward(m.layer, m.pass, &f) == MOE_ERROR_INVALID_STATE);
+    MUST(moe_pass_trim(m.pass) == MOE_ERROR_INVALID_STATE);
+    MUST(moe_layer_backward_work(m.layer, m.pass) == MOE_ERROR_INVALID_STATE);
+    GOOD(moe_layer_forward_work(m.layer, m.pass));
+    GOOD(moe_layer_forward_finish(m.layer, m.pass));
+    keep(p, y, T * D);
+    back(p, &m, moved, weights);
+    keep(p, weights, T * K);
+    /* One of the host, with drops; and one that was loaded. */
+    GOOD(moe_plan_args_init(&a, sizeof a));
+    a.tokens = T, a.num_experts = E, a.top_k = K, a.capacity = 3;
+    a.expert_ids = put(p, ids, sizeof ids), a.token_mask = put(p, mask, sizeof mask);
+    a.weights = put_floats(p, T * K, 8);
+    GOOD(moe_plan_build(built, &a));
+    GOOD(moe_plan_check(built));
+    f.plan = built, f.groups = 0;
+    GOOD(moe_layer_forward(m.layer, m.pass, &f));
+    keep(p, y, T * D);
+    back(p, &m, NULL, weights);
+    keep(p, weights, T * K);
+    GOOD(moe_plan_check(copied));
+    f.plan = copied, f.groups = 2, f.plan_use = MOE_PLAN_IDS;
+    GOOD(moe_layer_forward(m.layer, m.pass, &f));
+    keep(p, y, T * D);
+    GOOD(moe_layer_gradient_norm(m.layer, &norm, p->stream));
+    p->kept[p->outs++][0] = (float)norm;
+    GOOD(moe_layer_zero_touched_gradients(m.layer, p->stream));
+    GOOD(moe_layer_gradient_norm(m.layer, &norm, p->stream));
+    MUST(norm == 0);
+    moe_pass_destroy(first);
+    moe_plan_destroy(copied);
+    moe_plan_destroy(built);
+    drop(&m);
+    for (int i = 0; i < p->arrays; i++)
+        if (p->gpu)
+            CUDA(cudaFree(p->array[i]));
+        else
+            free(p->array[i]);
+}
+
+static void test_replays(void)
+{
+    static place cpu, gpu;
+    for (uint64_t seed = 1; seed <= 4; seed++) {
+        int options = seed % 2 ? SHARED : seed == 2 ? PADDED : PADDED | SHARED;
+        cudaStream_t stream;
+        emu_set_seed(seed);
+        CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        memset(&cpu, 0, sizeof cpu);
+        memset(&gpu, 0, sizeof gpu);
+        GOOD(moe_context_create(&cpu.context, NULL));
+        gpu.context = context_of(0), gpu.gpu = true, gpu.stream = stream;
+        replays(&cpu, options & ~PADDED);
+        replays(&gpu, options);
+        MUST(cpu.outs == gpu.outs);
+        for (int o = 0; o < cpu.outs; o++)
+            for (int i = 0; i < MOST * D; i++)
+                MUST(fabsf(cpu.kept[o][i] - gpu.kept[o][i]) <= 1e-5f * (1 + fabsf(cpu.kept[o][i])));
+        CUDA(cudaStreamDestroy(stream));
+        nothing_left();
+    }
+}
+
+/* Gates whose entries are counted first, or that have two levels; a gate alone. */
+static void route(place *p, int kind, bool train)
+{
+    moe_gate_config g;
+    moe_gate *gate;
+    moe_pass *pass;
+    moe_forward_args f;
+    moe_backward_args b;
+    moe_plan *copied = NULL;
+    const moe_plan *shown;
+    moe_plan_view v;
+    uint8_t mask[T];
+    int64_t groups[3] = {0, 6, T};
+    for (int t = 0; t < T; t++) mask[t] = t % 4 != 1;
+    GOOD(moe_gate_config_init(&g, sizeof g));
+    g.d_model = D, g.num_experts = E, g.top_k = K, g.init_std = 0.5, g.kind = kind;
+    if (kind == MOE_GATE_HIERARCHICAL)
+        g.expert_groups = 2, g.top_groups = 2, g.top_k = 1;
+    else if (kind == MOE_GATE_BALANCED || kind == MOE_GATE_EXPERT_CHOICE)
+        g.capacity_kind = MOE_CAPACITY_FACTOR, g.capacity_factor = 1;
+    else
+        g.switch_weight = 0.1;
+    GOOD(moe_gate_create(&gate, p->context, &g));
+    GOOD(moe_gate_init_parameters(gate, 3));
+    GOOD(moe_pass_create_for_gate(&pass, gate, NULL));
+    GOOD(moe_forward_args_init(&f, sizeof f));
+    f.tokens = T, f.x = put_floats(p, T * D, 1), f.stream = p->stream;
+    f.token_mask = put(p, mask, sizeof mask);
+    f.group_begin = groups, f.groups = 2;
+    f.flags = train ? MOE_FORWARD_TRAIN : 0;
+    GOOD(moe_gate_forward(gate, pass, &f));
+    GOOD(moe_pass_plan(pass, &shown));
+    GOOD(moe_plan_check(shown));
+    GOOD(moe_plan_view_init(&v, sizeof v));
+    GOOD(moe_plan_get(shown, &v));
+    p->kept[p->outs++][0] = (float)v.rows;
+    GOOD(moe_plan_create(&copied, p->context));
+    GOOD(moe_plan_copy(copied, shown));
+    keep(p, v.weight_of_entry, (int)v.entries);
+    moe_losses l;
+    GOOD(moe_losses_init(&l, sizeof l));
+    GOOD(moe_pass_losses(pass, &l));
+    p->kept[p->outs++][0] = (float)l.total;
+    if (kind == MOE_GATE_HIERARCHICAL) {
+        GOOD(moe_pass_primary_plan(pass, &shown));
+        GOOD(moe_plan_check(shown));
+        GOOD(moe_plan_get(shown, &v));
+        keep(p, v.weight_of_entry, (int)v.entries);
+    }
+    f.plan = copied, f.plan_use = MOE_PLAN_IDS;
+    GOOD(moe_gate_forward(gate, pass, &f));
+    float *weights = put_floats(p, MOST * D, 5), *dx = put_floats(p, T * D, 6);
+    GOOD(moe_backward_args_init(&b, sizeof b));
+    b.entry_weight_grad = weights, b.dx = dx, b.stream = p->stream;
+    GOOD(moe_gate_backward(gate, pass, &b));
+    keep(p, dx, T * D);
+    moe_plan_destroy(copied);
+    moe_pass_destroy(pass);
+    moe_gate_destroy(gate);
+}
+
+static void end_place(place *p)
+{
+    moe_context_destroy(p->context);
+    for (int i = 0; i < p->arrays; i++)
+        if (p->gpu)
+            CUDA(cudaFree(p->array[i]));
+        else
+            free(p->array[i]);
+    p->arrays = 0;
+}
+
+static void start_places(place *cpu, place *gpu, cudaStream_t stream)
+{
+    memset(cpu, 0, sizeof *cpu);
+    memset(gpu, 0, sizeof *gpu);
+    GOOD(moe_context_create(&cpu->context, NULL));
+    gpu->context = context_of(0), gpu->gpu = true, gpu->stream = stream;
+}
+
+static void compare_places(const place *cpu, const place *gpu)
+{
+    MUST(cpu->outs == gpu->outs);
+    for (int o = 0; o < cpu->outs; o++)
+        for (int i = 0; i < MOST * D; i++)
+            MUST(fabsf(cpu->kept[o][i] - gpu->kept[o][i]) <= 1e-5f * (1 + fabsf(cpu->kept[o][i])));
+}
+
+static void test_gates_that_count(void)
+{
+    static place cpu, gpu;
+    static const int kind[] = {MOE_GATE_HIERARCHICAL, MOE_GATE_BALANCED, MOE_GATE_EXPERT_CHOICE,
+                               MOE_GATE_NOISY_TOP_K, MOE_GATE_SINKHORN};
+    for (size_t k = 0; k < sizeof kind / sizeof *kind; k++)
+        for (int train = 0; train < 2; train++) {
+            cudaStream_t stream;
+            emu_set_seed(k + 1);
+            CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+            start_places(&cpu, &gpu, stream);
+            route(&cpu, kind[k], train);
+            route(&gpu, kind[k], train);
+            compare_places(&cpu, &gpu);
+            end_place(&cpu);
+            end_place(&gpu);
+            CUDA(cudaStreamDestroy(stream));
+            nothing_left();
+        }
+}
+
+/* One pointer for each expert, strides that go back, a gradient that is not wanted. */
+static void bound(place *p)
+{
+    model m;
+    moe_binding b;
+    double norm;
+    float *w1[E], *g1[E], host[MOST * D];
+    make(&m, p->context, 0);
+    fill(host, D * F, 1);
+    for (int e = 0; e < E; e++) {
+        w1[e] = put(p, host, D * F * sizeof(float));
+        g1[e] = e == 1 ? NULL : put(p, host, D * F * sizeof(float));
+    }
+    GOOD(moe_binding_init(&b, sizeof b));
+    b.data_per_expert = (const void *const *)w1, b.grad_per_expert = (void *const *)g1;
+    GOOD(moe_layer_bind(m.layer, moe_layer_parameter_find(m.layer, "experts.w1"), &b));
+    GOOD(moe_binding_init(&b, sizeof b));
+    float *w2 = put(p, NULL, E * D * F * sizeof(float)),
+          *g2 = put(p, NULL, E * D * F * sizeof(float));
+    float big[E * D * F];
+    for (int i = 0; i < E * D * F; i++) big[i] = (float)(i % 13) / 13 - 0.5f;
+    if (p->gpu) CUDA(cudaMemcpy(w2, big, sizeof big, cudaMemcpyHostToDevice));
+    if (!p->gpu) memcpy(w2, big, sizeof big);
+    b.data = w2 + (E - 1) * F * D, b.grad = g2 + (E - 1) * F * D;
+    b.data_stride[0] = b.grad_stride[0] = -F * D;
+    b.data_stride[1] = b.grad_stride[1] = 1, b.data_stride[2] = b.grad_stride[2] = F;
+    GOOD(moe_layer_bind(m.layer, moe_layer_parameter_find(m.layer, "experts.w2"), &b));
+    GOOD(moe_layer_init_parameters(m.layer, 1)); /* of what is owned */
+    GOOD(moe_layer_zero_gradients(m.layer, p->stream));
+    GOOD(moe_layer_gradient_norm(m.layer, &norm, p->stream));
+    MUST(norm == 0);
+    moe_forward_args f;
+    GOOD(moe_forward_args_init(&f, sizeof f));
+    float *y = put(p, NULL, T * D * sizeof(float));
+    f.tokens = T, f.x = put_floats(p, T * D, 1), f.y = y, f.stream = p->stream;
+    GOOD(moe_layer_forward(m.layer, m.pass, &f));
+    keep(p, y, T * D);
+    back(p, &m, NULL, NULL);
+    GOOD(moe_layer_gradient_norm(m.layer, &norm, p->stream));
+    p->kept[p->outs++][0] = (float)norm;
+    keep(p, g1[0], D * F);
+    keep(p, g2, D * F);
+    moe_pass_destroy(m.pass);
+    moe_layer_destroy(m.layer);
+    moe_experts_destroy(m.experts);
+    moe_gate_destroy(m.gate);
+}
+
+static void test_bound_parameters(void)
+{
+    static place cpu, gpu;
+    cudaStream_t stream;
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    start_places(&cpu, &gpu, stream);
+    bound(&cpu);
+    bound(&gpu);
+    compare_places(&cpu, &gpu);
+    end_place(&cpu);
+    end_place(&gpu);
+    CUDA(cudaStreamDestroy(stream));
+    nothing_left();
+}
+
+/* A handle and a workspace of the host, and its own again. */
+static void test_cublas_of_the_host(void)
+{
+    model m;
+    cublasHandle_t handle;
+    moe_cuda_pass_config c;
+    void *workspace = on_device(0, NULL, 1 << 16);
+    make(&m, context_of(0), SHARED);
+    arrays a = arrays_on(0, T, 2);
+    MUST(cublasCreate(&handle) == CUBLAS_STATUS_SUCCESS);
+    GOOD(moe_cuda_pass_config_init(&c, sizeof c));
+    for (int i = 0; i < 4; i++) {
+        c.cublas = i & 1 ? handle : NULL;
+        c.workspace = i & 2 ? workspace : NULL, c.workspace_bytes = i & 2 ? 1 << 16 : 0;
+        GOOD(moe_cuda_pass_set(m.pass, &c));
+        MUST(cublasSetPointerMode(handle, CUBLAS_POINTER_MODE_DEVICE) == CUBLAS_STATUS_SUCCESS);
+        GOOD(forward(&m, &a, T, 0, NULL));
+        GOOD(backward(&m, &a, NULL));
+        same_as_cpu(&a, T, 2, SHARED);
+    }
+    MUST(moe_cuda_pass_set(NULL, &c) == MOE_ERROR_INVALID_ARGUMENT && SAID("pass is NULL"));
+    c.workspace = (char *)workspace + 64;
+    MUST(moe_cuda_pass_set(m.pass, &c) == MOE_ERROR_INVALID_ARGUMENT && SAID("aligned"));
+    c.workspace = NULL;
+    MUST(moe_cuda_pass_set(m.pass, &c) == MOE_ERROR_INVALID_ARGUMENT && SAID("workspace is NULL"));
+    c.struct_size = 3;
+    MUST(moe_cuda_pass_set(m.pass, &c) == MOE_ERROR_STRUCT_SIZE);
+    GOOD(moe_cuda_pass_set(m.pass, NULL));
+    MUST(cublasDestroy(handle) == CUBLAS_STATUS_SUCCESS);
+    CUDA(cudaFree(workspace));
+    GOOD(forward(&m, &a, T, 0, NULL));
+    GOOD(backward(&m, &a, NULL));
+    same_as_cpu(&a, T, 2, SHARED);
+    free_arrays(&a);
+    drop(&m);
+    nothing_left();
+}
+
+/* What init_parameters sets to zero is there when it returns, for any stream. */
+static void test_init_parameters_are_there_for_any_stream(void)
+{
+    float bias[E] = {0, 0, 50, 50};
+    for (uint64_t seed = 1; seed <= 12; seed++) {
+        model m;
+        cudaStream_t stream;
+        moe_parameter_record r;
+        emu_set_seed(seed);
+        make(&m, context_of(0), BIAS);
+        arrays a = arrays_on(0, T, 5);
+        CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        GOOD(moe_parameter_record_init(&r, sizeof r));
+        GOOD(moe_gate_parameter(m.gate, moe_gate_parameter_find(m.gate, "selection_bias"), &r));
+        CUDA(cudaMemcpy(r.data, bias, sizeof bias, cudaMemcpyHostToDevice));
+        GOOD(moe_gate_init_parameters(m.gate, 1));
+        CUDA(cudaStreamQuery(NULL)); /* all is done */
+        GOOD(forward(&m, &a, T, 0, stream));
+        GOOD(backward(&m, &a, stream));
+        same_as_cpu(&a, T, 5, BIAS);
+        CUDA(cudaStreamDestroy(stream));
+        free_arrays(&a);
+        drop(&m);
+        nothing_left();
+    }
+}
+
+static void sleep_a_little(void *user)
+{
+    (void)user;
+    (void)usleep(4000);
+}
+
+/* The wait ends at its time, the pass is failed, and works again afterwards. */
+static void test_forward_that_waits_too_long(void)
+{
+    moe_cuda_config shorter = config_of(0);
+    moe_context *context = NULL;
+    model s;
+    cudaStream_t stream;
+    shorter.wait_seconds = 0.1;
+    GOOD(moe_cuda_context_create(&context, &shorter));
+    make(&s, context, SHARED);
+    arrays a = arrays_on(0, T, 5);
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    for (int i = 0; i < 300; i++) CUDA(cudaLaunchHostFunc(stream, sleep_a_little, NULL));
+    MUST(forward(&s, &a, T, 0, stream) == MOE_ERROR_TIMEOUT && SAID("not done in 0.1 s"));
+    MUST(losses_of(&s) == MOE_ERROR_INVALID_STATE && SAID("failed in the middle"));
+    MUST(backward(&s, &a, stream) == MOE_ERROR_INVALID_STATE);
+    CUDA(cudaStreamSynchronize(stream));
+    GOOD(forward(&s, &a, T, 0, stream));
+    GOOD(backward(&s, &a, stream));
+    same_as_cpu(&a, T, 5, SHARED);
+    CUDA(cudaStreamDestroy(stream));
+    free_arrays(&a);
+    drop(&s);
+    nothing_left();
+}
+
+/* check_pointers 0: memory is taken as it is, the host's for a plan among it. */
+static void test_pointers_that_are_trusted(void)
+{
+    moe_cuda_config c = config_of(0);
+    moe_context *context = NULL;
+    moe_plan *plan = NULL;
+    model m;
+    int32_t ids[T * K];
+    for (int i = 0; i < T * K; i++) ids[i] = i % E;
+    c.check_pointers = 0;
+    GOOD(moe_cuda_context_create(&context, &c));
+    make(&m, context, 0);
+    arrays a = arrays_on(0, T, 5);
+    GOOD(moe_plan_create(&plan, m.context));
+    build_plan(plan, ids, T);
+    GOOD(moe_plan_check(plan));
+    GOOD(forward(&m, &a, T, 0, NULL));
+    GOOD(backward(&m, &a, NULL));
+    same_as_cpu(&a, T, 5, 0);
+    moe_plan_destroy(plan);
+    free_arrays(&a);
+    drop(&m);
+    nothing_left();
+}
+
+/* ---- captures -------------------------------------------------------------------------------- */
+
+static void end_capture(cudaStream_t stream)
+{
+    cudaGraph_t graph = NULL;
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphDestroy(graph));
+}
+
+/* This thread captures a stream of its own while a layer works on another one. */
+static void test_work_beside_a_capture(void)
+{
+    model m;
+    cudaStream_t mine, theirs;
+    moe_plan *plan = NULL;
+    const moe_plan *shown;
+    make(&m, context_of(0), SHARED);
+    arrays a = arrays_on(0, T, 7);
+    CUDA(cudaStreamCreateWithFlags(&mine, cudaStreamNonBlocking));
+    CUDA(cudaStreamCreateWithFlags(&theirs, cudaStreamNonBlocking));
+    CUDA(cudaStreamBeginCapture(mine, cudaStreamCaptureModeGlobal));
+    GOOD(forward(&m, &a, T, 0, theirs));
+    GOOD(losses_of(&m));
+    GOOD(backward(&m, &a, theirs));
+    GOOD(moe_plan_create(&plan, m.context));
+    GOOD(moe_pass_plan(m.pass, &shown));
+    GOOD(moe_plan_copy(plan, shown));
+    GOOD(moe_layer_zero_gradients(m.layer, theirs));
+    moe_plan_destroy(plan);
+    end_capture(mine);
+    same_as_cpu(&a, T, 7, SHARED);
+    CUDA(cudaStreamDestroy(mine));
+    CUDA(cudaStreamDestroy(theirs));
+    free_arrays(&a);
+    drop(&m);
+    nothing_left();
+}
+
+/* A padded step in a graph, after moe_pass_reserve, replayed with other x. */
+static void test_reserved_step_in_a_graph(void)
+{
+    model m;
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t made;
+    make(&m, context_of(0), PADDED | SHARED);
+    arrays a = arrays_on(0, T, 7), b = arrays_on(0, T, 9);
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    GOOD(moe_pass_reserve(m.pass, T, 1, K));
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    GOOD(forward(&m, &a, T, 0, stream));
+    GOOD(backward(&m, &a, stream));
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphInstantiate(&made, graph, 0));
+    for (int i = 0; i < 2; i++) {
+        CUDA(cudaGraphLaunch(made, stream));
+        same_as_cpu(&a, T, i ? 9 : 7, SHARED);
+        GOOD(losses_of(&m));
+        CUDA(cudaMemcpy(a.x, b.x, T * D * sizeof(float), cudaMemcpyDeviceToDevice));
+        CUDA(cudaMemcpy(a.dy, b.dy, T * D * sizeof(float), cudaMemcpyDeviceToDevice));
+        CUDA(cudaDeviceSynchronize());
+    }
+    CUDA(cudaGraphExecDestroy(made));
+    CUDA(cudaGraphDestroy(graph));
+    CUDA(cudaStreamDestroy(stream));
+    free_arrays(&a);
+    free_arrays(&b);
+    drop(&m);
+    nothing_left();
+}
+
+/* An exact forward, and its backward in a capture: the host knows the rows already. */
+static void test_backward_of_an_exact_forward_in_a_capture(void)
+{
+    model m;
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t made;
+    make(&m, context_of(0), SHARED);
+    arrays a = arrays_on(0, T, 7);
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    GOOD(forward(&m, &a, T, 0, stream));
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    GOOD(backward(&m, &a, stream));
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphInstantiate(&made, graph, 0));
+    CUDA(cudaGraphLaunch(made, stream));
+    same_as_cpu(&a, T, 7, SHARED);
+    CUDA(cudaGraphExecDestroy(made));
+    CUDA(cudaGraphDestroy(graph));
+    CUDA(cudaStreamDestroy(stream));
+    free_arrays(&a);
+    drop(&m);
+    nothing_left();
+}
+
+/* What waits is refused before anything is done, and the capture goes on. */
+static void test_capture_refuses_what_waits(void)
+{
+    model m, padded;
+    cudaStream_t stream;
+    make(&m, context_of(0), 0);
+    make(&padded, context_of(0), PADDED);
+    arrays a = arrays_on(0, MOST, 7);
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    GOOD(forward(&m, &a, T, 0, stream));
+    GOOD(forward(&padded, &a, T, MOE_FORWARD_PLAN_ONLY, stream));
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    MUST(forward(&m, &a, T, 0, stream) == MOE_ERROR_INVALID_STATE && SAID("captured"));
+    MUST(forward(&m, &a, 0, 0, stream) == MOE_ERROR_INVALID_STATE && SAID("captured"));
+    MUST(losses_of(&m) == MOE_ERROR_INVALID_STATE && SAID("captured"));
+    MUST(forward(&padded, &a, T, MOE_FORWARD_RECOMPUTE, stream) == MOE_ERROR_INVALID_STATE &&
+         SAID("captured")); /* the pass would grow */
+    MUST(forward(&padded, &a, MOST, MOE_FORWARD_NO_SAVE, stream) == MOE_ERROR_INVALID_STATE);
+    MUST(moe_pass_trim(padded.pass) == MOE_ERROR_INVALID_STATE && SAID("captured"));
+    double norm;
+    MUST(moe_layer_gradient_norm(m.layer, &norm, stream) == MOE_ERROR_INVALID_STATE);
+    end_capture(stream);
+    GOOD(backward(&m, &a, stream));
+    same_as_cpu(&a, T, 7, 0);
+    GOOD(losses_of(&m));
+    GOOD(moe_pass_trim(padded.pass));
+    GOOD(forward(&padded, &a, T, MOE_FORWARD_RECOMPUTE, stream));
+    GOOD(backward(&padded, &a, stream));
+    same_as_cpu(&a, T, 7, 0);
+    CUDA(cudaStreamDestroy(stream));
+    free_arrays(&a);
+    drop(&m);
+    drop(&padded);
+    nothing_left();
+}
+
+/* ---- memory that a call is given ------------------------------------------------------------- */
+
+static void test_workspace_of_the_host(void)
+{
+    model m;
+    moe_pass *pass = NULL;
+    moe_pass_config c;
+    moe_cuda_pass_config p;
+    void *host = aligned_alloc(256, 1 << 16), *device = on_device(0, NULL, 8 << 20);
+    make(&m, context_of(0), 0);
+    GOOD(moe_pass_config_init(&c, sizeof c));
+    c.workspace = host, c.workspace_bytes = 1 << 16;
+    MUST(moe_pass_create(&pass, m.layer, &c) == MOE_ERROR_INVALID_ARGUMENT &&
+         SAID("workspace is memory of the host"));
+    c.workspace = device, c.workspace_bytes = 64;
+    moe_pass_destroy(m.pass);
+    GOOD(moe_pass_create(&m.pass, m.layer, &c));
+    arrays a = arrays_on(0, T, 1);
+    MUST(forward(&m, &a, T, 0, NULL) == MOE_ERROR_BUFFER_TOO_SMALL && SAID("workspace"));
+    moe_pass_destroy(m.pass);
+    c.workspace_bytes = 8 << 20;
+    GOOD(moe_pass_create(&m.pass, m.layer, &c));
+    GOOD(moe_cuda_pass_config_init(&p, sizeof p));
+    p.workspace = host, p.workspace_bytes = 1 << 16;
+    MUST(moe_cuda_pass_set(m.pass, &p) == MOE_ERROR_INVALID_ARGUMENT &&
+         SAID("workspace is memory of the host"));
+    GOOD(forward(&m, &a, T, 0, NULL));
+    GOOD(backward(&m, &a, NULL));
+    same_as_cpu(&a, T, 1, 0);
+    free_arrays(&a);
+    drop(&m);
+    CUDA(cudaFree(device));
+    free(host);
+    nothing_left();
+}
+
+/* Routings may be in any memory: of the host, pinned, managed, the device's. */
+static void test_routing_in_any_memory(void)
+{
+    model m;
+    moe_plan *plan = NULL;
+    int32_t ids[T * K];
+    int64_t *counts;
+    void *pinned = NULL, *managed = NULL;
+    for (int i = 0; i < T * K; i++) ids[i] = i % E;
+    make(&m, context_of(0), BIAS);
+    GOOD(moe_plan_create(&plan, m.context));
+    void *device = on_device(0, ids, sizeof ids);
+    CUDA(cudaMallocHost(&pinned, sizeof ids));
+    CUDA(cudaMallocManaged(&managed, sizeof ids, cudaMemAttachGlobal));
+    memcpy(pinned, ids, sizeof ids);
+    memcpy(managed, ids, sizeof ids);
+    const void *all[] = {ids, device, pinned, managed};
+    for (int i = 0; i < 4; i++) {
+        build_plan(plan, all[i], T);
+        GOOD(moe_plan_check(plan));
+    }
+    CUDA(cudaMallocHost((void **)&counts, E * sizeof *counts));
+    for (int e = 0; e < E; e++) counts[e] = e;
+    GOOD(moe_gate_update_selection_bias(m.gate, counts, 0.1));
+    CUDA(cudaFree(device));
+    CUDA(cudaFree(managed));
+    CUDA(cudaFreeHost(pinned));
+    CUDA(cudaFreeHost(counts));
+    moe_plan_destroy(plan);
+    drop(&m);
+    nothing_left();
+}
+
+/* ---- allocators of the host ------------------------------------------------------------------ */
+
+typedef struct counter {
+    int64_t live, calls, limit; /* limit 0: none */
+} counter;
+static void *host_alloc(void *user, uint64_t bytes, uint64_t alignment)
+{
+    counter *n = user;
+    void *p = NULL;
+    if (n->limit > 0 && n->calls >= n->limit) return NULL;
+    n->calls++;
+    n->live += (int64_t)bytes;
+    return posix_memalign(&p, alignment, bytes) == 0 ? p : NULL;
+}
+static void host_free(void *user, void *p, uint64_t bytes)
+{
+    ((counter *)user)->live -= (int64_t)bytes;
+    free(p);
+}
+static void *device_alloc(void *user, uint64_t bytes, uint64_t alignment, void *stream)
+{
+    counter *n = user;
+    void *p = NULL;
+    MUST(alignment == 256 && !stream);
+    if (n->limit > 0 && n->calls >= n->limit) return NULL;
+    n->calls++;
+    n->live += (int64_t)bytes;
+    return cudaMalloc(&p, bytes) == cudaSuccess ? p : NULL;
+}
+static void device_free(void *user, void *p, uint64_t bytes, void *stream)
+{
+    MUST(!stream);
+    ((counter *)user)->live -= (int64_t)bytes;
+    (void)cudaFree(p);
+}
+
+static moe_context *counting_context(counter *host, counter *device)
+{
+    moe_cuda_config c = config_of(0);
+    moe_context_config h;
+    moe_context *context = NULL;
+    GOOD(moe_context_config_init(&h, sizeof h));
+    h.alloc = host_alloc, h.free = host_free, h.alloc_user = host;
+    c.alloc = device_alloc, c.free = device_free, c.alloc_user = device;
+    c.host = &h;
+    MUST(moe_cuda_context_create(&context, &c) == MOE_OK || host->limit > 0 || device->limit > 0);
+    return context;
+}
+
+/* Memory goes back to the allocator that it is of. */
+static void test_plan_copy_between_contexts(void)
+{
+    counter host[3] = {{0, 0, 0}}, device[2] = {{0, 0, 0}};
+    moe_context *context[3] = {counting_context(&host[0], &device[0]),
+                               counting_context(&host[1], &device[1]), NULL};
+    moe_context_config h;
+    moe_plan *plan[3];
+    int32_t ids[T * K];
+    GOOD(moe_context_config_init(&h, sizeof h));
+    h.alloc = host_alloc, h.free = host_free, h.alloc_user = &host[2];
+    GOOD(moe_context_create(&context[2], &h));
+    for (int i = 0; i < T * K; i++) ids[i] = i % E;
+    for (int i = 0; i < 3; i++) GOOD(moe_plan_create(&plan[i], context[i]));
+    build_plan(plan[0], ids, T);
+    for (int from = 0; from < 3; from++)
+        for (int to = 0; to < 3; to++) {
+            int64_t before[3] = {host[0].live, host[1].live, host[2].live};
+            GOOD(moe_plan_copy(plan[(from + to) % 3], plan[from]));
+            GOOD(moe_plan_check(plan[(from + to) % 3]));
+            MUST(host[0].live == before[0] && host[1].live == before[1]);
+        }
+    for (int i = 0; i < 3; i++) {
+        moe_plan_destroy(plan[i]);
+        moe_context_destroy(context[i]);
+    }
+    MUST(host[0].live == 0 && host[1].live == 0 && host[2].live == 0);
+    MUST(device[0].live == 0 && device[1].live == 0);
+    nothing_left();
+}
+
+/* A step with the n-th allocation failing; nothing is lost, and a second try is good. */
+static void test_any_allocation_fails(void)
+{
+    int refused = 0;
+    for (int side = 0; side < 2; side++)
+        for (int n = 1, more = 1; more; n++) {
+            counter host = {0, 0, side ? n : 0}, device = {0, 0, side ? 0 : n};
+            model m = {0};
+            arrays a = arrays_on(0, T, 2);
+            moe_context *context = counting_context(&host, &device);
+            moe_status status = context ? try_make(&m, context, SHARED) : MOE_ERROR_OUT_OF_MEMORY;
+            if (status == MOE_OK) status = forward(&m, &a, T, 0, NULL);
+            if (status == MOE_OK) status = backward(&m, &a, NULL);
+            MUST(status == MOE_OK || (status == MOE_ERROR_OUT_OF_MEMORY && SAID(": no ")));
+            more = status != MOE_OK;
+            refused += more;
+            host.limit = device.limit = 0;
+            if (m.pass) {
+                GOOD(forward(&m, &a, T, 0, NULL));
+                GOOD(backward(&m, &a, NULL));
+                same_as_cpu(&a, T, 2, SHARED);
+            }
+            drop(&m);
+            free_arrays(&a);
+            MUST(host.live == 0 && device.live == 0);
+            nothing_left();
+        }
+    MUST(refused > 20);
+}
+
+/* An allocator that writes over what it gets back, on a stream of its own: work of the library that
+ * were still to come would read that. */
+typedef struct spoiler {
+    cudaStream_t stream;
+    void *memory[256];
+    int count;
+} spoiler;
+static void *spoiler_alloc(void *user, uint64_t bytes, uint64_t alignment, void *stream)
+{
+    void *p = NULL;
+    (void)user, (void)alignment, (void)stream;
+    return cudaMalloc(&p, bytes) == cudaSuccess ? p : NULL;
+}
+static void spoiler_free(void *user, void *p, uint64_t bytes, void *stream)
+{
+    spoiler *s = user;
+    (void)stream;
+    CUDA(cudaMemsetAsync(p, 0xff, bytes, s->stream));
+    CUDA(cudaStreamSynchronize(s->stream));
+    MUST(s->count < 256);
+    s->memory[s->count++] = p;
+}
+
+static void test_memory_goes_back_when_its_work_is_done(void)
+{
+    for (uint64_t seed = 1; seed <= 8; seed++) {
+        int options = seed % 2 ? PADDED | SHARED : SHARED;
+        spoiler s = {NULL, {NULL}, 0};
+        moe_cuda_config c = config_of(0);
+        moe_context *context = NULL;
+        model m;
+        cudaStream_t first, second;
+        cudaEvent_t done;
+        emu_set_seed(seed);
+        CUDA(cudaStreamCreateWithFlags(&s.stream, cudaStreamNonBlocking));
+        CUDA(cudaStreamCreateWithFlags(&first, cudaStreamNonBlocking));
+        CUDA(cudaStreamCreateWithFlags(&second, cudaStreamNonBlocking));
+        CUDA(cudaEventCreateWithFlags(&done, cudaEventDisableTiming));
+        c.alloc = spoiler_alloc, c.free = spoiler_free, c.alloc_user = &s;
+        GOOD(moe_cuda_context_create(&context, &c));
+        make(&m, context, options);
+        arrays a = arrays_on(0, T, 3), b = arrays_on(0, MOST, 4);
+        GOOD(forward(&m, &a, T, MOE_FORWARD_PLAN_ONLY, first));
+        GOOD(moe_pass_trim(m.pass));
+        CUDA(cudaEventRecord(done, first));
+        CUDA(cudaStreamWaitEvent(second, done, 0));
+        GOOD(forward(&m, &a, T, MOE_FORWARD_RECOMPUTE, second));
+        GOOD(backward(&m, &a, second));
+        CUDA(cudaEventRecord(done, second));
+        CUDA(cudaStreamWaitEvent(first, done, 0));
+        if (seed % 3) GOOD(forward(&m, &b, MOST, MOE_FORWARD_NO_SAVE, first)); /* grows */
+        if (seed % 3 == 1) GOOD(moe_pass_trim(m.pass));
+        moe_pass_destroy(m.pass);
+        m.pass = NULL;
+        same_as_cpu(&a, T, 3, options);
+        drop(&m);
+        for (int i = 0; i < s.count; i++) CUDA(cudaFree(s.memory[i]));
+        CUDA(cudaEventDestroy(done));
+        CUDA(cudaStreamDestroy(first));
+        CUDA(cudaStreamDestroy(second));
+        CUDA(cudaStreamDestroy(s.stream));
+        free_arrays(&a);
+        free_arrays(&b);
+        nothing_left();
+    }
+}
+
+static void test_other_fields_of_the_hosts_config_are_not_read(void)
+{
+    moe_cuda_config c = config_of(0);
+    moe_context_config h;
+    moe_context *context = NULL;
+    GOOD(moe_context_config_init(&h, sizeof h));
+    h.threads = -3, h.backend = MOE_BACKEND_CUDA, h.isa = 77;
+    c.host = &h;
+    GOOD(moe_cuda_context_create(&context, &c));
+    MUST(moe_context_threads(context) == 1);
+    moe_context_destroy(context);
+    h.log_level = 99;
+    context = NULL;
+    MUST(moe_cuda_context_create(&context, &c) == MOE_ERROR_INVALID_ARGUMENT &&
+         SAID("log_level is 99") && !context);
+    nothing_left();
+}
+
+/* ---- threads --------------------------------------------------------------------------------- */
+
+typedef struct job {
+    const model *m;
+    int salt;
+    arrays a;
+} job;
+
+/* One pass of each thread, on a stream of its own; forwards alone, for gradients are the layer's. */
+static void *work_of_thread(void *argument)
+{
+    const job *j = argument;
+    model m = *j->m;
+    moe_plan *plan = NULL;
+    const moe_plan *shown;
+    cudaStream_t stream;
+    CUDA(cudaSetDevice(0));
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    CUDA(cudaSetDevice(j->salt % 2)); /* another one than the context's for some */
+    GOOD(moe_pass_create(&m.pass, m.layer, NULL));
+    GOOD(moe_plan_create(&plan, m.context));
+    for (int i = 0; i < 3; i++) {
+        GOOD(forward(&m, &j->a, T, i == 1 ? MOE_FORWARD_PLAN_ONLY : 0, stream));
+        GOOD(losses_of(&m));
+        GOOD(moe_pass_plan(m.pass, &shown));
+        GOOD(moe_plan_copy(plan, shown));
+        GOOD(moe_plan_check(plan));
+        MUST(current() == j->salt % 2);
+        GOOD(moe_pass_trim(m.pass));
+    }
+    moe_plan_destroy(plan);
+    moe_pass_destroy(m.pass);
+    CUDA(cudaStreamDestroy(stream));
+    return NULL;
+}
+
+static void test_threads_share_a_context(void)
+{
+    enum { THREADS = 3 };
+    pthread_t thread[THREADS];
+    job j[THREADS];
+    model m;
+    static results r;
+    make(&m, context_of(0), SHARED);
+    for (int i = 0; i < THREADS; i++) {
+        j[i] = (job){&m, i, arrays_on(0, T, i)};
+        MUST(pthread_create(&thread[i], NULL, work_of_thread, &j[i]) == 0);
+    }
+    for (int i = 0; i < THREADS; i++) MUST(pthread_join(thread[i], NULL) == 0);
+    for (int i = 0; i < THREADS; i++) {
+        on_cpu(&r, T, i, SHARED);
+        near(j[i].a.y, r.y, T * D);
+        free_arrays(&j[i].a);
+    }
+    drop(&m);
+    nothing_left();
+}
+
+/* ---- failures -------------------------------------------------------------------------------- */
+
+/* An error that the host has not asked for yet is still there after our calls, or where they waited
+ * another one. */
+static void test_errors_of_the_host_stay(void)
+{
+    model m;
+    cudaStream_t stream;
+    void *p;
+    make(&m, context_of(0), SHARED | PADDED);
+    arrays a = arrays_on(0, T, 2);
+    CUDA(cudaStreamCreate(&stream));
+    MUST(cudaMalloc(&p, (size_t)1 << 50) == cudaErrorMemoryAllocation);
+    GOOD(forward(&m, &a, T, 0, stream));
+    MUST(cudaPeekAtLastError() == cudaErrorMemoryAllocation);
+    GOOD(backward(&m, &a, stream));
+    GOOD(moe_pass_reserve(m.pass, MOST, 1, K));
+    GOOD(moe_layer_zero_gradients(m.layer, stream));
+    GOOD(moe_cuda_poll(m.context));
+    MUST(cudaPeekAtLastError() == cudaErrorMemoryAllocation);
+    GOOD(forward(&m, &a, T, 0, stream));
+    GOOD(losses_of(&m));
+    MUST(cudaGetLastError() != cudaSuccess);
+    GOOD(losses_of(&m));
+    drop(&m);
+    MUST(cudaPeekAtLastError() == cudaSuccess);
+    free_arrays(&a);
+    CUDA(cudaStreamDestroy(stream));
+    nothing_left();
+}
+
+static moe_status step_of(const model *m, const arrays *a)
+{
+    moe_status status = forward(m, a, T, 0, NULL);
+    if (status == MOE_OK) status = backward(m, a, NULL);
+    if (status == MOE_OK) status = losses_of(m);
+    if (status == MOE_OK) status = moe_pass_trim(m->pass);
+    return status;
+}
+
+/* The n-th call of each function fails in a step. */
+static void test_any_call_fails(void)
+{
+    static const char *const names[] = {"kernel",
+                                        "cudaMalloc",
+                                        "cudaMemcpyAsync",
+                                        "cudaMemsetAsync",
+                                        "cudaEventRecord",
+                                        "cudaEventQuery",
+                                        "cudaHostAlloc",
+                                        "cudaGetDevice",
+                                        "cudaSetDevice",
+                                        "cublasSetStream",
+                                        "cublasSetWorkspace",
+                                        "cublasGemmEx",
+                                        "cudaFree",
+                                        "cudaStreamIsCapturing",
+                                        "cudaPointerGetAttributes",
+                                        "cudaThreadExchangeStreamCaptureMode",
+                                        "cublasGemmGroupedBatchedEx"};
+    int failed = 0;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        for (int n = 1; n < 40; n += n < 8 ? 1 : 5) {
+            bool blas = strncmp(names[i], "cublas", 6) == 0;
+            model m;
+            make(&m, context_of(1), SHARED);
+            arrays a = arrays_on(1, T, 2);
+            emu_fail(names[i], n, blas ? CUBLAS_STATUS_EXECUTION_FAILED : (int)cudaErrorUnknown);
+            moe_status status = step_of(&m, &a);
+            emu_fail(names[i], 0, 0);
+            MUST(status == MOE_OK || status == MOE_ERROR_DEVICE ||
+                 status == MOE_ERROR_OUT_OF_MEMORY);
+            MUST(status == MOE_OK || strlen(moe_last_error()) > 20);
+            failed += status != MOE_OK;
+            if (strcmp(names[i], "cudaSetDevice") == 0)
+                CUDA(cudaSetDevice(0)); /* on the way back */
+            MUST(current() == 0 && cudaPeekAtLastError() == cudaSuccess);
+            GOOD(step_of(&m, &a));
+            CUDA(cudaSetDevice(1));
+            same_as_cpu(&a, T, 2, SHARED);
+            CUDA(cudaSetDevice(0));
+            free_arrays(&a);
+            drop(&m);
+            nothing_left();
+        }
+    MUST(failed > 60);
+}
+
+/* A device that failed, and a child process, get errors of every call that looks at the device. */
+static void all_refuse(model *m, const arrays *a, moe_plan *own, const char *words)
+{
+    const moe_plan *plan;
+    moe_plan_view view;
+    uint8_t touched[E];
+    int64_t bytes, counts[E] = {0};
+    static unsigned char saved[1 << 16];
+    double norm;
+    GOOD(moe_plan_view_init(&view, sizeof view));
+    MUST(losses_of(m) == MOE_ERROR_DEVICE && SAID(words));
+    GOOD(moe_pass_plan(m->pass, &plan));
+    MUST(moe_plan_get(plan, &view) == MOE_ERROR_DEVICE && SAID(words));
+    MUST(moe_plan_check(plan) == MOE_ERROR_DEVICE && SAID(words));
+    MUST(moe_plan_save(plan, saved, sizeof saved, &bytes) == MOE_ERROR_DEVICE && SAID(words));
+    MUST(moe_plan_copy(own, plan) == MOE_ERROR_DEVICE && SAID(words));
+    MUST(moe_experts_touched(m->experts, touched, NULL) == MOE_ERROR_DEVICE && SAID(words));
+    MUST(moe_gate_update_selection_bias(m->gate, counts, 1) == MOE_ERROR_DEVICE && SAID(words));
+    MUST(moe_layer_gradient_norm(m->layer, &norm, NULL) == MOE_ERROR_DEVICE && SAID(words));
+    MUST(moe_layer_init_parameters(m->layer, 1) == MOE_ERROR_DEVICE && SAID(words));
+    MUST(moe_layer_zero_gradients(m->layer, NULL) == MOE_ERROR_DEVICE && SAID(words));
+    MUST(forward(m, a, T, 0, NULL) == MOE_ERROR_DEVICE && SAID(words));
+    MUST(forward(m, a, MOST, 0, NULL) == MOE_ERROR_DEVICE && SAID(words));
+}
+
+static void test_forked_child_is_refused(void)
+{
+    model m;
+    moe_plan *own = NULL;
+    int status = 0;
+    make(&m, context_of(0), BIAS | PADDED);
+    arrays a = arrays_on(0, MOST, 2);
+    GOOD(forward(&m, &a, T, 0, NULL));
+    GOOD(moe_plan_create(&own, m.context));
+    CUDA(cudaDeviceSynchronize());
+    (void)fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        all_refuse(&m, &a, own, "forked");
+        moe_plan_destroy(own);
+        drop(&m);
+        (void)fflush(stdout);
+        _exit(0);
+    }
+    MUST(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    free_arrays(&a);
+    moe_plan_destroy(own);
+    drop(&m);
+    nothing_left();
+}
+
+/* The memory of a device that failed is lost, but the host's allocator is told. */
+static void test_device_that_failed_is_refused(void)
+{
+    counter host = {0, 0, 0}, device = {0, 0, 0};
+    model m;
+    moe_plan *own = NULL;
+    make(&m, counting_context(&host, &device), BIAS | PADDED);
+    arrays a = arrays_on(0, MOST, 2);
+    GOOD(moe_plan_create(&own, m.context));
+    GOOD(forward(&m, &a, T, 0, NULL));
+    CUDA(cudaDeviceSynchronize());
+    emu_fail_kernel(1);
+    (void)moe_layer_zero_gradients(m.layer, NULL);
+    (void)cudaDeviceSynchronize();
+    (void)cudaGetLastError();
+    MUST(losses_of(&m) == MOE_ERROR_DEVICE && SAID("cudaErrorIllegalAddress"));
+    MUST(moe_cuda_poll(m.context) == MOE_ERROR_DEVICE);
+    all_refuse(&m, &a, own, "cudaErrorIllegalAddress");
+    moe_plan_destroy(own);
+    drop(&m);
+    MUST(host.live == 0 && device.live == 0);
+    emu_heal();
+    free_arrays(&a);
+    cases++;
+}
+
+/* ---- sizes ----------------------------------------------------------------------------------- */
+
+static void test_no_tokens_and_costs(void)
+{
+    model m;
+    cudaStream_t stream;
+    arrays none = {NULL, NULL, NULL, NULL};
+    moe_cost_query q;
+    moe_cost cost;
+    moe_gate_config g;
+    moe_experts_config e;
+    CUDA(cudaStreamCreate(&stream));
+    for (int options = 0; options < 4; options++) {
+        make(&m, context_of(0), options);
+        GOOD(forward(&m, &none, 0, 0, stream));
+        GOOD(backward(&m, &none, stream));
+        GOOD(losses_of(&m));
+        drop(&m);
+    }
+    make(&m, context_of(0), 0);
+    arrays a = arrays_on(0, T, 2);
+    GOOD(forward(&m, &a, T, 0, stream));
+    GOOD(moe_cost_query_init(&q, sizeof q));
+    GOOD(moe_cost_init(&cost, sizeof cost));
+    GOOD(moe_gate_config_init(&g, sizeof g));
+    GOOD(moe_experts_config_init(&e, sizeof e));
+    GOOD(moe_gate_get_config(m.gate, &g));
+    GOOD(moe_experts_get_config(m.experts, &e));
+    q.gate = &g, q.experts = &e, q.tokens = T, q.context = m.context;
+    GOOD(moe_layer_memory(&q, &cost));
+    MUST(cost.pass_bytes == moe_pass_bytes(m.pass));
+    g.dtype = e.dtype = MOE_DTYPE_F64;
+    MUST(moe_layer_memory(&q, &cost) == MOE_ERROR_NOT_SUPPORTED && SAID("dtype"));
+    MUST(moe_gate_create(&m.gate, m.context, &g) == MOE_ERROR_NOT_SUPPORTED && SAID("dtype"));
+    free_arrays(&a);
+    drop(&m);
+    CUDA(cudaStreamDestroy(stream));
+    nothing_left();
+}
+
+/* A group of one rank is good, but its options are for rows that travel. */
+static void test_comm_of_one_rank(void)
+{
+    model m;
+    moe_comm *comm = NULL;
+    moe_layer *layer = NULL;
+    moe_layer_config l;
+    const int64_t placement[E] = {0, 1, 2, 3};
+    make(&m, context_of(0), 0);
+    GOOD(moe_comm_create_self(&comm, m.context));
+    for (int i = 0; i < 5; i++) {
+        static const char *const word[] = {"", "expert_slices", "placement", "max_received",
+                                           "exchange"};
+        GOOD(moe_layer_config_init(&l, sizeof l));
+        l.gate = m.gate, l.experts = m.experts, l.comm = comm;
+        if (i == 1) l.expert_slices = 2;
+        if (i == 2) l.placement = placement;
+        if (i == 3) l.max_received = 64;
+        if (i == 4) l.exchange = MOE_EXCHANGE_PADDED, l.padded_rows = ROOM;
+        moe_status status = moe_layer_create(&layer, &l);
+        MUST(status == (i ? MOE_ERROR_NOT_SUPPORTED : MOE_OK) && (!i || SAID(word[i])));
+    }
+    moe_pass_destroy(m.pass);
+    moe_layer_destroy(m.layer);
+    m.layer = layer;
+    GOOD(moe_pass_create(&m.pass, m.layer, NULL));
+    arrays a = arrays_on(0, T, 2);
+    double norm;
+    GOOD(forward(&m, &a, T, 0, NULL));
+    GOOD(backward(&m, &a, NULL));
+    GOOD(moe_layer_gradient_norm(m.layer, &norm, NULL));
+    same_as_cpu(&a, T, 2, 0);
+    free_arrays(&a);
+    moe_comm_destroy(comm);
+    drop(&m);
+    nothing_left();
+}
+
+/* Only the case of this name, if one is given. */
+int main(int count, char **arguments)
+{
+    static const struct {
+        const char *name;
+        void (*run)(void);
+    } test[] = {
+        {"another_device_is_current", test_another_device_is_current},
+        {"plan_of_another_device", test_plan_of_another_device},
+        {"passes_on_several_streams", test_passes_on_several_streams},
+        {"recompute_on_another_stream", test_recompute_on_another_stream},
+        {"replays", test_replays},
+        {"gates_that_count", test_gates_that_count},
+        {"bound_parameters", test_bound_parameters},
+        {"cublas_of_the_host", test_cublas_of_the_host},
+        {"init_parameters_are_there_for_any_stream", test_init_parameters_are_there_for_any_stream},
+        {"forward_that_waits_too_long", test_forward_that_waits_too_long},
+        {"pointers_that_are_trusted", test_pointers_that_are_trusted},
+        {"work_beside_a_capture", test_work_beside_a_capture},
+        {"reserved_step_in_a_graph", test_reserved_step_in_a_graph},
+        {"backward_of_an_exact_forward_in_a_capture",
+         test_backward_of_an_exact_forward_in_a_capture},
+        {"capture_refuses_what_waits", test_capture_refuses_what_waits},
+        {"workspace_of_the_host", test_workspace_of_the_host},
+        {"routing_in_any_memory", test_routing_in_any_memory},
+        {"plan_copy_between_contexts", test_plan_copy_between_contexts},
+        {"any_allocation_fails", test_any_allocation_fails},
+        {"memory_goes_back_when_its_work_is_done", test_memory_goes_back_when_its_work_is_done},
+        {"other_fields_of_the_hosts_config_are_not_read",
+         test_other_fields_of_the_hosts_config_are_not_read},
+        {"errors_of_the_host_stay", test_errors_of_the_host_stay},
+        {"threads_share_a_context", test_threads_share_a_context},
+        {"any_call_fails", test_any_call_fails},
+        {"forked_child_is_refused", test_forked_child_is_refused},
+        {"no_tokens_and_costs", test_no_tokens_and_costs},
+        {"comm_of_one_rank", test_comm_of_one_rank},
+        {"device_that_failed_is_refused", test_device_that_failed_is_refused},
+    };
+    (void)setenv("MOE_EMULATION_PROTECT", "1", 1);
+    (void)setenv("MOE_EMULATION_QUIET", "1", 0);
+    for (size_t i = 0; i < sizeof test / sizeof *test; i++)
+        if (count < 2 || strcmp(arguments[1], test[i].name) == 0) test[i].run();
+    printf("hosts on CUDA: %d cases\n", cases);
+    return 0;
+}
