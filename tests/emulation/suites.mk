@@ -39,18 +39,19 @@ $(EMU)/$(1)/tests/%.o: tests/emulation/%.c
 	$$(CC) $$(EMU_HOST_FLAGS) $$(EMU_SAN_$(1)) -MMD -MP -c $$< -o $$@
 $(EMU)/$(1)/check_cuda_context: $(EMU)/$(1)/tests/check_cuda_context.o $$(EMU_CUDA_OBJECTS_$(1)) $(EMU_MOE) $(EMU_LIBS)
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -o $$@
-$(EMU)/$(1)/check_cuda_host: $(EMU)/$(1)/tests/check_cuda_host.o $$(EMU_CUDA_OBJECTS_$(1)) $(EMU_MOE) $(EMU_LIBS)
+$(EMU)/$(1)/check_cuda_host $(EMU)/$(1)/check_cuda_host_calls: $(EMU)/$(1)/%: $(EMU)/$(1)/tests/%.o \
+    $(EMU)/$(1)/tests/cuda_host.o $$(EMU_CUDA_OBJECTS_$(1)) $(EMU_MOE) $(EMU_LIBS)
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -o $$@
 $(EMU)/$(1)/check_ffn_kernels: $(EMU)/$(1)/tests/check_ffn_kernels.o $(EMU)/$(1)/tests/ffn_case.o \
     $$(EMU_CUDA_OBJECTS_$(1)) $(EMU_MOE) $(EMU_LIBS)
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -o $$@
--include $(EMU)/$(1)/tests/check_cuda_context.d $(EMU)/$(1)/tests/check_cuda_host.d $(EMU)/$(1)/tests/check_ffn_kernels.d $(EMU)/$(1)/tests/ffn_case.d
+-include $(EMU)/$(1)/tests/check_cuda_context.d $(wildcard $(EMU)/$(1)/tests/*cuda_host*.d) $(EMU)/$(1)/tests/check_ffn_kernels.d $(EMU)/$(1)/tests/ffn_case.d
 endef
 EMU_EXPERTS_FLAVOURS := plain asan tsan
 $(foreach f,$(EMU_EXPERTS_FLAVOURS),$(eval $(call EMU_EXPERTS,$(f))))
 
 .PHONY: check-emulation-experts
 check-emulation-experts: $(foreach f,$(EMU_EXPERTS_FLAVOURS),$(EMU)/$(f)/check_cuda_context $(EMU)/$(f)/check_cuda_host \
-    $(EMU)/$(f)/check_ffn_kernels)
-	@$(RUN) $(foreach f,$(EMU_EXPERTS_FLAVOURS),$(EMU)/$(f)/check_cuda_context $(EMU)/$(f)/check_cuda_host) "$(EMU)/plain/check_ffn_kernels 1 2000" \
+    $(EMU)/$(f)/check_cuda_host_calls $(EMU)/$(f)/check_ffn_kernels)
+	@$(RUN) $(foreach f,$(EMU_EXPERTS_FLAVOURS),$(EMU)/$(f)/check_cuda_context $(EMU)/$(f)/check_cuda_host $(EMU)/$(f)/check_cuda_host_calls) "$(EMU)/plain/check_ffn_kernels 1 2000" \
 	    "$(EMU)/asan/check_ffn_kernels 1 500" "$(EMU)/tsan/check_ffn_kernels 1 100"
