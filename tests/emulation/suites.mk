@@ -9,7 +9,7 @@ DEVICE_SUITES := check_layer check_family check_half_layer check_branches check_
 # Check suites and programs that count themselves; the latter take seeds.
 KERNEL_SUITES := check_row_kernels check_plan_kernels check_mix_kernels
 KERNEL_PROGRAMS := check_ffn_kernels check_gate_kernels check_router_gemm
-CALL_PROGRAMS := check_calls check_cuda_context check_cuda_host
+CALL_PROGRAMS := check_calls check_cuda_context check_cuda_host check_cuda_host_calls
 EMU_MOE := $(EMU)/moe/libmoe.a
 EMU_SUPPORT := $(SUPPORT) $(wildcard tests/support/device/*.c)
 RUNNER_SOURCES := $(wildcard tests/vector_runner/*.c)
@@ -30,8 +30,8 @@ $(EMU)/$(1)/suites/support/device/on_device.o: EMU_SUITE_FLAGS += -DMOE_TEST_ON_
 EMU_SUPPORT_$(1) := $$(EMU_SUPPORT:tests/%.c=$(EMU)/$(1)/suites/%.o)
 EMU_LINKED_$(1) := $$(EMU_CUDA_OBJECTS_$(1)) $(EMU_MOE) $(EMU_LIBS)
 .SECONDARY: $$(EMU_SUPPORT_$(1)) $$(EMU_CUDA_OBJECTS_$(1)) $$(DEVICE_SUITES:%=$(EMU)/$(1)/suites/%.o) \
-    $$(patsubst %,$(EMU)/$(1)/kernels/%.o,$$(KERNEL_SUITES) $$(KERNEL_PROGRAMS) check_calls check_cuda_context \
-    check_cuda_host traffic_table)
+    $$(patsubst %,$(EMU)/$(1)/kernels/%.o,$$(KERNEL_SUITES) $$(KERNEL_PROGRAMS) $(CALL_PROGRAMS) cuda_host \
+    traffic_table)
 $(EMU)/$(1)/suites/check_%: $(EMU)/$(1)/suites/check_%.o $$(EMU_SUPPORT_$(1)) $$(EMU_LINKED_$(1))
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) $$(EMU_LINK_$(1)) -ldl -o $$@
 $(EMU)/$(1)/suites/run_vectors: $$(RUNNER_SOURCES:tests/%.c=$(EMU)/$(1)/suites/%.o) \
@@ -56,7 +56,8 @@ $(EMU)/$(1)/kernels/check_ffn_kernels: $(EMU)/$(1)/kernels/check_ffn_kernels.o $
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -ldl -o $$@
 $(EMU)/$(1)/kernels/check_cuda_context: $(EMU)/$(1)/kernels/check_cuda_context.o $$(EMU_LINKED_$(1))
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -ldl -o $$@
-$(EMU)/$(1)/kernels/check_cuda_host: $(EMU)/$(1)/kernels/check_cuda_host.o $$(EMU_LINKED_$(1))
+$(EMU)/$(1)/kernels/check_cuda_host $(EMU)/$(1)/kernels/check_cuda_host_calls: $(EMU)/$(1)/kernels/%: \
+    $(EMU)/$(1)/kernels/%.o $(EMU)/$(1)/kernels/cuda_host.o $$(EMU_LINKED_$(1))
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -ldl -o $$@
 $(EMU)/$(1)/kernels/check_calls: $(EMU)/$(1)/kernels/check_calls.o $$(EMU_LINKED_$(1))
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) $$(EMU_LINK_$(1)) -ldl -o $$@
