@@ -90,15 +90,15 @@ EMU_KERNEL_RUNS = $(foreach k,$(KERNEL_SUITES),"$(EMU_ENV) $(4) MOE_TEST_CASES=$
 check-emulation: $(EMU_PROGRAMS_plain) $(EMU_PROGRAMS_SANITIZED)
 	@rm -f $(EMU_LAUNCHED); echo "seed $(EMU_SEED) (EMU_SEED=)"
 	@sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
-	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,200) \
+	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,200) \
 	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)") \
 	    $(foreach f,$(EMU_SANITIZED),"$(EMU_ENV) MOE_FEW=1 $(EMU)/$(f)/suites/check_layer" \
-	        "$(EMU_ENV) $(EMU)/$(f)/suites/run_vectors tests/vectors" $(call EMU_KERNEL_RUNS,$(f),2,30))
+	        "$(EMU_ENV) $(EMU)/$(f)/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,$(f),2,30))
 	@sh tests/emulation/kernels_launched.sh $(EMU_LAUNCHED) $(EMU_KERNELS_plain)
 check-emulation-plain: $(EMU_PROGRAMS_plain)
 	@rm -f $(EMU_LAUNCHED); echo "seed $(EMU_SEED) (EMU_SEED=)"
 	@sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
-	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,200) \
+	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,200) \
 	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)")
 	@sh tests/emulation/kernels_launched.sh $(EMU_LAUNCHED) $(EMU_KERNELS_plain)
 
