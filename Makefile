@@ -411,6 +411,9 @@ help:
 #: make check-tsan     threaded suites and hosts under ThreadSanitizer
 #: make check-valgrind hosts under valgrind
 #: make check-emulator  the emulator of CUDA (docs/emulation.md; CUDA=/usr/local/cuda, EMU_SEEDS="1 2 3")
+#: make check-emulation  suites, vectors and kernels on an emulated GPU, also under sanitizers (EMU_SEED=1, EMU_JOBS=2);
+#:                     check-emulation-plain without the sanitizers
+#: make cuda-traffic   bytes that each kernel moves, over what it must
 #: make check-headers  each header alone in every language version
 #: make cuda           libmoe_cuda alone (CUDA=/usr/local/cuda, CUDA_ARCHS="80 90 100", NO_CUDA=1)
 #: make check-cuda-resources  registers and shared memory of every kernel against tests/cuda/budget.txt

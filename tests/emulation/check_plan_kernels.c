@@ -275,11 +275,12 @@ int main(int argc, char **argv)
     (void)argv;
     tcase_set_timeout(tests, 600);
     tcase_set_timeout(large, 600);
+    tcase_set_tags(large, "large");
     tcase_add_checked_fixture(large, setup, teardown);
     tcase_add_test(large, test_plan_rows_as_cpu_many_tiles);
     tcase_add_checked_fixture(tests, setup, teardown);
     tcase_add_loop_test(tests, test_plan_rows_as_cpu_random, 0, 5);
-    tcase_add_loop_test(tests, test_plan_rows_as_cpu_many_digits, 0, 5);
+    tcase_add_loop_test(large, test_plan_rows_as_cpu_many_digits, 0, 5);
     tcase_add_loop_test(tests, test_batch_as_cpu_random, 0, 2);
     tcase_add_test(tests, test_everyone_as_cpu);
     suite_add_tcase(suite, tests);

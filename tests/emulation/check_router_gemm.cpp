@@ -151,12 +151,18 @@ static void check_rows(uint64_t seed, const moe__workers *workers)
     job.ranges = ranges_of(&rows);
     job.k = any_width(false), job.n = any_width(chance(25));
     int32_t a_type = any_dtype(), b_type = chance(60) ? a_type : any_dtype();
+    bool blas = seed % 8 == 1 && rows.parts == 1; /* what goes to cuBLAS, and a bias after it */
+    if (blas) {
+        rows.ranged = rows.indexed = false;
+        job.ranges = ranges_of(&rows);
+        job.k += 32, job.n += 8, a_type = b_type = MOE_DTYPE_F32;
+    }
     job.a.stride = job.k + (chance(50) ? (8 - job.k % 8) % 8 : below(4)), job.a.dtype = a_type;
     job.b = strides(job.k, job.n, b_type);
     job.bias = strides(1, job.n, any_dtype());
     job.bias.stride_col = 1, job.bias.stride_expert = job.n;
-    bool bias = chance(50);
-    job.out_dtype = chance(70) ? MOE_DTYPE_F32 : any_dtype();
+    bool bias = chance(50) || blas;
+    job.out_dtype = chance(70) || blas ? MOE_DTYPE_F32 : any_dtype();
     job.out_stride = job.n + below(3), job.add = chance(40);
     both a = random_elements((rows.total + 1) * job.a.stride, a_type);
     both b = random_elements(elements(&job.b, rows.parts), b_type);

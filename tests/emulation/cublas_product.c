@@ -100,8 +100,9 @@ static void multiply_one(const struct emu_product *p, const void *a, const void 
             if (!empty) tile(left + i * p->k, right + j * p->k, p->k, sums);
             write_tile(p, c, i, j, sums);
         }
-        emu_mark_written((char *)c + (size_t)(j * p->ldc) * emu_type_bytes(p->out),
-                         (size_t)p->m * emu_type_bytes(p->out));
+        for (int64_t column = j; column < j + NR && column < p->n; column++)
+            emu_mark_written((char *)c + (size_t)(column * p->ldc) * emu_type_bytes(p->out),
+                             (size_t)p->m * emu_type_bytes(p->out));
     }
     free(left);
     free(right);
