@@ -91,7 +91,7 @@ EMU_KERNEL_RUNS = $(foreach k,$(KERNEL_SUITES),"$(EMU_ENV) $(4) MOE_TEST_CASES=$
 check-emulation: $(EMU_PROGRAMS_plain) $(EMU_PROGRAMS_SANITIZED)
 	@rm -f $(EMU_LAUNCHED); echo "seed $(EMU_SEED) (EMU_SEED=)"
 	@sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
-	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,200) \
+	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,500) \
 	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)") \
 	    "$(EMU_ENV) MOE_FEW=1 $(EMU)/asan/suites/check_layer" $(foreach f,$(EMU_SANITIZED), \
 	        "$(EMU_ENV) $(EMU)/$(f)/suites/run_vectors --dtype f32 tests/vectors" \
@@ -100,7 +100,7 @@ check-emulation: $(EMU_PROGRAMS_plain) $(EMU_PROGRAMS_SANITIZED)
 check-emulation-plain: $(EMU_PROGRAMS_plain)
 	@rm -f $(EMU_LAUNCHED); echo "seed $(EMU_SEED) (EMU_SEED=)"
 	@sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
-	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,200) \
+	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,500) \
 	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)")
 	@sh tests/emulation/kernels_launched.sh $(EMU_LAUNCHED) $(EMU_KERNELS_plain)
 
