@@ -30,8 +30,9 @@ def run(*command, ok=True, **environment):
 def tree(root, tmp_path_factory):
     """A copy of what the package is built from, without anything that was ever built."""
     copy = tmp_path_factory.mktemp("tree")
-    for part in ("Makefile", "moe.pc.in", "LICENSE", "tests/tests.mk"):
-        (copy / part).parent.mkdir(exist_ok=True)
+    rules = [path.relative_to(root) for path in (root / "tests").rglob("*.mk")]
+    for part in ("Makefile", "moe.pc.in", "LICENSE", *rules):
+        (copy / part).parent.mkdir(exist_ok=True, parents=True)
         shutil.copy(root / part, copy / part)
     for part in ("include", "src"):
         shutil.copytree(root / part, copy / part)
