@@ -1,7 +1,8 @@
 #!/bin/sh
 # run_counted.sh JOBS COMMAND... - runs commands, JOBS at a time, prints the last line and the time of each, and
 # ends with "N passed, M failed": the sum of what they count themselves (Check's line, "N passed, M failed",
-# "N jobs, M failures"). A command that fails without a count is one failure; its output is printed whole.
+# "N jobs, M failures"). A command that fails or ends without a count is one failure; its output is printed whole.
+# AFTER: a command that is run when all have ended, and counts once; what it prints is printed.
 jobs=$1
 shift
 dir=$(mktemp -d) || exit 1
@@ -34,7 +35,7 @@ for i in $(seq $number); do
         -e 's/.* ([0-9]+) (jobs|products), ([0-9]+) (failures|differences).*/\1 \3 0/p' | head -n 1)
     set -- ${counts:-0 0 0}
     bad=$(($2 + $3))
-    if [ "$status" -ne 0 ] && [ "$bad" -eq 0 ]; then bad=1; fi
+    if [ "$bad" -eq 0 ] && { [ "$status" -ne 0 ] || [ -z "$last" ]; }; then bad=1; fi
     good=$1
     if [ -z "$4" ] && [ "$good" -gt 0 ]; then good=$((good - $2 - $3)); fi
     passed=$((passed + good))
@@ -48,5 +49,8 @@ for i in $(seq $number); do
     printf '%-6s %4ds  %-42s %s\n' "$word" "$(cat "$dir/$i.seconds")" "$(echo "$name" | cut -c1-42)" \
         "$(echo "${last:-no count}" | cut -c1-60)"
 done
+if [ -n "$AFTER" ]; then
+    if sh -c "$AFTER"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+fi
 echo "$passed passed, $failed failed"
 test "$failed" -eq 0

@@ -87,22 +87,21 @@ EMU_ENV = env CK_FORK=no MOE_EMULATION_SEED=$(EMU_SEED) MOE_EMULATION_KERNELS=$(
 # $(1) flavour, $(2) random cases of a Check suite, $(3) jobs of the others, $(4) more of the environment
 EMU_KERNEL_RUNS = $(foreach k,$(KERNEL_SUITES),"$(EMU_ENV) $(4) MOE_TEST_CASES=$(2) $(EMU)/$(1)/kernels/$(k)") \
     $(foreach k,$(KERNEL_PROGRAMS),"$(EMU_ENV) $(4) $(EMU)/$(1)/kernels/$(k) $(EMU_SEED) $(3)")
+EMU_AFTER = AFTER='sh tests/emulation/kernels_launched.sh $(EMU_LAUNCHED) $(EMU_KERNELS_plain)'
 .PHONY: check-emulation check-emulation-plain
 check-emulation: $(EMU_PROGRAMS_plain) $(EMU_PROGRAMS_SANITIZED)
 	@rm -f $(EMU_LAUNCHED); echo "seed $(EMU_SEED) (EMU_SEED=)"
-	@sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
+	@$(EMU_AFTER) sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
 	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,500) \
 	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)") \
 	    "$(EMU_ENV) MOE_FEW=1 $(EMU)/asan/suites/check_layer" $(foreach f,$(EMU_SANITIZED), \
 	        "$(EMU_ENV) $(EMU)/$(f)/suites/run_vectors --dtype f32 tests/vectors" \
 	        $(call EMU_KERNEL_RUNS,$(f),2,30,CK_EXCLUDE_TAGS=large ASAN_OPTIONS=detect_leaks=0))
-	@sh tests/emulation/kernels_launched.sh $(EMU_LAUNCHED) $(EMU_KERNELS_plain)
 check-emulation-plain: $(EMU_PROGRAMS_plain)
 	@rm -f $(EMU_LAUNCHED); echo "seed $(EMU_SEED) (EMU_SEED=)"
-	@sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
+	@$(EMU_AFTER) sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
 	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,500) \
 	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)")
-	@sh tests/emulation/kernels_launched.sh $(EMU_LAUNCHED) $(EMU_KERNELS_plain)
 
 # Bytes that kernels move, over what they must.
 .PHONY: cuda-traffic
