@@ -14,6 +14,9 @@ DESTDIR ?=
 WERROR ?= 1
 SANITIZE ?=
 PKG_CONFIG ?= pkg-config
+# Files compiled at once by check and demo, where make was called without -j.
+JOBS ?= $(shell nproc 2>/dev/null || echo 1)
+AT_ONCE = $(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS))
 # The scripts of tests/ use the same compiler.
 export CC
 
@@ -381,7 +384,8 @@ endef
 $(foreach f,$(MPIS),$(eval $(call DEMO_MPI_RULE,$(f))))
 
 DEMO_ARGS = $(if $(FILE),--file '$(FILE)') $(if $(STEPS),--steps $(STEPS)) $(ARGS)
-demo: $(BUILD)/demo
+demo:
+	+@$(AT_ONCE) $(BUILD)/demo
 	$(BUILD)/demo $(DEMO_ARGS)
 
 demo-mpi: RANKS = 4
@@ -401,7 +405,7 @@ help:
 	@sed -n 's/^#: //p' Makefile
 
 #: make                build lib/libmoe.a and lib/libmoe.so (CC=, CFLAGS=, WERROR=0, BUILD=, LIB=)
-#: make check          all tests of the first tier, under five minutes
+#: make check          all tests of the first tier, under five minutes (check and demo compile JOBS= files at once)
 #: make check-examples examples, with what they print; check-tutorial; tutorial refreshes docs/tutorial.md
 #: make check-python  the Python package, installed and tested; check-torch, compare-torch, check-libtorch
 #: make check-torch-current  the same with PyPI's PyTorch (gigabytes)

@@ -112,7 +112,8 @@ SCRIPTS = "sh tests/headers/check.sh $(LIB)" "sh tests/abi/check.sh $(LIB)" \
 
 RUN_EXAMPLES = "sh tests/packaging/check_examples.sh $(BUILD)"
 
-check: host test-programs $(BUILD)/demo
+check:
+	+@$(AT_ONCE) host test-programs $(BUILD)/demo
 	@$(RUN) $(SUITES) $(HOSTS) $(VECTORS) $(SCRIPTS) $(RUN_EXAMPLES) "sh tests/packaging/check_tutorial.sh" \
 	    "sh tests/packaging/check_demo.sh $(BUILD)"
 
