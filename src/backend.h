@@ -438,6 +438,13 @@ typedef struct moe__experts_job {
     void *entry_weight_grad; /* [N] out, only of entries with a row, or NULL */
 } moe__experts_job;
 
+/* Matrices from one order to another: strided to panels, or back. src/cpu/panels.c */
+typedef struct moe__copy_job {
+    moe__workers workers;
+    int64_t experts, rows, cols; /* each matrix is [rows,cols] */
+    moe__matrices from, to; /* of one dtype; panels of `to` have zeros beyond the matrix already */
+} moe__copy_job;
+
 typedef struct moe__backend {
     const char *name;                                      /* "cpu f32 avx512" */
     int64_t (*worker_bytes)(const moe__pass_shape *shape); /* NULL shape: of a call without pass */
@@ -469,6 +476,8 @@ typedef struct moe__backend {
     moe_status (*experts_backward)(moe__experts_job *job);
     /* dy_out[t] = dy[t] * y (1 - y), dense [T,O]; tokens_in = dy, tokens_saved = y, tokens_out */
     moe_status (*output_backward)(moe__rows_job *job);
+    /* NULL: this backend has no panels */
+    moe_status (*matrices_copy)(const moe__copy_job *job);
 } moe__backend;
 
 enum { MOE__SUM_SLOTS = 16 }; /* doubles of moe__losses_job.sums; the backend numbers them */

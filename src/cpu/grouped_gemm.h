@@ -23,16 +23,28 @@ typedef struct moe__rows {
     int32_t wide;      /* 1: that is what is computed with, rather than 16 bits */
 } moe__rows;
 
+/* Columns of a panel of packed weights, on every instruction set and for every dtype. */
+enum { MOE__PANEL = 32 };
+
 /* Element (e,i,j) is (each ? each[e] : base + e stride_expert)[offset + i stride_row + j
  * stride_col]. base and each both NULL: not there. each[e] may be NULL where it is written: not
- * wanted. */
+ * wanted.
+ *
+ * In panels, matrix e is cut in groups of `panel` columns, and row i of a group is contiguous:
+ *
+ *     (i,j) at  base + e stride_expert + offset + (j / panel) panel_step + i MOE__PANEL + j % panel
+ *
+ * A matrix by itself has panel = MOE__PANEL; W1 and W3 of a gated expert have half of each panel:
+ * panel = MOE__PANEL / 2, offset 0 and MOE__PANEL / 2. There stride_row is MOE__PANEL, stride_col 1,
+ * panel_step rows * MOE__PANEL; what of the last panel is beyond the matrix is 0 and stays 0. */
 typedef struct moe__matrices {
     void *base;
     void *const *each;
     int64_t offset;
     int64_t stride_expert, stride_row, stride_col;
-    int32_t dtype; /* MOE_DTYPE_* of its elements */
-    int32_t wide;  /* 1: that is what is computed with, rather than 16 bits */
+    int64_t panel, panel_step; /* 0, 0: not in panels */
+    int32_t dtype;             /* MOE_DTYPE_* of its elements */
+    int32_t wide;              /* 1: that is what is computed with, rather than 16 bits */
 } moe__matrices;
 
 typedef struct moe__gemm_rows_job {

@@ -32,6 +32,7 @@ moe_status MOE_KERNEL(dispatch_backward)(moe__rows_job *job);
 moe_status MOE_KERNEL(combine_forward)(moe__rows_job *job);
 moe_status MOE_KERNEL(combine_backward)(moe__rows_job *job);
 moe_status MOE_KERNEL(output_backward)(moe__rows_job *job);
+moe_status MOE_KERNEL(matrices_copy)(const moe__copy_job *job);
 moe_status MOE_KERNEL(experts_forward)(moe__experts_job *job);
 moe_status MOE_KERNEL(experts_backward)(moe__experts_job *job);
 

@@ -27,4 +27,5 @@ const moe__backend MOE_KERNEL(table) = {
     .experts_forward = MOE_KERNEL(experts_forward),
     .experts_backward = MOE_KERNEL(experts_backward),
     .output_backward = MOE_KERNEL(output_backward),
+    .matrices_copy = MOE_KERNEL(matrices_copy),
 };
