@@ -161,7 +161,18 @@ static void assert_same(const buffer *got, const buffer *want, const char *what,
 
 /* ---- cases ----------------------------------------------------------------------------------- */
 
-enum { IN_OUT, OUT_IN, IN_OUT_BY_2, OUT_IN_BY_2, FORMS };
+/* PANELS: whole ones, and the second half of shared ones; _T: of the transposed matrix. */
+enum {
+    IN_OUT,
+    OUT_IN,
+    IN_OUT_BY_2,
+    OUT_IN_BY_2,
+    PANELS,
+    PANELS_T,
+    HALF_PANELS,
+    HALF_PANELS_T,
+    FORMS
+};
 enum { MAX_EXPERTS = 16, MAX_SEGMENTS = 64 };
 
 /* One job of either kind; every flag 0 or 1. */
@@ -248,16 +259,32 @@ typedef struct matrices {
     moe__matrices m;
 } matrices;
 
-static void new_matrices(matrices *w, const gemm_case *c, bool f64, int64_t k, int64_t n,
+static int64_t panels_stride(moe__matrices *m, int form, int64_t k, int64_t n, int64_t gap)
+{
+    bool half = form >= HALF_PANELS, turned = form == PANELS_T || form == HALF_PANELS_T;
+    int64_t rows = turned ? n : k, columns = turned ? k : n;
+    m->panel = half ? MOE__PANEL / 2 : MOE__PANEL;
+    m->offset = half ? MOE__PANEL / 2 : 0;
+    m->stride_row = turned ? 1 : MOE__PANEL;
+    m->stride_col = turned ? MOE__PANEL : 1;
+    m->panel_step = (rows + gap) * MOE__PANEL;
+    return (columns / m->panel + 1) * m->panel_step + 1;
+}
+
+static void new_matrices(matrices *w, const gemm_case *c, bool f64, int form, int64_t k, int64_t n,
                          int gradient)
 {
-    int64_t step = c->form >= IN_OUT_BY_2 ? 2 : 1, gap = c->padded ? 3 : 0;
-    int out_in = c->form == OUT_IN || c->form == OUT_IN_BY_2;
+    int64_t step = form >= IN_OUT_BY_2 ? 2 : 1, gap = c->padded ? 3 : 0;
+    int out_in = form == OUT_IN || form == OUT_IN_BY_2;
     memset(w, 0, sizeof *w);
-    w->m.offset = step - 1;
-    w->m.stride_row = out_in ? step : step * n + gap;
-    w->m.stride_col = out_in ? step * k + gap : step;
-    w->m.stride_expert = k > 0 && n > 0 ? (k * n + k + n) * step + gap * (k + n) : 1;
+    if (form >= PANELS) {
+        w->m.stride_expert = panels_stride(&w->m, form, k, n, gap);
+    } else {
+        w->m.offset = step - 1;
+        w->m.stride_row = out_in ? step : step * n + gap;
+        w->m.stride_col = out_in ? step * k + gap : step;
+        w->m.stride_expert = k > 0 && n > 0 ? (k * n + k + n) * step + gap * (k + n) : 1;
+    }
     w->data = new_buffer(f64, c->experts * w->m.stride_expert);
     for (int64_t e = 0; e < c->experts; e++)
         w->each[e] = gradient && c->skip && e % 3 == 1
@@ -273,8 +300,12 @@ static void new_matrices(matrices *w, const gemm_case *c, bool f64, int64_t k, i
 
 static int64_t place_of(const matrices *w, const gemm_case *c, int64_t e, int64_t i, int64_t j)
 {
-    int64_t first = (c->each ? c->experts - 1 - e : e) * w->m.stride_expert;
-    return first + w->m.offset + i * w->m.stride_row + j * w->m.stride_col;
+    const moe__matrices *m = &w->m;
+    int64_t first = (c->each ? c->experts - 1 - e : e) * m->stride_expert + m->offset;
+    if (m->panel && m->stride_row == 1)
+        return first + i / m->panel * m->panel_step + i % m->panel + j * MOE__PANEL;
+    if (m->panel) return first + j / m->panel * m->panel_step + j % m->panel + i * MOE__PANEL;
+    return first + i * m->stride_row + j * m->stride_col;
 }
 
 /* The same matrices in a copy of their memory. */
@@ -360,8 +391,8 @@ static void check_rows_type(const gemm_case *c, bool f64, int threads)
     int64_t *out_index = new_permutation(count);
     operand a = new_operand(c, f64, count, c->k);
     matrices b, bias;
-    new_matrices(&b, c, f64, c->k, c->n, 0);
-    new_matrices(&bias, c, f64, 1, c->n, 0);
+    new_matrices(&b, c, f64, c->form, c->k, c->n, 0);
+    new_matrices(&bias, c, f64, c->form % PANELS, 1, c->n, 0);
     buffer before = new_buffer(f64, (count - 1) * out_stride + c->n), want = copy_buffer(&before);
     moe__gemm_rows_job job = {.experts = c->experts,
                               .expert_begin = begin,
@@ -447,8 +478,8 @@ static void check_dw_type(const gemm_case *c, bool f64, int threads)
     int64_t begin[MAX_SEGMENTS + 1], tile_begin[MAX_EXPERTS + 1], count = row_limits(c, begin);
     operand a = new_operand(c, f64, count, c->k), g = new_operand(c, f64, count, c->n);
     matrices dw, dbias, want, want_bias;
-    new_matrices(&dw, c, f64, c->k, c->n, 1);
-    new_matrices(&dbias, c, f64, 1, c->n, 1);
+    new_matrices(&dw, c, f64, c->form, c->k, c->n, 1);
+    new_matrices(&dbias, c, f64, c->form % PANELS, 1, c->n, 1);
     copy_matrices(&want, &dw);
     copy_matrices(&want_bias, &dbias);
     reference_dw(c, begin, &a, &g, &want, 0);
@@ -488,6 +519,7 @@ static void check_dw_type(const gemm_case *c, bool f64, int threads)
 static void check_dw(gemm_case c, int threads)
 {
     if (c.segments_per_expert == 0) c.segments_per_expert = 1;
+    if (c.form == PANELS_T || c.form == HALF_PANELS_T) c.form--; /* never gradients */
     check_dw_type(&c, false, threads);
     check_dw_type(&c, true, threads);
 }
@@ -500,7 +532,7 @@ enum { SIZES = 6 };
 START_TEST(test_gemm_rows_all_sizes)
 {
     gemm_case c = {.experts = 6, .rows = {0, 1, 13, 14, 15, 113}, .form = _i % FORMS};
-    c.k = sizes[_i];
+    c.k = sizes[_i / FORMS];
     for (int n = 0; n < SIZES; n++) {
         c.n = sizes[n];
         check_rows(c, 1);
@@ -566,7 +598,7 @@ END_TEST
 START_TEST(test_gemm_dw_all_sizes)
 {
     gemm_case c = {.experts = 6, .rows = {0, 1, 13, 14, 15, 113}, .form = _i % FORMS, .bias = 1};
-    c.k = sizes[_i];
+    c.k = sizes[_i / FORMS];
     c.add = _i % 2;
     for (int n = 0; n < SIZES; n++) {
         c.n = sizes[n];
@@ -624,13 +656,13 @@ int main(void)
     Suite *suite = suite_create("gemm");
     TCase *tcase = tcase_create("gemm");
     tcase_set_timeout(tcase, 300);
-    tcase_add_loop_test(tcase, test_gemm_rows_all_sizes, 0, SIZES);
+    tcase_add_loop_test(tcase, test_gemm_rows_all_sizes, 0, FORMS * SIZES);
     tcase_add_loop_test(tcase, test_gemm_rows_all_strides, 0, FORMS);
     tcase_add_loop_test(tcase, test_gemm_rows_many_blocks, 0, 2 * FORMS);
     tcase_add_test(tcase, test_gemm_rows_one_expert_has_all);
     tcase_add_loop_test(tcase, test_gemm_rows_random, 0, 5);
     tcase_add_test(tcase, test_gemm_rows_concurrent_tiles);
-    tcase_add_loop_test(tcase, test_gemm_dw_all_sizes, 0, SIZES);
+    tcase_add_loop_test(tcase, test_gemm_dw_all_sizes, 0, FORMS * SIZES);
     tcase_add_loop_test(tcase, test_gemm_dw_more_rows_than_a_block, 0, 2);
     tcase_add_loop_test(tcase, test_gemm_dw_segments_in_order, 0, 2);
     tcase_add_loop_test(tcase, test_gemm_dw_gradient_not_wanted, 0, 2 * FORMS);

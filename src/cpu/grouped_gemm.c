@@ -243,19 +243,18 @@ static void pack_a_columns(tile_scratch *s, const moe__rows *a, int64_t r, int64
         pack_a_columns_of(s, a, r, k, i, m, 0);
 }
 
-/* to[k][TILE_N] = b[k,n] where columns (stride_row 1) or rows (stride_col 1) are contiguous or
- * neither is; columns beyond n are 0. */
+/* to[k][n of TILE_N] = b[k,n] where columns (col 1) or rows (row 1) are contiguous or neither is. */
 V_INLINE void pack_b_of(real *to, const void *b, int64_t row, int64_t col, int64_t k, int64_t n,
                         const int wide)
 {
     int64_t p = 0;
-    if (n == TILE_N && col == 1) {
+    if (n % VEC_N == 0 && col == 1) {
         for (; p < k; p++)
-            for (int v = 0; v < TILE_N; v += VEC_N)
+            for (int64_t v = 0; v < n; v += VEC_N)
                 v_store(to + p * TILE_N + v, v_get_at(b, p * row + v, wide));
-    } else if (n == TILE_N && row == 1) {
+    } else if (n % VEC_N == 0 && row == 1) {
         for (; p + VEC_N <= k; p += VEC_N)
-            for (int v = 0; v < TILE_N; v += VEC_N) {
+            for (int64_t v = 0; v < n; v += VEC_N) {
                 vec t[VEC_N];
                 V_UNROLL
                 for (int i = 0; i < VEC_N; i++) t[i] = v_get_at(b, (v + i) * col + p, wide);
@@ -264,18 +263,44 @@ V_INLINE void pack_b_of(real *to, const void *b, int64_t row, int64_t col, int64
                 for (int i = 0; i < VEC_N; i++) v_store(to + (p + i) * TILE_N + v, t[i]);
             }
     }
-    for (; p < k; p++) {
+    for (; p < k; p++)
         for (int64_t j = 0; j < n; j++) to[p * TILE_N + j] = get_at(b, p * row + j * col, wide);
-        for (int64_t j = n; j < TILE_N; j++) to[p * TILE_N + j] = R(0.0);
-    }
 }
 
-static void pack_b(real *to, const void *b, const moe__matrices *m, int64_t k, int64_t n)
+/* Element (i,j) of a matrix whose (0,0) is at 0. */
+static int64_t element_of(const moe__matrices *m, int64_t i, int64_t j)
 {
-    if (WIDE(m->wide))
-        pack_b_of(to, b, m->stride_row, m->stride_col, k, n, 1);
-    else
-        pack_b_of(to, b, m->stride_row, m->stride_col, k, n, 0);
+    int64_t place = i * m->stride_row + j * m->stride_col;
+    if (!m->panel) return place;
+    int64_t along = m->stride_col == 1 ? j : i;
+    return place + along / m->panel * (m->panel_step - m->panel);
+}
+
+/* How many elements from number `at` on are in its panel, `count` at most. */
+static int64_t within_panel(const moe__matrices *m, int64_t at, int64_t count)
+{
+    return m->panel ? moe__min(count, m->panel - at % m->panel) : count;
+}
+
+/* to[k][TILE_N] = rows p .. p+k-1 of columns j .. j+n-1 of b, panel by panel; columns beyond n are
+ * 0. */
+static void pack_b(real *to, const moe__matrices *m, const void *b, int64_t p, int64_t k, int64_t j,
+                   int64_t n)
+{
+    int by_columns = m->stride_col == 1;
+    for (int64_t done = 0, all = by_columns ? n : k, part; done < all; done += part) {
+        int64_t i = by_columns ? p : p + done, l = by_columns ? j + done : j;
+        part = within_panel(m, by_columns ? l : i, all - done);
+        real *at = by_columns ? to + done : to + done * TILE_N;
+        const void *from = place_at(b, element_of(m, i, l), m->wide);
+        int64_t rows = by_columns ? k : part, cols = by_columns ? part : n;
+        if (WIDE(m->wide))
+            pack_b_of(at, from, m->stride_row, m->stride_col, rows, cols, 1);
+        else
+            pack_b_of(at, from, m->stride_row, m->stride_col, rows, cols, 0);
+    }
+    for (int64_t i = 0; i < k && n < TILE_N; i++)
+        for (int64_t l = n; l < TILE_N; l++) to[i * TILE_N + l] = R(0.0);
 }
 
 /* Columns j .. j+n-1 of rows r .. r+k-1 of g as a panel of b. */
@@ -305,11 +330,12 @@ static void pack_g(real *to, const moe__rows *g, int64_t r, int64_t k, int64_t j
 
 /* ---- results --------------------------------------------------------------------------------- */
 
-/* Where a tile's finished chains go: (i,j) to out[row(i) * stride_row + j * stride_col], row(i)
- * being index[i] if there is an index, else i. */
+/* Where a tile's finished chains go: (i,j) to element (row(i), column + j) of a matrix from `out`
+ * on, row(i) being index[i] if there is an index, else i. */
 typedef struct sink {
     void *out;
-    int64_t stride_row, stride_col;
+    int64_t stride_row, stride_col, panel, panel_step; /* as moe__matrices */
+    int64_t column;
     const int64_t *index;
     const void *bias; /* by bias_step, or NULL */
     int64_t bias_step;
@@ -329,13 +355,23 @@ V_INLINE void store_line_of(void *out, int64_t step, const real *from, int64_t n
         put_at(out, c * step, wide, add ? get_at(out, c * step, wide) + from[c] : from[c]);
 }
 
+/* Where element (row,j) of the tile goes. */
+static void *sink_at(const sink *to, int64_t row, int64_t j)
+{
+    int64_t column = to->column + j, at = row * to->stride_row + column * to->stride_col;
+    if (to->panel) at += column / to->panel * (to->panel_step - to->panel);
+    return place_at(to->out, at, to->wide);
+}
+
 static void store_line(const sink *to, int64_t row, int64_t j, const real *from, int64_t n)
 {
-    void *out = place_at(to->out, row * to->stride_row + j * to->stride_col, to->wide);
-    if (WIDE(to->wide))
-        store_line_of(out, to->stride_col, from, n, to->add, 1);
-    else
-        store_line_of(out, to->stride_col, from, n, to->add, 0);
+    for (int64_t part; n > 0; n -= part, j += part, from += part) {
+        part = to->panel ? moe__min(n, to->panel - (to->column + j) % to->panel) : n;
+        if (WIDE(to->wide))
+            store_line_of(sink_at(to, row, j), to->stride_col, from, part, to->add, 1);
+        else
+            store_line_of(sink_at(to, row, j), to->stride_col, from, part, to->add, 0);
+    }
 }
 
 /* edge[m,TILE_N], bias added, to columns j .. j+n-1 of rows i .. i+m-1. */
@@ -352,7 +388,8 @@ static void run_panel(tile_scratch *s, micro_job job, int64_t m, int64_t j, int6
                       const sink *to)
 {
     int64_t panels = blocks(m, TILE_M);
-    int direct = to && WIDE(to->wide) && n == TILE_N && to->stride_col == 1 && !to->index;
+    int direct = to && WIDE(to->wide) && n == TILE_N && to->stride_col == 1 && !to->index &&
+                 to->panel % TILE_N == 0;
     if (to && to->bias) {
         for (int64_t l = 0; l < TILE_N; l++)
             s->bias[l] = l < n ? get_at(to->bias, (j + l) * to->bias_step, to->bias_wide) : R(0.0);
@@ -363,7 +400,7 @@ static void run_panel(tile_scratch *s, micro_job job, int64_t m, int64_t j, int6
         real *chain = s->chain + i * BLOCK_N + j;
         job.a = s->a + q * PANEL_A;
         job.from = first ? NULL : chain;
-        job.out = direct ? (real *)to->out + i * to->stride_row + j : to ? s->edge : chain;
+        job.out = direct ? sink_at(to, i, j) : to ? s->edge : chain;
         job.out_stride = direct ? to->stride_row : to ? TILE_N : BLOCK_N;
         job.add = direct && to->add;
         micro_rows(rows, &job);
@@ -405,26 +442,26 @@ int64_t MOE_KERNEL(gemm_rows_plan)(moe__gemm_rows_job *job)
     return job->tile_begin[job->experts];
 }
 
-/* A block of k of b: in place for a few rows, else packed while the panel after it is fetched, two
- * cache lines at a time. */
-static micro_job right_operand(tile_scratch *s, const moe__matrices *m, const void *b, int64_t k,
-                               int64_t n, int64_t rows)
+/* Rows p .. p+k-1 of columns j .. j+n-1 of b: in place where they are a panel, or for a few rows;
+ * else packed while the columns after them are fetched, two cache lines at a time. */
+static micro_job right_operand(tile_scratch *s, const moe__matrices *m, const void *b, int64_t p,
+                               int64_t k, int64_t j, int64_t n, int64_t rows)
 {
     int64_t bytes = WIDE(m->wide) ? (int64_t)sizeof(real) : (int64_t)sizeof(element);
     int64_t row = m->stride_row * bytes, col = m->stride_col * bytes;
-    int by_columns = m->stride_row == 1 && m->stride_col != 1;
-    if (WIDE(m->wide) && rows <= IN_PLACE_M && n == TILE_N && m->stride_col == 1)
-        return (micro_job){.k = k,
-                           .b = b,
-                           .b_stride = m->stride_row,
-                           .ahead = {(const char *)b + 16 * row, row, 8 * row}};
-    pack_b(s->b, b, m, k, n);
-    const char *next = (const char *)b + TILE_N * col;
-    return (micro_job){.k = k,
-                       .b = s->b,
-                       .b_stride = TILE_N,
-                       .ahead = by_columns ? (read_ahead){next, 128, col}
-                                           : (read_ahead){next, row, 8 * row}};
+    int by_columns = m->stride_row == 1 && m->stride_col != 1, in_panel = m->panel % TILE_N == 0;
+    const char *next = place_at(b, element_of(m, p, j + n), m->wide);
+    micro_job job = {.k = k, .b = s->b, .b_stride = TILE_N, .ahead = {next, row, 8 * row}};
+    if (WIDE(m->wide) && m->stride_col == 1 && in_panel &&
+        (m->panel || (rows <= IN_PLACE_M && n == TILE_N))) {
+        job.b = place_at(b, element_of(m, p, j), m->wide);
+        job.b_stride = m->stride_row;
+        if (!m->panel) job.ahead.at = (const char *)job.b + 16 * row;
+        return job;
+    }
+    pack_b(s->b, m, b, p, k, j, n);
+    if (by_columns) job.ahead = (read_ahead){next, 128, col};
+    return job;
 }
 
 void MOE_KERNEL(gemm_rows_tile)(const moe__gemm_rows_job *job, int64_t tile, void *scratch)
@@ -435,7 +472,7 @@ void MOE_KERNEL(gemm_rows_tile)(const moe__gemm_rows_job *job, int64_t tile, voi
     int64_t all = job->expert_begin[e + 1] - job->expert_begin[e], parts = blocks(all, BLOCK_M);
     int64_t i = part(all, parts, place / columns), m = part(all, parts, place / columns + 1) - i;
     int64_t r = job->expert_begin[e] + i, j = place % columns * BLOCK_N;
-    int64_t n = moe__min(BLOCK_N, job->n - j), row = job->b.stride_row, col = job->b.stride_col;
+    int64_t n = moe__min(BLOCK_N, job->n - j);
     const void *b = matrix_of(&job->b, e), *bias = matrix_of(&job->bias, e);
     int64_t bias_at = j * job->bias.stride_col, first = job->out_index ? 0 : r * job->out_stride;
     const sink out = {.out = place_at(job->out, first + j, job->out_wide),
@@ -453,8 +490,7 @@ void MOE_KERNEL(gemm_rows_tile)(const moe__gemm_rows_job *job, int64_t tile, voi
         pack_a_rows(s, &job->a, r, m, p, k);
         for (int64_t l = 0; l < n; l += TILE_N) {
             int64_t width = moe__min(TILE_N, n - l);
-            const void *at = place_at(b, p * row + (j + l) * col, job->b.wide);
-            micro_job work = right_operand(s, &job->b, at, k, width, m);
+            micro_job work = right_operand(s, &job->b, b, p, k, j + l, width, m);
             run_panel(s, work, m, l, width, p == 0, p + k == job->k ? &out : NULL);
         }
         p += BLOCK_K;
@@ -629,10 +665,13 @@ void MOE_KERNEL(gemm_dw_tile)(const moe__gemm_dw_job *job, int64_t tile, void *s
     }
     if (!dw || job->k == 0) return;
     const place at = {e, i, moe__min(BLOCK_M, job->k - i), j, n};
-    int64_t row = job->dw.stride_row, col = job->dw.stride_col;
-    const sink to = {.out = place_at(dw, i * row + j * col, job->dw.wide),
+    int64_t row = job->dw.stride_row;
+    const sink to = {.out = place_at(dw, i * row, job->dw.wide),
                      .stride_row = row,
-                     .stride_col = col,
+                     .stride_col = job->dw.stride_col,
+                     .panel = job->dw.panel,
+                     .panel_step = job->dw.panel_step,
+                     .column = j,
                      .add = !job->overwrite,
                      .wide = job->dw.wide};
     if (cut) {

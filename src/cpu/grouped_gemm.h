@@ -36,7 +36,8 @@ enum { MOE__PANEL = 32 };
  *
  * A matrix by itself has panel = MOE__PANEL; W1 and W3 of a gated expert have half of each panel:
  * panel = MOE__PANEL / 2, offset 0 and MOE__PANEL / 2. There stride_row is MOE__PANEL, stride_col 1,
- * panel_step rows * MOE__PANEL; what of the last panel is beyond the matrix is 0 and stays 0. */
+ * panel_step rows * MOE__PANEL; what of the last panel is beyond the matrix is 0 and stays 0. The
+ * transposed matrix, its strides exchanged, has the same panels, cut along its rows. */
 typedef struct moe__matrices {
     void *base;
     void *const *each;
