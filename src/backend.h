@@ -416,7 +416,7 @@ typedef struct moe__experts_job {
     void *h;             /* [R,F] kept for backward; may be z1 when nothing is kept */
     void *out;           /* [R,O] outputs of the experts, after the output function; kept */
     void *weight_of_row; /* [R] kept */
-    int64_t *tile_begin; /* scratch [E+1] */
+    int64_t *tile_begin, *tile_order; /* scratch [E+1], [E] */
     const int64_t *segment_begin; /* [E * segments + 1] rows of each expert's token groups:
                                      parameter gradients are summed group by group; NULL: as one */
     int64_t segments;             /* token groups */

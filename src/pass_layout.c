@@ -220,6 +220,7 @@ void moe__lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__exp
     e->out = moe__arena_take(arena, output, size);
     e->weight_of_row = moe__arena_take(arena, entries, real_size);
     e->tile_begin = moe__arena_take(arena, moe__add(c->num_experts, 1), sizeof *e->tile_begin);
+    e->tile_order = moe__arena_take(arena, c->num_experts, sizeof *e->tile_order);
     e->x_rows = c->x_rows ? moe__arena_take(arena, input, size) : NULL;
     e->workspace = bytes ? moe__arena_take(arena, entries, bytes) : NULL;
     e->combine_weight = c->combine_weight ? moe__arena_take(arena, entries, real_size) : NULL;

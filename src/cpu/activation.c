@@ -51,13 +51,6 @@ static inline real derivative(int kind, real z)
     return s * r_fma(z, R(1.0) - s, R(1.0));
 }
 
-typedef struct activation_run {
-    int32_t kind;
-    real alpha, limit, offset; /* of CLAMPED */
-    element *h, *dh, *dz3;
-    const element *z1, *z3;
-} activation_run;
-
 /* Comparisons let a NaN through. */
 static inline real clamp_high(real z, real limit) { return z > limit ? limit : z; }
 static inline real clamp_both(real z, real limit)
@@ -65,12 +58,11 @@ static inline real clamp_both(real z, real limit)
     return z > limit ? limit : z < -limit ? -limit : z;
 }
 
-static void clamped_forward(const activation_run *run, int64_t begin, int64_t end)
+static void clamped_forward(const activation *act, int64_t count, element *h, const element *z1,
+                            const element *z3)
 {
-    const element *z1 = run->z1, *z3 = run->z3;
-    element *h = run->h;
-    const real alpha = run->alpha, limit = run->limit, offset = run->offset;
-    for (int64_t i = begin; i < end; i++) {
+    const real alpha = act->alpha, limit = act->limit, offset = act->offset;
+    for (int64_t i = 0; i < count; i++) {
         real g = clamp_high(get(z1[i]), limit), u = clamp_both(get(z3[i]), limit);
         h[i] = put(g * r_sigmoid(alpha * g) * (u + offset));
     }
@@ -78,12 +70,12 @@ static void clamped_forward(const activation_run *run, int64_t begin, int64_t en
 
 /* a = g s(alpha g), da/dg = s (1 + alpha g (1 - s)). The gradient of a clamp is 1 up to its bound
  * and 0 beyond it. */
-static void clamped_backward(const activation_run *run, int64_t begin, int64_t end)
+static void clamped_backward(const activation *act, int64_t count, element *restrict dh,
+                             element *restrict dz3, element *restrict h, const element *restrict z1,
+                             const element *restrict z3)
 {
-    const element *restrict z1 = run->z1, *restrict z3 = run->z3;
-    element *restrict h = run->h, *restrict dh = run->dh, *restrict dz3 = run->dz3;
-    const real alpha = run->alpha, limit = run->limit, offset = run->offset;
-    for (int64_t i = begin; i < end; i++) {
+    const real alpha = act->alpha, limit = act->limit, offset = act->offset;
+    for (int64_t i = 0; i < count; i++) {
         real first = get(z1[i]), second = get(z3[i]);
         real g = clamp_high(first, limit), d = get(dh[i]);
         real up = clamp_both(second, limit) + offset;
@@ -95,26 +87,23 @@ static void clamped_backward(const activation_run *run, int64_t begin, int64_t e
     }
 }
 
-#define FORWARD_LOOPS(kind)                                                            \
-    case kind:                                                                         \
-        if (z3)                                                                        \
-            for (int64_t i = begin; i < end; i++)                                      \
-                h[i] = put(value(kind, get(z1[i])) * get(z3[i]));                      \
-        else                                                                           \
-            for (int64_t i = begin; i < end; i++) h[i] = put(value(kind, get(z1[i]))); \
+#define FORWARD_LOOPS(kind)                                                                       \
+    case kind:                                                                                    \
+        if (z3)                                                                                   \
+            for (int64_t i = 0; i < count; i++) h[i] = put(value(kind, get(z1[i])) * get(z3[i])); \
+        else                                                                                      \
+            for (int64_t i = 0; i < count; i++) h[i] = put(value(kind, get(z1[i])));              \
         break;
 
-static void forward_range(void *argument, int64_t begin, int64_t end)
+void MOE_KERNEL(activate)(const activation *act, int64_t count, element *h, const element *z1,
+                          const element *z3)
 {
-    const activation_run *run = argument;
-    const element *z1 = run->z1, *z3 = run->z3;
-    element *h = run->h;
-    switch (run->kind) {
+    switch (act->kind) {
         FORWARD_LOOPS(RELU)
         FORWARD_LOOPS(GELU_TANH)
         FORWARD_LOOPS(GELU_ERF)
         FORWARD_LOOPS(SILU)
-    default: clamped_forward(run, begin, end);
+    default: clamped_forward(act, count, h, z1, z3);
     }
 }
 
@@ -122,7 +111,7 @@ static void forward_range(void *argument, int64_t begin, int64_t end)
 #define BACKWARD_LOOPS(kind)                                          \
     case kind:                                                        \
         if (z3)                                                       \
-            for (int64_t i = begin; i < end; i++) {                   \
+            for (int64_t i = 0; i < count; i++) {                     \
                 real z = get(z1[i]), up = get(z3[i]), d = get(dh[i]); \
                 real a = value(kind, z);                              \
                 h[i] = put(a * up);                                   \
@@ -130,30 +119,29 @@ static void forward_range(void *argument, int64_t begin, int64_t end)
                 dh[i] = put(d * up * derivative(kind, z));            \
             }                                                         \
         else                                                          \
-            for (int64_t i = begin; i < end; i++) {                   \
+            for (int64_t i = 0; i < count; i++) {                     \
                 real z = get(z1[i]);                                  \
                 h[i] = put(value(kind, z));                           \
                 dh[i] = put(get(dh[i]) * derivative(kind, z));        \
             }                                                         \
         break;
 
-static void backward_range(void *argument, int64_t begin, int64_t end)
+void MOE_KERNEL(activate_backward)(const activation *act, int64_t count, element *restrict dh,
+                                   element *restrict dz3, element *restrict h,
+                                   const element *restrict z1, const element *restrict z3)
 {
-    const activation_run *run = argument;
-    const element *restrict z1 = run->z1, *restrict z3 = run->z3;
-    element *restrict h = run->h, *restrict dh = run->dh, *restrict dz3 = run->dz3;
-    switch (run->kind) {
+    switch (act->kind) {
         BACKWARD_LOOPS(RELU)
         BACKWARD_LOOPS(GELU_TANH)
         BACKWARD_LOOPS(GELU_ERF)
         BACKWARD_LOOPS(SILU)
-    default: clamped_backward(run, begin, end);
+    default: clamped_backward(act, count, dh, dz3, h, z1, z3);
     }
 }
 
-static int32_t base_kind(int32_t activation)
+static int32_t base_kind(int32_t number)
 {
-    switch (activation) {
+    switch (number) {
     case MOE_ACTIVATION_GELU_TANH:
     case MOE_ACTIVATION_GEGLU_TANH: return GELU_TANH;
     case MOE_ACTIVATION_GELU_ERF:
@@ -165,26 +153,51 @@ static int32_t base_kind(int32_t activation)
 }
 
 /* The plain loops wherever the formula is the plain one. */
-static activation_run run_of(const moe_experts_config *c)
+activation MOE_KERNEL(activation_of)(const moe_experts_config *c)
 {
-    activation_run run = {.kind = base_kind(c->activation)};
+    activation act = {.kind = base_kind(c->activation)};
     double alpha = c->activation_alpha != 0 ? c->activation_alpha : 1;
-    if (alpha == 1 && c->activation_limit == 0 && c->activation_offset == 0) return run;
-    run.kind = CLAMPED;
-    run.alpha = (real)alpha;
-    run.limit = c->activation_limit != 0 ? (real)c->activation_limit : (real)INFINITY;
-    run.offset = (real)c->activation_offset;
-    return run;
+    if (alpha == 1 && c->activation_limit == 0 && c->activation_offset == 0) return act;
+    act.kind = CLAMPED;
+    act.alpha = (real)alpha;
+    act.limit = c->activation_limit != 0 ? (real)c->activation_limit : (real)INFINITY;
+    act.offset = (real)c->activation_offset;
+    return act;
 }
 
+/* ---- on all threads -------------------------------------------------------------------------- */
+
 enum { GRAIN = 16384 }; /* elements a task is worth starting for */
+
+typedef struct activation_run {
+    activation act;
+    element *h, *dh, *dz3;
+    const element *z1, *z3;
+} activation_run;
+
+/* Element i of an array that may not be there. */
+#define FROM(array, i) ((array) ? (array) + (i) : NULL)
+
+static void forward_range(void *argument, int64_t begin, int64_t end)
+{
+    const activation_run *run = argument;
+    MOE_KERNEL(activate)
+    (&run->act, end - begin, run->h + begin, run->z1 + begin, FROM(run->z3, begin));
+}
+
+static void backward_range(void *argument, int64_t begin, int64_t end)
+{
+    const activation_run *run = argument;
+    MOE_KERNEL(activate_backward)
+    (&run->act, end - begin, run->dh + begin, FROM(run->dz3, begin), run->h + begin,
+     run->z1 + begin, FROM(run->z3, begin));
+}
 
 moe_status MOE_KERNEL(activation_forward)(const moe__workers *workers, const moe_experts_config *c,
                                           int64_t count, element *h, const element *z1,
                                           const element *z3)
 {
-    activation_run run = run_of(c);
-    run.h = h, run.z1 = z1, run.z3 = z3;
+    activation_run run = {.act = MOE_KERNEL(activation_of)(c), .h = h, .z1 = z1, .z3 = z3};
     return moe__parallel_range(workers->context, count, GRAIN, forward_range, &run,
                                workers->function);
 }
@@ -193,8 +206,8 @@ moe_status MOE_KERNEL(activation_backward)(const moe__workers *workers, const mo
                                            int64_t count, element *dh, element *dz3, element *h,
                                            const element *z1, const element *z3)
 {
-    activation_run run = run_of(c);
-    run.h = h, run.dh = dh, run.dz3 = dz3, run.z1 = z1, run.z3 = z3;
+    activation_run run =
+        {.act = MOE_KERNEL(activation_of)(c), .h = h, .dh = dh, .dz3 = dz3, .z1 = z1, .z3 = z3};
     return moe__parallel_range(workers->context, count, GRAIN, backward_range, &run,
                                workers->function);
 }

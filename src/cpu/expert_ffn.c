@@ -8,14 +8,27 @@
  * the job's experts, expert_begin[0] and on. */
 #include "cpu/activation.h"
 #include "cpu/expert_other.h"
+#include "cpu/ffn_rows.h"
 #include "cpu/lanes.h"
 #include "cpu/tiles.h"
 #include "numeric.h"
 
+/* What a worker needs for tiles, and for blocks of rows of the pools there are. */
 int64_t MOE_KERNEL(worker_bytes)(const moe__pass_shape *shape)
 {
-    (void)shape; /* tiles are of one size */
-    return ((int64_t)MOE_KERNEL(gemm_scratch)() + 63) & ~(int64_t)63;
+    const moe__experts_room *rooms[3] = {0};
+    int64_t bytes = (int64_t)MOE_KERNEL(gemm_scratch)();
+    if (shape) rooms[0] = shape->experts, rooms[1] = shape->shared, rooms[2] = shape->residual;
+    for (int i = 0; i < 3; i++) {
+        const moe__experts_room *c = rooms[i];
+        if (!c) continue;
+        ffn_block forward = MOE_KERNEL(ffn_block_forward)(c->d_model, c->d_hidden);
+        bytes = moe__max(bytes, forward.reals * (int64_t)sizeof(real));
+        if (!shape->save) continue;
+        ffn_block backward = MOE_KERNEL(ffn_block_backward)(c->d_hidden, c->d_out, c->gated);
+        bytes = moe__max(bytes, backward.reals * (int64_t)sizeof(real));
+    }
+    return (bytes + 63) & ~(int64_t)63;
 }
 
 /* out[rows,n] = a[rows,k] b[k,n] (+ bias), expert by expert. */
@@ -80,12 +93,23 @@ static moe_status ffn_forward(moe__experts_job *job)
     const moe_experts_config *c = job->config;
     int64_t rows = job_rows(job), D = c->d_model, F = c->d_hidden, O = c->d_out;
     moe__rows x = input_rows(job), h = hidden_rows(job);
+    ffn_run run = {.job = job,
+                   .block = MOE_KERNEL(ffn_block_forward)(D, F),
+                   .act = MOE_KERNEL(activation_of)(c),
+                   .in = x,
+                   .hidden_scale = h.scale,
+                   .body = MOE_KERNEL(ffn_rows_forward)};
 
-    MOE_TRY(product(job, D, F, x, job->w1, &job->b1, job->z1, 0));
-    if (job->z3) MOE_TRY(product(job, D, F, x, job->w3, &job->b3, job->z3, 0));
-    MOE_TRY(MOE_KERNEL(activation_forward)(w, c, rows * F, first_row(job, job->h, F),
-                                           first_row(job, job->z1, F), first_row(job, job->z3, F)));
-    MOE_TRY(product(job, F, O, h, job->w2, &job->b2, job->out, 0));
+    if (MOE_KERNEL(ffn_run_begin)(&run)) {
+        MOE_TRY(MOE_KERNEL(ffn_run_all)(&run));
+    } else {
+        MOE_TRY(product(job, D, F, x, job->w1, &job->b1, job->z1, 0));
+        if (job->z3) MOE_TRY(product(job, D, F, x, job->w3, &job->b3, job->z3, 0));
+        MOE_TRY(MOE_KERNEL(activation_forward)(w, c, rows * F, first_row(job, job->h, F),
+                                               first_row(job, job->z1, F),
+                                               first_row(job, job->z3, F)));
+        MOE_TRY(product(job, F, O, h, job->w2, &job->b2, job->out, 0));
+    }
     if (c->output != MOE_OUTPUT_SIGMOID) return MOE_OK;
     return moe__parallel_range(w->context, rows * O, 16384, sigmoid_range,
                                first_row(job, job->out, O), w->function);
@@ -231,15 +255,26 @@ static moe_status ffn_backward(moe__experts_job *job)
         MOE_TRY(over_rows(job, dz_range));
         dz = (moe__rows){.data = job->dz, .stride = O};
     }
-    MOE_TRY(product(job, O, F, dz, transposed(job->w2), NULL, job->dh, 0));
-    if (c->weight_position == MOE_WEIGHT_ON_HIDDEN) MOE_TRY(over_rows(job, hidden_weight_range));
-    MOE_TRY(MOE_KERNEL(activation_backward)(
-        w, c, rows * F, first_row(job, job->dh, F), first_row(job, job->dz3, F),
-        first_row(job, job->h, F), first_row(job, job->z1, F), first_row(job, job->z3, F)));
+    ffn_run run = {.job = job,
+                   .block = MOE_KERNEL(ffn_block_backward)(F, O, job->z3 != NULL),
+                   .act = MOE_KERNEL(activation_of)(c),
+                   .in = dz,
+                   .body = MOE_KERNEL(ffn_rows_backward)};
+    bool by_blocks = c->weight_position == MOE_WEIGHT_ON_OUTPUT && MOE_KERNEL(ffn_run_begin)(&run);
+    if (by_blocks) {
+        MOE_TRY(MOE_KERNEL(ffn_run_all)(&run));
+    } else {
+        MOE_TRY(product(job, O, F, dz, transposed(job->w2), NULL, job->dh, 0));
+        if (c->weight_position == MOE_WEIGHT_ON_HIDDEN)
+            MOE_TRY(over_rows(job, hidden_weight_range));
+        MOE_TRY(MOE_KERNEL(activation_backward)(
+            w, c, rows * F, first_row(job, job->dh, F), first_row(job, job->dz3, F),
+            first_row(job, job->h, F), first_row(job, job->z1, F), first_row(job, job->z3, F)));
+    }
     MOE_TRY(weight_gradient(job, F, O, h, dz, &job->dw2, &job->db2, 2));
     MOE_TRY(weight_gradient(job, D, F, x, dz1, &job->dw1, &job->db1, 0));
     if (job->z3) MOE_TRY(weight_gradient(job, D, F, x, dz3, &job->dw3, &job->db3, 1));
-    return job->dx_rows ? input_gradient(job, dz1, dz3) : MOE_OK;
+    return job->dx_rows && !by_blocks ? input_gradient(job, dz1, dz3) : MOE_OK;
 }
 
 moe_status MOE_KERNEL(experts_backward)(moe__experts_job *job)

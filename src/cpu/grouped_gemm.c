@@ -13,19 +13,17 @@
  * Everything between packing and the finished result is `real`: packing widens elements of 16 bits,
  * and what stores a result rounds it once. */
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/gemm_pack.h"
 
 #include <string.h>
 
 enum {
-    TILE_N = TILE_V * VEC_N,
     PANELS = 8,
     BLOCK_M = TILE_M * PANELS,
     BLOCK_N = 256,
     BLOCK_K = 256,
     SUM_ROWS = 4096,
     IN_PLACE_M = 4,                               /* up to so many rows b is not worth packing */
-    GROUPS_M = (TILE_M + VEC_N - 1) / VEC_N,      /* vectors that cover a panel's row */
     PANEL_A = TILE_M * BLOCK_K + GROUPS_M * VEC_N /* whole vectors spill over the end of a panel */
 };
 
@@ -44,164 +42,7 @@ typedef struct tile_scratch {
 
 size_t MOE_KERNEL(gemm_scratch)(void) { return sizeof(tile_scratch); }
 
-static int64_t blocks(int64_t n, int64_t block) { return n / block + (n % block != 0); }
-
-/* Where part i begins when n is cut in `parts` that differ by one at most. */
-static int64_t part(int64_t n, int64_t parts, int64_t i)
-{
-    return n / parts * i + moe__min(i, n % parts);
-}
-
-/* ---- micro-kernel ---------------------------------------------------------------------------- */
-
-/* The lines that a later product reads: line p of a block is at + (p / 8) jump + (p % 8) step, in
- * bytes. */
-typedef struct read_ahead {
-    const void *at;
-    int64_t step, jump;
-} read_ahead;
-
-/* out[m,TILE_N] (=|+=) chain over p of a[p,m] b[p,TILE_N], continued from `from` (NULL: +0), +
- * bias */
-typedef struct micro_job {
-    int64_t k;
-    const real *a, *b;
-    int64_t b_stride;
-    const real *from; /* rows BLOCK_N apart */
-    real *out;
-    int64_t out_stride;
-    const real *bias; /* [TILE_N] or NULL */
-    int32_t add;
-    read_ahead ahead;
-} micro_job;
-
-V_INLINE void micro_store(const int m, const micro_job *job, vec acc[TILE_M][TILE_V])
-{
-    if (job->bias) {
-        V_UNROLL
-        for (int v = 0; v < TILE_V; v++) {
-            vec bias = v_load(job->bias + v * VEC_N);
-            V_UNROLL
-            for (int i = 0; i < m; i++) acc[i][v] = v_add(acc[i][v], bias);
-        }
-    }
-    V_UNROLL
-    for (int i = 0; i < m; i++) {
-        real *out = job->out + i * job->out_stride;
-        V_UNROLL
-        for (int v = 0; v < TILE_V; v++, out += VEC_N)
-            v_store(out, job->add ? v_add(v_load(out), acc[i][v]) : acc[i][v]);
-    }
-}
-
-/* m is a constant at every call, so that the loops unroll and acc lives in registers. */
-V_INLINE void micro(const int m, const micro_job *job)
-{
-    const real *a = job->a, *b = job->b;
-    const char *line = job->ahead.at;
-    const int64_t k = job->k, stride = job->b_stride;
-    vec acc[TILE_M][TILE_V];
-    V_UNROLL
-    for (int i = 0; i < m; i++) {
-        V_UNROLL
-        for (int v = 0; v < TILE_V; v++)
-            acc[i][v] = job->from ? v_load(job->from + i * BLOCK_N + v * VEC_N) : v_zero();
-    }
-    for (int64_t p = 0; p < k; p++, a += m, b += stride) {
-        vec row[TILE_V];
-        V_UNROLL
-        for (int v = 0; v < TILE_V; v++) row[v] = v_load(b + v * VEC_N);
-        const char *ahead = line + (p >> 3) * job->ahead.jump + (p & 7) * job->ahead.step;
-        __builtin_prefetch(ahead);
-        __builtin_prefetch(ahead + 64);
-        V_UNROLL
-        for (int i = 0; i < m; i++) {
-            vec x = v_set1(a[i]);
-            V_UNROLL
-            for (int v = 0; v < TILE_V; v++) acc[i][v] = v_fma(x, row[v], acc[i][v]);
-        }
-    }
-    micro_store(m, job, acc);
-}
-
-/* One kernel for each number of rows: 16 rows as 8 and 8 cost little more than their share. */
-static void micro_rows(int64_t m, const micro_job *job)
-{
-    switch (m) {
-    case 1: micro(1, job); break;
-    case 2: micro(2, job); break;
-    case 3: micro(3, job); break;
-    case 4: micro(4, job); break;
-#if TILE_M > 4
-    case 5: micro(5, job); break;
-    case 6: micro(6, job); break;
-#endif
-#if TILE_M > 6
-    case 7: micro(7, job); break;
-    case 8: micro(8, job); break;
-#endif
-#if TILE_M > 8
-    case 9: micro(9, job); break;
-    case 10: micro(10, job); break;
-    case 11: micro(11, job); break;
-    case 12: micro(12, job); break;
-    case 13: micro(13, job); break;
-    case 14: micro(14, job); break;
-#endif
-    default: break;
-    }
-}
-
 /* ---- packing --------------------------------------------------------------------------------- */
-
-/* Element i of row r. */
-static const void *row_of(const moe__rows *rows, int64_t r, int64_t i)
-{
-    int64_t row = rows->row_index ? rows->row_index[r] : r;
-    return place_at(rows->data, row * rows->stride + i, rows->wide);
-}
-
-/* x * 1 is x, so rows without a scale are multiplied too. */
-static real scale_of(const moe__rows *rows, int64_t r)
-{
-    return rows->scale ? ((const real *)rows->scale)[r] : R(1.0);
-}
-
-/* to[k][m] = columns p .. p+k-1 of rows r .. r+m-1, m <= TILE_M. Whole vectors are stored, in
- * ascending order: what is beyond the m columns of one line is overwritten by the next. `wide` is a
- * constant at every call, here and below. */
-V_INLINE void pack_rows_of(real *to, const moe__rows *a, int64_t r, int64_t m, int64_t p, int64_t k,
-                           const int wide)
-{
-    const void *from[GROUPS_M * VEC_N];
-    real scale[GROUPS_M * VEC_N];
-    int64_t groups = blocks(m, VEC_N), q = 0;
-    for (int64_t i = 0; i < groups * VEC_N; i++) {
-        from[i] = row_of(a, r + moe__min(i, m - 1), p);
-        scale[i] = scale_of(a, r + moe__min(i, m - 1));
-    }
-    for (; q + VEC_N <= k; q += VEC_N) {
-        vec t[GROUPS_M][VEC_N];
-        for (int64_t g = 0; g < groups; g++) {
-            for (int i = 0; i < VEC_N; i++)
-                t[g][i] = v_mul(v_get_at(from[g * VEC_N + i], q, wide),
-                                v_set1(scale[g * VEC_N + i]));
-            v_transpose(t[g]);
-        }
-        for (int i = 0; i < VEC_N; i++)
-            for (int64_t g = 0; g < groups; g++) v_store(to + (q + i) * m + g * VEC_N, t[g][i]);
-    }
-    for (; q < k; q++)
-        for (int64_t i = 0; i < m; i++) to[q * m + i] = get_at(from[i], q, wide) * scale[i];
-}
-
-static void pack_rows(real *to, const moe__rows *a, int64_t r, int64_t m, int64_t p, int64_t k)
-{
-    if (WIDE(a->wide))
-        pack_rows_of(to, a, r, m, p, k, 1);
-    else
-        pack_rows_of(to, a, r, m, p, k, 0);
-}
 
 /* The panels of rows r .. r+m-1. */
 static void pack_a_rows(tile_scratch *s, const moe__rows *a, int64_t r, int64_t m, int64_t p,
@@ -210,7 +51,8 @@ static void pack_a_rows(tile_scratch *s, const moe__rows *a, int64_t r, int64_t 
     int64_t panels = blocks(m, TILE_M);
     for (int64_t q = 0; q < panels; q++) {
         int64_t i = part(m, panels, q);
-        pack_rows(s->a + q * PANEL_A, a, r + i, part(m, panels, q + 1) - i, p, k);
+        int64_t width = part(m, panels, q + 1) - i;
+        MOE_KERNEL(pack_rows)(s->a + q * PANEL_A, width, a, r + i, width, p, k);
     }
 }
 
@@ -241,91 +83,6 @@ static void pack_a_columns(tile_scratch *s, const moe__rows *a, int64_t r, int64
         pack_a_columns_of(s, a, r, k, i, m, 1);
     else
         pack_a_columns_of(s, a, r, k, i, m, 0);
-}
-
-/* to[k][n of TILE_N] = b[k,n] where columns (col 1) or rows (row 1) are contiguous or neither is. */
-V_INLINE void pack_b_of(real *to, const void *b, int64_t row, int64_t col, int64_t k, int64_t n,
-                        const int wide)
-{
-    int64_t p = 0;
-    if (n % VEC_N == 0 && col == 1) {
-        for (; p < k; p++)
-            for (int64_t v = 0; v < n; v += VEC_N)
-                v_store(to + p * TILE_N + v, v_get_at(b, p * row + v, wide));
-    } else if (n % VEC_N == 0 && row == 1) {
-        for (; p + VEC_N <= k; p += VEC_N)
-            for (int64_t v = 0; v < n; v += VEC_N) {
-                vec t[VEC_N];
-                V_UNROLL
-                for (int i = 0; i < VEC_N; i++) t[i] = v_get_at(b, (v + i) * col + p, wide);
-                v_transpose(t);
-                V_UNROLL
-                for (int i = 0; i < VEC_N; i++) v_store(to + (p + i) * TILE_N + v, t[i]);
-            }
-    }
-    for (; p < k; p++)
-        for (int64_t j = 0; j < n; j++) to[p * TILE_N + j] = get_at(b, p * row + j * col, wide);
-}
-
-/* Element (i,j) of a matrix whose (0,0) is at 0. */
-static int64_t element_of(const moe__matrices *m, int64_t i, int64_t j)
-{
-    int64_t place = i * m->stride_row + j * m->stride_col;
-    if (!m->panel) return place;
-    int64_t along = m->stride_col == 1 ? j : i;
-    return place + along / m->panel * (m->panel_step - m->panel);
-}
-
-/* How many elements from number `at` on are in its panel, `count` at most. */
-static int64_t within_panel(const moe__matrices *m, int64_t at, int64_t count)
-{
-    return m->panel ? moe__min(count, m->panel - at % m->panel) : count;
-}
-
-/* to[k][TILE_N] = rows p .. p+k-1 of columns j .. j+n-1 of b, panel by panel; columns beyond n are
- * 0. */
-static void pack_b(real *to, const moe__matrices *m, const void *b, int64_t p, int64_t k, int64_t j,
-                   int64_t n)
-{
-    int by_columns = m->stride_col == 1;
-    for (int64_t done = 0, all = by_columns ? n : k, part; done < all; done += part) {
-        int64_t i = by_columns ? p : p + done, l = by_columns ? j + done : j;
-        part = within_panel(m, by_columns ? l : i, all - done);
-        real *at = by_columns ? to + done : to + done * TILE_N;
-        const void *from = place_at(b, element_of(m, i, l), m->wide);
-        int64_t rows = by_columns ? k : part, cols = by_columns ? part : n;
-        if (WIDE(m->wide))
-            pack_b_of(at, from, m->stride_row, m->stride_col, rows, cols, 1);
-        else
-            pack_b_of(at, from, m->stride_row, m->stride_col, rows, cols, 0);
-    }
-    for (int64_t i = 0; i < k && n < TILE_N; i++)
-        for (int64_t l = n; l < TILE_N; l++) to[i * TILE_N + l] = R(0.0);
-}
-
-/* Columns j .. j+n-1 of rows r .. r+k-1 of g as a panel of b. */
-V_INLINE void pack_g_of(real *to, const moe__rows *g, int64_t r, int64_t k, int64_t j, int64_t n,
-                        const int wide)
-{
-    for (int64_t p = 0; p < k; p++, to += TILE_N) {
-        const void *from = row_of(g, r + p, j);
-        real scale = scale_of(g, r + p);
-        if (n == TILE_N) {
-            for (int v = 0; v < TILE_N; v += VEC_N)
-                v_store(to + v, v_mul(v_get_at(from, v, wide), v_set1(scale)));
-        } else {
-            for (int64_t l = 0; l < n; l++) to[l] = get_at(from, l, wide) * scale;
-            for (int64_t l = n; l < TILE_N; l++) to[l] = R(0.0);
-        }
-    }
-}
-
-static void pack_g(real *to, const moe__rows *g, int64_t r, int64_t k, int64_t j, int64_t n)
-{
-    if (WIDE(g->wide))
-        pack_g_of(to, g, r, k, j, n, 1);
-    else
-        pack_g_of(to, g, r, k, j, n, 0);
 }
 
 /* ---- results --------------------------------------------------------------------------------- */
@@ -400,12 +157,13 @@ static void run_panel(tile_scratch *s, micro_job job, int64_t m, int64_t j, int6
         real *chain = s->chain + i * BLOCK_N + j;
         job.a = s->a + q * PANEL_A;
         job.from = first ? NULL : chain;
-        job.out = direct ? sink_at(to, i, j) : to ? s->edge : chain;
+        real *out = direct ? sink_at(to, i, j) : to ? s->edge : chain;
+        for (int v = 0; v < TILE_V; v++) job.out[v] = out + v * VEC_N;
         job.out_stride = direct ? to->stride_row : to ? TILE_N : BLOCK_N;
         job.add = direct && to->add;
-        micro_rows(rows, &job);
+        MOE_KERNEL(micro_right)(rows, &job);
         if (to && !direct) store_edge(s, to, i, rows, j, n);
-        job.ahead = (read_ahead){job.b, 0, 0};
+        job.ahead = (read_ahead){.at = (const char *)job.b, .too = (const char *)job.b};
     }
 }
 
@@ -423,12 +181,6 @@ static int64_t expert_of_tile(const int64_t *tile_begin, int64_t experts, int64_
             high = middle - 1;
     }
     return low;
-}
-
-static void *matrix_of(const moe__matrices *m, int64_t e)
-{
-    if (m->each) return m->each[e] ? place_at(m->each[e], m->offset, m->wide) : NULL;
-    return m->base ? place_at(m->base, e * m->stride_expert + m->offset, m->wide) : NULL;
 }
 
 int64_t MOE_KERNEL(gemm_rows_plan)(moe__gemm_rows_job *job)
@@ -451,16 +203,24 @@ static micro_job right_operand(tile_scratch *s, const moe__matrices *m, const vo
     int64_t row = m->stride_row * bytes, col = m->stride_col * bytes;
     int by_columns = m->stride_row == 1 && m->stride_col != 1, in_panel = m->panel % TILE_N == 0;
     const char *next = place_at(b, element_of(m, p, j + n), m->wide);
-    micro_job job = {.k = k, .b = s->b, .b_stride = TILE_N, .ahead = {next, row, 8 * row}};
+    micro_job job = {.k = k,
+                     .b = s->b,
+                     .b_stride = TILE_N,
+                     .b_step = VEC_N,
+                     .from_stride = BLOCK_N,
+                     .ahead = {.at = next, .too = next + 64, .step = row}};
     if (WIDE(m->wide) && m->stride_col == 1 && in_panel &&
         (m->panel || (rows <= IN_PLACE_M && n == TILE_N))) {
         job.b = place_at(b, element_of(m, p, j), m->wide);
         job.b_stride = m->stride_row;
-        if (!m->panel) job.ahead.at = (const char *)job.b + 16 * row;
+        if (!m->panel) {
+            job.ahead.at = (const char *)job.b + 16 * row;
+            job.ahead.too = job.ahead.at + 64;
+        }
         return job;
     }
-    pack_b(s->b, m, b, p, k, j, n);
-    if (by_columns) job.ahead = (read_ahead){next, 128, col};
+    MOE_KERNEL(pack_columns)(s->b, TILE_N, TILE_N, m, b, p, k, j, n);
+    if (by_columns) job.ahead = (read_ahead){.at = next, .too = next + 64, .step = col, .shift = 3};
     return job;
 }
 
@@ -535,8 +295,13 @@ static void dw_chain(const moe__gemm_dw_job *job, tile_scratch *s, const place *
         pack_a_columns(s, &job->a, r + p, k, at->i, at->m);
         for (int64_t l = 0; l < at->n; l += TILE_N) {
             int64_t width = moe__min(TILE_N, at->n - l);
-            pack_g(s->b, &job->g, r + p, k, at->j + l, width);
-            micro_job work = {.k = k, .b = s->b, .b_stride = TILE_N, .ahead = {s->b, 0, 0}};
+            MOE_KERNEL(pack_width)(s->b, &job->g, r + p, k, at->j + l, width);
+            micro_job work = {.k = k,
+                              .b = s->b,
+                              .b_stride = TILE_N,
+                              .b_step = VEC_N,
+                              .from_stride = BLOCK_N,
+                              .ahead = {.at = (const char *)s->b, .too = (const char *)s->b}};
             run_panel(s, work, at->m, l, width, fresh && p == 0, p + k == count ? to : NULL);
         }
         p += BLOCK_K;

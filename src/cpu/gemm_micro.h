@@ -1,0 +1,60 @@
+/* gemm_micro.h - the two kernels at the bottom of every product on the CPU.
+ *
+ *     right:  out[m,TILE_N] (=|+=) chain over p of a[p,m] b[p,TILE_N]     vectors lie across b
+ *     left:   out[TILE_M,lanes] = chain over p of w[TILE_M,p] b[p,lanes]  vectors lie across rows
+ *
+ * A chain is one fused multiply-add after the other in ascending p, from +0 or from where an
+ * earlier block of p stopped. Both keep TILE_M x TILE_V vectors of accumulators in registers. */
+#ifndef MOE_CPU_GEMM_MICRO_H
+#define MOE_CPU_GEMM_MICRO_H
+
+#include "cpu/grouped_gemm.h"
+#include "cpu/simd.h"
+
+enum {
+    TILE_N = TILE_V * VEC_N,
+    GROUPS_M = (TILE_M + VEC_N - 1) / VEC_N, /* vectors that cover the TILE_M of a line of a */
+    HALF_PANEL = MOE__PANEL / 2
+};
+
+_Static_assert(MOE__PANEL % TILE_N == 0 && HALF_PANEL % VEC_N == 0, "panels hold whole tiles");
+
+/* Lines that are wanted soon: at step p, those ((first + p) >> shift) * step from two places. */
+typedef struct read_ahead {
+    const char *at, *too;
+    int64_t step, first;
+    int32_t shift;
+} read_ahead;
+
+typedef struct micro_job {
+    int64_t k;
+    const real *a; /* [k][m] */
+    const real *b; /* row p at b + p b_stride, its vectors b_step apart */
+    int64_t b_stride, b_step;
+    const real *from; /* [m] rows from_stride apart, dense; NULL: +0 */
+    int64_t from_stride;
+    real *out[TILE_V]; /* vector v of row i goes to out[v] + i out_stride */
+    int64_t out_stride;
+    const real *bias; /* [TILE_N], added after the chain; or NULL */
+    int32_t add;
+    read_ahead ahead;
+} micro_job;
+
+/* m from 1 to TILE_M rows. */
+void MOE_KERNEL(micro_right)(int64_t m, const micro_job *job);
+
+typedef struct left_job {
+    int64_t groups, width; /* p = group * width + column */
+    const real *w;         /* (i,p) at w + group * w_step + i * MOE__PANEL + column */
+    int64_t w_step;
+    const real *b; /* [groups * width][TILE_N] */
+    real *chain;   /* [TILE_M][TILE_N]: where chains go on from and to */
+    int32_t fresh; /* 1: they begin */
+    read_ahead ahead;
+    int64_t ahead_group; /* `at` moves on by so many bytes with each group */
+} left_job;
+
+/* The first `vectors` of the lanes, 1 to TILE_V. */
+void MOE_KERNEL(micro_left)(int64_t vectors, const left_job *job);
+
+#endif
