@@ -156,9 +156,8 @@ static void times_left(const left_operand *w, int64_t operands, int64_t j, int64
 static void pack_lanes(real *to, const moe__rows *a, int64_t r, int64_t rows, int64_t p, int64_t k,
                        int64_t all)
 {
-    for (int64_t t = 0; t < rows; t += LANES)
-        MOE_KERNEL(pack_rows)
-        (to + t * all + p * LANES, LANES, a, r + t, moe__min(LANES, rows - t), p, k);
+    for (int64_t t = 0; t < rows; t += LANES) MOE_KERNEL(pack_rows)
+    (to + t * all + p * LANES, LANES, a, r + t, moe__min(LANES, rows - t), p, k);
 }
 
 /* The transposed matrix. */

@@ -25,8 +25,12 @@ V_INLINE void right_store(const int m, const micro_job *job, vec acc[TILE_M][TIL
     for (int v = 0; v < TILE_V; v++) {
         real *out = job->out[v];
         V_UNROLL
-        for (int i = 0; i < m; i++, out += job->out_stride)
-            v_store(out, job->add ? v_add(v_load(out), acc[i][v]) : acc[i][v]);
+        for (int i = 0; i < m; i++, out += job->out_stride) {
+            if (job->store == MICRO_STREAM)
+                v_stream(out, acc[i][v]);
+            else
+                v_store(out, job->store == MICRO_ADD ? v_add(v_load(out), acc[i][v]) : acc[i][v]);
+        }
     }
 }
 

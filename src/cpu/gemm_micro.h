@@ -26,6 +26,10 @@ typedef struct read_ahead {
     int32_t shift;
 } read_ahead;
 
+/* How results are stored: in place of, or added to, what is there; or past the caches, vectors
+ * aligned and a v_fence after the last. */
+enum { MICRO_SET, MICRO_ADD, MICRO_STREAM };
+
 typedef struct micro_job {
     int64_t k;
     const real *a; /* [k][m] */
@@ -36,7 +40,7 @@ typedef struct micro_job {
     real *out[TILE_V]; /* vector v of row i goes to out[v] + i out_stride */
     int64_t out_stride;
     const real *bias; /* [TILE_N], added after the chain; or NULL */
-    int32_t add;
+    int32_t store;    /* MICRO_* */
     read_ahead ahead;
 } micro_job;
 

@@ -1,6 +1,7 @@
 /* simd.h - one vector of `real` on each instruction set: the only file of src/cpu with intrinsics.
  *
- * vec holds VEC_N elements. v_load and v_store need no alignment. v_fma(a,b,c) = a b + c rounds
+ * vec holds VEC_N elements. v_load and v_store need no alignment; v_stream does, goes past the
+ * caches where there is a way, and is seen by other threads after a v_fence. v_fma(a,b,c) = a b + c rounds
  * once. v_zip_low(a,b) = a0 b0 a1 b1 .. of the lower halves, v_zip_high of the upper ones. Without
  * vector hardware a vec is a small array and the fused multiply-add is the C library's.
  * TILE_M x TILE_V vectors of accumulators fit the registers with room for TILE_V of b and one of
@@ -28,6 +29,7 @@
 typedef __m512d vec;
 V_INLINE vec v_load(const real *p) { return _mm512_loadu_pd(p); }
 V_INLINE void v_store(real *p, vec a) { _mm512_storeu_pd(p, a); }
+V_INLINE void v_stream(real *p, vec a) { _mm512_stream_pd(p, a); }
 V_INLINE vec v_set1(real a) { return _mm512_set1_pd(a); }
 V_INLINE vec v_add(vec a, vec b) { return _mm512_add_pd(a, b); }
 V_INLINE vec v_sub(vec a, vec b) { return _mm512_sub_pd(a, b); }
@@ -46,6 +48,7 @@ V_INLINE vec v_zip_high(vec a, vec b)
 typedef __m512 vec;
 V_INLINE vec v_load(const real *p) { return _mm512_loadu_ps(p); }
 V_INLINE void v_store(real *p, vec a) { _mm512_storeu_ps(p, a); }
+V_INLINE void v_stream(real *p, vec a) { _mm512_stream_ps(p, a); }
 V_INLINE vec v_set1(real a) { return _mm512_set1_ps(a); }
 V_INLINE vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
 V_INLINE vec v_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
@@ -73,6 +76,7 @@ V_INLINE vec v_zip_high(vec a, vec b)
 typedef __m256d vec;
 V_INLINE vec v_load(const real *p) { return _mm256_loadu_pd(p); }
 V_INLINE void v_store(real *p, vec a) { _mm256_storeu_pd(p, a); }
+V_INLINE void v_stream(real *p, vec a) { _mm256_stream_pd(p, a); }
 V_INLINE vec v_set1(real a) { return _mm256_set1_pd(a); }
 V_INLINE vec v_add(vec a, vec b) { return _mm256_add_pd(a, b); }
 V_INLINE vec v_sub(vec a, vec b) { return _mm256_sub_pd(a, b); }
@@ -91,6 +95,7 @@ V_INLINE vec v_zip_high(vec a, vec b)
 typedef __m256 vec;
 V_INLINE vec v_load(const real *p) { return _mm256_loadu_ps(p); }
 V_INLINE void v_store(real *p, vec a) { _mm256_storeu_ps(p, a); }
+V_INLINE void v_stream(real *p, vec a) { _mm256_stream_ps(p, a); }
 V_INLINE vec v_set1(real a) { return _mm256_set1_ps(a); }
 V_INLINE vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
 V_INLINE vec v_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
@@ -167,6 +172,13 @@ V_INLINE void v_store(real *p, vec a)
 {
     for (int i = 0; i < VEC_N; i++) p[i] = a.v[i];
 }
+#endif
+
+#if defined(__AVX2__)
+V_INLINE void v_fence(void) { _mm_sfence(); }
+#else
+V_INLINE void v_stream(real *p, vec a) { v_store(p, a); }
+V_INLINE void v_fence(void) {}
 #endif
 
 V_INLINE vec v_zero(void) { return v_set1(R(0.0)); }
