@@ -13,7 +13,9 @@
 _Static_assert(TILE_V == 2, "a tile has a vector of each half of a panel");
 
 enum {
+    PANEL_BYTES = 28 * 1024,   /* of a panel: with the rows of a tile, what the first cache holds */
     BLOCK_BYTES = 1200 * 1024, /* of packed rows: what stays in the second cache of most machines */
+    PANEL_K = PANEL_BYTES / MOE__PANEL / (int)sizeof(real),
     MAX_ROWS = 13 * 14,
     MIN_ROWS = 40 /* below, every panel is read too often */
 };
@@ -172,26 +174,39 @@ typedef struct panel {
     bool biased;
 } panel;
 
-/* out[rows] (and, of halves, out3), lines out_stride apart. */
+/* Rows k .. k+count-1 of a panel times tile q: the chains begin, or go on, in out. */
+static void times_piece(const packed *a, const panel *b, int64_t q, int64_t k, int64_t count,
+                        real *out, real *out3, int64_t out_stride)
+{
+    int64_t tiles = blocks(a->rows, TILE_M), width = b->halves ? VEC_N : TILE_N;
+    int64_t i = part(a->rows, tiles, q), m = part(a->rows, tiles, q + 1) - i;
+    micro_job job = {.k = count,
+                     .a = a->at + q * a->step + k * m,
+                     .b_stride = MOE__PANEL,
+                     .b_step = b->halves ? HALF_PANEL : VEC_N,
+                     .from_stride = out_stride,
+                     .out_stride = out_stride,
+                     .ahead = b->ahead};
+    job.ahead.first = k * tiles + q * count;
+    for (int64_t sub = 0; sub < MOE__PANEL / TILE_N; sub++) {
+        job.b = b->at + k * MOE__PANEL + sub * width;
+        job.out[0] = out + i * out_stride + sub * width;
+        job.out[1] = b->halves ? out3 + i * out_stride + sub * width : job.out[0] + VEC_N;
+        for (int v = 0; v < TILE_V; v++) job.from[v] = k > 0 ? job.out[v] : NULL;
+        job.bias = b->biased && k + count == a->k ? b->bias + sub * TILE_N : NULL;
+        MOE_KERNEL(micro_right)(m, &job);
+        job.ahead.step = 0;
+    }
+}
+
+/* out[rows] (and, of halves, out3), lines out_stride apart: as much of the panel as the first cache
+ * holds, times all rows, then the rest of it. */
 static void times_panel(const packed *a, const panel *b, real *out, real *out3, int64_t out_stride)
 {
-    int64_t tiles = blocks(a->rows, TILE_M), step = b->halves ? HALF_PANEL : VEC_N;
-    int64_t width = b->halves ? VEC_N : TILE_N;
-    micro_job job = {.k = a->k, .b_stride = MOE__PANEL, .b_step = step, .out_stride = out_stride};
-    for (int64_t q = 0; q < tiles; q++) {
-        int64_t i = part(a->rows, tiles, q), m = part(a->rows, tiles, q + 1) - i;
-        job.a = a->at + q * a->step;
-        for (int64_t sub = 0; sub < MOE__PANEL / TILE_N; sub++) {
-            real *first = out + i * out_stride + sub * width;
-            job.b = b->at + sub * width;
-            job.out[0] = first;
-            job.out[1] = b->halves ? out3 + i * out_stride + sub * width : first + VEC_N;
-            job.bias = b->biased ? b->bias + sub * TILE_N : NULL;
-            job.ahead = b->ahead;
-            job.ahead.first = q * a->k;
-            if (sub > 0) job.ahead.step = 0;
-            MOE_KERNEL(micro_right)(m, &job);
-        }
+    int64_t tiles = blocks(a->rows, TILE_M), parts = tiles > 1 ? blocks(a->k, PANEL_K) : 1;
+    for (int64_t p = 0; p < parts; p++) {
+        int64_t k = part(a->k, parts, p), count = part(a->k, parts, p + 1) - k;
+        for (int64_t q = 0; q < tiles; q++) times_piece(a, b, q, k, count, out, out3, out_stride);
     }
 }
 

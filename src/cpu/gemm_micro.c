@@ -45,7 +45,7 @@ V_INLINE void right(const int m, const micro_job *job)
     for (int i = 0; i < m; i++) {
         V_UNROLL
         for (int v = 0; v < TILE_V; v++)
-            acc[i][v] = job->from ? v_load(job->from + i * job->from_stride + v * VEC_N) : v_zero();
+            acc[i][v] = job->from[0] ? v_load(job->from[v] + i * job->from_stride) : v_zero();
     }
     for (int64_t p = 0; p < k; p++, a += m, b += stride) {
         vec row[TILE_V];

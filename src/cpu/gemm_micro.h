@@ -35,7 +35,7 @@ typedef struct micro_job {
     const real *a; /* [k][m] */
     const real *b; /* row p at b + p b_stride, its vectors b_step apart */
     int64_t b_stride, b_step;
-    const real *from; /* [m] rows from_stride apart, dense; NULL: +0 */
+    const real *from[TILE_V]; /* as out, from_stride apart; NULL: +0 */
     int64_t from_stride;
     real *out[TILE_V]; /* vector v of row i goes to out[v] + i out_stride */
     int64_t out_stride;

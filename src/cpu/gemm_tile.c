@@ -59,9 +59,10 @@ void MOE_KERNEL(run_piece)(tile_scratch *s, micro_job *job, int64_t i, int64_t m
             s->bias[l] = l < n ? get_at(to->bias, (j + l) * to->bias_step, to->bias_wide) : R(0.0);
         job->bias = s->bias;
     }
-    job->from = first ? NULL : chain;
-    for (int v = 0; v < TILE_V; v++)
+    for (int v = 0; v < TILE_V; v++) {
+        job->from[v] = first ? NULL : chain + v * VEC_N;
         job->out[v] = direct ? sink_at(to, i, j + v * VEC_N) : plain + v * VEC_N;
+    }
     job->out_stride = direct ? to->stride_row : to ? TILE_N : BLOCK_N;
     job->store = !direct ? MICRO_SET : to->add ? MICRO_ADD : to->stream ? MICRO_STREAM : MICRO_SET;
     MOE_KERNEL(micro_right)(m, job);
