@@ -46,7 +46,7 @@ static void convert(double *to, const moe__parameter *p)
         const char *part = p->data_each ? p->data_each[i] : (const char *)p->data + i * s[0] * size;
         for (int64_t j = 0; j < n[1]; j++)
             for (int64_t k = 0; k < n[2]; k++) {
-                const void *at = part + (j * s[1] + k * s[2]) * size;
+                const void *at = part + moe__parameter_place(p, s, j, k) * size;
                 *to++ = moe__real_at(at, 0, p->data_dtype);
             }
     }
@@ -148,7 +148,7 @@ static moe_status copy_one(moe__twin *t, const moe_experts *from, moe_experts **
         callbacks.backward = from->callbacks.backward ? host_backward : NULL;
         c.callbacks = &callbacks;
     }
-    return moe_experts_create(to, t->context, &c);
+    return moe__experts_make(to, t->context, &c, from->one_w13, __func__);
 }
 
 /* A pool in f64; parts are made anew and then belong to the pool. */

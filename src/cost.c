@@ -97,6 +97,14 @@ static moe_status read_configs(cost_case *c, const moe_cost_query *query, const 
     return check_branches(c, function);
 }
 
+static moe_status check_storage(const cost_case *c, const char *function)
+{
+    if (!c->q.context) return MOE_OK;
+    if (c->has_experts) MOE_TRY(moe__storage_check(c->q.context, &c->experts, function));
+    if (c->has_shared) MOE_TRY(moe__storage_check(c->q.context, &c->shared, function));
+    return c->has_residual ? moe__storage_check(c->q.context, &c->residual, function) : MOE_OK;
+}
+
 static moe_status read_query(cost_case *c, const moe_cost_query *query, const char *function)
 {
     memset(c, 0, sizeof *c);
@@ -114,6 +122,7 @@ static moe_status read_query(cost_case *c, const moe_cost_query *query, const ch
     if (c->q.context && !moe__kernels(c->q.context, dtype))
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d is not available on %s", (int)dtype,
                c->q.context->memory->name);
+    MOE_TRY(check_storage(c, function));
     if (c->q.flags & ~(uint64_t)MOE__FORWARD_FLAGS)
         REFUSE(MOE_ERROR_INVALID_ARGUMENT, "flags 0x%llx has unknown bits",
                (unsigned long long)c->q.flags);
@@ -145,6 +154,24 @@ static int64_t expert_products(const moe_experts_config *e)
 {
     int64_t in = moe__mul(e->d_model, e->d_hidden), out = moe__mul(e->d_hidden, e->d_out);
     return moe__add(moe__mul(moe__is_gated(e->activation) ? 2 : 1, in), out);
+}
+
+/* Elements of weights that are no parameters: what fills panels up, or the packed copy. */
+static int64_t extra_weights(const moe_experts_config *e, int64_t experts, int32_t storage)
+{
+    if (e->kind != MOE_EXPERTS_FEED_FORWARD || e->storage != storage) return 0;
+    int64_t panels = moe__storage_panel_elements(e), weights = expert_products(e);
+    if (panels < 0 || weights < 0) return -1;
+    return moe__mul(experts, storage == MOE_STORAGE_PANELS ? panels - weights : panels);
+}
+
+/* Of all pools. */
+static int64_t all_extra_weights(const cost_case *c, int32_t storage)
+{
+    int64_t sum = c->has_experts ? extra_weights(&c->experts, c->num_experts, storage) : 0;
+    if (c->has_shared) sum = moe__add(sum, extra_weights(&c->shared, c->shared.num_experts, storage));
+    if (c->has_residual) sum = moe__add(sum, extra_weights(&c->residual, c->residual.num_experts, storage));
+    return sum;
 }
 
 static int64_t expert_parameters(const moe_experts_config *e)
@@ -220,8 +247,11 @@ moe_status moe_layer_memory(const moe_cost_query *query, moe_cost *cost)
         shape.padded_rows = c.layer.padded_rows;
     }
     int64_t wider = moe__mul(vectors, real_size - element);
-    moe_cost known = {.parameter_bytes = moe__add(moe__mul(count, element), wider),
-                      .gradient_bytes = moe__mul(count, real_size),
+    int64_t filling = all_extra_weights(&c, MOE_STORAGE_PANELS);
+    int64_t stored = moe__add(count, moe__add(filling,
+                                              all_extra_weights(&c, MOE_STORAGE_PREPACKED)));
+    moe_cost known = {.parameter_bytes = moe__add(moe__mul(stored, element), wider),
+                      .gradient_bytes = moe__mul(moe__add(count, filling), real_size),
                       .parameter_count = count,
                       .pass_bytes = moe__pass_shape_bytes(c.q.context, &shape),
                       .active_parameters = moe__add(fixed, moe__mul(per_token, expert))};

@@ -1,5 +1,5 @@
-/* experts.c - the expert pool: its life, its parts, its operands and its calls. The config is in
- * experts_config.c, the steps are in experts_step.c. */
+/* experts.c - the expert pool: its life, its parts and its calls. The config is in experts_config.c,
+ * where weights lie in storage.c, the steps are in experts_step.c. */
 #include "pass_state.h"
 
 #include <string.h>
@@ -30,6 +30,7 @@ static void free_pool(moe_experts *e)
     int64_t E = e->config.num_experts;
     moe__listing_free(&e->listing, context);
     moe__parameters_free(&e->parameters);
+    moe__storage_free(e);
     context->memory->free(context, e->touched, mark_bytes(E));
     moe__free(context, e->touched_list, touched_bytes(E));
     moe__free(context, e, sizeof *e);
@@ -41,6 +42,9 @@ static moe_experts *new_pool(moe_context *context, const moe_experts_config *c)
     if (!e) return NULL;
     atomic_init(&e->references, 1);
     atomic_flag_clear(&e->backward_running);
+    atomic_init(&e->packed.holds, 0);
+    atomic_flag_clear(&e->packed.busy);
+    atomic_init(&e->parameters.changes, 1);
     e->context = context;
     e->config = *c;
     e->parameters.context = context;
@@ -59,28 +63,29 @@ static moe_status fill_pool(moe_experts *e, const moe_expert_callbacks *callback
     moe__experts_parameters_describe(e);
     MOE_TRY(moe__listing_create(&e->listing, e->context, e->parameters.count, function));
     moe__listing_add(&e->listing, "", &e->parameters);
+    MOE_TRY(moe__storage_allocate(e, function));
     return moe__parameters_allocate(&e->parameters, e->config.parameters, function);
 }
 
-moe_status moe_experts_create(moe_experts **experts, moe_context *context,
-                              const moe_experts_config *config)
+moe_status moe__experts_make(moe_experts **experts, moe_context *context,
+                             const moe_experts_config *config, bool one_w13, const char *function)
 {
     moe_experts_config c;
     moe_expert_callbacks callbacks;
-    if (!experts || !context)
-        return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "%s is NULL",
-                         experts ? "context" : "experts");
-    MOE_TRY(moe__struct_read(&moe__experts_config_info, &c, config, false, __func__));
-    MOE_TRY(moe__experts_config_check(&c, &callbacks, __func__));
+    if (!experts || !context) REFUSE_ARGUMENT("%s is NULL", experts ? "context" : "experts");
+    MOE_TRY(moe__struct_read(&moe__experts_config_info, &c, config, false, function));
+    MOE_TRY(moe__experts_config_check(&c, &callbacks, function));
     if (!moe__kernels(context, c.dtype))
-        return moe__fail(MOE_ERROR_NOT_SUPPORTED, __func__, "dtype %d is not available on %s",
-                         (int)c.dtype, context->memory->name);
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "dtype %d is not available on %s", (int)c.dtype,
+               context->memory->name);
     if (c.kind == MOE_EXPERTS_CALLBACK && !context->memory->is_host)
-        return moe__fail(MOE_ERROR_NOT_SUPPORTED, __func__,
-                         "kind MOE_EXPERTS_CALLBACK is not available on %s", context->memory->name);
+        REFUSE(MOE_ERROR_NOT_SUPPORTED, "kind MOE_EXPERTS_CALLBACK is not available on %s",
+               context->memory->name);
+    MOE_TRY(moe__storage_check(context, &c, function));
     moe_experts *e = new_pool(context, &c);
-    if (!e) return moe__fail(MOE_ERROR_OUT_OF_MEMORY, __func__, "no memory for the pool");
-    moe_status status = fill_pool(e, &callbacks, __func__);
+    if (!e) REFUSE(MOE_ERROR_OUT_OF_MEMORY, "no memory for the pool");
+    e->one_w13 = one_w13 || c.storage == MOE_STORAGE_PANELS;
+    moe_status status = fill_pool(e, &callbacks, function);
     if (status != MOE_OK) {
         free_pool(e);
         return status;
@@ -88,6 +93,12 @@ moe_status moe_experts_create(moe_experts **experts, moe_context *context,
     moe__context_retain(context);
     *experts = e;
     return MOE_OK;
+}
+
+moe_status moe_experts_create(moe_experts **experts, moe_context *context,
+                              const moe_experts_config *config)
+{
+    return moe__experts_make(experts, context, config, false, __func__);
 }
 
 /* ---- parts ----------------------------------------------------------------------------------- */
@@ -219,7 +230,9 @@ moe_status moe_experts_get_config(const moe_experts *experts, moe_experts_config
 moe_status moe_experts_weights_changed(moe_experts *experts)
 {
     if (!experts) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "experts is NULL");
-    return MOE_OK; /* row-major storage has no packed copy */
+    for (int64_t i = 0; i < experts->parts; i++)
+        (void)atomic_fetch_add(&experts->part[i]->parameters.changes, 1);
+    return MOE_OK;
 }
 
 moe_status moe_experts_touched(const moe_experts *experts, uint8_t *touched, int64_t *count)
@@ -324,77 +337,6 @@ void moe__experts_end_backward(moe_experts *experts)
     for (int64_t i = 0; experts->made_of_parts && i < experts->parts; i++)
         atomic_flag_clear(&experts->part[i]->backward_running);
     atomic_flag_clear(&experts->backward_running);
-}
-
-/* ---- operands -------------------------------------------------------------------------------- */
-
-/* Part of a parameter as [E, in, out] or [E, out]: the columns first, first + step, ... of the
- * output dimension. `fused` is the name of the parameter that holds it if `name` does not exist. */
-typedef struct operand {
-    const char *name, *fused;
-    int64_t first, step; /* within the fused parameter */
-} operand;
-
-static moe__matrices strided(const moe_experts *experts, operand o, bool gradient)
-{
-    moe__matrices m = {0};
-    const moe__parameter *p = moe__parameter_by_name(&experts->parameters, o.name);
-    bool fused = !p && o.fused;
-    if (fused) p = moe__parameter_by_name(&experts->parameters, o.fused);
-    if (!p) return m;
-    const int64_t *stride = gradient ? p->grad_stride : p->data_stride;
-    bool out_in = experts->config.weight_layout == MOE_WEIGHT_OUT_IN && p->dims == 3;
-    m.dtype = gradient ? p->grad_dtype : p->data_dtype;
-    m.base = gradient ? p->grad : p->data;
-    m.each = gradient ? p->grad_each : p->data_each;
-    m.wide = moe__parameter_is_wide(p, gradient);
-    m.stride_expert = stride[0];
-    m.stride_row = p->dims == 3 ? stride[out_in ? 2 : 1] : 0;
-    m.stride_col = stride[p->dims == 2 || out_in ? 1 : 2];
-    if (fused) {
-        m.offset = o.first * m.stride_col;
-        m.stride_col *= o.step;
-    }
-    return m;
-}
-
-/* Where gate (half 0) and up (half 1) lie in a fused parameter. */
-static operand glu_half(const moe_experts *experts, const char *name, const char *fused, int half)
-{
-    int64_t F = experts->config.d_hidden;
-    switch (experts->config.glu_order) {
-    case MOE_GLU_GATE_UP: return (operand){name, fused, half ? F : 0, 1};
-    case MOE_GLU_UP_GATE: return (operand){name, fused, half ? 0 : F, 1};
-    case MOE_GLU_INTERLEAVED: return (operand){name, fused, half, 2};
-    default: return (operand){name, NULL, 0, 1};
-    }
-}
-
-static void operands(const moe_experts *e, bool gradient, moe__matrices m[6])
-{
-    m[0] = strided(e, glu_half(e, "w1", "w13", 0), gradient);
-    m[1] = strided(e, glu_half(e, "b1", "b13", 0), gradient);
-    m[2] = strided(e, glu_half(e, "w3", "w13", 1), gradient);
-    m[3] = strided(e, glu_half(e, "b3", "b13", 1), gradient);
-    m[4] = strided(e, (operand){"w2", NULL, 0, 1}, gradient);
-    m[5] = strided(e, (operand){"b2", NULL, 0, 1}, gradient);
-}
-
-void moe__experts_operands(const moe_experts *experts, moe__experts_job *job)
-{
-    moe__matrices m[6];
-    operands(experts, false, m);
-    job->w1 = m[0], job->b1 = m[1], job->w3 = m[2];
-    job->b3 = m[3], job->w2 = m[4], job->b2 = m[5];
-}
-
-void moe__experts_gradients(const moe_experts *experts, moe__experts_job *job, bool wanted)
-{
-    moe__matrices m[6];
-    memset(m, 0, sizeof m);
-    if (wanted) operands(experts, true, m);
-    job->dw1 = m[0], job->db1 = m[1], job->dw3 = m[2];
-    job->db3 = m[3], job->dw2 = m[4], job->db2 = m[5];
 }
 
 /* ---- work ------------------------------------------------------------------------------------ */

@@ -26,15 +26,6 @@ moe_status moe_expert_callbacks_init(moe_expert_callbacks *callbacks, size_t siz
     return moe__struct_init(&moe__expert_callbacks_info, callbacks, size, __func__);
 }
 
-static moe_status check_supported(const moe_experts_config *c, const char *function)
-{
-    if (c->storage != MOE_STORAGE_ROW_MAJOR)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "storage %s is not available",
-               c->storage == MOE_STORAGE_PANELS ? "MOE_STORAGE_PANELS" : "MOE_STORAGE_PREPACKED");
-    MOE_TRY(moe__check_range("dtype", c->dtype, MOE_DTYPE_F32, MOE_DTYPE_F16, function));
-    return MOE_OK;
-}
-
 /* Fields of integers: each in its range, whatever the kind. */
 static moe_status check_ranges(const moe_experts_config *c, const char *function)
 {
@@ -89,6 +80,9 @@ static moe_status check_network(const moe_experts_config *c, const char *functio
     if (c->glu_order != MOE_GLU_SEPARATE && !moe__is_gated(c->activation))
         REFUSE_ARGUMENT("glu_order %d clashes with activation %d, which is not gated",
                         (int)c->glu_order, (int)c->activation);
+    if (c->storage == MOE_STORAGE_PANELS && c->parameters == MOE_PARAMETERS_BOUND)
+        REFUSE_ARGUMENT("parameters MOE_PARAMETERS_BOUND clashes with storage MOE_STORAGE_PANELS, "
+                        "whose order is the library's own");
     return check_clamp(c, function);
 }
 
@@ -105,6 +99,7 @@ static moe_status check_no_network(const moe_experts_config *c, const char *func
                   {"bias", c->bias, 0},
                   {"glu_order", c->glu_order, 0},
                   {"weight_layout", c->weight_layout, 0},
+                  {"storage", c->storage, 0},
                   {"output", c->output, 0},
                   {"weight_position", c->weight_position, 0},
                   {"activation_alpha", c->activation_alpha, 0},
@@ -146,7 +141,7 @@ moe_status moe__experts_config_check(moe_experts_config *c, moe_expert_callbacks
         MOE_TRY(check_no_network(c, function));
     if (c->kind == MOE_EXPERTS_CALLBACK) MOE_TRY(read_callbacks(c, callbacks, function));
     if (c->num_experts == MOE_NO_EXPERTS) c->num_experts = 0;
-    return check_supported(c, function);
+    return moe__check_range("dtype", c->dtype, MOE_DTYPE_F32, MOE_DTYPE_F16, function);
 }
 
 moe__experts_room moe__experts_room_of(const moe_experts_config *c,

@@ -11,7 +11,8 @@ static void *ahead(void *memory, int64_t bytes) { return memory ? (char *)memory
 
 /* The job of `part`, whose experts begin at number `first`; view is the plan as it sees it. */
 static moe__experts_job job_of_part(const moe__experts_job *all, const moe__experts_room *room,
-                                    const moe_experts *part, int64_t first, moe__plan_arrays *view)
+                                    const moe_experts *part, int64_t first, bool packed,
+                                   moe__plan_arrays *view)
 {
     const moe_experts_config *c = &part->config;
     /* Elsewhere a pool has one part, which begins at the first row. */
@@ -32,7 +33,7 @@ static moe__experts_job job_of_part(const moe__experts_job *all, const moe__expe
     job.dh = ahead(all->dh, skip);
     job.dz3 = gated ? ahead(all->dz3, skip) : NULL;
     job.workspace = workspace ? ahead(all->workspace, row * room->workspace_per_row) : NULL;
-    moe__experts_operands(part, &job);
+    moe__experts_operands(part, &job, packed);
     return job;
 }
 
@@ -42,8 +43,10 @@ moe_status moe__experts_rows_forward(const moe_experts *experts, moe__experts_jo
     moe__plan_arrays view;
     int64_t first = 0;
     for (int64_t i = 0; i < experts->parts; i++) {
-        const moe_experts *part = experts->part[i];
-        moe__experts_job one = job_of_part(job, &experts->room, part, first, &view);
+        bool packed;
+        moe_experts *part = experts->part[i];
+        MOE_TRY(moe__storage_renew(part, &job->workers, &packed));
+        moe__experts_job one = job_of_part(job, &experts->room, part, first, packed, &view);
         MOE_TRY(kernels->experts_forward(&one));
         first += part->config.num_experts;
     }
@@ -97,8 +100,10 @@ moe_status moe__experts_rows_backward(moe_experts *experts, moe__experts_job *jo
         MOE_TRY(experts->context->memory->zero(&job->workers, job->entry_weight_grad,
                                                plan->entries * moe__dtype_size(plan->dtype)));
     for (int64_t i = 0; i < experts->parts; i++) {
-        const moe_experts *part = experts->part[i];
-        moe__experts_job one = job_of_part(job, &experts->room, part, first, &view);
+        bool packed;
+        moe_experts *part = experts->part[i];
+        MOE_TRY(moe__storage_renew(part, &job->workers, &packed));
+        moe__experts_job one = job_of_part(job, &experts->room, part, first, packed, &view);
         bool scratch = one.entry_weight_grad && part->config.weight_position == MOE_WEIGHT_ON_INPUT;
         if (!want_dx && !scratch) one.dx_rows = NULL;
         moe__experts_gradients(part, &one, job->parameters);

@@ -152,6 +152,10 @@ typedef struct moe__parameter {
     int32_t owned;    /* data is own_data */
     int32_t kind;     /* MOE_KIND_* */
     int32_t sharding; /* MOE_SHARD_* */
+    int32_t out_in;   /* 1: [E,out,in] */
+    int32_t fused;    /* MOE_GLU_* of W1 and W3, or b1 and b3, in one; 0: it is not fused */
+    int32_t panel;    /* in panels, that many columns of a matrix in each (grouped_gemm.h), and
+                         stride[0] is an expert's elements; 0: by strides */
 } moe__parameter;
 
 enum { MOE__MAX_PARAMETERS = 6 };
@@ -161,8 +165,8 @@ typedef struct moe__parameter_list {
     int64_t count;
     int64_t num_experts;
     moe__parameter p[MOE__MAX_PARAMETERS];
-    /* How columns map to logical W1 / W3 columns for init: see moe__logical_column. */
-    int32_t weight_layout, glu_order;
+    atomic_llong changes; /* of data, that a copy of it must follow */
+    int32_t weight_layout;
 } moe__parameter_list;
 
 /* Adds one parameter to the list (not allocated yet): a weight, sharded by expert if per_expert. */
@@ -178,6 +182,10 @@ moe_status moe__parameters_zero_gradients(const moe__workers *workers, moe__para
 moe_status moe__parameters_check_bound(const moe__parameter_list *list, const char *function);
 /* Product of the shape, or -1 if it does not fit. */
 int64_t moe__parameter_elements(const moe__parameter *p);
+/* Elements of its own memory, those between the shape's included; or -1. */
+int64_t moe__parameter_stored(const moe__parameter *p);
+/* The same memory as [E,panels,elements] if it is in panels; else a copy. */
+moe__parameter moe__parameter_as_stored(const moe__parameter *p);
 /* Elements from the lowest to the highest place that dimensions first..2 reach with the strides, and
  * the lowest place. */
 int64_t moe__parameter_span(const moe__parameter *p, const int64_t *stride, int first,
@@ -190,6 +198,30 @@ static inline int32_t moe__parameter_is_wide(const moe__parameter *p, bool gradi
 }
 /* [each,rows,cols], [rows,cols] or [cols] of its data or gradient. */
 moe__matrices moe__parameter_operand(const moe__parameter *p, bool gradient);
+
+/* Which half (0 gate, 1 up) a column of a fused parameter is of, and its column there. */
+static inline int64_t moe__column_of_half(int32_t fused, int64_t column, int64_t width,
+                                          int32_t *half)
+{
+    if (fused == MOE_GLU_INTERLEAVED) {
+        *half = (int32_t)(column & 1);
+        return column >> 1;
+    }
+    bool second = column >= width;
+    *half = second == (fused == MOE_GLU_GATE_UP);
+    return second ? column - width : column;
+}
+/* Where element (j,k) of an expert's [shape[1],shape[2]] lies, from the expert's first. */
+static inline int64_t moe__parameter_place(const moe__parameter *p, const int64_t *stride,
+                                           int64_t j, int64_t k)
+{
+    if (!p->panel) return j * stride[1] + k * stride[2];
+    int64_t rows = p->shape[p->out_in ? 2 : 1], cols = p->shape[p->out_in ? 1 : 2];
+    int64_t row = p->out_in ? k : j, col = p->out_in ? j : k;
+    int32_t half = 0, panel = p->panel;
+    if (p->fused) col = moe__column_of_half(p->fused, col, cols / 2, &half);
+    return col / panel * (rows * MOE__PANEL) + half * panel + row * MOE__PANEL + col % panel;
+}
 
 /* ---- what an object lists (listing.c) -------------------------------------------------------- */
 
@@ -242,6 +274,14 @@ typedef struct moe__request {
     bool kept; /* given up, and the transport may still touch its memory */
 } moe__request;
 
+/* The weights of MOE_STORAGE_PREPACKED once more, in panels: W1 (with W3), W2. storage.c */
+typedef struct moe__packed {
+    void *data[2]; /* NULL: there is no copy */
+    int64_t bytes[2];
+    atomic_llong holds; /* of the list's `changes`; another number: it is to be made anew */
+    atomic_flag busy;   /* somebody makes it */
+} moe__packed;
+
 struct moe_experts {
     atomic_int references;
     atomic_flag backward_running;
@@ -257,7 +297,9 @@ struct moe_experts {
     uint8_t *touched;      /* [E] since the last zero_gradients; NULL of a pool of parts */
     int32_t *touched_list; /* [E] the numbers of those, in any order */
     int64_t touched_count;
+    moe__packed packed;
     bool made_of_parts;
+    bool one_w13; /* W1 and W3 are one parameter, whatever glu_order says of the biases */
 };
 
 struct moe_comm {
@@ -326,6 +368,26 @@ void moe__layer_parameters_describe(moe_layer *layer);
 /* Fills layer->listing: "gate.", "experts.", "shared." or "residual." before the object's own, then
  * the layer's. */
 moe_status moe__layer_list_parameters(moe_layer *layer, const char *function);
+
+/* As moe_experts_create; one_w13: of a gated pool W1 and W3 are one parameter in any case. experts.c
+ */
+moe_status moe__experts_make(moe_experts **experts, moe_context *context,
+                             const moe_experts_config *config, bool one_w13, const char *function);
+
+/* storage.c */
+/* Whether this backend keeps weights so. */
+moe_status moe__storage_check(const moe_context *context, const moe_experts_config *config,
+                              const char *function);
+/* Elements that an expert's weights take in panels, or -1. */
+int64_t moe__storage_panel_elements(const moe_experts_config *config);
+/* Memory of the packed copy, if the pool has one. */
+moe_status moe__storage_allocate(moe_experts *experts, const char *function);
+void moe__storage_free(moe_experts *experts);
+/* Makes the copy anew if weights have changed. *packed: it is there to be read. */
+moe_status moe__storage_renew(moe_experts *experts, const moe__workers *workers, bool *packed);
+/* Copies between an opaque parameter, or memory in its order, and dense memory in its shape. */
+moe_status moe__storage_move(const moe_layer *layer, int64_t index, void *opaque, void *dense,
+                             bool to_dense, const char *function);
 
 /* MOE_ERROR_INVALID_STATE naming the first parameter of the pool that has no data; before a
  * backward also if the host's experts have none. experts.c */

@@ -56,6 +56,12 @@ bool moe__module_on_host(const moe_layer *layer)
     return !layer || layer->context->memory->is_host;
 }
 
+moe_status moe__module_move(const moe_layer *layer, int64_t index, void *opaque, void *dense,
+                            bool to_dense, const char *function)
+{
+    return moe__storage_move(layer, index, opaque, dense, to_dense, function);
+}
+
 const moe_experts *moe__module_part(const moe_experts *experts, int64_t part)
 {
     return experts && part >= 0 && part < experts->parts ? experts->part[part] : NULL;

@@ -9,7 +9,7 @@
 #include <stdbool.h>
 
 /* The number of this interface; a module and libmoe must have the same. */
-enum { MOE__MODULE_VERSION = 2 };
+enum { MOE__MODULE_VERSION = 3 };
 
 /* MOE__MODULE_VERSION of libmoe. */
 MOE_API int32_t moe__module_version(void);
@@ -48,6 +48,11 @@ MOE_API moe_context *moe__module_context_of(const moe_pass *pass);
 
 /* Whether a layer's own parameters are in the host's memory; true for NULL. */
 MOE_API bool moe__module_on_host(const moe_layer *layer);
+
+/* Copies between parameter `index` of a layer, which is opaque (`opaque`, or NULL: its data), and
+ * dense memory of the record's shape and data_dtype. Written data counts as changed. */
+MOE_API moe_status moe__module_move(const moe_layer *layer, int64_t index, void *opaque, void *dense,
+                                    bool to_dense, const char *function);
 
 /* Part number `part` of a pool of parts, or for 0 a plain pool itself; NULL beyond. */
 MOE_API const moe_experts *moe__module_part(const moe_experts *experts, int64_t part);

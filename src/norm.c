@@ -24,7 +24,7 @@ static double sum_squares(const moe__parameter *p, int64_t expert)
     double sum = 0;
     for (int64_t j = 0; part && j < n[1]; j++)
         for (int64_t k = 0; k < n[2]; k++) {
-            const void *at = part + (j * s[1] + k * s[2]) * size;
+            const void *at = part + moe__parameter_place(p, s, j, k) * size;
             double g = moe__real_at(at, 0, p->grad_dtype);
             sum += g * g;
         }

@@ -79,7 +79,7 @@ moe__parameter *moe__parameter_add(moe__parameter_list *list, const char *name, 
                           .sharding = per_expert ? MOE_SHARD_EXPERT : MOE_SHARD_REPLICATED};
     for (int32_t d = 0; d < MOE_MAX_DIMS; d++) p->shape[d] = d < dims ? shape[d] : 1;
     contiguous(p->data_stride, p->shape, dims);
-    contiguous(p->grad_stride, p->shape, dims);
+    memcpy(p->grad_stride, p->data_stride, sizeof p->grad_stride);
     return p;
 }
 
@@ -95,6 +95,17 @@ moe__matrices moe__parameter_operand(const moe__parameter *p, bool gradient)
                            .stride_row = matrix ? stride[first] : 0,
                            .stride_col = stride[p->dims - 1],
                            .wide = moe__parameter_is_wide(p, gradient)};
+}
+
+/* Strides of memory of the object's own. */
+static void use_own_strides(moe__parameter *p)
+{
+    contiguous(p->data_stride, p->shape, p->dims);
+    if (p->panel) {
+        memset(p->data_stride, 0, sizeof p->data_stride);
+        p->data_stride[0] = p->shape[0] > 0 ? moe__parameter_stored(p) / p->shape[0] : 0;
+    }
+    memcpy(p->grad_stride, p->data_stride, sizeof p->grad_stride);
 }
 
 /* Numbers of tensors in the counter of init_parameters, frozen; see parameter_init.c. */
@@ -195,21 +206,31 @@ static double inverse_root(int64_t n)
     return root;
 }
 
+/* fused: MOE_GLU_* of a parameter that is W1 and W3, else 0. */
 static void add_expert_weight(moe_experts *experts, const char *name, int64_t in, int64_t out,
-                              int32_t tensor, int64_t fan_in)
+                              int32_t tensor, int64_t fan_in, int32_t fused)
 {
     const moe_experts_config *c = &experts->config;
     bool out_in = c->weight_layout == MOE_WEIGHT_OUT_IN;
     const int64_t shape[3] = {c->num_experts, out_in ? out : in, out_in ? in : out};
     double std = c->init_std != MOE_INIT_DEFAULT ? c->init_std : inverse_root(fan_in);
-    moe__parameter_add(&experts->parameters, name, 1, 3, shape, c->dtype, tensor, std);
+    moe__parameter *p = moe__parameter_add(&experts->parameters, name, 1, 3, shape, c->dtype,
+                                           tensor, std);
+    p->out_in = out_in;
+    p->fused = fused;
+    if (c->storage != MOE_STORAGE_PANELS) return;
+    p->panel = fused ? MOE__PANEL / 2 : MOE__PANEL;
+    use_own_strides(p);
 }
 
-static void add_expert_bias(moe_experts *experts, const char *name, int64_t width, int32_t tensor)
+static void add_expert_bias(moe_experts *experts, const char *name, int64_t width, int32_t tensor,
+                            int32_t fused)
 {
     const moe_experts_config *c = &experts->config;
     const int64_t shape[2] = {c->num_experts, width};
-    if (c->bias) moe__parameter_add(&experts->parameters, name, 1, 2, shape, c->dtype, tensor, 0);
+    if (c->bias)
+        moe__parameter_add(&experts->parameters, name, 1, 2, shape, c->dtype, tensor, 0)->fused =
+            fused;
 }
 
 void moe__experts_parameters_describe(moe_experts *experts)
@@ -217,23 +238,26 @@ void moe__experts_parameters_describe(moe_experts *experts)
     const moe_experts_config *c = &experts->config;
     moe__parameter_list *list = &experts->parameters;
     int64_t D = c->d_model, F = c->d_hidden, O = c->d_out;
-    bool gated = moe__is_gated(c->activation);
+    int32_t order = c->glu_order;
+    bool gated = moe__is_gated(c->activation), one_b13 = gated && order != MOE_GLU_SEPARATE;
+    bool one_w13 = one_b13 || (gated && experts->one_w13);
     list->context = experts->context;
     list->num_experts = c->num_experts;
     list->weight_layout = c->weight_layout;
-    list->glu_order = c->glu_order;
     if (c->kind != MOE_EXPERTS_FEED_FORWARD) return;
-    if (gated && c->glu_order != MOE_GLU_SEPARATE) {
-        add_expert_weight(experts, "w13", D, moe__mul(2, F), W1, D);
-        add_expert_bias(experts, "b13", moe__mul(2, F), B1);
-    } else {
-        add_expert_weight(experts, "w1", D, F, W1, D);
-        add_expert_bias(experts, "b1", F, B1);
-        if (gated) add_expert_weight(experts, "w3", D, F, W3, D);
-        if (gated) add_expert_bias(experts, "b3", F, B3);
-    }
-    add_expert_weight(experts, "w2", F, O, W2, F);
-    add_expert_bias(experts, "b2", O, B2);
+    if (one_w13)
+        add_expert_weight(experts, "w13", D, moe__mul(2, F), W1, D,
+                          order == MOE_GLU_SEPARATE ? MOE_GLU_GATE_UP : order);
+    else
+        add_expert_weight(experts, "w1", D, F, W1, D, 0);
+    if (one_b13)
+        add_expert_bias(experts, "b13", moe__mul(2, F), B1, order);
+    else
+        add_expert_bias(experts, "b1", F, B1, 0);
+    if (gated && !one_w13) add_expert_weight(experts, "w3", D, F, W3, D, 0);
+    if (gated && !one_b13) add_expert_bias(experts, "b3", F, B3, 0);
+    add_expert_weight(experts, "w2", F, O, W2, F, 0);
+    add_expert_bias(experts, "b2", O, B2, 0);
 }
 
 moe_status moe__layer_list_parameters(moe_layer *layer, const char *function)
@@ -280,8 +304,7 @@ static void use_own(moe__parameter *p)
     p->data_dtype = p->dtype;
     p->grad_dtype = moe__real_dtype(p->dtype);
     p->owned = p->own_data != NULL;
-    contiguous(p->data_stride, p->shape, p->dims);
-    contiguous(p->grad_stride, p->shape, p->dims);
+    use_own_strides(p);
 }
 
 moe_status moe__parameters_allocate(moe__parameter_list *list, int32_t parameters,
@@ -291,7 +314,7 @@ moe_status moe__parameters_allocate(moe__parameter_list *list, int32_t parameter
     moe_status status = MOE_OK;
     for (int64_t i = 0; i < list->count && status == MOE_OK; i++) {
         moe__parameter *p = &list->p[i];
-        int64_t count = moe__parameter_elements(p);
+        int64_t count = moe__parameter_elements(p) < 0 ? -1 : moe__parameter_stored(p);
         p->own_bytes = moe__mul(count, moe__dtype_size(p->dtype));
         p->own_grad_bytes = moe__mul(count, moe__dtype_size(moe__real_dtype(p->dtype)));
         if (p->own_bytes < 0 || p->own_grad_bytes < 0) {
@@ -382,19 +405,22 @@ static moe_status write_record(const moe__parameter *p, const char *name, int64_
                                   .grad = p->grad,
                                   .data_per_expert = p->data_each,
                                   .grad_per_expert = p->grad_each,
-                                  .element_count = moe__parameter_elements(p),
+                                  .element_count = moe__parameter_stored(p),
                                   .dims = p->dims,
                                   .kind = p->kind,
                                   .data_dtype = p->data_dtype,
                                   .grad_dtype = p->grad_dtype,
                                   .sharding = p->sharding,
                                   .trainable = p->kind != MOE_KIND_BUFFER,
+                                  .opaque = p->panel != 0,
                                   .owned = p->owned};
     MOE_TRY(moe__struct_check_out(&moe__parameter_record_info, record, function));
     memcpy(known.shape, p->shape, sizeof known.shape);
     memcpy(known.global_shape, p->shape, sizeof known.global_shape);
-    memcpy(known.data_stride, p->data_stride, sizeof known.data_stride);
-    memcpy(known.grad_stride, p->grad_stride, sizeof known.grad_stride);
+    if (!p->panel) {
+        memcpy(known.data_stride, p->data_stride, sizeof known.data_stride);
+        memcpy(known.grad_stride, p->grad_stride, sizeof known.grad_stride);
+    }
     if (experts > 0) known.global_shape[0] = experts, known.global_offset[0] = first;
     moe__struct_write(&moe__parameter_record_info, record, &known);
     return MOE_OK;
@@ -553,6 +579,19 @@ static moe_status make_lists(moe__parameter_list *list, moe__parameter *p, const
     return MOE_OK;
 }
 
+/* Whether the data would lie elsewhere than now. */
+static bool moves_data(const moe__parameter *p, const moe_binding *b, const int64_t *stride,
+                       int64_t experts)
+{
+    if (p->data != b->data || p->data_dtype != b->data_dtype ||
+        !p->data_each != !b->data_per_expert ||
+        memcmp(p->data_stride, stride, sizeof p->data_stride) != 0)
+        return true;
+    for (int64_t e = 0; b->data_per_expert && e < experts; e++)
+        if (p->data_each[e] != b->data_per_expert[e]) return true;
+    return false;
+}
+
 static moe_status bind(moe__parameter_list *list, int64_t index, const moe_binding *binding,
                        const char *function)
 {
@@ -562,9 +601,14 @@ static moe_status bind(moe__parameter_list *list, int64_t index, const moe_bindi
     moe__parameter *p = &list->p[index];
     if (!binding) {
         if (!p->own_data) REFUSE(MOE_ERROR_INVALID_STATE, "%s has no memory of its own", p->name);
+        if (!p->owned) (void)atomic_fetch_add(&list->changes, 1);
         use_own(p);
         return MOE_OK;
     }
+    if (p->panel)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED,
+               "%s is kept in MOE_STORAGE_PANELS: it cannot be bound to memory of the host",
+               p->name);
     MOE_TRY(moe__struct_read(&moe__binding_info, &b, binding, false, function));
     MOE_TRY(check_pointers(p, &b, E, function));
     MOE_TRY(check_dtypes(p, &b, function));
@@ -574,6 +618,7 @@ static moe_status bind(moe__parameter_list *list, int64_t index, const moe_bindi
     MOE_TRY(resolve_strides(grad_stride, b.grad_stride, p, b.grad_dtype, b.grad_per_expert != NULL,
                             "grad", function));
     if (b.data_per_expert || b.grad_per_expert) MOE_TRY(make_lists(list, p, function));
+    if (p->dims == 3 && moves_data(p, &b, data_stride, E)) (void)atomic_fetch_add(&list->changes, 1);
     for (int64_t e = 0; b.data_per_expert && e < E; e++)
         p->lists[e] = (void *)(uintptr_t)b.data_per_expert[e]; /* read only */
     for (int64_t e = 0; b.grad_per_expert && e < E; e++) p->lists[E + e] = b.grad_per_expert[e];

@@ -15,7 +15,6 @@
 #include <string.h>
 
 typedef struct fill {
-    const moe__parameter_list *list;
     const moe__parameter *p;
     uint64_t seed;
     uint32_t stream_id;
@@ -26,22 +25,12 @@ typedef struct fill {
 
 enum { UP_AFTER_GATE = 2 }; /* tensor number of W3 minus that of W1 */
 
-/* Which half of a fused parameter a stored output column is, and its column there. */
+/* Which tensor a stored output column is of, and its column there. */
 static int64_t logical_column(const fill *f, int64_t column, uint32_t *tensor)
 {
-    int64_t half = f->cols / 2;
-    bool fused = strcmp(f->p->name, "w13") == 0, up = false;
-    if (!fused) return column;
-    switch (f->list->glu_order) {
-    case MOE_GLU_INTERLEAVED:
-        up = column % 2 == 1;
-        column = column / 2;
-        break;
-    default:
-        up = (column >= half) == (f->list->glu_order == MOE_GLU_GATE_UP);
-        column = column % half;
-    }
-    if (up) *tensor += UP_AFTER_GATE;
+    int32_t half = 0;
+    if (f->p->fused) column = moe__column_of_half(f->p->fused, column, f->cols / 2, &half);
+    if (half) *tensor += UP_AFTER_GATE;
     return column;
 }
 
@@ -62,13 +51,17 @@ static float first_value(const fill *f, int64_t expert, int64_t row, int64_t col
 static void fill_range(void *argument, int64_t begin, int64_t end)
 {
     const fill *f = argument;
-    bool out_in = f->p->per_expert && f->list->weight_layout == MOE_WEIGHT_OUT_IN;
+    const moe__parameter *p = f->p;
+    bool out_in = p->out_in != 0;
     int64_t stored_rows = out_in ? f->cols : f->rows, width = out_in ? f->rows : f->cols;
     for (int64_t r = begin; r < end; r++)
         for (int64_t j = 0; j < width; j++) {
             int64_t expert = r / stored_rows, i = r % stored_rows;
             float value = first_value(f, expert, out_in ? j : i, out_in ? i : j);
-            moe__set_real(f->to, r * width + j, f->p->dtype, (double)value);
+            int64_t at = p->panel ? expert * p->data_stride[0] +
+                                        moe__parameter_place(p, p->data_stride, i, j)
+                                  : r * width + j;
+            moe__set_real(f->to, at, p->dtype, (double)value);
         }
 }
 
@@ -78,9 +71,8 @@ static moe_status draw_one(const moe__parameter_list *list, const moe__parameter
 {
     int64_t experts = p->per_expert ? p->shape[0] : 1;
     int64_t first = p->shape[p->per_expert], second = p->shape[p->per_expert + 1];
-    bool out_in = p->per_expert && list->weight_layout == MOE_WEIGHT_OUT_IN;
-    fill f = {.list = list,
-              .p = p,
+    bool out_in = p->out_in != 0;
+    fill f = {.p = p,
               .to = to,
               .seed = seed,
               .stream_id = (uint32_t)stream_id,
@@ -111,7 +103,7 @@ static moe_status init_one(const moe__parameter_list *list, const moe__parameter
     return status;
 }
 
-static moe_status init_all(const moe__parameter_list *list, uint64_t seed, int32_t stream_id,
+static moe_status init_all(moe__parameter_list *list, uint64_t seed, int32_t stream_id,
                            const int64_t *numbers, const char *function)
 {
     fenv_t saved;
@@ -119,6 +111,7 @@ static moe_status init_all(const moe__parameter_list *list, uint64_t seed, int32
     moe__fenv_enter(&saved);
     for (int64_t i = 0; i < list->count && status == MOE_OK; i++)
         status = init_one(list, &list->p[i], seed, stream_id, numbers, function);
+    (void)atomic_fetch_add(&list->changes, 1);
     moe__fenv_leave(&saved);
     return status;
 }
@@ -148,7 +141,7 @@ moe_status moe_layer_init_parameters(moe_layer *layer, uint64_t seed)
 {
     if (!layer) return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "layer is NULL");
     const moe__placement *w = layer->where;
-    const moe_gate *gate = layer->gate;
+    moe_gate *gate = layer->gate;
     if (gate)
         MOE_TRY(init_all(&gate->parameters, seed, gate->config.stream_id,
                          w && w->groups ? w->groups + w->first_group[layer->comm->rank] : NULL,
@@ -213,7 +206,7 @@ static moe_status zero_gradients(const moe__workers *workers, moe__parameter_lis
                                  const int32_t *experts, int64_t count)
 {
     for (int64_t i = 0; i < list->count; i++) {
-        const moe__parameter *p = &list->p[i];
+        const moe__parameter stored = moe__parameter_as_stored(&list->p[i]), *p = &stored;
         zeroing z = {p, experts};
         if ((!p->grad && !p->grad_each) || moe__parameter_elements(p) == 0) continue;
         if (!workers->context->memory->is_host) {

@@ -195,8 +195,9 @@ moe_status moe__layer_config_check(const moe_layer_config *config, const char *f
 moe__experts_room moe__experts_room_of(const moe_experts_config *config,
                                        const moe_expert_callbacks *callbacks);
 
-/* The strided operands of a pool's parameters; data, or gradients. experts.c */
-void moe__experts_operands(const moe_experts *experts, moe__experts_job *job);
+/* The operands of a pool's parameters; data (packed: weights of the copy), or gradients.
+ * storage.c */
+void moe__experts_operands(const moe_experts *experts, moe__experts_job *job, bool packed);
 void moe__experts_gradients(const moe_experts *experts, moe__experts_job *job, bool wanted);
 
 /* The rooms of a layer's branches. pass_layout.c */

@@ -20,7 +20,7 @@ static void copy_gradient(const moe__parameter *p, char *dense, bool to_dense)
         char *part = p->grad_each ? p->grad_each[i] : (char *)p->grad + i * s[0] * size;
         for (int64_t j = 0; j < n[1]; j++)
             for (int64_t k = 0; k < n[2]; k++, dense += size) {
-                char *at = part ? part + (j * s[1] + k * s[2]) * size : NULL;
+                char *at = part ? part + moe__parameter_place(p, s, j, k) * size : NULL;
                 if (to_dense && !at)
                     memset(dense, 0, (size_t)size);
                 else if (to_dense)

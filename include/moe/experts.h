@@ -42,13 +42,24 @@ enum {
     MOE_WEIGHT_OUT_IN = 1  /* [E,out,in]: y = x W^T, as torch.nn.Linear */
 };
 
-/* How the pool keeps its weights. */
+/* How the pool keeps its weights. The mode changes no result: outputs and gradients have the same
+ * bytes in all three. A context of a GPU has row-major only and refuses the others with
+ * MOE_ERROR_NOT_SUPPORTED; kinds without weights refuse them with MOE_ERROR_INVALID_ARGUMENT. */
 enum {
     MOE_STORAGE_ROW_MAJOR = 0, /* as the parameter records say; packed on the fly */
-    MOE_STORAGE_PREPACKED = 1, /* row-major stays the truth and the pool keeps a packed copy,
-                                  refreshed by moe_experts_weights_changed;
-                                  MOE_ERROR_NOT_SUPPORTED so far */
-    MOE_STORAGE_PANELS = 2     /* opaque, owned; MOE_ERROR_NOT_SUPPORTED so far */
+    MOE_STORAGE_PREPACKED = 1, /* as row-major, and the pool keeps a packed copy of the weights (not
+                                  the biases) in memory of its own, which forward and backward read.
+                                  It is renewed, at most once for all changes, by the next forward
+                                  or backward after creation, a binding of a weight to other memory,
+                                  moe_experts_weights_changed, init_parameters, an import or a load.
+                                  Whoever writes to the weights in another way has to call
+                                  moe_experts_weights_changed: until then what is computed with is
+                                  the old weights */
+    MOE_STORAGE_PANELS = 2     /* packed and nothing else: weights and their gradients are opaque
+                                  parameters, owned (MOE_PARAMETERS_BOUND is refused with
+                                  MOE_ERROR_INVALID_ARGUMENT), in an order that the library reads
+                                  and writes as it lies. moe_experts_export and moe_experts_import
+                                  take them out and in. See moe/parameter.h */
 };
 
 /* A function applied to an output; also used by the layer. */
@@ -189,9 +200,41 @@ MOE_API moe_status moe_experts_forward(moe_experts *experts, moe_pass *pass,
 MOE_API moe_status moe_experts_backward(moe_experts *experts, moe_pass *pass,
                                         const moe_backward_args *args);
 
-/* Tells the pool that weight data changed, so that packed copies are renewed at the next use. Costs
- * nothing for MOE_STORAGE_ROW_MAJOR. Returns MOE_OK or MOE_ERROR_INVALID_ARGUMENT. Since 0.1. */
+/* Tells the pool, or all parts of it, that weight data changed, so that the packed copy of
+ * MOE_STORAGE_PREPACKED is renewed at the next use. Costs nothing in itself, and has no effect in
+ * the other modes. Weights change between calls: not while a forward or backward of another thread
+ * uses the pool. Returns MOE_OK or MOE_ERROR_INVALID_ARGUMENT. Since 0.1. */
 MOE_API moe_status moe_experts_weights_changed(moe_experts *experts);
+
+/* What moe_experts_export and moe_experts_import move. */
+enum { MOE_PARAMETER_DATA = 0, MOE_PARAMETER_GRADIENT = 1 };
+
+/* Copies a parameter of some experts to dense memory, whatever the storage mode, strides or pointers
+ * per expert: the same bytes in every mode.
+ *   index         0 <= index < moe_experts_parameter_count
+ *   what          MOE_PARAMETER_*
+ *   first_expert  number in the parameter's first dimension, from 0
+ *   count         experts from there on; 0 is legal
+ *   to            out: [count, shape[1], shape[2]] of the record's shape, contiguous: [count,in,out],
+ *                 with MOE_WEIGHT_OUT_IN [count,out,in]; of a bias [count, shape[1]]. Columns of
+ *                 "w13" are in glu_order, with MOE_GLU_SEPARATE W1's, then W3's. Its elements are of
+ *                 the record's data_dtype or grad_dtype, and aligned for that. NULL only if count is
+ *                 0
+ * Any thread, while no other writes to the parameter.
+ * Returns MOE_OK; having written nothing MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_INVALID_STATE (the
+ * parameter is not bound, or has no gradient, or that of an expert is NULL), MOE_ERROR_NOT_SUPPORTED
+ * (memory that is not the host's); MOE_ERROR_CALLBACK of the host's parallel-for. Since 0.1. */
+MOE_API moe_status moe_experts_export(const moe_experts *experts, int64_t index, int32_t what,
+                                      int64_t first_expert, int64_t count, void *to);
+
+/* The reverse: sets a parameter of some experts from dense memory.
+ *   from  in: as `to` above; may not overlap the parameter
+ * Imported data counts as moe_experts_weights_changed. Imported gradients do not make an expert
+ * touched. As any change of weights, not while another thread is in a call on the pool.
+ * Returns as moe_experts_export; and MOE_ERROR_INVALID_STATE for data that is bound: the library
+ * writes to its own only. Since 0.1. */
+MOE_API moe_status moe_experts_import(moe_experts *experts, int64_t index, int32_t what,
+                                      int64_t first_expert, int64_t count, const void *from);
 
 /* Which experts have received gradients since the last zero_gradients (or the last overwriting
  * backward): only those need an optimizer step.

@@ -236,8 +236,9 @@ typedef struct moe_cost_query {
 /* Its answers, in bytes and in floating-point operations (a multiply-add is 2). */
 typedef struct moe_cost {
     uint64_t struct_size;
-    int64_t parameter_bytes; /* data of all parameters */
-    int64_t gradient_bytes;  /* their gradients */
+    int64_t parameter_bytes; /* data of all parameters: with what fills panels up, and with packed
+                                copies */
+    int64_t gradient_bytes;  /* their gradients, with what fills panels up */
     int64_t parameter_count; /* elements */
     int64_t pass_bytes;      /* the most a pass for T tokens allocates, or needs as workspace; with
                                 MOE_GATE_BALANCED without MOE_FORWARD_TRAIN as if its thresholds

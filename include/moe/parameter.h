@@ -6,8 +6,15 @@
  * A parameter lives in memory of its object (MOE_PARAMETERS_OWNED) or of the host. It may be bound
  * again at any time at which no pass is between its forward and its backward with the old contents,
  * as often as every step, without any allocation. The library never writes to bound data (a
- * read-only mapping is legal), writes gradients only in backward, zero_gradients and
- * init_parameters calls, and touches either only inside a call. */
+ * read-only mapping is legal), writes gradients only in backward, zero_gradients and import calls,
+ * and touches either only inside a call.
+ *
+ * Weights of a pool with MOE_STORAGE_PANELS are opaque. `shape` is the logical one; data and
+ * gradient are element_count elements each, in one and the same order, which is the library's own,
+ * with zeros between what belongs to the shape: an optimizer that treats each element alike, and
+ * keeps 0 where data, gradient and its own state are 0, walks all of them. The zeros of the gradient
+ * stay; those of the data must. A gated pool has one such parameter for W1 and W3, "w13", whatever
+ * its glu_order; biases are as ever. */
 #ifndef MOE_PARAMETER_H
 #define MOE_PARAMETER_H
 
@@ -46,7 +53,7 @@ typedef struct moe_parameter_record {
     void *grad;       /* the same for the gradient; NULL also if the gradient is not wanted */
     void *const *data_per_expert; /* [E] if bound so, else NULL; the library's copy of the list */
     void *const *grad_per_expert; /* [E] if bound so, else NULL; entries may be NULL */
-    int64_t element_count;        /* elements of the local data, product of shape */
+    int64_t element_count;        /* elements of the local data: product of shape; more if opaque */
     int64_t shape[MOE_MAX_DIMS];  /* local; dims beyond `dims` are 1 */
     int64_t global_shape[MOE_MAX_DIMS];  /* over all ranks */
     int64_t global_offset[MOE_MAX_DIMS]; /* of the local part in the global one; [0] is -1 if this
@@ -103,8 +110,8 @@ MOE_API int64_t moe_layer_parameter_count(const moe_layer *layer);
 /* The index of a parameter by its name, or -1 if there is none of that name or an argument is NULL.
  * A gate has "weight" [D,E], "bias" [E], "noise_weight" [D,E]; experts have "w1" [E,D,F], "b1"
  * [E,F], "w3" and "b3" of the same shapes for gated activations (with a fused GLU order "w13"
- * [E,D,2F] and "b13" [E,2F] in place of the four), "w2" [E,F,O], "b2" [E,O]; with MOE_WEIGHT_OUT_IN
- * the last two dimensions of weights are exchanged. A layer puts "gate.", "experts.", "shared." and
+ * [E,D,2F] and "b13" [E,2F] in place of the four, with MOE_STORAGE_PANELS "w13" in any case), "w2"
+ * [E,F,O], "b2" [E,O]; with MOE_WEIGHT_OUT_IN the last two dimensions of weights are exchanged. A layer puts "gate.", "experts.", "shared." and
  * "residual." before, and has "shared_gate" [D], "residual_mix" [D,2] and "residual_mix_bias" [2]
  * of its own. Gates also have "selection_bias" [E] (a buffer), "threshold" [E] (of
  * MOE_GATE_BALANCED) and, if hierarchical with A groups of B experts, "primary_weight" [D,A],
@@ -134,8 +141,9 @@ MOE_API moe_status moe_layer_parameter(const moe_layer *layer, int64_t index,
  *   binding  copied, lists of pointers included; NULL: back to the object's own memory, whose
  *            contents are what they were (MOE_ERROR_INVALID_STATE if the object owns none)
  * The memory stays the host's and must live until it is bound anew, or until the last call that
- * uses the object has returned. Not while another thread is in a call on the object. Binding
- * through a layer binds the gate's or pool's parameter, in every layer that shares it. No
+ * uses the object has returned. Not while another thread is in a call on the object. A weight that
+ * is bound to the memory, strides and dtype it has already, as to bind another gradient, is not
+ * taken for changed: see MOE_STORAGE_PREPACKED. Binding through a layer binds the gate's or pool's parameter, in every layer that shares it. No
  * allocation, except that the first use of per-expert pointers for a parameter allocates their
  * list.
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED for a dtype other than those
