@@ -169,8 +169,10 @@ static int64_t extra_weights(const moe_experts_config *e, int64_t experts, int32
 static int64_t all_extra_weights(const cost_case *c, int32_t storage)
 {
     int64_t sum = c->has_experts ? extra_weights(&c->experts, c->num_experts, storage) : 0;
-    if (c->has_shared) sum = moe__add(sum, extra_weights(&c->shared, c->shared.num_experts, storage));
-    if (c->has_residual) sum = moe__add(sum, extra_weights(&c->residual, c->residual.num_experts, storage));
+    if (c->has_shared)
+        sum = moe__add(sum, extra_weights(&c->shared, c->shared.num_experts, storage));
+    if (c->has_residual)
+        sum = moe__add(sum, extra_weights(&c->residual, c->residual.num_experts, storage));
     return sum;
 }
 
@@ -248,8 +250,8 @@ moe_status moe_layer_memory(const moe_cost_query *query, moe_cost *cost)
     }
     int64_t wider = moe__mul(vectors, real_size - element);
     int64_t filling = all_extra_weights(&c, MOE_STORAGE_PANELS);
-    int64_t stored = moe__add(count, moe__add(filling,
-                                              all_extra_weights(&c, MOE_STORAGE_PREPACKED)));
+    int64_t stored = moe__add(count,
+                              moe__add(filling, all_extra_weights(&c, MOE_STORAGE_PREPACKED)));
     moe_cost known = {.parameter_bytes = moe__add(moe__mul(stored, element), wider),
                       .gradient_bytes = moe__mul(moe__add(count, filling), real_size),
                       .parameter_count = count,

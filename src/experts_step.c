@@ -12,7 +12,7 @@ static void *ahead(void *memory, int64_t bytes) { return memory ? (char *)memory
 /* The job of `part`, whose experts begin at number `first`; view is the plan as it sees it. */
 static moe__experts_job job_of_part(const moe__experts_job *all, const moe__experts_room *room,
                                     const moe_experts *part, int64_t first, bool packed,
-                                   moe__plan_arrays *view)
+                                    moe__plan_arrays *view)
 {
     const moe_experts_config *c = &part->config;
     /* Elsewhere a pool has one part, which begins at the first row. */

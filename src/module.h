@@ -51,8 +51,8 @@ MOE_API bool moe__module_on_host(const moe_layer *layer);
 
 /* Copies between parameter `index` of a layer, which is opaque (`opaque`, or NULL: its data), and
  * dense memory of the record's shape and data_dtype. Written data counts as changed. */
-MOE_API moe_status moe__module_move(const moe_layer *layer, int64_t index, void *opaque, void *dense,
-                                    bool to_dense, const char *function);
+MOE_API moe_status moe__module_move(const moe_layer *layer, int64_t index, void *opaque,
+                                    void *dense, bool to_dense, const char *function);
 
 /* Part number `part` of a pool of parts, or for 0 a plain pool itself; NULL beyond. */
 MOE_API const moe_experts *moe__module_part(const moe_experts *experts, int64_t part);

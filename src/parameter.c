@@ -618,7 +618,8 @@ static moe_status bind(moe__parameter_list *list, int64_t index, const moe_bindi
     MOE_TRY(resolve_strides(grad_stride, b.grad_stride, p, b.grad_dtype, b.grad_per_expert != NULL,
                             "grad", function));
     if (b.data_per_expert || b.grad_per_expert) MOE_TRY(make_lists(list, p, function));
-    if (p->dims == 3 && moves_data(p, &b, data_stride, E)) (void)atomic_fetch_add(&list->changes, 1);
+    if (p->dims == 3 && moves_data(p, &b, data_stride, E))
+        (void)atomic_fetch_add(&list->changes, 1);
     for (int64_t e = 0; b.data_per_expert && e < E; e++)
         p->lists[e] = (void *)(uintptr_t)b.data_per_expert[e]; /* read only */
     for (int64_t e = 0; b.grad_per_expert && e < E; e++) p->lists[E + e] = b.grad_per_expert[e];

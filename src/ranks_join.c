@@ -80,11 +80,11 @@ static const field SLICE[] = {OF_POOL('l', d_hidden), OF_POOL('i', activation)};
     {                                                                            \
 #name " of shared or residual", offsetof(moe_experts_config, name), type \
     }
-static const field BRANCH[] = {
-    OF_BRANCH('l', num_experts), OF_BRANCH('l', d_hidden),        OF_BRANCH('i', activation),
-    OF_BRANCH('i', kind),        OF_BRANCH('i', weight_position), OF_BRANCH('i', bias),
-    OF_BRANCH('i', output),      OF_BRANCH('i', glu_order),       OF_BRANCH('i', weight_layout),
-    OF_BRANCH('i', storage)};
+static const field BRANCH[] = {OF_BRANCH('l', num_experts),     OF_BRANCH('l', d_hidden),
+                               OF_BRANCH('i', activation),      OF_BRANCH('i', kind),
+                               OF_BRANCH('i', weight_position), OF_BRANCH('i', bias),
+                               OF_BRANCH('i', output),          OF_BRANCH('i', glu_order),
+                               OF_BRANCH('i', weight_layout),   OF_BRANCH('i', storage)};
 
 #define OF_LAYER(type, name)                          \
     {                                                 \

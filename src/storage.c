@@ -276,7 +276,8 @@ static moe_status check_values(const moe_experts *experts, const moe__parameter 
     if (!(gradient ? p->grad : p->data) && !each)
         REFUSE(MOE_ERROR_INVALID_STATE, gradient ? "%s has no gradient" : "%s is not bound", name);
     for (int64_t e = first; each && e < first + count; e++)
-        if (!each[e]) REFUSE(MOE_ERROR_INVALID_STATE, "%s of expert %lld has no gradient", name, (ll)e);
+        if (!each[e])
+            REFUSE(MOE_ERROR_INVALID_STATE, "%s of expert %lld has no gradient", name, (ll)e);
     return MOE_OK;
 }
 

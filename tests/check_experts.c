@@ -55,8 +55,6 @@ static const bad_field bad_configs[] = {
     I(weight_layout, -1),
     I(storage, 3),
     I(storage, -1),
-    N(storage, MOE_STORAGE_PANELS),
-    N(storage, MOE_STORAGE_PREPACKED),
     I(dtype, -1),
     I(dtype, 5),
     I(dtype, MOE_DTYPE_I64),

@@ -47,6 +47,7 @@ static void clear(moe_layer *layer, int byte)
 {
     for (int64_t i = 0; i < moe_layer_parameter_count(layer); i++) {
         moe_parameter_record r = record_of(layer, i);
+        if (r.opaque) byte = 0; /* what fills it up must stay 0 */
         memset(r.data, byte, (size_t)r.element_count * (r.data_dtype == MOE_DTYPE_F64 ? 8 : 4));
     }
 }
@@ -78,6 +79,7 @@ static void vary(family *f, int way)
         int w = way + i;
         e->weight_layout = w % 2 ? MOE_WEIGHT_OUT_IN : MOE_WEIGHT_IN_OUT;
         e->glu_order = e->activation >= MOE_ACTIVATION_SWIGLU ? w / 2 % 4 : MOE_GLU_SEPARATE;
+        e->storage = e->kind == MOE_EXPERTS_FEED_FORWARD ? w % 3 : MOE_STORAGE_ROW_MAJOR;
     }
     f->gate = NULL, f->layer = NULL, f->experts = f->shared_experts = f->residual_experts = NULL;
 }

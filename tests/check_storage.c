@@ -76,9 +76,8 @@ START_TEST(test_storage_modes_give_the_same_bytes)
 {
     for (int layout = 0; layout < 2; layout++)
         for (int order = -1; order <= MOE_GLU_INTERLEAVED; order++) {
-            moe_experts_config e = storage_config(order < 0 ? MOE_ACTIVATION_GELU_TANH
-                                                            : MOE_ACTIVATION_SWIGLU,
-                                                  0, _i);
+            moe_experts_config e = storage_config(
+                order < 0 ? MOE_ACTIVATION_GELU_TANH : MOE_ACTIVATION_SWIGLU, 0, _i);
             e.weight_layout = layout, e.glu_order = order < 0 ? 0 : order;
             compare_modes(e, NULL, "layouts");
         }
@@ -105,9 +104,8 @@ START_TEST(test_storage_modes_give_the_same_bytes_everywhere)
     for (int gated = 0; gated < 2; gated++) {
         moe_context_config k = with(1, MOE_ISA_PLAIN);
         storage_unit want;
-        moe_experts_config e = storage_config(gated ? MOE_ACTIVATION_GEGLU_ERF
-                                                    : MOE_ACTIVATION_SILU,
-                                              MOE_STORAGE_ROW_MAJOR, _i);
+        moe_experts_config e = storage_config(
+            gated ? MOE_ACTIVATION_GEGLU_ERF : MOE_ACTIVATION_SILU, MOE_STORAGE_ROW_MAJOR, _i);
         storage_unit_make(&want, &k, &e, UNIT_OWNED, 3);
         run_steps(&want);
         for (int32_t isa = MOE_ISA_PLAIN; isa <= MOE_ISA_AVX512; isa++)
@@ -146,9 +144,8 @@ START_TEST(test_storage_modes_give_the_same_bytes_in_inference)
         storage_unit want;
         for (int32_t storage = 0; storage <= MOE_STORAGE_PANELS; storage++) {
             storage_unit u;
-            moe_experts_config e = storage_config(_i ? MOE_ACTIVATION_SWIGLU
-                                                     : MOE_ACTIVATION_GELU_ERF,
-                                                  storage, MOE_DTYPE_F32);
+            moe_experts_config e = storage_config(
+                _i ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_GELU_ERF, storage, MOE_DTYPE_F32);
             storage_unit_make(&u, NULL, &e, UNIT_OWNED, 3);
             moe_plan_view view;
             moe_plan_args a;
@@ -185,7 +182,7 @@ static void *output(storage_unit *u)
     return memcpy(y, u->y, (size_t)u->y_bytes);
 }
 
-/* Whether the pool computes with the weights that it has, as a row-major pool with the same does. */
+/* Whether the pool computes with the weights that it has, as a row-major pool would. */
 static int is_fresh(storage_unit *u)
 {
     storage_unit twin;

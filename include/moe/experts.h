@@ -209,21 +209,22 @@ MOE_API moe_status moe_experts_weights_changed(moe_experts *experts);
 /* What moe_experts_export and moe_experts_import move. */
 enum { MOE_PARAMETER_DATA = 0, MOE_PARAMETER_GRADIENT = 1 };
 
-/* Copies a parameter of some experts to dense memory, whatever the storage mode, strides or pointers
- * per expert: the same bytes in every mode.
+/* Copies a parameter of some experts to dense memory, whatever the storage mode, strides or
+ * pointers per expert: the same bytes in every mode.
  *   index         0 <= index < moe_experts_parameter_count
  *   what          MOE_PARAMETER_*
  *   first_expert  number in the parameter's first dimension, from 0
  *   count         experts from there on; 0 is legal
- *   to            out: [count, shape[1], shape[2]] of the record's shape, contiguous: [count,in,out],
- *                 with MOE_WEIGHT_OUT_IN [count,out,in]; of a bias [count, shape[1]]. Columns of
- *                 "w13" are in glu_order, with MOE_GLU_SEPARATE W1's, then W3's. Its elements are of
- *                 the record's data_dtype or grad_dtype, and aligned for that. NULL only if count is
- *                 0
- * Any thread, while no other writes to the parameter.
+ *   to            out: [count, shape[1], shape[2]] of the record's shape, contiguous:
+ *                 [count,in,out], with MOE_WEIGHT_OUT_IN [count,out,in]; of a bias
+ *                 [count, shape[1]]. Columns of "w13" are in glu_order, with MOE_GLU_SEPARATE W1's,
+ *                 then W3's. Elements of the record's data_dtype or grad_dtype, aligned for that.
+ *                 NULL only if count is 0
+ * Any thread, while no other writes to the parameter. Allocates nothing.
  * Returns MOE_OK; having written nothing MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_INVALID_STATE (the
- * parameter is not bound, or has no gradient, or that of an expert is NULL), MOE_ERROR_NOT_SUPPORTED
- * (memory that is not the host's); MOE_ERROR_CALLBACK of the host's parallel-for. Since 0.1. */
+ * parameter is not bound, or has no gradient, or that of an expert is NULL),
+ * MOE_ERROR_NOT_SUPPORTED (memory that is not the host's); MOE_ERROR_CALLBACK of the host's
+ * parallel-for. Since 0.1. */
 MOE_API moe_status moe_experts_export(const moe_experts *experts, int64_t index, int32_t what,
                                       int64_t first_expert, int64_t count, void *to);
 

@@ -141,8 +141,9 @@ typedef struct moe_checkpoint_item {
                          layer */
     moe_layer *layer;    /* or NULL: a host tensor */
     void *const *values; /* [moe_layer_parameter_count(layer)] or NULL; each as the parameter's
-                            local shape, contiguous, of its dtype; NULL entries are left out, the
-                            same ones on every rank. Read by a save, written by a load */
+                            local shape, contiguous, of its dtype; of an opaque one element_count
+                            elements in its order. NULL entries are left out, the same ones on
+                            every rank. Read by a save, written by a load */
     void *data;          /* of a host tensor: row-major. Read by a save, written by a load */
     int64_t shape[MOE_FILE_MAX_DIMS]; /* of a host tensor */
     int32_t dims;                     /* likewise, 0 to MOE_FILE_MAX_DIMS; 0: one number */
@@ -173,14 +174,13 @@ MOE_API moe_status moe_save_options_init(moe_save_options *options, size_t size)
  *            untouched otherwise. On several ranks a file system that all of them see
  *   items    in: [count]; structs of one struct_size, one after the other
  *   options  NULL for the defaults
- * The bytes depend on the parameters, names and metadata only: not on the number of ranks, layout
- * or GLU order of the pools, strides, time or place. Each rank writes its own experts, rank 0 all
+ * The bytes depend on the parameters, names and metadata only: not on the number of ranks, layout,
+ * GLU order or storage mode of the pools, strides, time or place. Each rank writes its own experts, rank 0 all
  * else. Data is on the disk when this returns MOE_OK. After MOE_ERROR_TIMEOUT or
  * MOE_ERROR_TRANSPORT the file is whole, the old one or the new one. Returns MOE_OK, the codes
  * above or
  *   MOE_ERROR_INVALID_ARGUMENT  also a name twice; ranks that disagree about the header
  *   MOE_ERROR_INVALID_STATE     a parameter is not bound
- *   MOE_ERROR_NOT_SUPPORTED     opaque storage
  * Since 0.1. */
 MOE_API moe_status moe_checkpoint_save(const char *path, const moe_checkpoint_item *items,
                                        int64_t count, const moe_save_options *options);

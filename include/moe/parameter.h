@@ -12,9 +12,9 @@
  * Weights of a pool with MOE_STORAGE_PANELS are opaque. `shape` is the logical one; data and
  * gradient are element_count elements each, in one and the same order, which is the library's own,
  * with zeros between what belongs to the shape: an optimizer that treats each element alike, and
- * keeps 0 where data, gradient and its own state are 0, walks all of them. The zeros of the gradient
- * stay; those of the data must. A gated pool has one such parameter for W1 and W3, "w13", whatever
- * its glu_order; biases are as ever. */
+ * keeps 0 where data, gradient and its own state are 0, walks all of them. The zeros of the
+ * gradient stay; those of the data must. A gated pool has one such parameter for W1 and W3, "w13",
+ * whatever its glu_order; biases are as ever. */
 #ifndef MOE_PARAMETER_H
 #define MOE_PARAMETER_H
 
@@ -111,9 +111,9 @@ MOE_API int64_t moe_layer_parameter_count(const moe_layer *layer);
  * A gate has "weight" [D,E], "bias" [E], "noise_weight" [D,E]; experts have "w1" [E,D,F], "b1"
  * [E,F], "w3" and "b3" of the same shapes for gated activations (with a fused GLU order "w13"
  * [E,D,2F] and "b13" [E,2F] in place of the four, with MOE_STORAGE_PANELS "w13" in any case), "w2"
- * [E,F,O], "b2" [E,O]; with MOE_WEIGHT_OUT_IN the last two dimensions of weights are exchanged. A layer puts "gate.", "experts.", "shared." and
- * "residual." before, and has "shared_gate" [D], "residual_mix" [D,2] and "residual_mix_bias" [2]
- * of its own. Gates also have "selection_bias" [E] (a buffer), "threshold" [E] (of
+ * [E,F,O], "b2" [E,O]; with MOE_WEIGHT_OUT_IN the last two dimensions of weights are exchanged. A
+ * layer puts "gate.", "experts.", "shared." and "residual." before, and has "shared_gate" [D],
+ * "residual_mix" [D,2] and "residual_mix_bias" [2] of its own. Gates also have "selection_bias" [E] (a buffer), "threshold" [E] (of
  * MOE_GATE_BALANCED) and, if hierarchical with A groups of B experts, "primary_weight" [D,A],
  * "primary_noise_weight" [D,A], "weight" [A,D,B] and "noise_weight" [A,D,B].
  * A pool of parts has "0.w1", "1.w1", ..., in a layer "experts.0.w1". Only what the config asks for
@@ -143,8 +143,8 @@ MOE_API moe_status moe_layer_parameter(const moe_layer *layer, int64_t index,
  * The memory stays the host's and must live until it is bound anew, or until the last call that
  * uses the object has returned. Not while another thread is in a call on the object. A weight that
  * is bound to the memory, strides and dtype it has already, as to bind another gradient, is not
- * taken for changed: see MOE_STORAGE_PREPACKED. Binding through a layer binds the gate's or pool's parameter, in every layer that shares it. No
- * allocation, except that the first use of per-expert pointers for a parameter allocates their
+ * taken for changed: see MOE_STORAGE_PREPACKED. Binding through a layer binds the gate's or pool's
+ * parameter, in every layer that shares it. No allocation, except that the first use of per-expert pointers for a parameter allocates their
  * list.
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED for a dtype other than those
  * or memory for opaque storage, MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_INVALID_STATE. Since

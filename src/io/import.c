@@ -81,7 +81,7 @@ import x = {.plan = {.store_dtype = MOE_SAME } };
     status = moe__io_agree(&group, status, hash, NULL, function);
     if (status == MOE_OK) {
         status = moe__io_read_blocks(&x.plan, file, function);
-        if (status == MOE_OK) status = moe__io_weights_changed(&x.layer);
+        if (status == MOE_OK) status = moe__io_written(&x.layer, function);
         status = moe__io_agree(&group, status, 0, NULL, function);
     }
     moe__io_describe_free(&x.layer);

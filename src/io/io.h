@@ -137,11 +137,21 @@ typedef struct moe__io_parameter {
     int32_t reserved;
 } moe__io_parameter;
 
+/* A parameter in opaque storage, which is moved by way of dense memory. */
+typedef struct moe__io_staged {
+    int64_t index; /* in the layer */
+    void *opaque;  /* the host's `values` in its order; NULL: the parameter itself */
+    void *dense;   /* of its shape */
+} moe__io_staged;
+
 typedef struct moe__io_layer {
+    const moe_layer *layer;
     moe_layer_config config;
     moe_gate_config gate;
     moe__io_parameter *parameter;
     int64_t count, room;
+    moe__io_staged *staged;
+    int64_t staged_count, staged_room;
     int64_t *numbers; /* of a placement: of this rank's experts, then where each of all is here */
     int32_t size;     /* ranks */
     int32_t values;   /* 1: the memory is `values` */
@@ -171,8 +181,9 @@ const char *moe__io_tensor_name(int32_t tensor); /* "w1" */
 /* MOE_ERROR_INVALID_STATE if a parameter has no memory, or may not be written. */
 moe_status moe__io_check_memory(const moe__io_layer *description, bool to_write, bool write_bound,
                                 const char *function);
-/* Pools of the layer are told that weights changed. */
-moe_status moe__io_weights_changed(const moe__io_layer *description);
+/* All has been written: what is staged goes where it belongs, and pools of the layer are told that
+ * weights changed. */
+moe_status moe__io_written(const moe__io_layer *description, const char *function);
 
 /* ---- plans (plan.c) -------------------------------------------------------------------------- */
 

@@ -1,5 +1,6 @@
 /* layout.c - a layer's parameters as logical tensors, whatever layout, GLU order or strides they
- * are kept in: of a pool W1, W3, W2, b1, b3, b2 of each expert as [out,in] or [out]. */
+ * are kept in: of a pool W1, W3, W2, b1, b3, b2 of each expert as [out,in] or [out]. Opaque ones are
+ * described by a dense copy, which is written back when all has been read. */
 #include "io.h"
 
 #include <stdio.h>
@@ -99,7 +100,8 @@ static bool add_pool_tensor(moe__io_layer *l, moe__io_parameter p, const char *n
     for (int half = 0; half < 2; half++) {
         moe__io_parameter h = p;
         h.tensor = first + half;
-        take_half(&h, half, c->glu_order, matrix);
+        take_half(&h, half, c->glu_order == MOE_GLU_SEPARATE ? MOE_GLU_GATE_UP : c->glu_order,
+                  matrix);
         if (!add(l, &h)) return false;
     }
     return true;
@@ -121,6 +123,23 @@ static void use_values(moe__io_parameter *p, void *values)
     p->record.data = values;
     p->record.data_per_expert = NULL;
     contiguous(p->record.data_stride, p->record.shape, p->record.dims);
+}
+
+/* Describes an opaque parameter, or the host's values in its order, by a dense copy. */
+static moe_status stage(moe__io_layer *l, moe__io_parameter *p, void *opaque, const char *function)
+{
+    const int64_t *n = p->record.shape;
+    int64_t count = moe__mul(moe__mul(n[0], n[1]), n[2]);
+    int64_t bytes = moe__mul(count, moe__io_dtype_size(p->record.data_dtype));
+    moe__io_staged s = {.index = p->index, .opaque = opaque};
+    if (!moe__io_grow((void **)&l->staged, &l->staged_room, l->staged_count, sizeof s))
+        REFUSE_MEMORY();
+    s.dense = bytes < 0 ? NULL : malloc((size_t)bytes + 1);
+    if (!s.dense) REFUSE_MEMORY();
+    l->staged[l->staged_count++] = s;
+    use_values(p, s.dense);
+    if (!opaque) p->values = NULL;
+    return moe__module_move(l->layer, p->index, opaque, s.dense, true, function);
 }
 
 /* Of experts that are none in a row; those of every parameter are alike. */
@@ -151,8 +170,9 @@ static moe_status describe_one(moe__io_layer *l, const moe_layer *layer, int64_t
     MOE_TRY(moe_layer_parameter(layer, index, &p.record));
     if (values && !values[index]) return MOE_OK;
     if (p.record.opaque)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "%s is kept in opaque storage", p.record.name);
-    if (values) use_values(&p, values[index]);
+        MOE_TRY(stage(l, &p, values ? values[index] : NULL, function));
+    else if (values)
+        use_values(&p, values[index]);
     p.owner = owner_of(p.record.name, &name);
     if (p.owner == IO_GATE || p.owner == IO_LAYER) {
         if (!add(l, &p)) REFUSE_MEMORY();
@@ -178,7 +198,8 @@ static moe_status describe_one(moe__io_layer *l, const moe_layer *layer, int64_t
 moe_status moe__io_describe(moe__io_layer *l, const moe_layer *layer, void *const *values,
                             const char *function)
 {
-    *l = (moe__io_layer){.config = {.struct_size = sizeof l->config},
+    *l = (moe__io_layer){.layer = layer,
+                         .config = {.struct_size = sizeof l->config},
                          .gate = {.struct_size = sizeof l->gate},
                          .size = 1,
                          .values = values != NULL};
@@ -207,9 +228,12 @@ void moe__io_describe_free(moe__io_layer *l)
 {
     free(l->parameter);
     free(l->numbers);
+    for (int64_t i = 0; i < l->staged_count; i++) free(l->staged[i].dense);
+    free(l->staged);
     l->parameter = NULL;
     l->numbers = NULL;
-    l->count = 0;
+    l->staged = NULL;
+    l->count = l->staged_count = l->staged_room = 0;
 }
 
 char *moe__io_expert_base(const moe__io_parameter *p, int64_t expert)
@@ -235,8 +259,13 @@ moe_status moe__io_check_memory(const moe__io_layer *l, bool to_write, bool writ
     return MOE_OK;
 }
 
-moe_status moe__io_weights_changed(const moe__io_layer *l)
+moe_status moe__io_written(const moe__io_layer *l, const char *function)
 {
+    for (int64_t i = 0; i < l->staged_count; i++) {
+        const moe__io_staged *s = &l->staged[i];
+        MOE_TRY(moe__module_move(l->layer, s->index, s->opaque, s->dense, false, function));
+    }
+    if (l->values) return MOE_OK;
     MOE_TRY(moe_experts_weights_changed(l->config.experts));
     if (l->config.shared) MOE_TRY(moe_experts_weights_changed(l->config.shared));
     if (l->config.residual) MOE_TRY(moe_experts_weights_changed(l->config.residual));

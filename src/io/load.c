@@ -65,7 +65,7 @@ static moe_status run(load *l, const char *path, const moe_checkpoint_item *item
     MOE_TRY(moe__io_agree(&l->group, status, hash, NULL, function));
     status = moe__io_read_blocks(&l->plan, l->file, function);
     for (int64_t i = 0; i < l->layer_count && status == MOE_OK; i++)
-        if (!l->layers[i].values) status = moe__io_weights_changed(&l->layers[i]);
+        status = moe__io_written(&l->layers[i], function);
     return moe__io_agree(&l->group, status, 0, NULL, function);
 }
 

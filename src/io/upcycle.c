@@ -237,7 +237,7 @@ static moe_status upcycle(const moe__io_layer *l, dense *d, const char *function
         if (l->parameter[i].owner == IO_ROUTED)
             MOE_TRY(check_parameter(d, &l->parameter[i], a->write_bound == 1, function));
     fill_all(d, l);
-    return moe_experts_weights_changed(l->config.experts);
+    return moe__io_written(l, function);
 }
 
 moe_status moe_upcycle(moe_layer *layer, const moe_upcycle_args *args)

@@ -1,5 +1,6 @@
 /* family.c - see family.h. */
 #include "support/family.h"
+
 #include "support/layer_case.h"
 
 #include <check.h>
@@ -121,6 +122,7 @@ void family_draw(family *f, int32_t kind, uint64_t number, int32_t dtype)
     f->e.d_out = pick(f, 2) ? MOE_SAME : 2 + pick(f, 3), f->e.dtype = dtype, f->e.bias = pick(f, 2);
     f->e.activation = pick(f, 2) ? MOE_ACTIVATION_SILU : MOE_ACTIVATION_SWIGLU;
     f->e.weight_position = pick(f, 3);
+    f->e.storage = ON_DEVICE ? MOE_STORAGE_ROW_MAJOR : (int32_t)(number / 2 % 3);
     draw_layer(f);
     f->T = 1 + pick(f, 14), f->G = 1 + pick(f, 3);
     if (f->G > f->T) f->G = f->T;
@@ -145,6 +147,21 @@ static void set(void *data, int64_t i, int32_t dtype, double value)
         ((float *)data)[i] = (float)value;
 }
 
+/* An opaque parameter by way of dense memory. */
+static void draw_opaque(family *f, const moe_parameter_record *p, double scale)
+{
+    moe_experts *pool = strncmp(p->name, "experts.", 8) == 0  ? f->experts
+                        : strncmp(p->name, "shared.", 7) == 0 ? f->shared_experts
+                                                              : f->residual_experts;
+    int64_t index = moe_experts_parameter_find(pool, strchr(p->name, '.') + 1);
+    int64_t count = p->shape[0] * p->shape[1] * p->shape[2];
+    void *dense = calloc((size_t)count + 1, sizeof(double));
+    ck_assert_ptr_nonnull(dense);
+    for (int64_t j = 0; j < count; j++) set(dense, j, f->g.dtype, scale * random_normal(&f->state));
+    MUST(moe_experts_import(pool, index, MOE_PARAMETER_DATA, 0, p->shape[0], dense));
+    free(dense);
+}
+
 /* Normal numbers in every parameter: owned data is written through the record, as a host may. */
 static void draw_parameters(family *f)
 {
@@ -153,7 +170,8 @@ static void draw_parameters(family *f)
     for (int64_t i = 0; i < moe_layer_parameter_count(f->layer); i++) {
         MUST(moe_layer_parameter(f->layer, i, &p));
         double scale = p.kind == MOE_KIND_THRESHOLD ? 0.05 : 0.5;
-        for (int64_t j = 0; j < p.element_count; j++)
+        if (p.opaque) draw_opaque(f, &p, scale);
+        for (int64_t j = 0; j < p.element_count && !p.opaque; j++)
             set(p.data, j, f->g.dtype, scale * random_normal(&f->state));
         for (int64_t j = 0; j < p.element_count && p.kind == MOE_KIND_THRESHOLD; j++)
             set(p.data, j, f->g.dtype, 1.0 / (double)f->g.num_experts);

@@ -7,9 +7,9 @@
 #include <moe/moe.h>
 
 #define MUST(call) ck_assert_msg((call) == MOE_OK, "%s", moe_last_error())
-#define REFUSED(status, words, call)                                                     \
-    do {                                                                                 \
-        ck_assert_int_eq(call, status);                                                  \
+#define REFUSED(status, words, call)                                                    \
+    do {                                                                                \
+        ck_assert_int_eq(call, status);                                                 \
         ck_assert_msg(strstr(moe_last_error(), words) != NULL, "%s", moe_last_error()); \
     } while (0)
 
