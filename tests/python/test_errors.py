@@ -32,7 +32,8 @@ def test_an_error_has_status_name_and_the_librarys_message(context):
     assert error.name == "MOE_ERROR_INVALID_ARGUMENT"
     assert "moe_gate_create" in str(error) and "top_k" in str(error) and "9" in str(error)
     with pytest.raises(moe.NotSupported):
-        moe.Experts(context, d_model=4, d_hidden=4, num_experts=4, storage="panels")
+        pool = moe.Experts(context, d_model=4, d_hidden=4, num_experts=4, storage="panels")
+        pool.parameters["w1"].bind(memoryview(bytearray(256)).cast("f", (4, 4, 4)))
     with pytest.raises(moe.SizeOverflow):
         moe.Experts(context, d_model=2**40, d_hidden=2**40, num_experts=4)
     with pytest.raises(moe.NotSupported):

@@ -38,6 +38,7 @@ typedef struct layer_case {
     int moved;   /* 1: x and gate_x are elsewhere in the backward */
     int split;   /* 1: d_gate_x is wanted although the gate sees x */
     int bound;   /* 1: parameters in host memory of odd strides, 2: a pointer for each expert */
+    int packed;  /* 1: pools with MOE_STORAGE_PREPACKED */
     int selection_bias, expert_groups, top_groups, group_score; /* hierarchical: A and KP */
     int thresholds; /* 1: of a balanced gate: about 1/E; 0: all 0 */
     int sinkhorn_iterations, loss_by_group, capacity_multiple, drop_policy, second_choice;

@@ -152,6 +152,7 @@ layer_case layer_case_draw(uint64_t *state)
     c.moved = BELOW(4) == 0, c.split = BELOW(4) == 0, c.bound = BELOW(3);
     c.replay = BELOW(4) == 0 ? 1 + BELOW(2) : 0, c.per_call = BELOW(3) == 0;
     if (c.replay == 2) c.no_experts = 0, c.no_gate = BELOW(3);
+    c.packed = !ON_DEVICE && (c.T + c.D + c.F) % 2;
     mend(&c);
     return c;
 }

@@ -161,6 +161,9 @@ void layer_run_set_parameters(layer_run *r, const ref_problem *p)
                     number_set(element_of(&at, 0, e, i, j), 0, at.record.data_dtype,
                                from[(e * at.rows + i) * at.cols + j]);
     }
+    moe_experts *pools[] = {r->experts, r->shared, r->residual};
+    for (int i = 0; i < 3; i++)
+        if (pools[i]) MUST(moe_experts_weights_changed(pools[i]));
 }
 
 double *layer_run_gradient(const layer_run *r, const char *name, int64_t *count)

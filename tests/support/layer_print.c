@@ -42,6 +42,7 @@ void layer_case_print(const layer_case *c, char *text, size_t size)
         FLAG(moved),
         FLAG(split),
         FLAG(bound),
+        FLAG(packed),
         FLAG(selection_bias),
         FLAG(expert_groups),
         FLAG(top_groups),

@@ -69,6 +69,7 @@ static void make_pool(layer_run *r, moe_experts **experts, const ref_pool *q)
     e.weight_layout = c->layout, e.output = q->sigmoid, e.weight_position = q->position;
     e.activation_alpha = q->alpha, e.activation_limit = q->limit, e.activation_offset = q->offset;
     if (c->bound) e.parameters = MOE_PARAMETERS_BOUND;
+    if (c->packed) e.storage = MOE_STORAGE_PREPACKED;
     MUST(moe_experts_create(experts, r->context, &e));
 }
 

@@ -60,6 +60,7 @@ from ._constants import (
     Storage,
     Tensor,
     Time,
+    Values,
     WeightLayout,
     WeightOn,
 )
@@ -114,7 +115,8 @@ __all__ = [
     "Parameter", "Parameters", "Pass", "Plan", "PlanArrays", "PlanUse", "Preset", "Received",
     "Report", "Round", "Rows", "SAME", "Score", "SecondChoice", "Secondary", "SequenceCounts",
     "Shard", "SizeOverflow", "Stat", "Stats", "Status", "Storage", "SystemRefused", "Tensor",
-    "Time", "WeightLayout", "WeightOn", "World", "check_gradients", "constant", "cv_squared",
-    "describe", "experts_config", "flops", "gate_config", "io", "layer_config", "library_path",
-    "load", "load_cuda", "memory", "noise4", "preset", "presets", "selection_bias_step", "version",
+    "Time", "Values", "WeightLayout", "WeightOn", "World", "check_gradients", "constant",
+    "cv_squared", "describe", "experts_config", "flops", "gate_config", "io", "layer_config",
+    "library_path", "load", "load_cuda", "memory", "noise4", "preset", "presets",
+    "selection_bias_step", "version",
 ]  # fmt: skip

@@ -199,6 +199,13 @@ class Storage(enum.IntEnum):
     PANELS = 2
 
 
+class Values(enum.IntEnum):
+    """What of a parameter is exported or imported."""
+
+    DATA = 0
+    GRADIENT = 1
+
+
 class Output(enum.IntEnum):
     """A function applied to an output."""
 
@@ -457,6 +464,7 @@ PREFIXES: Dict[Type[enum.IntEnum] | Type[enum.IntFlag], str] = {
     Glu: "MOE_GLU_",
     WeightLayout: "MOE_WEIGHT_",
     Storage: "MOE_STORAGE_",
+    Values: "MOE_PARAMETER_",
     Output: "MOE_OUTPUT_",
     WeightOn: "MOE_WEIGHT_ON_",
     ExpertsKind: "MOE_EXPERTS_",

@@ -92,6 +92,8 @@ PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "moe_experts_create_parts": (_status, [_new, _new, c_int64]),
     "moe_experts_get_config": (_status, [_handle, POINTER(ExpertsConfig)]),
     "moe_experts_weights_changed": (_status, [_handle]),
+    "moe_experts_export": (_status, [_handle, c_int64, c_int32, c_int64, c_int64, c_void_p]),
+    "moe_experts_import": (_status, [_handle, c_int64, c_int32, c_int64, c_int64, c_void_p]),
     "moe_experts_touched": (_status, [_handle, POINTER(c_uint8), POINTER(c_int64)]),
     "moe_experts_zero_touched_gradients": (_status, [_handle, c_void_p]),
     "moe_layer_create": (_status, [_new, POINTER(LayerConfig)]),

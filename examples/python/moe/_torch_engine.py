@@ -29,6 +29,7 @@ from ._constants import (
     Parameters,
     PlanUse,
     SecondChoice,
+    Storage,
 )
 from ._handle import destroy_deferred, refuse_inside_callback
 from ._library import InvalidState, check, library, new
@@ -186,6 +187,11 @@ class Engine:
             name: _TORCH[p.record.data_dtype] for name, p in self.layer.parameters.items()
         }
         self._bindings = [new(_abi.Binding) for _ in self.shapes]
+        pools = (self.layer.experts, self.layer.shared, self.layer.residual)
+        self._packed = [
+            pool for pool in pools if pool and pool.config.storage == Storage.PREPACKED
+        ]
+        self._seen: List[Tuple[int, int]] = []  # where tensors were, and their versions
         experts = self.layer.experts
         assert experts is not None
         self.d_model, self.d_out = experts.dims.d_model, experts.dims.d_out
@@ -240,6 +246,22 @@ class Engine:
             for d in range(tensor.dim()):
                 binding.data_stride[d] = 0 if plain else tensor.stride(d)
             check(library().moe_layer_bind(handle, i, ctypes.byref(binding)))
+        if self._packed:
+            self._note_changes(data)
+
+    def _note_changes(self, data: Sequence[torch.Tensor]) -> None:
+        """Have packed copies renewed if a tensor is another one than in the last call, or was written
+        to since. Tensors of inference mode do not say."""
+        silent = any(tensor.is_inference() for tensor in data)
+        seen = [] if silent else [(tensor.data_ptr(), tensor._version) for tensor in data]
+        if silent or seen != self._seen:
+            self.weights_changed()
+        self._seen = seen
+
+    def weights_changed(self) -> None:
+        """Have packed copies renewed."""
+        for pool in self._packed:
+            check(library().moe_experts_weights_changed(pool.handle.value))
 
     def _enter(self) -> None:
         refuse_inside_callback()
@@ -365,6 +387,11 @@ def initial_values(config: Config, dtype: torch.dtype, seed: int) -> Dict[str, t
     everywhere."""
     config = copy.copy(config)  # what is said of rows has no meaning there
     config.layer = {k: v for k, v in config.layer.items() if k not in ("exchange", "padded_rows")}
+    config.experts = {k: v for k, v in config.experts.items() if k != "storage"}
+    config.pools = {
+        name: {k: v for k, v in pool.items() if k != "storage"}
+        for name, pool in config.pools.items()
+    }
     layer = config.make(default_context(), DTYPES[dtype], Parameters.OWNED_NO_GRAD)
     layer.init_parameters(seed)
     values = {}

@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tupl
 from . import _abi, _callbacks, _config, _memory, _views
 from ._arguments import Dims
 from ._computing import Computing
-from ._constants import NO_EXPERTS, DType, ExpertsKind, GateKind
+from ._constants import NO_EXPERTS, DType, ExpertsKind, GateKind, Values
 from ._device import stream_of
 from ._handle import Handle, device_of
 from ._library import library, new
@@ -152,6 +152,52 @@ class Experts(Computing, ParameterOwner):
         """Tell the pool that weight data changed, so that packed copies are renewed."""
         with self.handle.busy.shared("the experts"):
             self.call("moe_experts_weights_changed")
+
+    def _find(self, name: str, grad: bool) -> Tuple[int, Tuple[int, ...], str]:
+        """Number, shape and dtype of a parameter, or of its gradient."""
+        index = library().moe_experts_parameter_find(self.handle.value, name.encode())
+        if index < 0:
+            raise KeyError(f"the pool has no parameter {name!r}")
+        record = new(_abi.ParameterRecord)
+        self.call("moe_experts_parameter", index, ctypes.byref(record))
+        code = record.grad_dtype if grad else record.data_dtype
+        return index, tuple(record.shape[: record.dims]), _memory.NAMES[DType(code)]
+
+    def export_parameter(
+        self, name: str, grad: bool = False, first: int = 0, count: Optional[int] = None
+    ) -> Any:
+        """A copy of a parameter, or of its gradient, of `count` experts from number `first` on (None:
+        all others), in its shape: the same in every storage mode."""
+        index, shape, dtype = self._find(name, grad)
+        first = _config.number("first", first, ctypes.c_int64)
+        count = shape[0] - first if count is None else count
+        count = _config.number("count", count, ctypes.c_int64)
+        array = _views.zeros((max(count, 0), *shape[1:]), dtype)
+        place = _views.address_of(array) if count > 0 else None
+        with self.handle.busy.shared("the experts"):
+            what = Values.GRADIENT if grad else Values.DATA
+            self.call("moe_experts_export", index, int(what), first, count, place)
+        return array
+
+    def import_parameter(
+        self, name: str, values: Any, grad: bool = False, first: int = 0
+    ) -> None:
+        """Set a parameter, or its gradient, of some experts from number `first` on.
+
+        values  contiguous array [count, ...] of its dtype, as export_parameter gives it. Data must
+                be the library's memory
+        """
+        index, shape, dtype = self._find(name, grad)
+        first = _config.number("first", first, ctypes.c_int64)
+        memory = _memory.describe(f"values of {name}", values, _memory.accepted(dtype))
+        if memory.shape[1:] != shape[1:] or len(memory.shape) != len(shape):
+            raise ValueError(f"values of {name} have shape {memory.shape}; wanted {shape}")
+        if memory.size and tuple(memory.strides) != _memory.contiguous(memory.shape):
+            raise ValueError(f"values of {name} must be contiguous")
+        with self.handle.busy.alone("the experts"):
+            what = Values.GRADIENT if grad else Values.DATA
+            count = memory.shape[0]
+            self.call("moe_experts_import", index, int(what), first, count, memory.address)
 
     def zero_touched_gradients(self, *, stream: Any = None) -> None:
         """As zero_gradients, but of those experts alone that were touched since the last time: as

@@ -59,7 +59,7 @@ class Parameter:
 
     @property
     def size(self) -> int:
-        """The number of elements."""
+        """The number of elements; of an opaque parameter more than its shape has."""
         return int(self.record.element_count)
 
     @property
@@ -78,6 +78,12 @@ class Parameter:
         return bool(self.record.trainable)
 
     @property
+    def opaque(self) -> bool:
+        """Whether the order of the elements is the library's own: data and grad are then flat, to be
+        updated element by element; Experts.export_parameter gives them in the shape."""
+        return bool(self.record.opaque)
+
+    @property
     def owned(self) -> bool:
         """Whether the data is the library's memory."""
         return bool(self.record.owned)
@@ -92,7 +98,8 @@ class Parameter:
             if not address:
                 return None
             dtype = _memory.NAMES[DType(getattr(record, which + "_dtype"))]
-            return _views.view(self._owner.handle, address, self.shape, dtype, True)
+            shape = (int(record.element_count),) if record.opaque else self.shape
+            return _views.view(self._owner.handle, address, shape, dtype, True)
 
     @property
     def data(self) -> Any:

@@ -178,6 +178,9 @@ class MoELayer(nn.Module):
     output, layer_id
                  as in moe_layer_config
     layer        further fields of moe_layer_config (shared_gate, residual_mix, dropped)
+    storage      "prepacked": experts compute from a packed copy of their weights, which takes their
+                 memory once more and is renewed when a tensor was written to; None: "row_major",
+                 packed in every call
     checkpoint   True: keep the routing of a forward and compute activations anew in the backward
     seed         of the first values, which are the library's: the same numbers everywhere
     context      a moe.Context; None: one that all layers of a device share
@@ -192,6 +195,11 @@ class MoELayer(nn.Module):
 
     Parameters are registered as gate.weight, experts.w1 and so on, the library's own names; what
     is not trained, as gate.selection_bias, is a buffer.
+
+    With storage="prepacked" a forward or backward looks at the versions that PyTorch counts of the
+    tensors: optimizers, load_state_dict and everything else that writes to a tensor in place are
+    seen. What writes past them (through tensor.data, numpy or a pointer) must call
+    weights_changed().
 
     In training mode a gate with noise of any kind draws it by the number of a step and the token's
     place. The number comes from PyTorch's generator, as dropout's randomness does:
@@ -219,6 +227,7 @@ class MoELayer(nn.Module):
         output: Optional[str] = None,
         layer_id: int = 0,
         layer: Mapping[str, Any] = {},
+        storage: Optional[str] = None,
         checkpoint: bool = False,
         seed: int = 0,
         context: Optional[Context] = None,
@@ -226,6 +235,9 @@ class MoELayer(nn.Module):
         device: Any = None,
     ) -> None:
         super().__init__()
+        if storage not in (None, "row_major", "prepacked"):
+            raise ValueError(f"storage is {storage!r}; it can be 'row_major' or 'prepacked': the "
+                             "tensors are row-major")  # fmt: skip
         for fields in (gate or {}, experts, shared or {}, residual or {}, layer):
             for name in ("dtype", "parameters"):
                 if name in fields:
@@ -235,7 +247,7 @@ class MoELayer(nn.Module):
             of_gate = {"d_model": d_model, "num_experts": num_experts, **_given(top_k=top_k),
                        **gate}  # fmt: skip
         of_experts = {"d_model": d_model, "d_hidden": d_hidden, "num_experts": num_experts,
-                      **_given(activation=activation), **experts}  # fmt: skip
+                      **_given(activation=activation, storage=storage), **experts}  # fmt: skip
         pools = {name: None if pool is None else {**of_experts, "num_experts": 1, **pool}
                  for name, pool in (("shared", shared), ("residual", residual))}  # fmt: skip
         of_layer = {**_given(output=output), "layer_id": layer_id, **layer}
@@ -325,6 +337,12 @@ class MoELayer(nn.Module):
         counts = routed.to(bias.device).double()
         with torch.no_grad():
             bias += (rate * torch.sign(counts.mean() - counts)).to(bias.dtype)
+
+    def weights_changed(self) -> None:
+        """Tell of weights that were written past PyTorch: see `storage`."""
+        for engine in list(self._engines.values()):
+            with engine.lock:
+                engine.weights_changed()
 
     def reset_parameters(self, seed: int = 0) -> None:
         """Write the library's first values for `seed` into the parameters."""
