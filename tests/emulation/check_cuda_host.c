@@ -740,6 +740,16 @@ static void test_no_tokens_and_costs(void)
     q.gate = &g, q.experts = &e, q.tokens = T, q.context = m.context;
     GOOD(moe_layer_memory(&q, &cost));
     MUST(cost.pass_bytes == moe_pass_bytes(m.pass));
+    for (int32_t storage = MOE_STORAGE_PREPACKED; storage <= MOE_STORAGE_PANELS; storage++) {
+        moe_experts *pool = NULL;
+        e.storage = storage;
+        MUST(moe_experts_create(&pool, m.context, &e) == MOE_ERROR_NOT_SUPPORTED && SAID("cuda"));
+        MUST(moe_layer_memory(&q, &cost) == MOE_ERROR_NOT_SUPPORTED && SAID("storage"));
+    }
+    e.storage = MOE_STORAGE_ROW_MAJOR;
+    MUST(moe_experts_export(m.experts, 0, MOE_PARAMETER_DATA, 0, 1, &cost) ==
+             MOE_ERROR_NOT_SUPPORTED &&
+         SAID("cuda"));
     g.dtype = e.dtype = MOE_DTYPE_F64;
     MUST(moe_layer_memory(&q, &cost) == MOE_ERROR_NOT_SUPPORTED && SAID("dtype"));
     MUST(moe_gate_create(&m.gate, m.context, &g) == MOE_ERROR_NOT_SUPPORTED && SAID("dtype"));

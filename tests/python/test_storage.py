@@ -96,3 +96,22 @@ def test_bound_data_is_not_imported_to(context):
     with pytest.raises(moe.InvalidState, match="bound"):
         pool.import_parameter("w2", np.ones((E, F, D), "float32"))
     assert (pool.export_parameter("w2") == 0).all()
+
+
+def test_files_are_the_same_in_every_mode(context, io, tmp_path):
+    files = []
+    for storage in MODES:
+        layer = layer_of(context, storage)
+        moments = {name: np.zeros(p.array_shape, "float32")
+                   for name, p in layer.parameters.items()}  # fmt: skip
+        items = {"layer.": layer, "m.": io.Values(layer, moments)}
+        if files:
+            layer.init_parameters(8)
+            io.load(str(files[0]), items)
+            assert any(m.any() for m in moments.values())
+        else:
+            for m in moments.values():
+                m[...] = rng.standard_normal(m.shape)
+        files.append(tmp_path / storage)
+        io.save(str(files[-1]), items)
+    assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()

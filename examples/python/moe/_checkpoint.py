@@ -71,7 +71,7 @@ class _Items:
             source = values.arrays.get(key)
             if source is not None:
                 memory = _io_memory.describe(
-                    name + key, source, [parameter.dtype], parameter.shape, self.writable
+                    name + key, source, [parameter.dtype], parameter.array_shape, self.writable
                 )
                 # None of an empty array's elements is looked at, but NULL would leave it out.
                 places[i] = memory.address or ctypes.addressof(places)

@@ -16,7 +16,7 @@ from ._handle import Handle, device_of
 from ._library import library, new
 from ._phases import Phased
 from .context import Comm, Context
-from .parameter import Parameter, ParameterOwner
+from .parameter import Parameter, ParameterOwner, _normal_strides
 
 class Gate(Computing, ParameterOwner):
     """The gating network. Keywords are the fields of moe_gate_config: num_experts (required),
@@ -192,7 +192,7 @@ class Experts(Computing, ParameterOwner):
         memory = _memory.describe(f"values of {name}", values, _memory.accepted(dtype))
         if memory.shape[1:] != shape[1:] or len(memory.shape) != len(shape):
             raise ValueError(f"values of {name} have shape {memory.shape}; wanted {shape}")
-        if memory.size and tuple(memory.strides) != _memory.contiguous(memory.shape):
+        if any(_normal_strides(memory)):
             raise ValueError(f"values of {name} must be contiguous")
         with self.handle.busy.alone("the experts"):
             what = Values.GRADIENT if grad else Values.DATA

@@ -84,6 +84,11 @@ class Parameter:
         return bool(self.record.opaque)
 
     @property
+    def array_shape(self) -> Tuple[int, ...]:
+        """The shape of data and grad, and of an optimizer's arrays beside them."""
+        return (self.size,) if self.opaque else self.shape
+
+    @property
     def owned(self) -> bool:
         """Whether the data is the library's memory."""
         return bool(self.record.owned)
@@ -98,8 +103,7 @@ class Parameter:
             if not address:
                 return None
             dtype = _memory.NAMES[DType(getattr(record, which + "_dtype"))]
-            shape = (int(record.element_count),) if record.opaque else self.shape
-            return _views.view(self._owner.handle, address, shape, dtype, True)
+            return _views.view(self._owner.handle, address, self.array_shape, dtype, True)
 
     @property
     def data(self) -> Any:
