@@ -393,6 +393,32 @@ static int32_t parallel_within(void *user, int64_t count, moe_task_fn task, void
     return 0;
 }
 
+/* The copy is made once for all changes: the host's parallel-for is asked for it by one call. */
+START_TEST(test_storage_copy_is_made_once)
+{
+    storage_unit u;
+    within w = {0};
+    moe_context_config k = with(2, MOE_ISA_AUTO);
+    k.parallel = parallel_within, k.parallel_user = &w;
+    moe_experts_config e = storage_config(MOE_ACTIVATION_SWIGLU, MOE_STORAGE_PREPACKED,
+                                          MOE_DTYPE_F32);
+    e.num_experts = 8, e.d_model = 300, e.d_hidden = 200;
+    storage_unit_make(&u, &k, &e, UNIT_STRIDED, 3);
+    int64_t calls[4];
+    for (int i = 0; i < 4; i++) {
+        if (i == 2) {
+            MUST(moe_experts_weights_changed(u.pool));
+            MUST(moe_experts_weights_changed(u.pool));
+        }
+        w.calls = 0;
+        storage_unit_step(&u, 0);
+        calls[i] = w.calls;
+    }
+    ck_assert(calls[0] == calls[1] + 3 && calls[2] == calls[0] && calls[3] == calls[1]);
+    storage_unit_free(&u);
+}
+END_TEST
+
 /* A thread that waits for the copy being made may be given other work that needs it. */
 START_TEST(test_storage_copy_is_renewed_when_the_host_enters_again)
 {
@@ -447,6 +473,7 @@ int main(void)
     tcase_add_test(copy, test_storage_copy_is_renewed_by_import_and_init);
     tcase_add_test(copy, test_storage_copy_is_renewed_by_another_binding);
     tcase_add_loop_test(copy, test_storage_copy_is_renewed_with_several_callers, 0, 2);
+    tcase_add_test(copy, test_storage_copy_is_made_once);
     tcase_add_test(copy, test_storage_copy_is_renewed_when_the_host_enters_again);
     suite_add_tcase(suite, bytes);
     suite_add_tcase(suite, copy);

@@ -19,8 +19,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 # Fast ones first; run_vectors covers f32 and f64 of every reference case.
 SUITES = ["check_family", "check_branches", "check_gate_kinds", "check_expert_kinds", "check_combine",
-          "check_half", "check_gradients", "check_ranks", "check_ranks_bounds"]
+          "check_half", "check_gradients", "check_ranks", "check_ranks_bounds", "check_storage", "check_export"]
 OF_RANKS = ["check_ranks", "check_ranks_bounds"]  # first for mistakes in what only they run
+OF_STORAGE = ["check_storage", "check_export"]  # likewise
 WORKERS = 2
 BUILD_ARGS = ["BUILD=out", "LIB=out/lib", "VARIANTS=f32_plain f64_plain bf16_plain f16_plain",
               "HAVE_X86=", "WERROR=0", "CFLAGS=-O1"]
@@ -43,7 +44,9 @@ def make(tree, targets):
 
 def first_failure(tree, file=""):
     """The name of the first program that fails, or None."""
-    order = OF_RANKS + SUITES if "rank" in file or "share" in file or "second" in file else SUITES
+    ranks = "rank" in file or "share" in file or "second" in file
+    storage = "storage" in file or "panels" in file or "parameter" in file or file == "src/experts.c"
+    order = (OF_RANKS if ranks else OF_STORAGE if storage else []) + SUITES
     suites = [f"out/tests/{suite}" for suite in dict.fromkeys(order)]
     for target, command in [(s, [s]) for s in suites] + [("out/run_vectors", ["out/run_vectors", "tests/vectors"])]:
         built = make(tree, [target])

@@ -104,6 +104,9 @@ static void show_one(run *r, pool *p, const char *name, const char *suffix, stor
                      int64_t cols, int half, int64_t width, int is_bias)
 {
     char full[48];
+    if (s->opaque &&
+        moe_experts_export(s->opaque, s->index, MOE_PARAMETER_GRADIENT, 0, p->E, s->grad) != MOE_OK)
+        (void)run_fail(r, "%s", moe_last_error());
     (void)snprintf(full, sizeof full, "d%s%s%s", p->prefix, name, suffix);
     convert(r, p, s, NULL, result_reals(r, full, p->E * rows * cols), rows, cols, half, width,
             is_bias);
@@ -129,6 +132,16 @@ static int bind_one(run *r, moe_experts *experts, const char *name, stored *s)
     int64_t index = moe_experts_parameter_find(experts, name);
     if (index < 0) return 0;
     if (!s->data) return run_fail(r, "the case has no tensor for %s", name);
+    moe_parameter_record p;
+    CALL(r, moe_parameter_record_init(&p, sizeof p));
+    CALL(r, moe_experts_parameter(experts, index, &p));
+    s->opaque = p.opaque ? experts : NULL;
+    s->index = index;
+    if (p.opaque) {
+        CALL(r, moe_experts_import(experts, index, MOE_PARAMETER_DATA, 0, p.shape[0], s->data));
+        CALL(r, moe_experts_import(experts, index, MOE_PARAMETER_GRADIENT, 0, p.shape[0], s->grad));
+        return 0;
+    }
     CALL(r, moe_binding_init(&b, sizeof b));
     b.data = s->data;
     b.grad = s->grad;
@@ -182,7 +195,8 @@ int make_pool(run *r, pool *p, const char *prefix, moe_experts **experts)
     e.dtype = r->o.dtype;
     e.weight_layout = r->o.storage.layout;
     if (p->gated) e.glu_order = r->o.storage.glu_order;
-    e.parameters = MOE_PARAMETERS_BOUND;
+    e.storage = r->o.storage.mode;
+    if (e.storage != MOE_STORAGE_PANELS) e.parameters = MOE_PARAMETERS_BOUND;
     e.output = leading && case_integer(r->c, "expert_sigmoid", 0) ? MOE_OUTPUT_SIGMOID
                                                                   : MOE_OUTPUT_LINEAR;
     CALL(r, moe_experts_create(experts, r->context, &e));

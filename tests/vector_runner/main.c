@@ -20,12 +20,18 @@ typedef struct totals {
     int passed, failed, skipped;
 } totals;
 
-static const storage STORAGES[] = {{"in_out", MOE_WEIGHT_IN_OUT, MOE_GLU_SEPARATE, 0},
-                                   {"out_in", MOE_WEIGHT_OUT_IN, MOE_GLU_SEPARATE, 0},
-                                   {"gaps", MOE_WEIGHT_IN_OUT, MOE_GLU_SEPARATE, 1},
-                                   {"gate_up", MOE_WEIGHT_IN_OUT, MOE_GLU_GATE_UP, 0},
-                                   {"up_gate", MOE_WEIGHT_OUT_IN, MOE_GLU_UP_GATE, 1},
-                                   {"interleaved", MOE_WEIGHT_OUT_IN, MOE_GLU_INTERLEAVED, 0}};
+static const storage STORAGES[] = {
+    {"in_out", MOE_WEIGHT_IN_OUT, MOE_GLU_SEPARATE, 0, MOE_STORAGE_ROW_MAJOR},
+    {"out_in", MOE_WEIGHT_OUT_IN, MOE_GLU_SEPARATE, 0, MOE_STORAGE_ROW_MAJOR},
+    {"gaps", MOE_WEIGHT_IN_OUT, MOE_GLU_SEPARATE, 1, MOE_STORAGE_ROW_MAJOR},
+    {"gate_up", MOE_WEIGHT_IN_OUT, MOE_GLU_GATE_UP, 0, MOE_STORAGE_ROW_MAJOR},
+    {"up_gate", MOE_WEIGHT_OUT_IN, MOE_GLU_UP_GATE, 1, MOE_STORAGE_ROW_MAJOR},
+    {"interleaved", MOE_WEIGHT_OUT_IN, MOE_GLU_INTERLEAVED, 0, MOE_STORAGE_ROW_MAJOR},
+#ifndef MOE_TEST_DEVICE
+    {"prepacked", MOE_WEIGHT_IN_OUT, MOE_GLU_SEPARATE, 0, MOE_STORAGE_PREPACKED},
+    {"panels", MOE_WEIGHT_OUT_IN, MOE_GLU_UP_GATE, 1, MOE_STORAGE_PANELS},
+#endif
+};
 
 static const struct {
     const char *op;
@@ -155,7 +161,8 @@ static int run_case(vector_case *c, run_options o, char why[1024])
         if (strcmp(OPS[i].op, c->op) != 0) continue;
         for (size_t s = 0; s < sizeof STORAGES / sizeof *STORAGES; s++) {
             char inner[1024];
-            if (s > 0 && (!OPS[i].has_experts || (STORAGES[s].glu_order && !gated))) continue;
+            int same = STORAGES[s].glu_order && !gated && !STORAGES[s].mode;
+            if (s > 0 && (!OPS[i].has_experts || same)) continue;
             if (o.layout && OPS[i].has_experts && strcmp(o.layout, STORAGES[s].name) != 0) continue;
             o.storage = STORAGES[s];
             int outcome = run_once(c, &o, OPS[i].run, inner);

@@ -7,6 +7,8 @@
 /* One parameter of a pool in the library's layout, with its gradient. */
 typedef struct stored {
     void *data, *grad;
+    moe_experts *opaque; /* whose parameter `index` is opaque: imported and exported; or NULL */
+    int64_t index;
 } stored;
 
 typedef struct pool {

@@ -12,7 +12,8 @@ enum { MAX_RESULTS = 128, MAX_BLOCKS = 1024 };
 typedef struct storage {
     const char *name;
     int32_t layout, glu_order;
-    int strided; /* 1: x, y, dy and dx have gaps, gradients are overwritten instead of added to */
+    int strided;  /* 1: x, y, dy and dx have gaps, gradients are overwritten instead of added to */
+    int32_t mode; /* MOE_STORAGE_* */
 } storage;
 
 typedef struct run_options {
