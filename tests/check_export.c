@@ -312,6 +312,24 @@ START_TEST(test_export_optimizer_walks_opaque_elements)
 }
 END_TEST
 
+/* Without gradients a backward finds dx alone. */
+START_TEST(test_export_pools_without_gradients)
+{
+    storage_unit u[3];
+    for (int32_t storage = 0; storage < 3; storage++) {
+        moe_experts_config e = storage_config(MOE_ACTIVATION_SWIGLU, storage, MOE_DTYPE_F32);
+        e.parameters = MOE_PARAMETERS_OWNED_NO_GRAD;
+        storage_unit_make(&u[storage], NULL, &e, UNIT_OWNED, 1);
+        storage_unit_step(&u[storage], 0);
+        ck_assert_str_eq(storage_unit_compare(&u[0], &u[storage], 0), "");
+        ck_assert_mem_eq(u[storage].dx, u[0].dx, (size_t)u[0].x_bytes);
+        ck_assert_ptr_null(record(u[storage].pool, "w2").grad);
+        ck_assert_int_eq(storage_unit_filling(&u[storage]), 0);
+    }
+    for (int32_t storage = 0; storage < 3; storage++) storage_unit_free(&u[storage]);
+}
+END_TEST
+
 static int all_zero(const moe_parameter_record *r, int64_t first, int64_t end)
 {
     for (int64_t i = first; i < end; i++)
@@ -647,6 +665,7 @@ int main(void)
     tcase_add_test(values, test_export_refuses_bad_arguments);
     tcase_add_test(values, test_export_modes_that_are_refused);
     tcase_add_loop_test(layers, test_export_optimizer_walks_opaque_elements, 0, 8);
+    tcase_add_test(layers, test_export_pools_without_gradients);
     tcase_add_loop_test(layers, test_export_gradients_of_panels_are_zeroed, 0, 2);
     tcase_add_loop_test(layers, test_export_layer_is_the_same_in_every_mode, 0, 8);
     tcase_add_test(layers, test_export_parts_of_every_mode);
