@@ -80,8 +80,8 @@ moe_status moe__storage_check(const moe_context *context, const moe_experts_conf
 /* ---- operands -------------------------------------------------------------------------------- */
 
 /* Where its columns lie that are of `half` (0 gate, 1 up); of one that is not fused, all. */
-static moe__matrices by_strides(moe__matrices m, const moe__parameter *p, const int64_t *stride,
-                                int32_t half)
+static moe__matrices place_columns(moe__matrices m, const moe__parameter *p, const int64_t *stride,
+                                   int32_t half)
 {
     int64_t rows, cols, first = half * (int64_t)p->panel, step = 1;
     extent(p, &rows, &cols);
@@ -111,7 +111,7 @@ static moe__matrices half_of(const moe__parameter *p, int32_t half, bool gradien
                              .each = gradient ? p->grad_each : p->data_each,
                              .stride_expert = stride[0],
                              .wide = moe__parameter_is_wide(p, gradient)};
-    return by_strides(m, p, stride, p->fused ? half : 0);
+    return place_columns(m, p, stride, p->fused ? half : 0);
 }
 
 /* `fused` holds it if there is no `name`. */
