@@ -308,6 +308,22 @@ START_TEST(test_storage_copy_is_renewed_by_another_binding)
 }
 END_TEST
 
+/* Another pointer for one expert is a change as well. */
+START_TEST(test_storage_copy_is_renewed_by_another_pointer)
+{
+    storage_unit u;
+    moe_experts_config e = storage_config(MOE_ACTIVATION_RELU, MOE_STORAGE_PREPACKED,
+                                          MOE_DTYPE_F64);
+    storage_unit_make(&u, NULL, &e, UNIT_EACH, 3);
+    ck_assert(is_fresh(&u));
+    void **each = u.memory[0].data_each;
+    each[1] = each[2];
+    MUST(moe_experts_bind(u.pool, 0, &u.memory[0].binding));
+    ck_assert(is_fresh(&u));
+    storage_unit_free(&u);
+}
+END_TEST
+
 /* ---- several threads ------------------------------------------------------------------------- */
 
 enum { CALLERS = 4, ROUNDS = 30 };
@@ -472,6 +488,7 @@ int main(void)
     tcase_add_test(copy, test_storage_copy_is_renewed_by_a_backward);
     tcase_add_test(copy, test_storage_copy_is_renewed_by_import_and_init);
     tcase_add_test(copy, test_storage_copy_is_renewed_by_another_binding);
+    tcase_add_test(copy, test_storage_copy_is_renewed_by_another_pointer);
     tcase_add_loop_test(copy, test_storage_copy_is_renewed_with_several_callers, 0, 2);
     tcase_add_test(copy, test_storage_copy_is_made_once);
     tcase_add_test(copy, test_storage_copy_is_renewed_when_the_host_enters_again);
