@@ -114,7 +114,7 @@ MOE_DEVICE void load_pair(const T *one, const T *three, int64_t j, int step, flo
         float low[V], high[V];
         moe__load<V>(one + 2 * j, low);
         moe__load<V>(one + 2 * j + V, high);
-        MOE_UNROLL
+        MOE_UNROLLED
         for (int i = 0; i < V / 2; i++) {
             x[i] = low[2 * i], y[i] = low[2 * i + 1];
             x[V / 2 + i] = high[2 * i], y[V / 2 + i] = high[2 * i + 1];
@@ -131,7 +131,7 @@ MOE_DEVICE void store_pair(T *one, T *three, int64_t j, int step, const float (&
 {
     if (LAYOUT == IN_TURN) {
         float low[V], high[V];
-        MOE_UNROLL
+        MOE_UNROLLED
         for (int i = 0; i < V / 2; i++) {
             low[2 * i] = x[i], low[2 * i + 1] = y[i];
             high[2 * i] = x[V / 2 + i], high[2 * i + 1] = y[V / 2 + i];
@@ -147,7 +147,7 @@ MOE_DEVICE void store_pair(T *one, T *three, int64_t j, int step, const float (&
 template <typename T, int V>
 MOE_DEVICE void add_bias(const moe__cuda_vectors &b, const T *bias, int64_t j, float (&z)[V])
 {
-    MOE_UNROLL
+    MOE_UNROLLED
     for (int i = 0; i < V; i++) z[i] = moe__rounded<T>(z[i] + moe_widen(bias[(j + i) * b.stride]));
 }
 
@@ -178,7 +178,7 @@ moe__cuda_act_forward(const moe__cuda_activation a, int shift)
                 if (gated) add_bias(a.b3, b3, j, y);
                 if (a.keep) store_pair<V, LAYOUT>(z1, z3, j, step, x, y);
             }
-            MOE_UNROLL
+            MOE_UNROLLED
             for (int i = 0; i < V; i++) {
                 x[i] = act(a, x[i], false).value;
                 if (gated) x[i] = x[i] * up(a, y[i]);
@@ -214,7 +214,7 @@ moe__cuda_act_backward(const moe__cuda_activation a, int shift)
         if (real) {
             load_pair<V, LAYOUT>(z1, z3, j, step, x, y);
             moe__load<V>(dh + j, d);
-            MOE_UNROLL
+            MOE_UNROLLED
             for (int i = 0; i < V; i++) {
                 if (a.weight_of_row) d[i] = weight * d[i];
                 gradient g = differentiate(a, gated, x[i], y[i], d[i]);

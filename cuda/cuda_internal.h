@@ -130,7 +130,6 @@ moe_status moe__cuda_pass_create(moe_context *context, void **of_pass, const cha
 void moe__cuda_pass_destroy(moe_context *context, void *of_pass);
 moe_status moe__cuda_plan_ready(const moe__workers *workers, const moe__plan_arrays *plan,
                                 bool wanted);
-moe_status moe__cuda_find_rows(const moe__workers *workers, moe__plan_arrays *plan);
 /* Room for the arguments of `count` products, until the next call. */
 moe_status moe__cuda_group_room(const moe__workers *workers, int64_t count,
                                 moe__cuda_group_arrays *arrays);

@@ -30,4 +30,25 @@
 #define moe_from_f16 moe__from_f16
 #define moe_to_f16 moe__to_f16
 
+/* In front of a loop over an array that must be registers. */
+#ifdef __CUDACC__
+#define MOE_UNROLLED _Pragma("unroll")
+#else
+#define MOE_UNROLLED
+#endif
+
+/* The last i in [0, count) with begin[i] <= at: the range that holds `at`. */
+MOE_DEVICE int64_t moe_range_of(const int64_t *begin, int64_t count, int64_t at)
+{
+    int64_t low = 0, high = count - 1;
+    while (low < high) {
+        int64_t middle = low + (high - low + 1) / 2;
+        if (begin[middle] <= at)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
 #endif

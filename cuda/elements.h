@@ -42,13 +42,6 @@ MOE_DEVICE void moe_narrow(moe_f16 *out, float v)
 #endif
 }
 
-/* In front of a loop over a lane's elements, which are registers. */
-#ifdef __CUDACC__
-#define MOE_UNROLL _Pragma("unroll")
-#else
-#define MOE_UNROLL
-#endif
-
 /* N elements that move together: 1, or 16 bytes of them at an address that is a multiple of 16. They
  * stay words until they are widened: compilers store an array of elements one by one. */
 template <typename T, int N> struct moe_pack {
@@ -185,7 +178,7 @@ template <int N> MOE_DEVICE int64_t moe_column(int64_t i, int u)
 template <typename T, int N>
 MOE_DEVICE void moe_load_stretch(moe_pack<T, N> *pack, const T *row, int64_t i, int64_t width)
 {
-    MOE_UNROLL
+    MOE_UNROLLED
     for (int u = 0; u < MOE_PACKS(N); u++) {
         int64_t j = moe_column<N>(i, u);
         moe_pack<T, N> zero = {};
@@ -196,7 +189,7 @@ MOE_DEVICE void moe_load_stretch(moe_pack<T, N> *pack, const T *row, int64_t i, 
 template <typename T, int N>
 MOE_DEVICE void moe_store_stretch(T *row, const moe_pack<T, N> *pack, int64_t i, int64_t width)
 {
-    MOE_UNROLL
+    MOE_UNROLLED
     for (int u = 0; u < MOE_PACKS(N); u++) {
         int64_t j = moe_column<N>(i, u);
         if (j < width) moe_store_pack(row + j, pack[u]);
@@ -209,13 +202,13 @@ MOE_DEVICE void moe_widen_stretch(float (*v)[N], const T *row, int64_t i, int64_
 {
     moe_pack<T, N> pack[MOE_PACKS(N)];
     moe_load_stretch<T, N>(pack, row, i, width);
-    MOE_UNROLL
+    MOE_UNROLLED
     for (int u = 0; u < MOE_PACKS(N); u++) moe_widen_pack(v[u], pack[u]);
 }
 template <typename T, int N>
 MOE_DEVICE void moe_narrow_packs(moe_pack<T, N> *pack, const float (*v)[N])
 {
-    MOE_UNROLL
+    MOE_UNROLLED
     for (int u = 0; u < MOE_PACKS(N); u++) moe_narrow_pack(&pack[u], v[u]);
 }
 template <typename T, int N>
@@ -229,9 +222,9 @@ MOE_DEVICE void moe_narrow_stretch(T *row, const float (*v)[N], int64_t i, int64
 /* v[u][k] = expression of u and k */
 #define MOE_EACH(v, N, expression)                                  \
     do {                                                            \
-        MOE_UNROLL                                                  \
+        MOE_UNROLLED                                                \
         for (int u = 0; u < MOE_PACKS(N); u++) {                    \
-            MOE_UNROLL                                              \
+            MOE_UNROLLED                                            \
             for (int k = 0; k < (N); k++) (v)[u][k] = (expression); \
         }                                                           \
     } while (0)
@@ -262,20 +255,6 @@ MOE_DEVICE int moe_lanes_used(int64_t first, int64_t end)
 }
 
 /* ---- looking up ------------------------------------------------------------------------------ */
-
-/* The last i in [0, count) with begin[i] <= at: the run that holds `at`. */
-MOE_DEVICE int64_t moe_range_of(const int64_t *begin, int64_t count, int64_t at)
-{
-    int64_t low = 0, high = count - 1;
-    while (low < high) {
-        int64_t middle = low + (high - low + 1) / 2;
-        if (begin[middle] <= at)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    return low;
-}
 
 /* The token of entry n. Where all tokens have the same number of entries the first guess is it. */
 MOE_DEVICE int64_t moe_token_of_entry(const moe__plan_arrays &p, int64_t n)

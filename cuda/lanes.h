@@ -11,13 +11,6 @@
 
 #define MOE_WARP 32
 
-/* Loops whose arrays must be registers. */
-#ifdef __CUDACC__
-#define MOE_UNROLLED _Pragma("unroll")
-#else
-#define MOE_UNROLLED
-#endif
-
 MOE_DEVICE int moe_lane(void) { return (int)(threadIdx.x % MOE_WARP); }
 
 MOE_DEVICE float moe_infinity(void) { return moe__from_bits_f32(0x7f800000u); }

@@ -71,7 +71,7 @@ moe_losses_importance(moe_loss_arrays l, int64_t warps, double *partial)
     for (; first < last; first += MOE_WARP) {
         int64_t n = first + moe_lane();
         int32_t e = n < last ? l.ids[n] : -1;
-        if (e >= 0 && l.token_mask && !l.token_mask[moe_run_of(l.token_begin, l.T, n)]) e = -1;
+        if (e >= 0 && l.token_mask && !l.token_mask[moe_range_of(l.token_begin, l.T, n)]) e = -1;
         float w = e >= 0 ? l.weight[n] : 0.0f;
         double sum = 0;
         bool first_of_expert = true;

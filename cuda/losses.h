@@ -69,7 +69,7 @@ moe_status moe__cuda_losses_rows(const moe__gate_backward_job *job, const moe_lo
 
 MOE_DEVICE int64_t moe_group_of(const moe_loss_arrays *l, int64_t t)
 {
-    return moe_run_of(l->group_begin, l->G, t);
+    return moe_range_of(l->group_begin, l->G, t);
 }
 MOE_DEVICE int64_t moe_valid_in_group(const moe_loss_arrays *l, int64_t g)
 {

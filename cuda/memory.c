@@ -333,7 +333,6 @@ const moe__memory moe__cuda_memory = {.name = "cuda",
                                       .begin = begin,
                                       .end = end,
                                       .plan_ready = moe__cuda_plan_ready,
-                                      .find_rows = moe__cuda_find_rows,
                                       .context_destroy = moe__cuda_context_destroy,
                                       .check_pointer = check_pointer,
                                       .may_wait = moe__cuda_may_wait};

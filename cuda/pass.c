@@ -250,17 +250,6 @@ moe_status moe__cuda_counts(const moe__workers *workers, const moe__plan_arrays 
     return MOE_OK;
 }
 
-moe_status moe__cuda_find_rows(const moe__workers *workers, moe__plan_arrays *plan)
-{
-    const int64_t *begin = NULL;
-    if (!workers->of_pass)
-        return moe__cuda_fetch(workers, &plan->rows, plan->expert_begin + plan->num_experts,
-                               (int64_t)sizeof plan->rows);
-    MOE_TRY(moe__cuda_counts(workers, plan, &begin));
-    plan->rows = begin[plan->num_experts];
-    return MOE_OK;
-}
-
 /* ---- arguments of grouped products ----------------------------------------------------------- */
 
 static int64_t lay_out_groups(moe__cuda_group_arrays *a, void *memory, int64_t count)

@@ -103,22 +103,9 @@ MOE_DEVICE int64_t moe_token_of(const moe_level *l, int64_t row)
 }
 MOE_DEVICE bool moe_is_masked(const uint8_t *mask, int64_t token) { return mask && !mask[token]; }
 
-/* The last i in [0, count) with begin[i] <= at: the run that holds `at`. */
-MOE_DEVICE int64_t moe_run_of(const int64_t *begin, int64_t count, int64_t at)
-{
-    int64_t low = 0, high = count - 1;
-    while (low < high) {
-        int64_t middle = low + (high - low + 1) / 2;
-        if (begin[middle] <= at)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    return low;
-}
 MOE_DEVICE int64_t moe_part_of(const moe_level *l, int64_t row)
 {
-    return l->part_begin ? moe_run_of(l->part_begin, l->parts, row) : 0;
+    return l->part_begin ? moe_range_of(l->part_begin, l->parts, row) : 0;
 }
 
 /* The number of this thread, and of its warp, in the grid. */

@@ -51,7 +51,7 @@ MOE_GLOBAL(ROWS_THREADS) moe_sinkhorn_rows(moe_sinkhorn s)
     MOE_SHARED(float, tile, ROWS_THREADS *TILE_WIDTH);
     int64_t first = (int64_t)blockIdx.x * ROWS_THREADS, t = first + threadIdx.x;
     bool there = t < s.tokens && !moe_is_masked(s.token_mask, t);
-    int64_t g = t < s.tokens ? moe_run_of(s.group_begin, s.groups, t) : 0;
+    int64_t g = t < s.tokens ? moe_range_of(s.group_begin, s.groups, t) : 0;
     const double *factor = s.factor + g * 2 * s.E;
     double sum = 0;
     for (int64_t e = 0; e < s.E; e += MOE_WARP) {
@@ -106,7 +106,7 @@ MOE_GLOBAL(MOE_ROUTE_THREADS) moe_sinkhorn_balance(moe_sinkhorn s)
 {
     int64_t t = moe_thread() / s.E, e = moe_thread() % s.E;
     if (t >= s.tokens) return;
-    int64_t g = moe_run_of(s.group_begin, s.groups, t);
+    int64_t g = moe_range_of(s.group_begin, s.groups, t);
     if (s.valid_begin[g + 1] == s.valid_begin[g]) return;
     float *c = s.c + t * s.E + e;
     *c = (float)(s.factor[g * 2 * s.E + e] * (double)*c);

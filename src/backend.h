@@ -70,8 +70,7 @@ typedef struct moe__pass_shape {
  * zero_strided, all may be called outside of begin and end. */
 typedef struct moe__memory {
     const char *name;
-    int32_t is_host;  /* 1: src/ may read and write it as any memory, and there is no stream */
-    int32_t has_rows; /* 1: plan_rows leaves plan->rows right; 0: it is -1 until find_rows */
+    int32_t is_host; /* 1: src/ may read and write it as any memory, and there is no stream */
     /* 64-byte aligned; NULL if there is none. zeroed: filled with zeros, at once */
     void *(*alloc)(moe_context *context, int64_t bytes, bool zeroed);
     void (*free)(moe_context *context, void *memory, int64_t bytes);
@@ -98,17 +97,15 @@ typedef struct moe__memory {
     moe_status (*begin)(const moe__workers *workers);
     void (*end)(const moe__workers *workers);
     /* Rows of a plan are final: what is known of earlier ones there is forgotten, and if this call
-     * will ask (wanted), what the host needs of them starts on its way. find_rows: plan->rows is set,
-     * which may wait. NULL: plan->rows is right. */
+     * will ask (wanted), what the host needs of them starts on its way. NULL: plan->rows is right. */
     moe_status (*plan_ready)(const moe__workers *workers, const moe__plan_arrays *plan,
                              bool wanted);
-    moe_status (*find_rows)(const moe__workers *workers, moe__plan_arrays *plan);
     void (*context_destroy)(void *of_context); /* or NULL */
     /* Refuses `memory`, the field `name` of a call, if the backend cannot read and write it there;
      * NULL is good. NULL: any memory is good. */
     moe_status (*check_pointer)(const moe__workers *workers, const char *name, const void *memory);
-    /* Refuses a stream that the host cannot wait for: one that is being captured. Before a call that
-     * will wait (fetch, store, find_rows) launches anything. NULL: it can. */
+    /* Refuses a stream that the host cannot wait for: one that is being captured. Before a call
+     * that will wait launches anything. NULL: it can. */
     moe_status (*may_wait)(const moe__workers *workers);
 } moe__memory;
 

@@ -25,7 +25,6 @@ static moe_status host_copy(const moe__workers *workers, void *to, const void *f
 const moe__memory moe__host_memory = {
     .name = "CPU",
     .is_host = 1,
-    .has_rows = 1,
     .alloc = host_alloc,
     .free = moe__free,
     .zero = host_zero,
