@@ -1,6 +1,6 @@
-/* activation.cu - h = act(z1) or act(z1) * z3 on the rows of the experts, with the biases before and
- * the weight of a row after, and its gradient. The formulas are those of src/cpu/activation.c, and
- * so are the bytes of equal z in float.
+/* activation.cu - h = act(z1) or act(z1) * z3 on the rows of the experts, with the biases before
+ * and the weight of a row after, and its gradient. The formulas are those of src/cpu/activation.c,
+ * and so are the bytes of equal z in float.
  *
  * Rows of z are [z1 z3], [z3 z1], z1 and z3 in turn, or in two arrays. What a thread writes lies
  * where it has read itself, or, of rows in turn, where every thread of its block has read:

@@ -1,8 +1,8 @@
 /* backend_cuda.h - what the files of cuda/ share: errors, launches, element types, slots.
  *
  * A .cu file has the kernels of one step and, below them, the functions that fill the step's slots
- * of backend.h: they read the job on the host and launch. They never read an array of the job: it is
- * in the device's memory. A .c file is host code alone. */
+ * of backend.h: they read the job on the host and launch. They never read an array of the job: it
+ * is in the device's memory. A .c file is host code alone. */
 #ifndef MOE_BACKEND_CUDA_H
 #define MOE_BACKEND_CUDA_H
 

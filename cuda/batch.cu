@@ -204,7 +204,7 @@ extern "C" moe_status moe__cuda_batch_forward(moe__batch_job *job)
                             job->group_capacity);
 }
 
-/* ---- entries of experts that take tokens ------------------------------------------------------ */
+/* ---- entries of experts that take tokens ----------------------------------------------------- */
 
 /* *total = E times the sum of min(group_capacity, unmasked tokens): one block */
 MOE_GLOBAL(1024)
@@ -232,7 +232,7 @@ extern "C" moe_status moe__cuda_entries_taken(const moe__batch_job *job, int64_t
     return moe__cuda_fetch(workers, entries, total, sizeof *entries);
 }
 
-/* ---- every token to every expert --------------------------------------------------------------- */
+/* ---- every token to every expert ------------------------------------------------------------- */
 
 MOE_GLOBAL(256)
 moe_everyone_entries(int32_t *expert_of_entry, float *weight, int64_t entries, int64_t num_experts)

@@ -169,8 +169,8 @@ MOE_GLOBAL(MOE_ROUTE_THREADS) moe_choose_all(moe_level l)
     for (int64_t j = moe_lane(); j < n; j += MOE_WARP) l.choice[first + j] = (int32_t)j;
 }
 
-/* Draw j is uniform among the E - j experts that are left, numbered in ascending order; a thread for
- * each row. */
+/* Draw j is uniform among the E - j experts that are left, numbered in ascending order; a thread
+ * for each row. */
 MOE_GLOBAL(MOE_ROUTE_THREADS)
 moe_choose_key(moe_level l, const int64_t *token_key, uint64_t seed, uint32_t stream)
 {

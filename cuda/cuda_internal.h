@@ -103,7 +103,7 @@ bool moe__cuda_enter(const moe__cuda_context *c, moe__cuda_scope *scope, cudaErr
 void moe__cuda_leave(const moe__cuda_scope *scope);
 /* The same for a call: an error, and then no leave, also if the context cannot be used. */
 moe_status moe__cuda_enter_call(const moe__workers *workers, moe__cuda_scope *scope);
-/* Takes back the last error of CUDA, which was of a call here. One that the host had before stays. */
+/* Takes back the last error of CUDA, which was of a call here. One from before stays. */
 void moe__cuda_forget_error(void);
 
 /* MOE_ERROR_DEVICE if the device has failed or the context is another process's. */

@@ -66,8 +66,8 @@ MOE_DEVICE int64_t moe_atomic_min(int64_t *p, int64_t v)
 
 /* 16 bytes at once; the address is a multiple of 16. */
 MOE_DEVICE uint4 moe_load16(const void *p) { return *(const uint4 *)p; }
-/* A plain assignment in a loop is compiled to four stores of 4 bytes; where the compiler knows that p
- * is global nothing is asked. */
+/* A plain assignment in a loop is compiled to four stores of 4 bytes; where the compiler knows that
+ * p is global nothing is asked. */
 MOE_DEVICE void moe_store16(void *p, uint4 v)
 {
     if (__isGlobal(p))

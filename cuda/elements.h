@@ -42,8 +42,8 @@ MOE_DEVICE void moe_narrow(moe_f16 *out, float v)
 #endif
 }
 
-/* N elements that move together: 1, or 16 bytes of them at an address that is a multiple of 16. They
- * stay words until they are widened: compilers store an array of elements one by one. */
+/* N elements that move together: 1, or 16 bytes of them at an address that is a multiple of 16.
+ * They stay words until they are widened: compilers store an array of elements one by one. */
 template <typename T, int N> struct moe_pack {
     uint4 bits;
 };
@@ -132,7 +132,7 @@ template <typename T> static inline bool moe_rows_aligned(const void *data, int6
     return ((uintptr_t)data & 15) == 0 && stride % moe_pack_of<T>::N == 0;
 }
 
-/* ---- a warp for each token and stretch of columns --------------------------------------------- */
+/* ---- a warp for each token and stretch of columns -------------------------------------------- */
 
 enum { MOE_STRETCH_WARPS = 8 }; /* of a block */
 
@@ -241,7 +241,7 @@ MOE_DEVICE int64_t moe_place_of_entry(const moe__plan_arrays &p, int64_t n, int6
     return place < padded_rows ? e * padded_rows + place : -1;
 }
 
-/* A warp looks at 32 entries of its token at once: the place of entry first + lane, -1 from end on. */
+/* A warp looks at 32 entries of its token at once: place of entry first + lane, -1 from end on. */
 MOE_DEVICE int64_t moe_place_of_lane(const moe__plan_arrays &p, int64_t first, int64_t end,
                                      int64_t padded_rows)
 {

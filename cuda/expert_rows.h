@@ -4,7 +4,8 @@
  * "Row" is a local number from 0, the row of every array of the job that is given by its first row.
  * Exact: the rows of the job's experts one after the other. Padded: row e C + s is row s of expert
  * e, and those from its count on are padding: no kernel here reads it, and it is written as zeros
- * where a product over rows will read it. The descriptions are kernel arguments as they are: numbers and device pointers. */
+ * where a product over rows will read it. The descriptions are kernel arguments as they are:
+ * numbers and device pointers. */
 #ifndef MOE_CUDA_EXPERT_ROWS_H
 #define MOE_CUDA_EXPERT_ROWS_H
 

@@ -1,5 +1,5 @@
-/* gate_backward.cu - the gate's gradients: from the weights and the losses to logits, parameters and
- * input; as src/cpu/gate_backward.c. The forward is in route.cu.
+/* gate_backward.cu - the gate's gradients: from the weights and the losses to logits, parameters
+ * and input; as src/cpu/gate_backward.c. The forward is in route.cu.
  *
  *     w' = w keep / S           S = sum of a token's kept weights, if renormalised after the drop
  *     w  = scale v              v by weigh.h; for two levels w = scale Gp Gs
@@ -143,8 +143,9 @@ MOE_DEVICE void chosen_backward(float scale, const float *dw, float *s, const in
 }
 
 /* v_j = u_j / (U + eps), U = sum u:  du_j = (dv_j - sum_i dv_i v_i) / (U + eps); no sum where the
- * divisor is the minimum. False if all weights are 0, for want of a divisor. Dividing before the sum
- * lets a gradient that must vanish, such as that of a single renormalised score, cancel exactly. */
+ * divisor is the minimum. False if all weights are 0, for want of a divisor. Dividing before the
+ * sum lets a gradient that must vanish, such as that of a single renormalised score, cancel
+ * exactly. */
 MOE_DEVICE bool renormalized_backward(const moe_weighing *how, float *du, const float *u, int64_t n)
 {
     bool fixed;

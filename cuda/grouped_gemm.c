@@ -76,8 +76,8 @@ moe_status moe__cuda_check_matrices(const moe__cuda_groups *g, const char *name,
 
 /* ---- one call of cuBLAS ---------------------------------------------------------------------- */
 
-/* c[n,m] (=|+=) x y in cuBLAS's order: c^T [m,n] = op(x) op(y), with x, y, c of an expert. The count
- * of rows is one of m, n, k. */
+/* c[n,m] (=|+=) x y in cuBLAS's order: c^T [m,n] = op(x) op(y), with x, y, c of an expert. The
+ * count of rows is one of m, n, k. */
 typedef struct product {
     const moe__cuda_groups *g;
     cublasHandle_t handle;
@@ -366,7 +366,8 @@ moe_status moe__cuda_weight_gradient(const moe__cuda_groups *g, int64_t k, int64
     if (g->rows == 0) return MOE_OK;
     MOE_TRY(check_rows(g, g->rows, moe__max(a.stride, d.stride)));
     MOE_TRY(begin_product(&r.p, g, !overwrite));
-    /* dw by rows is there [n,k] = d^T a, by columns [k,n] = a^T d; the first has rows as columns. */
+    /* dw by rows is there [n,k] = d^T a, by columns [k,n] = a^T d; the first has rows as
+     * columns. */
     r.x = l.by_rows ? d : a;
     r.y = l.by_rows ? a : d;
     r.p.type_c = type_of(dw.dtype);

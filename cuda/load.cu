@@ -2,8 +2,8 @@
 #include "load.h"
 #include "losses.h"
 
-/* columns = Phi((clean - thr) / sd); where all are chosen: 1 if the weight is not 0. A warp for each
- * row. */
+/* columns = Phi((clean - thr) / sd); where all are chosen: 1 if the weight is not 0. A warp for
+ * each row. */
 MOE_GLOBAL(MOE_ROUTE_THREADS) moe_load_rows(moe_level l, float guard, float *columns)
 {
     int64_t row = moe_warp();

@@ -1,5 +1,5 @@
-/* load.h - the smooth load of a row, and its gradient (Shazeer et al. 2017, eq. 8-10), by a warp; as
- * src/cpu/load.c.
+/* load.h - the smooth load of a row, and its gradient (Shazeer et al. 2017, eq. 8-10), by a warp;
+ * as src/cpu/load.c.
  *
  *     load_e = sum_rows Phi((clean_e - thr_e) / sd_e)
  *
@@ -20,8 +20,8 @@ MOE_DEVICE bool moe_is_mine(int32_t candidate)
     return candidate >= 0 && candidate % MOE_WARP == moe_lane();
 }
 
-/* d_e = clean_e - thr_e for the candidates of one row. False if there are no thresholds, because all
- * were chosen or none. */
+/* d_e = clean_e - thr_e for the candidates of one row. False if there are no thresholds, because
+ * all were chosen or none. */
 MOE_DEVICE bool moe_distances(const moe_level *l, int64_t row, float *d)
 {
     const int32_t *ids = l->choice, *kth = l->kth + 2 * row;

@@ -97,7 +97,7 @@ moe_losses_add_importance(moe_loss_arrays l, int64_t warps, const double *partia
     l.importance[e] = sum;
 }
 
-/* counts[G,E] or [E], and first (may be NULL), of the tokens; ids: those of the plan, or `plain`. */
+/* counts[G,E] or [E], and first (may be NULL), of the tokens; ids: the plan's, or `plain`. */
 MOE_GLOBAL(MOE_ROUTE_THREADS)
 moe_losses_count(moe_loss_arrays l, bool by_group, const int32_t *plain, int64_t *counts,
                  int64_t *first)

@@ -138,8 +138,8 @@ MOE_DEVICE double moe_scope_share(const moe_loss_arrays *l)
     return groups > 0 ? 1 / groups : 0;
 }
 
-/* What n_e sum_t P_te is multiplied by: in switch E / (sum(n) T), in gshard (of f_e) E / T^2; by one
- * block. */
+/* What n_e sum_t P_te is multiplied by: in switch E / (sum(n) T), in gshard (of f_e) E / T^2; by
+ * one block. */
 MOE_DEVICE double moe_switch_scale(const moe_loss_arrays *l, int64_t scope, double *shared)
 {
     double entries = moe_sum_counts(l->scope_counts + scope * l->E, l->E, shared);

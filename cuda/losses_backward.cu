@@ -158,8 +158,8 @@ MOE_DEVICE void threshold_loss_row(const moe_loss_arrays *l, const loss_gradient
     }
 }
 
-/* d_clean [T,E] (=|+=) of one of the losses of the logits, SWITCH for all that are of P alone; a warp
- * for each token. */
+/* d_clean [T,E] (=|+=) of one of the losses of the logits, SWITCH for all that are of P alone; a
+ * warp for each token. */
 template <int LOSS>
 MOE_GLOBAL(MOE_ROUTE_THREADS)
 moe_losses_rows(moe_loss_arrays l, loss_gradients d, bool add)

@@ -58,8 +58,8 @@ void *moe__cuda_memory_alloc(moe_context *context, int64_t bytes, bool zeroed)
     return memory;
 }
 
-/* cudaFree waits for the device; for a host's allocator the work of all calls is waited for. It gets
- * memory back from a device that failed too. */
+/* cudaFree waits for the device; for a host's allocator the work of all calls is waited for. It
+ * gets memory back from a device that failed too. */
 static void wait_for_calls(moe_context *context, moe__cuda_context *c)
 {
     moe__workers w = outside(context);

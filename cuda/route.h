@@ -1,8 +1,8 @@
-/* route.h - what the files of the gate share: what kernels see of a level, where rows and parts are,
- * elements of parameters, launches over rows; as src/cpu/route.h.
+/* route.h - what the files of the gate share: what kernels see of a level, where rows and parts
+ * are, elements of parameters, launches over rows; as src/cpu/route.h.
  *
- * All of the router is float, but for x and dx, which are of the storage type T, and the parameters,
- * which have a dtype of their own. */
+ * All of the router is float, but for x and dx, which are of the storage type T, and the
+ * parameters, which have a dtype of their own. */
 #ifndef MOE_CUDA_ROUTE_H
 #define MOE_CUDA_ROUTE_H
 

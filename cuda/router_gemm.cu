@@ -1,9 +1,9 @@
 /* router_gemm.cu - the products that router_gemm.h describes.
  *
  * A block of 256 threads makes a tile of TM x TN = 4096 elements, 4 x 4 by each thread, 16 indices
- * of the summed dimension at a time through shared memory. Tiles are 64 x 64, or 256 x 16 where n is
- * at most 16. A sum over rows with too few tiles for a GPU is cut into partial sums, tile by tile in
- * scratch, which are added in order. */
+ * of the summed dimension at a time through shared memory. Tiles are 64 x 64, or 256 x 16 where n
+ * is at most 16. A sum over rows with too few tiles for a GPU is cut into partial sums, tile by
+ * tile in scratch, which are added in order. */
 #include "router_gemm.h"
 
 #define TILE_K 16
@@ -117,8 +117,8 @@ MOE_DEVICE void load_tile(float (*shared)[TILE + TILE_PAD], const tile_operand *
 
 /* ---- a tile ---------------------------------------------------------------------------------- */
 
-/* sum[i][j] += a(i,k) b(j,k) over k in [first_k, end_k), in order; i = 4 (thread / (TN/4)) and on, j
- * = 4 (thread % (TN/4)) and on. */
+/* sum[i][j] += a(i,k) b(j,k) over k in [first_k, end_k), in order; i = 4 (thread / (TN/4)) and on,
+ * j = 4 (thread % (TN/4)) and on. */
 template <int TM, int TN>
 MOE_DEVICE void multiply(float sum[4][4], float (*shared_a)[TM + TILE_PAD],
                          float (*shared_b)[TN + TILE_PAD], const tile_operand *a,
@@ -313,8 +313,8 @@ template <int TM, int TN> MOE_GLOBAL(TILE_THREADS) moe_router_add_dw(moe_dw_prod
     add_to_matrix(&job.dw, dw, i, j, sum);
 }
 
-/* dbias: 32 columns by 8 rows of threads for each part and 32 columns; each thread has every 8th row
- * of its column, then the 8 in order. */
+/* dbias: 32 columns by 8 rows of threads for each part and 32 columns; each thread has every 8th
+ * row of its column, then the 8 in order. */
 MOE_GLOBAL(TILE_THREADS) moe_router_dbias(moe_dw_product job)
 {
     MOE_SHARED(float, shared, TILE_THREADS);

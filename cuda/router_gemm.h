@@ -6,8 +6,8 @@
  * Any mix of element types: an operand carries its dtype, elements are widened when they are read
  * and rounded once when they are stored, sums are of floats. Each element of a product of rows is
  * one chain of fused multiply-adds in ascending index of the summed dimension, as on the CPU; but
- * where cuBLAS takes it, and where n is at most MOE_NARROW (a warp for each row). A sum over rows is
- * of a fixed number of partial sums, in order. So the bits depend on the shape alone, and on
+ * where cuBLAS takes it, and where n is at most MOE_NARROW (a warp for each row). A sum over rows
+ * is of a fixed number of partial sums, in order. So the bits depend on the shape alone, and on
  * cuBLAS. */
 #ifndef MOE_CUDA_ROUTER_GEMM_H
 #define MOE_CUDA_ROUTER_GEMM_H

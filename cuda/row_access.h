@@ -1,5 +1,5 @@
-/* row_access.h - for the kernels of the experts: elements as floats, the rows of a job, launches over
- * rows. */
+/* row_access.h - for the kernels of the experts: elements as floats, the rows of a job, launches
+ * over rows. */
 #ifndef MOE_CUDA_ROW_ACCESS_H
 #define MOE_CUDA_ROW_ACCESS_H
 
@@ -61,8 +61,8 @@ template <typename T> MOE_DEVICE const T *moe__vector_of(const moe__cuda_vectors
     return base ? base + expert * v.stride_expert + v.offset : base;
 }
 
-/* The tree of src/cpu/lanes.h, lane i in accumulator i % V of thread i / V; all 32 threads of a warp
- * call it, each aligned group of 16 / V of them for a sum of its own. */
+/* The tree of src/cpu/lanes.h, lane i in accumulator i % V of thread i / V; all 32 threads of a
+ * warp call it, each aligned group of 16 / V of them for a sum of its own. */
 template <int V> MOE_DEVICE float moe__lane_tree(float (&lane)[V])
 {
     for (int distance = 8; distance >= V; distance /= 2)

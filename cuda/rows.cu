@@ -123,7 +123,7 @@ MOE_DEVICE int64_t moe_group_begin(const moe__plan_arrays &p, int64_t e, int64_t
     return low;
 }
 
-/* slot_of_entry: place within (group, expert) in the order of the policy, -1 from the capacity on. */
+/* slot_of_entry: place within (group, expert) in the policy's order, -1 from the capacity on. */
 MOE_GLOBAL(256) moe_rows_admit(moe__plan_arrays p, const int64_t *group_capacity)
 {
     int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x;
@@ -185,8 +185,8 @@ static moe_status sort_entries(const moe__plan_rows_job *job, moe_sort_key *keys
                             dim3(256), 0, *p);
 }
 
-/* slot_of_entry: place within (group, expert) in order of admission, -1 for what has no row; without
- * limits 0, and the rows give the places. */
+/* slot_of_entry: place within (group, expert) in order of admission, -1 for what has no row;
+ * without limits 0, and the rows give the places. */
 static moe_status admit(const moe__plan_rows_job *job)
 {
     const moe__plan_arrays *p = job->plan;

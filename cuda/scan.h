@@ -6,8 +6,8 @@
 
 enum { MOE_SCAN_CHUNK = 4096 }; /* values that a block takes at a time */
 
-/* values[i] becomes the sum of those before it; *total the sum of all. sums: [moe_scan_sums(count)].
- * values, sums and total are the device's. */
+/* values[i] becomes the sum of those before it; *total the sum of all.
+ * sums: [moe_scan_sums(count)]. values, sums and total are the device's. */
 moe_status moe__cuda_scan(const moe__workers *workers, int64_t *values, int64_t count,
                           int64_t *sums, int64_t *total);
 static inline int64_t moe_scan_sums(int64_t count)

@@ -1,8 +1,9 @@
 /* select.h - the total order of logits, and the K best by it: by a warp, or by a block.
  *
  * Larger values come first, equal values in order of index, NaN after every number, as in
- * src/cpu/select.h. The order of a candidate is one integer, its key: 32 bits that fall as the value
- * rises, then the index. No two are equal, so that any exact way to sort gives the same ids. */
+ * src/cpu/select.h. The order of a candidate is one integer, its key: 32 bits that fall as the
+ * value rises, then the index. No two are equal, so that any exact way to sort gives the same
+ * ids. */
 #ifndef MOE_CUDA_SELECT_H
 #define MOE_CUDA_SELECT_H
 

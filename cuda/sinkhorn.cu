@@ -4,9 +4,9 @@
  *     d0_t = 1 / (T_g (sum_e d1_e c_te + 1e-8)),  d1_e = 1 / (E (sum_t d0_t c_te + 1e-8))
  *     until the mean change of d1 is at most the tolerance; columns = d1_e c_te
  *
- * Each token group by itself, all at once; a group that is done lets the rounds that are left go by.
- * The sums are chains of fused multiply-adds in double in ascending index, as on the CPU: who is
- * chosen hangs on their last bit. */
+ * Each token group by itself, all at once; a group that is done lets the rounds that are left go
+ * by. The sums are chains of fused multiply-adds in double in ascending index, as on the CPU: who
+ * is chosen hangs on their last bit. */
 #include "route.h"
 #include "weigh.h"
 
@@ -157,8 +157,8 @@ moe_status moe__cuda_sinkhorn(const moe__route_job *job)
     return moe_over_items(w, "moe_sinkhorn_balance", moe_sinkhorn_balance, T * E, s);
 }
 
-/* Of this file, choose.cu and take.cu: a second list of the entries to sort them with, or factors of
- * the groups. */
+/* Of this file, choose.cu and take.cu: a second list of the entries to sort them with, or factors
+ * of the groups. */
 int64_t moe__cuda_choose_scratch(const moe__pass_shape *shape)
 {
     moe__arena entries = {NULL, 0}, factors = {NULL, 0};

@@ -126,7 +126,7 @@ static moe_status sort_by_digit(const moe__workers *workers, const moe__plan_arr
     return moe__cuda_launch(workers, "sort", moe_sort_place, grid, block, 0, pass, *p, begin, bins);
 }
 
-/* 8 bits of a number that is at most `most`: passes it takes, and digits that the one at shift has. */
+/* 8 bits of a number that is at most `most`: passes it takes, and digits of the one at shift. */
 static int32_t passes_of(int64_t most)
 {
     int32_t passes = 1;

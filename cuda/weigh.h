@@ -1,5 +1,5 @@
-/* weigh.h - from logits to scores and weights, a warp for each row: what forward and backward of the
- * gate share. As src/cpu/weigh.h, with the same bits.
+/* weigh.h - from logits to scores and weights, a warp for each row: what forward and backward of
+ * the gate share. As src/cpu/weigh.h, with the same bits.
  *
  *     chosen:  w_j = softmax over the chosen logits
  *     scored:  u_j = softmax over all, or sigmoid, of which those of the chosen

@@ -435,8 +435,8 @@ static moe_status check_arrays(const moe__workers *workers, const named_array *a
     return MOE_OK;
 }
 
-/* Of a backend with memory of its own: that the arrays are there, and that the host can wait where it
- * must: for the rows of experts, and for entries that are not known before. */
+/* Of a backend with memory of its own: that the arrays are there, and that the host can wait where
+ * it must: for the rows of experts, and for entries that are not known before. */
 static moe_status check_backend(const moe__forward *f, const moe_pass *pass, const char *function)
 {
     const moe_forward_args *a = &f->a;

@@ -1,4 +1,4 @@
-/* backend.h - the tables a backend fills: one coarse function per step of the layer, and its memory.
+/* backend.h - the tables a backend fills: one coarse function per step of a layer, and its memory.
  *
  * src/ checks arguments, lays out memory and orders the steps; a backend computes them and trusts
  * what it is given. Arrays are in backend memory, which src/ never touches but through
@@ -6,8 +6,8 @@
  * instruction set are the table's. Where that type has 16 bits, elements are: tokens and their
  * gradients (x, y, dx, dy, gate_x), the rows of experts (x_rows, z1, z3, h, out and their
  * gradients), y_saved, and parameters unless their operand says otherwise; everything else that
- * has no type of its own, such as logits, noise, weights and what is made of them, is float. "may be
- * NULL" is said where it holds. A backend may put its work on the stream of the call and return
+ * has no type of its own, such as logits, noise, weights and what is made of them, is float. "may
+ * be NULL" is said where it holds. A backend may put its work on the stream of the call and return
  * before it is done. Every function returns MOE_OK or why it failed: the host's parallel-for
  * (MOE_ERROR_CALLBACK), a device (MOE_ERROR_DEVICE). C11 and C++. */
 #ifndef MOE_BACKEND_H
@@ -81,8 +81,8 @@ typedef struct moe__memory {
      * is fetched may be in the host's memory already. */
     moe_status (*fetch)(const moe__workers *workers, void *host, const void *from, int64_t bytes);
     moe_status (*store)(const moe__workers *workers, void *to, const void *host, int64_t bytes);
-    /* On the stream: zeros at base[i stride[0] + j stride[1] + k stride[2]], i < count[0] and so on,
-     * elements of `element` bytes. */
+    /* On the stream: zeros at base[i stride[0] + j stride[1] + k stride[2]], i < count[0] and so
+     * on, elements of `element` bytes. */
     moe_status (*zero_strided)(const moe__workers *workers, void *base, const int64_t count[3],
                                const int64_t stride[3], int64_t element);
     /* touched[e] = 1 for every expert with rows; forget: 0 for the others. NULL where is_host. */
@@ -97,7 +97,7 @@ typedef struct moe__memory {
     moe_status (*begin)(const moe__workers *workers);
     void (*end)(const moe__workers *workers);
     /* Rows of a plan are final: what is known of earlier ones there is forgotten, and if this call
-     * will ask (wanted), what the host needs of them starts on its way. NULL: plan->rows is right. */
+     * will ask (wanted), what the host needs of them starts on its way. NULL: nothing to do. */
     moe_status (*plan_ready)(const moe__workers *workers, const moe__plan_arrays *plan,
                              bool wanted);
     void (*context_destroy)(void *of_context); /* or NULL */
@@ -187,7 +187,7 @@ struct moe__route_job {
     int64_t input_width;           /* D of the gate */
     const void *x;                 /* [T,D], NULL if logits_in and no noise */
     int64_t x_stride;
-    void *x_jittered; /* [T,D] dense reals, what the products read instead of x; NULL without jitter */
+    void *x_jittered; /* [T,D] dense reals, what the products read for x; NULL without jitter */
     uint32_t jitter_stream, choice_stream;
     const void *logits_in; /* [T,E] or NULL */
     int64_t logits_stride;
@@ -453,8 +453,8 @@ typedef struct moe__backend {
     moe_status (*losses_forward)(moe__losses_job *job);
     moe_status (*gate_backward)(moe__gate_backward_job *job);
     moe_status (*batch_forward)(moe__batch_job *job);
-    /* How many entries experts take that take tokens: E min(group_capacity, unmasked tokens), summed
-     * over the groups; waits */
+    /* How many entries experts take that take tokens: E min(group_capacity, unmasked tokens),
+     * summed over the groups; waits */
     moe_status (*entries_taken)(const moe__batch_job *job, int64_t *entries);
     /* Every token to every expert with weight 1: token_begin, expert_of_entry, weight_of_entry */
     moe_status (*everyone_forward)(const moe__workers *workers, moe__plan_arrays *plan);

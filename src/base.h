@@ -122,7 +122,7 @@ static inline void *moe__arena_take(moe__arena *arena, int64_t count, int64_t si
     return arena->base && end >= 0 ? arena->base + begin : NULL;
 }
 
-/* ---- a plan's arrays --------------------------------------------------------------------------- */
+/* ---- a plan's arrays ------------------------------------------------------------------------- */
 
 /* The arrays of moe_plan_view, writable. */
 typedef struct moe__plan_arrays {

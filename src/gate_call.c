@@ -52,7 +52,7 @@ static int32_t how_to_choose(const moe__forward *f, const moe_gate_config *c)
     }
 }
 
-/* ---- capacity ---------------------------------------------------------------------------------- */
+/* ---- capacity -------------------------------------------------------------------------------- */
 
 bool moe__gate_is_limited(const moe_gate_config *c, const moe_forward_args *a)
 {

@@ -2,9 +2,9 @@
  * zeroing.
  *
  * A parameter is [E,rows,cols] or [E,cols] in a pool, [rows,cols] or [cols] in a gate. Data and
- * gradient each live at a base with strides, or (pools only) at one pointer per expert. Of an object
- * whose elements have 16 bits, own gradients are f32, and so are a gate's own selection_bias and
- * thresholds, which take small steps. */
+ * gradient each live at a base with strides, or (pools only) at one pointer per expert. Of an
+ * object whose elements have 16 bits, own gradients are f32, and so are a gate's own selection_bias
+ * and thresholds, which take small steps. */
 #include "pass_state.h"
 
 #include <string.h>

@@ -83,7 +83,8 @@ static moe_status draw_one(const moe__parameter_list *list, const moe__parameter
                                fill_range, &f, function);
 }
 
-/* Drawn where they are, or on the host and copied, which waits: zeros too are there for any stream. */
+/* Drawn where they are, or on the host and copied, which waits: zeros too are there for any
+ * stream. */
 static moe_status init_one(const moe__parameter_list *list, const moe__parameter *p, uint64_t seed,
                            int32_t stream_id, const int64_t *numbers, const char *function)
 {

@@ -369,8 +369,8 @@ int64_t moe__pass_shape_bytes(const moe_context *context, const moe__pass_shape 
     return arena.used;
 }
 
-/* Lays out a plan of the sizes of `like` at the front of the block, and behind it the results of its
- * forward; returns their bytes, which is where the next array begins. */
+/* Lays out a plan of the sizes of `like` at the front of the block, and behind it the results of
+ * its forward; returns their bytes, which is where the next array begins. */
 static int64_t lay_out_plan(moe__plan_arrays *plan, double **results, char *base,
                             const moe__plan_arrays *like)
 {
@@ -402,8 +402,8 @@ void moe__pass_free_memory(moe_pass *pass)
 }
 
 /* Moves the block to memory of another size with its first `keep` bytes, copied on the stream of
- * `call`; the old one lives until the new one is there. To give it back may wait for the stream, and
- * what a capture holds may use it. */
+ * `call`; the old one lives until the new one is there. To give it back may wait for the stream,
+ * and what a capture holds may use it. */
 static moe_status move_to(moe_pass *pass, int64_t bytes, int64_t keep, const moe__workers *call,
                           const char *function)
 {

@@ -106,7 +106,7 @@ struct moe_pass {
     int64_t *valid_token, *valid_begin;
     int64_t *group_capacity;
     double weights[MOE_LOSS_SLOTS];
-    double *results; /* [MOE_LOSS_SLOTS + MOE_STAT_SLOTS] losses and statistics, of backend memory */
+    double *results; /* [MOE_LOSS_SLOTS + MOE_STAT_SLOTS] losses, statistics; of backend memory */
     double *again;   /* the same of a recompute, which no one asks for */
 };
 

@@ -20,8 +20,8 @@ void moe__plan_block_free(moe_context *context, moe__plan_block *block);
  * moved to where the plan's context has its memory. The block is freed on error. */
 moe_status moe__plan_adopt(moe_plan *plan, moe__plan_block *block, const char *function);
 
-/* The plan's arrays in the host's memory, read behind the stream of `workers`: those of the call, or
- * moe__plan_workers. The block is of the allocator of `context`, to be freed there: it has the
+/* The plan's arrays in the host's memory, read behind the stream of `workers`: those of the call,
+ * or moe__plan_workers. The block is of the allocator of `context`, to be freed there: it has the
  * plan's own arrays (block->memory NULL) if they are in the host's memory already. */
 moe_status moe__plan_on_host(const moe_plan *plan, moe__plan_block *block, moe_context *context,
                              const moe__workers *workers);

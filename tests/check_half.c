@@ -2,12 +2,12 @@
  * docs/numerics.md says of 16-bit layers. */
 #include "half.h"
 #include "support/layer_cases.h"
+#include "support/layer_check.h"
 #include "support/suite.h"
 
 #include <check.h>
 #include <math.h>
 #include <stdlib.h>
-#include <string.h>
 
 static const int32_t halves[] = {MOE_DTYPE_BF16, MOE_DTYPE_F16};
 
@@ -20,18 +20,6 @@ static float widen(uint16_t h, int32_t dtype)
 static uint16_t narrow(float x, int32_t dtype)
 {
     return dtype == MOE_DTYPE_BF16 ? moe__to_bf16(x) : moe__to_f16(x);
-}
-static float float_of(uint32_t bits)
-{
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-static uint32_t bits_of(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
 }
 
 static uint32_t quiet_bit(int32_t dtype) { return dtype == MOE_DTYPE_BF16 ? 0x40 : 0x200; }
@@ -59,7 +47,7 @@ END_TEST
 /* One float against the test's own rounding in double. */
 static void narrows(uint32_t bits, int32_t dtype)
 {
-    float x = float_of(bits);
+    float x = moe__from_bits_f32(bits);
     uint16_t want, got = narrow(x, dtype);
     number_set(&want, 0, dtype, (double)x);
     if (isnan(x))
@@ -80,7 +68,7 @@ START_TEST(test_half_numbers_narrow_to_nearest_even_at_every_boundary)
         if (isnan(low) || isnan(high)) continue;
         if (isinf(low)) continue;
         if (isinf(high)) high = low + (low - (double)widen((uint16_t)(h - 1), dtype));
-        uint32_t middle = bits_of((float)((low + high) / 2));
+        uint32_t middle = moe__bits_f32((float)((low + high) / 2));
         for (uint32_t near = middle - 2; near != middle + 3; near++)
             narrows(near & 0x7fffffff, dtype), narrows(near | 0x80000000u, dtype);
     }
@@ -102,19 +90,8 @@ END_TEST
 /* Odd seeds: bound gradients have 16 bits as well. */
 static void compare(layer_case *c, uint64_t seed, int32_t dtype)
 {
-    layer_run r;
-    ref_result want;
     c->element = dtype, c->half_gradients = seed % 2 == 1;
-    layer_case_make(c, seed);
-    ref_run(&c->p, &want, 1);
-    layer_run_make(&r, c, dtype, NULL);
-    ck_assert_msg(layer_run_forward(&r) == MOE_OK, "%s: %s", c->name, moe_last_error());
-    ck_assert_msg(layer_run_backward(&r) == MOE_OK, "%s: %s", c->name, moe_last_error());
-    const char *difference = layer_run_compare(&r, &want);
-    ck_assert_msg(difference[0] == 0, "%s (seed %llu)", difference, (unsigned long long)seed);
-    layer_run_free(&r);
-    ref_free(&want);
-    layer_case_free(c);
+    layer_case_check(c, seed, dtype);
 }
 
 START_TEST(test_half_layer_agrees_with_reference)

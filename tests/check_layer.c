@@ -3,6 +3,7 @@
  * layer.h and pass.h. */
 #include "support/bad_fields.h"
 #include "support/layer_cases.h"
+#include "support/layer_check.h"
 #include "support/suite.h"
 
 #include <check.h>
@@ -12,33 +13,17 @@
 
 /* ---- the reference --------------------------------------------------------------------------- */
 
-static void compare(layer_case *c, uint64_t seed, int32_t dtype)
-{
-    layer_run r;
-    ref_result want;
-    layer_case_make(c, seed);
-    ref_run(&c->p, &want, 1);
-    layer_run_make(&r, c, dtype, NULL);
-    ck_assert_msg(layer_run_forward(&r) == MOE_OK, "%s: %s", c->name, moe_last_error());
-    ck_assert_msg(layer_run_backward(&r) == MOE_OK, "%s: %s", c->name, moe_last_error());
-    const char *difference = layer_run_compare(&r, &want);
-    ck_assert_msg(difference[0] == 0, "%s (seed %llu)", difference, (unsigned long long)seed);
-    layer_run_free(&r);
-    ref_free(&want);
-    layer_case_free(c);
-}
-
 START_TEST(test_layer_agrees_with_reference_in_f32)
 {
     layer_case c = layer_cases[_i];
-    compare(&c, (uint64_t)_i + 1, MOE_DTYPE_F32);
+    layer_case_check(&c, (uint64_t)_i + 1, MOE_DTYPE_F32);
 }
 END_TEST
 
 START_TEST(test_layer_agrees_with_reference_in_f64)
 {
     layer_case c = layer_cases[_i];
-    compare(&c, (uint64_t)_i + 1, MOE_DTYPE_F64);
+    layer_case_check(&c, (uint64_t)_i + 1, MOE_DTYPE_F64);
 }
 END_TEST
 
@@ -49,7 +34,7 @@ START_TEST(test_layer_agrees_with_reference_for_random_configurations)
     uint64_t state = 2026;
     for (int i = 0; i < count; i++) {
         layer_case c = layer_case_draw(&state);
-        compare(&c, (uint64_t)i, i % 4 == 0 ? MOE_DTYPE_F32 : MOE_DTYPE_F64);
+        layer_case_check(&c, (uint64_t)i, i % 4 == 0 ? MOE_DTYPE_F32 : MOE_DTYPE_F64);
     }
 }
 END_TEST
@@ -63,7 +48,7 @@ START_TEST(test_layer_agrees_with_reference_in_padded_rows)
         layer_case c = layer_case_draw(&state);
         if (c.no_experts || c.no_gate == 2) continue;
         c.padded_rows = (c.replay ? c.T * c.E : c.T) + 1; /* a plan may name an expert twice */
-        compare(&c, (uint64_t)i, MOE_DTYPE_F32);
+        layer_case_check(&c, (uint64_t)i, MOE_DTYPE_F32);
     }
 }
 END_TEST

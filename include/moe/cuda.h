@@ -52,8 +52,8 @@ typedef struct moe_cuda_config {
     int32_t device;                 /* ordinal; default MOE_CUDA_CURRENT */
     int32_t tf32;                   /* 1: products of f32 may round their factors to TF32, 10 bits;
                                        default 0: they are of f32 */
-    int64_t cublas_workspace_bytes; /* device memory of each pass for cuBLAS; default 32 MiB; 0: none,
-                                       products may be slower */
+    int64_t cublas_workspace_bytes; /* device memory of each pass for cuBLAS; default 32 MiB;
+                                       0: none, products may be slower */
     double wait_seconds;            /* what any wait on the host may take, above 0; then
                                        MOE_ERROR_TIMEOUT. Default 60 */
     int32_t check_pointers;         /* 1 (default): arguments that are no memory of the device and
@@ -108,8 +108,8 @@ typedef struct moe_cuda_pass_config {
 /* Writes every default and the caller's size. Returns as moe_context_config_init. Since 0.1. */
 MOE_API moe_status moe_cuda_pass_config_init(moe_cuda_pass_config *config, size_t size);
 
-/* Gives a pass a cuBLAS handle or workspace of the host, until the next moe_cuda_pass_set; both must
- * outlive the pass or that call. Not in the middle of a call of the pass.
+/* Gives a pass a cuBLAS handle or workspace of the host, until the next moe_cuda_pass_set; both
+ * must outlive the pass or that call. Not in the middle of a call of the pass.
  *   pass    of a context on a GPU
  *   config  NULL: the pass uses its own again
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT or an error of the struct's size. Since 0.1. */

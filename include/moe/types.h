@@ -61,13 +61,14 @@ typedef struct moe_pass moe_pass;       /* one micro-batch in flight; moe/pass.h
 /* Result of every call that can fail: MOE_OK (0) or a negative number of moe/status.h. */
 typedef int32_t moe_status;
 
-/* Element types. The dtype of gate, pool and layer is what numbers are stored as: x, gate_x, y, their
- * gradients, the experts' rows that a pass keeps, and parameters. They are also computed with, but
- * for MOE_DTYPE_BF16 and MOE_DTYPE_F16: then elements are widened when read, everything is computed
- * and summed in f32, and what is stored is rounded once, to nearest even. Of such a layer "real" is
- * f32: the dtype of logits, noise, the weights of a plan and their gradients, losses, statistics,
- * and, of an object's own memory, of gradients of parameters, selection_bias and threshold. A
- * layer's plan has dtype real. Not on several ranks, MOE_ERROR_NOT_SUPPORTED. */
+/* Element types. The dtype of gate, pool and layer is what numbers are stored as: x, gate_x, y,
+ * their gradients, the experts' rows that a pass keeps, and parameters. They are also computed
+ * with, but for MOE_DTYPE_BF16 and MOE_DTYPE_F16: then elements are widened when read, everything
+ * is computed and summed in f32, and what is stored is rounded once, to nearest even; on CUDA what
+ * an expert with biases adds them to is rounded before the addition as well. Of such a layer "real"
+ * is f32: the dtype of logits, noise, the weights of a plan and their gradients, losses,
+ * statistics, and, of an object's own memory, of gradients of parameters, selection_bias and
+ * threshold. A layer's plan has dtype real. Not on several ranks, MOE_ERROR_NOT_SUPPORTED. */
 enum {
     MOE_DTYPE_F32 = 0,  /* IEEE binary32 */
     MOE_DTYPE_F64 = 1,  /* IEEE binary64 */

@@ -1,5 +1,5 @@
-/* batch.c - what is known of a batch before anything is computed: the entries of tokens whose number
- * is fixed, the token groups, the mask, and the rows of an expert in each group. */
+/* batch.c - what is known of a batch before anything is computed: the entries of tokens whose
+ * number is fixed, the token groups, the mask, and the rows of an expert in each group. */
 #include "capacity.h"
 #include "cpu/kernels.h"
 

@@ -25,8 +25,8 @@ moe_status MOE_KERNEL(dispatch_forward)(moe__rows_job *job)
                                job->workers.function);
 }
 
-/* Sums a stretch of one token's rows; the stretch stays in a register block. The flags are constants
- * at every call. */
+/* Sums a stretch of one token's rows; the stretch stays in a register block. The flags are
+ * constants at every call. */
 V_INLINE void backward_token_of(const moe__rows_job *job, int64_t t, const int rows_wide,
                                 const int tokens_wide)
 {

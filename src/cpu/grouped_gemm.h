@@ -3,10 +3,10 @@
  *     rows:  out[r,:] (=|+=) (scale_r a[r,:]) b_e (+ bias_e)    for the rows r of each expert e
  *     dw:    dw_e (=|+=) sum over e's rows of a[r,:]^T g[r,:],  dbias_e (=|+=) sum of g[r,:]
  *
- * Strides count elements: the kernel's `element`, or its `real` where an operand is `wide`; they are
- * the same type in the f32 and f64 tables. dX is the first with the strides of the
- * weights exchanged. Each element of a product is one chain of fused multiply-adds from +0 in
- * ascending index of the summed dimension; docs/numerics.md has the rule for sums over rows. */
+ * Strides count elements: the kernel's `element`, or its `real` where an operand is `wide`; they
+ * are the same type in the f32 and f64 tables. dX is the first with the strides of the weights
+ * exchanged. Each element of a product is one chain of fused multiply-adds from +0 in ascending
+ * index of the summed dimension; docs/numerics.md has the rule for sums over rows. */
 #ifndef MOE_CPU_GROUPED_GEMM_H
 #define MOE_CPU_GROUPED_GEMM_H
 
@@ -35,9 +35,10 @@ enum { MOE__PANEL = 32 };
  *     (i,j) at  base + e stride_expert + offset + (j / panel) panel_step + i MOE__PANEL + j % panel
  *
  * A matrix by itself has panel = MOE__PANEL; W1 and W3 of a gated expert have half of each panel:
- * panel = MOE__PANEL / 2, offset 0 and MOE__PANEL / 2. There stride_row is MOE__PANEL, stride_col 1,
- * panel_step rows * MOE__PANEL; what of the last panel is beyond the matrix is 0 and stays 0. The
- * transposed matrix, its strides exchanged, has the same panels, cut along its rows. */
+ * panel = MOE__PANEL / 2, offset 0 and MOE__PANEL / 2. There stride_row is MOE__PANEL,
+ * stride_col 1, panel_step rows * MOE__PANEL; what of the last panel is beyond the matrix is 0 and
+ * stays 0. The transposed matrix, its strides exchanged, has the same panels, cut along its
+ * rows. */
 typedef struct moe__matrices {
     void *base;
     void *const *each;

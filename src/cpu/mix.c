@@ -3,7 +3,8 @@
  *     width 1:  s = sigmoid(x w)               of the shared part
  *     width 2:  c = softmax(x W + b)           of routed and residual part
  *
- * x [T,D] and W [D,width] are elements, coefficients and weights are reals. The weights of a plan's entries are multiplied by them. */
+ * x [T,D] and W [D,width] are elements, coefficients and weights are reals. The weights of a plan's
+ * entries are multiplied by them. */
 #include "cpu/kernels.h"
 #include "cpu/route.h"
 #include "cpu/tiles.h"
