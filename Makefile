@@ -14,7 +14,7 @@ DESTDIR ?=
 WERROR ?= 1
 SANITIZE ?=
 PKG_CONFIG ?= pkg-config
-# Files compiled at once by check and demo, where make was called without -j.
+# Files compiled at once by check and demo, where make was called without -j; test programs run at once.
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 AT_ONCE = $(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS))
 # The scripts of tests/ use the same compiler.
@@ -43,7 +43,8 @@ CFLAGS ?=
 
 CORE := $(wildcard src/*.c) $(filter-out src/comm/mpi.c,$(wildcard src/comm/*.c))
 KERNELS := $(filter-out src/cpu/dispatch_isa.c,$(wildcard src/cpu/*.c))
-VARIANTS := f32_plain f64_plain bf16_plain f16_plain
+PLAIN_VARIANTS := f32_plain f64_plain bf16_plain f16_plain
+VARIANTS := $(PLAIN_VARIANTS)
 # What is stored; f32 is the sources' own.
 ELEMENT_f64 := -DMOE_F64
 ELEMENT_bf16 := -DMOE_BF16
@@ -84,7 +85,7 @@ endif
 # Rebuild everything when compiler or flags change, link again when a source came or went.
 FLAGS_STAMP := $(BUILD)/flags
 OBJECTS_STAMP := $(BUILD)/objects
-FLAGS_TEXT = $(CC) $(SHIPPED) $(CFLAGS) $(LDFLAGS) $(VARIANTS)
+FLAGS_TEXT = $(CC) $(SHIPPED) $(CFLAGS) $(LDFLAGS) $(VARIANTS) $(ISA_FLAGS_plain)
 QUOTED = '$(subst ','\'',$(strip $(1)))'
 STAMP = @mkdir -p $(@D); printf '%s\n' $(call QUOTED,$(1)) | cmp -s - $@ || printf '%s\n' $(call QUOTED,$(1)) >$@
 $(FLAGS_STAMP): force
@@ -405,7 +406,7 @@ help:
 	@sed -n 's/^#: //p' Makefile
 
 #: make                build lib/libmoe.a and lib/libmoe.so (CC=, CFLAGS=, WERROR=0, BUILD=, LIB=)
-#: make check          all tests of the first tier, under five minutes (check and demo compile JOBS= files at once)
+#: make check          all tests of the first tier, under five minutes (JOBS= files compiled and programs run at once)
 #: make check-examples examples, with what they print; check-tutorial; tutorial refreshes docs/tutorial.md
 #: make check-python  the Python package, installed and tested; check-torch, compare-torch, check-libtorch
 #: make check-torch-current  the same with PyPI's PyTorch (gigabytes)

@@ -83,7 +83,8 @@ START_TEST(test_determinism_over_threads_and_instruction_sets)
 }
 END_TEST
 
-/* Every configuration of the table, ten times as many tokens: each step has several tasks. */
+/* Every configuration of the table, ten times as many tokens: each step has several tasks. Under a
+ * sanitizer the element types take turns. */
 START_TEST(test_determinism_of_every_configuration)
 {
     layer_case c = layer_cases[_i];
@@ -91,6 +92,7 @@ START_TEST(test_determinism_of_every_configuration)
     if (c.capacity > 0) c.capacity *= 8;
     layer_case_make(&c, 7);
     for (int32_t dtype = MOE_DTYPE_F32; dtype <= MOE_DTYPE_F16; dtype++) {
+        if (getenv("MOE_SANITIZED") && dtype != _i % 4) continue;
         moe_context_config k = with(1, MOE_ISA_PLAIN);
         uint64_t want = step_hash(&c, dtype, &k);
         for (int32_t isa = MOE_ISA_AUTO; isa <= MOE_ISA_AVX512; isa++) {

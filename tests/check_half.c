@@ -44,18 +44,17 @@ START_TEST(test_half_numbers_widen_exactly_and_come_back)
 }
 END_TEST
 
-/* One float against the test's own rounding in double. */
+/* One float against the test's own rounding in double. Of millions Check would keep every place. */
 static void narrows(uint32_t bits, int32_t dtype)
 {
     float x = moe__from_bits_f32(bits);
     uint16_t want, got = narrow(x, dtype);
     number_set(&want, 0, dtype, (double)x);
-    if (isnan(x))
-        ck_assert_msg(isnan(widen(got, dtype)) && (got & quiet_bit(dtype)) &&
-                          got >> 15 == bits >> 31,
-                      "NaN %#x narrows to %#x", bits, got);
-    else
-        ck_assert_msg(got == want, "%a narrows to %#x, want %#x", (double)x, got, want);
+    if (!isnan(x)) {
+        if (got != want) ck_abort_msg("%a narrows to %#x, want %#x", (double)x, got, want);
+    } else if (!isnan(widen(got, dtype)) || !(got & quiet_bit(dtype)) || got >> 15 != bits >> 31) {
+        ck_abort_msg("NaN %#x narrows to %#x", bits, got);
+    }
 }
 
 /* Every boundary between two numbers of 16 bits, and the floats beside it. */

@@ -1,23 +1,28 @@
 #!/bin/sh
-# run_programs.sh COMMAND... - runs each command, prints its last line and whether it passed, and ends
-# with "N passed, M failed". A failing command's output is printed whole.
-passed=0
-failed=0
-log=$(mktemp) || exit 1
-trap 'rm -f "$log"' EXIT
-for command in "$@"; do
-    begin=$(date +%s)
-    if sh -c "$command" >"$log" 2>&1 </dev/null; then
-        passed=$((passed + 1))
-        word=ok
-    else
-        failed=$((failed + 1))
-        word=FAILED
-        cat "$log"
-    fi
-    end=$(date +%s)
-    name=$(echo "$command" | sed 's|[^ ]*/tests/||; s|^sh tests/||; s|^valgrind.* ||')
-    printf '%-6s %4ds  %-34s %s\n' "$word" "$((end - begin))" "$name" "$(tail -n 1 "$log" | cut -c1-110)"
-done
-echo "$passed passed, $failed failed"
-test "$failed" -eq 0
+# run_programs.sh COMMAND... - runs the commands, JOBS at a time (default 1); as each ends prints its last line,
+# whether it passed and its seconds, and at last "N passed, M failed". A failing command's output is printed whole.
+if [ "$1" != --one ]; then
+    dir=$(mktemp -d) || exit 1
+    trap 'rm -rf "$dir"' EXIT
+    trap 'exit 1' INT TERM
+    printf '%s\0' "$@" | xargs -0 -n 1 -P "${JOBS:-1}" sh "$0" --one "$dir"
+    passed=$(find "$dir" -name '*.ok' | wc -l)
+    failed=$(($# - passed))
+    echo "$passed passed, $failed failed"
+    test "$failed" -eq 0
+    exit
+fi
+
+# --one DIRECTORY COMMAND
+log=$2/$$
+command=$3
+word=ok
+begin=$(date +%s)
+sh -c "$command" >"$log" 2>&1 </dev/null || word=FAILED
+end=$(date +%s)
+name=$(echo "$command" | sed 's|[^ ]*/tests/||; s|^sh tests/||; s|^valgrind.* ||')
+until mkdir "$2/printing" 2>/dev/null; do sleep 0.1; done
+[ $word = ok ] || cat "$log"
+printf '%-6s %4ds  %-34s %s\n' $word "$((end - begin))" "$name" "$(tail -n 1 "$log" | cut -c1-110)"
+rmdir "$2/printing"
+mv "$log" "$log.$word"

@@ -104,8 +104,10 @@ $(foreach f,$(MPIS),$(eval $(call MPI_PROGRAM_RULE,$(f))))
 
 test-programs: check-have-check $(SUITES) $(HOSTS) $(EXAMPLES) $(BUILD)/run_vectors
 
-# Each argument of run_programs.sh is one command; it prints their closing lines and the sum.
-RUN := sh tests/run_programs.sh
+# Each argument of run_programs.sh is one command; it prints their closing lines and the sum. As many at once as
+# there are JOBS; one after the other what has several processes, a GPU, or both.
+RUN_ALONE := JOBS=1 sh tests/run_programs.sh
+RUN := JOBS=$(JOBS) sh tests/run_programs.sh
 VECTORS = "$(BUILD)/run_vectors tests/vectors"
 SCRIPTS = "sh tests/headers/check.sh $(LIB)" "sh tests/abi/check.sh $(LIB)" \
     "sh tests/packaging/check_install.sh $(BUILD)" "sh tests/packaging/check_options.sh"
@@ -142,7 +144,7 @@ RANKS ?= 2 3
 .PHONY: check-mpi
 check-mpi: $(MPI_PROGRAMS) $(MPI_BENCHES) $(BUILD)/demo $(MPIS:%=$(BUILD)/demo_mpi_%)
 	@test -n '$(MPI_TESTED)' || { echo 'check-mpi needs an MPI: apt-get install libopenmpi-dev openmpi-bin'; exit 1; }
-	@$(RUN) $(foreach f,$(MPI_TESTED),"sh tests/ranks/check_mpi.sh $(BUILD) $(f) $(RANKS)" \
+	@$(RUN_ALONE) $(foreach f,$(MPI_TESTED),"sh tests/ranks/check_mpi.sh $(BUILD) $(f) $(RANKS)" \
 	    "MPI=$(f) sh tests/ranks/check_demo_mpi.sh $(BUILD)")
 
 # ---- Python and PyTorch -----------------------------------------------------------------------------
@@ -159,7 +161,7 @@ PY_PARTNERS = safetensors $(if $(MPIS),mpi4py)
 $(VENV)/installed: $(PY_SOURCES)
 	@mkdir -p $(BUILD)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv --system-site-packages $(VENV)
-	$(VENV)/bin/pip install -q --no-deps --force-reinstall ./examples/python
+	CFLAGS='-O1 -g0 $(CFLAGS)' $(VENV)/bin/pip install -q --no-deps --force-reinstall ./examples/python
 	-$(VENV)/bin/pip install -q --no-deps $(PY_PARTNERS)
 	@touch $@
 
@@ -232,14 +234,20 @@ check-cuda-missing: cuda $(LIB)/libmoe.a
 
 # ---- sanitizers and valgrind ------------------------------------------------------------------------
 
+# With a sanitizer -O3 and -g take three times as long to compile as -O1 and the lines that a report names.
+SANITIZED_CFLAGS = -O1 -g1 $(CFLAGS)
 check-asan:
-	CK_FORK=no $(MAKE) BUILD=build-asan SANITIZE=address,undefined check-suites
+	CK_FORK=no MOE_SANITIZED=1 $(MAKE) BUILD=build-asan SANITIZE=address,undefined CFLAGS='$(SANITIZED_CFLAGS)' check-suites
 
+# What threads share does not depend on the instruction set: the plain variants, with AVX2 where that is there,
+# since a fused multiply-add without is a call.
+TSAN_ISA = $(if $(HAVE_X86),$(shell grep -qw avx2 /proc/cpuinfo && echo '$(ISA_FLAGS_avx2)'))
 THREADED := threads determinism experts layer comm ranks
+TSAN_PROGRAMS := $(THREADED:%=build-tsan/tests/check_%) $(HOSTS:$(BUILD)/%=build-tsan/%)
 check-tsan:
-	$(MAKE) BUILD=build-tsan SANITIZE=thread test-programs
-	@MOE_SANITIZED=1 $(RUN) $(foreach s,$(THREADED),build-tsan/tests/check_$(s)) \
-	    $(patsubst tests/hosts/%.c,build-tsan/tests/hosts/%,$(wildcard tests/hosts/*.c))
+	$(MAKE) BUILD=build-tsan SANITIZE=thread CFLAGS='$(SANITIZED_CFLAGS)' VARIANTS='$(PLAIN_VARIANTS)' HAVE_X86= \
+	    ISA_FLAGS_plain='$(TSAN_ISA)' $(TSAN_PROGRAMS)
+	@MOE_SANITIZED=1 MOE_FEW=1 $(RUN) $(TSAN_PROGRAMS)
 
 VALGRIND := valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite,possible
 NEED = @command -v $(1) >/dev/null || { echo 'This needs $(1): apt-get install $(2)'; exit 1; }

@@ -39,7 +39,7 @@ GPU_TESTED := $(if $(HAVE_CUDA),$(GPU_DIR)/device_here $(GPU_SUITES) $(GPU_DIR)/
 .PHONY: check-cuda check-cuda-sanitizer bench-cuda check-cuda-users
 # A process that has a context of CUDA cannot be forked: no test has one of its own.
 check-cuda: $(GPU_TESTED)
-	@$(IF_GPU) CK_FORK=no $(RUN) $(GPU_SUITES) "$(GPU_DIR)/run_vectors tests/vectors" \
+	@$(IF_GPU) CK_FORK=no $(RUN_ALONE) $(GPU_SUITES) "$(GPU_DIR)/run_vectors tests/vectors" \
 	    "sh tests/cuda/check_example.sh $(BUILD)/examples/13_cuda"; fi
 
 # memcheck finds bad addresses and leaks, racecheck races in shared memory, initcheck reads of what was never
@@ -49,7 +49,7 @@ SANITIZED ?= $(GPU_SUITES) "$(GPU_DIR)/run_vectors tests/vectors"
 SANITIZER := $(CUDA)/bin/compute-sanitizer
 SANITIZER_FLAGS_memcheck := --leak-check full
 check-cuda-sanitizer: $(GPU_TESTED)
-	@$(IF_GPU) CK_FORK=no $(RUN) $(foreach t,$(SANITIZERS),$(foreach p,$(SANITIZED), \
+	@$(IF_GPU) CK_FORK=no $(RUN_ALONE) $(foreach t,$(SANITIZERS),$(foreach p,$(SANITIZED), \
 	    "$(SANITIZER) --tool $(t) $(SANITIZER_FLAGS_$(t)) --error-exitcode 9 $(subst ",,$(p))")); fi
 
 # ---- the benchmark ------------------------------------------------------------------------------------

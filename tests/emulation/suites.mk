@@ -18,7 +18,7 @@ EMU_SUITE_FLAGS = $(COMMON) -O1 $(CFLAGS) -MMD -MP -MF $@.d -MT $@ -Itests -Icud
 EMU_CHECK_FLAGS = $(CHECK_CFLAGS) -Isrc/cpu -MMD -MP -MF $@.d -MT $@ $(MATH)
 
 $(EMU_MOE): force
-	@$(MAKE) -s BUILD=$(EMU)/moe/build LIB=$(EMU)/moe VARIANTS="f32_plain f64_plain bf16_plain f16_plain" HAVE_X86= \
+	@$(MAKE) -s BUILD=$(EMU)/moe/build LIB=$(EMU)/moe VARIANTS="$(PLAIN_VARIANTS)" HAVE_X86= \
 	    NO_CUDA=1 NO_MPI=1 SANITIZE= $(EMU_MOE)
 
 # $(1): the flavour. check_calls and traffic_table are programs of the layer's calls alone.

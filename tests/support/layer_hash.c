@@ -40,8 +40,9 @@ static void draw_ids(layer_case *c)
     ck_assert_int_eq(v.entries, c->T * c->K);
     for (int64_t n = 0; n < v.entries; n++) {
         c->ids[n] = v.expert_of_entry[n];
-        ck_assert_int_lt(c->ids[n], c->E);
-        for (int64_t m = n / c->K * c->K; m < n; m++) ck_assert_int_ne(c->ids[m], c->ids[n]);
+        if (c->ids[n] >= c->E) ck_abort_msg("expert %d", (int)c->ids[n]);
+        for (int64_t m = n / c->K * c->K; m < n; m++)
+            if (c->ids[m] == c->ids[n]) ck_abort_msg("expert %d twice", (int)c->ids[n]);
     }
     moe_pass_destroy(pass), moe_layer_destroy(layer), moe_gate_destroy(gate);
     moe_experts_destroy(pool), moe_context_destroy(context);
