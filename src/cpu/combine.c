@@ -7,21 +7,50 @@
  *
  * o is the identity or the logistic function; output_backward is its gradient. Weights and
  * entry_weight_grad are reals, all matrices are elements. */
+#include "cpu/ahead.h"
 #include "cpu/kernels.h"
 #include "cpu/lanes.h"
+
+/* acc[0 .. vectors VEC_N) for the columns from j of token t; the columns stay in registers. */
+V_INLINE void accumulate_vectors(const int vectors, const moe__rows_job *job, int64_t t, int64_t j,
+                                 real *acc)
+{
+    const moe__plan_arrays *p = job->plan;
+    const real *weight = job->weights ? job->weights : p->weight_of_entry;
+    vec sum[SUM_VECTORS];
+    V_UNROLL
+    for (int v = 0; v < vectors; v++) sum[v] = v_zero();
+    for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++) {
+        if (p->row_of_entry[n] < 0) continue;
+        const element *in = (const element *)job->rows_in +
+                            p->row_of_entry[n] * job->rows_in_stride + j;
+        vec w = v_set1(job->unweighted ? R(1.0) : weight[n]);
+        V_UNROLL
+        for (int v = 0; v < vectors; v++) sum[v] = v_fma(w, v_get(in + v * VEC_N), sum[v]);
+    }
+    V_UNROLL
+    for (int v = 0; v < vectors; v++) v_store(acc + v * VEC_N, sum[v]);
+}
 
 /* acc[0..width) for the columns from j of token t. */
 static void accumulate(const moe__rows_job *job, int64_t t, int64_t j, int64_t width, real *acc)
 {
     const moe__plan_arrays *p = job->plan;
     const real *weight = job->weights ? job->weights : p->weight_of_entry;
-    for (int64_t i = 0; i < width; i++) acc[i] = R(0.0);
-    for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++) {
+    int64_t whole = width / VEC_N * VEC_N;
+    look_ahead(job, t, j, width, 0);
+    if (width == STRETCH) {
+        accumulate_vectors(SUM_VECTORS, job, t, j, acc);
+        return;
+    }
+    for (int64_t i = 0; i < whole; i += VEC_N) accumulate_vectors(1, job, t, j + i, acc + i);
+    for (int64_t i = whole; i < width; i++) acc[i] = R(0.0);
+    for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1] && whole < width; n++) {
         if (p->row_of_entry[n] < 0) continue;
         const element *in = (const element *)job->rows_in +
                             p->row_of_entry[n] * job->rows_in_stride + j;
         real w = job->unweighted ? R(1.0) : weight[n];
-        for (int64_t i = 0; i < width; i++) acc[i] = r_fma(w, get(in[i]), acc[i]);
+        for (int64_t i = whole; i < width; i++) acc[i] = r_fma(w, get(in[i]), acc[i]);
     }
 }
 
@@ -34,7 +63,6 @@ static int has_rows(const moe__plan_arrays *p, int64_t t)
 
 static void forward_token(const moe__rows_job *job, int64_t t)
 {
-    enum { STRETCH = 64 };
     element *out = (element *)job->tokens_out + t * job->tokens_out_stride;
     int masked = job->token_mask && !job->token_mask[t];
     int dropped = job->dropped != MOE_DROPPED_ZERO && !masked && !has_rows(job->plan, t);
@@ -75,6 +103,7 @@ static void backward_range(void *argument, int64_t begin, int64_t end)
     real *grad = job->entry_weight_grad;
     for (int64_t t = begin; t < end; t++) {
         const element *d = (const element *)job->tokens_in + t * job->tokens_in_stride;
+        if (grad) look_ahead(job, t, 0, job->width, 0);
         for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++) {
             int64_t row = p->row_of_entry[n];
             if (grad) grad[n] = R(0.0);

@@ -3,8 +3,8 @@
  *     forward:   rows_out[r] = tokens_in[token_of_row[r]]
  *     backward:  tokens_out[t] (=|+=) sum over the rows of t, in order of entry, of rows_in[row];
  *                of tokens_in[t] for a token without rows that passed through */
+#include "cpu/ahead.h"
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
 
 #include <string.h>
 
@@ -25,35 +25,73 @@ moe_status MOE_KERNEL(dispatch_forward)(moe__rows_job *job)
                                job->workers.function);
 }
 
-/* Sums a stretch of one token's rows; the stretch stays in a register block. The flags are
- * constants at every call. */
+/* The rows of entries [first, last) of a token, of which `first` has one. */
+typedef struct token_rows {
+    const moe__rows_job *job;
+    int64_t first, last;
+} token_rows;
+
+/* sum[0 .. vectors VEC_N) over a token's rows, columns from j; the columns stay in registers. */
+V_INLINE void sum_vectors(const int vectors, const token_rows *t, int64_t j, const int wide,
+                          real *sum)
+{
+    const moe__rows_job *job = t->job;
+    const int64_t *row = job->plan->row_of_entry, stride = job->rows_in_stride;
+    vec acc[SUM_VECTORS];
+    V_UNROLL
+    for (int v = 0; v < vectors; v++)
+        acc[v] = v_get_at(job->rows_in, row[t->first] * stride + j + v * VEC_N, wide);
+    for (int64_t n = t->first + 1; n < t->last; n++) {
+        if (row[n] < 0) continue;
+        V_UNROLL
+        for (int v = 0; v < vectors; v++)
+            acc[v] = v_add(acc[v],
+                           v_get_at(job->rows_in, row[n] * stride + j + v * VEC_N, wide));
+    }
+    V_UNROLL
+    for (int v = 0; v < vectors; v++) v_store(sum + v * VEC_N, acc[v]);
+}
+
+/* sum[0..width) likewise. */
+V_INLINE void sum_rows(const token_rows *t, int64_t j, int64_t width, const int wide, real *sum)
+{
+    const moe__rows_job *job = t->job;
+    const int64_t *row = job->plan->row_of_entry, stride = job->rows_in_stride;
+    int64_t i = 0;
+    if (width == STRETCH) {
+        sum_vectors(SUM_VECTORS, t, j, wide, sum);
+        return;
+    }
+    for (; i + VEC_N <= width; i += VEC_N) sum_vectors(1, t, j + i, wide, sum + i);
+    for (; i < width; i++) {
+        sum[i] = get_at(job->rows_in, row[t->first] * stride + j + i, wide);
+        for (int64_t n = t->first + 1; n < t->last; n++)
+            if (row[n] >= 0) sum[i] = sum[i] + get_at(job->rows_in, row[n] * stride + j + i, wide);
+    }
+}
+
+/* Sums one token's rows, stretch by stretch. The flags are constants at every call. */
 V_INLINE void backward_token_of(const moe__rows_job *job, int64_t t, const int rows_wide,
                                 const int tokens_wide)
 {
-    enum { STRETCH = 64 };
     const moe__plan_arrays *p = job->plan;
+    token_rows rows = {job, p->token_begin[t], p->token_begin[t + 1]};
     void *out = place_at(job->tokens_out, t * job->tokens_out_stride, tokens_wide);
     int masked = job->token_mask && !job->token_mask[t];
     const element *passed = job->dropped == MOE_DROPPED_PASS_THROUGH && !masked
                                 ? (const element *)job->tokens_in + t * job->tokens_in_stride
                                 : NULL;
+    while (rows.first < rows.last && p->row_of_entry[rows.first] < 0) rows.first++;
+    int any = rows.first < rows.last;
     for (int64_t j = 0; j < job->width; j += STRETCH) {
         int64_t width = moe__min(STRETCH, job->width - j);
         real sum[STRETCH];
-        int any = 0;
-        for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++) {
-            if (p->row_of_entry[n] < 0) continue;
-            const void *in = place_at(job->rows_in, p->row_of_entry[n] * job->rows_in_stride + j,
-                                      rows_wide);
-            for (int64_t i = 0; i < width; i++)
-                sum[i] = any ? sum[i] + get_at(in, i, rows_wide) : get_at(in, i, rows_wide);
-            any = 1;
-        }
-        for (int64_t i = 0; i < width; i++) {
-            real total = any ? sum[i] : passed ? get(passed[j + i]) : R(0.0);
-            put_at(out, j + i, tokens_wide,
-                   job->add ? get_at(out, j + i, tokens_wide) + total : total);
-        }
+        look_ahead(job, t, j, width, rows_wide);
+        if (any) sum_rows(&rows, j, width, rows_wide, sum);
+        for (int64_t i = 0; i < width && !any; i++) sum[i] = passed ? get(passed[j + i]) : R(0.0);
+        for (int64_t i = 0; i < width && job->add; i++)
+            sum[i] = get_at(out, j + i, tokens_wide) + sum[i];
+        for (int64_t i = 0; i < width; i++) put_at(out, j + i, tokens_wide, sum[i]);
     }
 }
 

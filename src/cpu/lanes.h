@@ -19,20 +19,42 @@ static inline real lane_tree(real lane[16])
     return lane[0] + lane[1];
 }
 
+/* Written in vectors, as what follows: gcc makes 16 scalar chains of the plain loop. */
+enum { VECTORS = 16 / VEC_N };
+
 static inline real lane_sum(const real *a, int64_t n)
 {
-    real lane[16] = {R(0.0)};
+    real lane[16];
+    vec sum[VECTORS];
     int64_t i = 0;
+    for (int v = 0; v < VECTORS; v++) sum[v] = v_zero();
     for (; i + 16 <= n; i += 16)
-        for (int l = 0; l < 16; l++) lane[l] = lane[l] + a[i + l];
+        for (int v = 0; v < VECTORS; v++) sum[v] = v_add(sum[v], v_load(a + i + v * VEC_N));
+    for (int v = 0; v < VECTORS; v++) v_store(lane + v * VEC_N, sum[v]);
     for (int l = 0; i < n; i++, l++) lane[l] = lane[l] + a[i];
     return lane_tree(lane);
 }
 
-/* Of elements, or of reals. Written in vectors: gcc makes 16 scalar chains of the plain loop. */
+/* The largest of a[0..n), n >= 1, but for NaNs after the first element; a[0] if that is one. */
+static inline real lane_max(const real *a, int64_t n)
+{
+    real lane[16], max = a[0];
+    vec most[VECTORS];
+    int64_t i = 0;
+    if (n >= 16) {
+        for (int v = 0; v < VECTORS; v++) most[v] = v_set1(max);
+        for (; i + 16 <= n; i += 16)
+            for (int v = 0; v < VECTORS; v++) most[v] = v_max(v_load(a + i + v * VEC_N), most[v]);
+        for (int v = 0; v < VECTORS; v++) v_store(lane + v * VEC_N, most[v]);
+        for (int l = 0; l < 16; l++) max = lane[l] > max ? lane[l] : max;
+    }
+    for (; i < n; i++) max = a[i] > max ? a[i] : max;
+    return max;
+}
+
+/* Of elements, or of reals. */
 V_INLINE real lane_dot_of(const void *a, const void *b, int64_t n, const int wide)
 {
-    enum { VECTORS = 16 / VEC_N };
     real lane[16];
     vec sum[VECTORS];
     int64_t i = 0;

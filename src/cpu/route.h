@@ -11,8 +11,7 @@
 /* v[0..n) = exp(in - max) and returns their sum; *max out. in and v may be the same. */
 static inline real exp_shifted(real *v, const real *in, int64_t n, real *max)
 {
-    real m = in[0];
-    for (int64_t i = 1; i < n; i++) m = in[i] > m ? in[i] : m;
+    real m = lane_max(in, n);
     for (int64_t i = 0; i < n; i++) v[i] = r_exp(in[i] - m);
     if (max) *max = m;
     return lane_sum(v, n);

@@ -1,9 +1,10 @@
 /* simd.h - one vector of `real` on each instruction set: the only file of src/cpu with intrinsics.
  *
  * vec holds VEC_N elements. v_load and v_store need no alignment; v_stream does, goes past the
- * caches where there is a way, and is seen by other threads after a v_fence. v_fma(a,b,c) = a b + c rounds
- * once. v_zip_low(a,b) = a0 b0 a1 b1 .. of the lower halves, v_zip_high of the upper ones. Without
- * vector hardware a vec is a small array and the fused multiply-add is the C library's.
+ * caches where there is a way, and is seen by other threads after a v_fence. v_fma(a,b,c) = a b + c
+ * rounds once. v_max(a,b) = a > b ? a : b, so b where one is a NaN; bit i of v_above(a,b) is a > b
+ * of element i. v_zip_low(a,b) = a0 b0 a1 b1 .. of the lower halves, v_zip_high of the upper ones.
+ * Without vector hardware a vec is a small array and the fused multiply-add is the C library's.
  * TILE_M x TILE_V vectors of accumulators fit the registers with room for TILE_V of b and one of
  * a. */
 #ifndef MOE_CPU_SIMD_H
@@ -35,6 +36,8 @@ V_INLINE vec v_add(vec a, vec b) { return _mm512_add_pd(a, b); }
 V_INLINE vec v_sub(vec a, vec b) { return _mm512_sub_pd(a, b); }
 V_INLINE vec v_mul(vec a, vec b) { return _mm512_mul_pd(a, b); }
 V_INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_pd(a, b, c); }
+V_INLINE vec v_max(vec a, vec b) { return _mm512_max_pd(a, b); }
+V_INLINE uint32_t v_above(vec a, vec b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
 V_INLINE vec v_zip_low(vec a, vec b)
 {
     return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
@@ -54,6 +57,8 @@ V_INLINE vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
 V_INLINE vec v_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
 V_INLINE vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
 V_INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+V_INLINE vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
+V_INLINE uint32_t v_above(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 V_INLINE vec v_zip_low(vec a, vec b)
 {
     const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -82,6 +87,11 @@ V_INLINE vec v_add(vec a, vec b) { return _mm256_add_pd(a, b); }
 V_INLINE vec v_sub(vec a, vec b) { return _mm256_sub_pd(a, b); }
 V_INLINE vec v_mul(vec a, vec b) { return _mm256_mul_pd(a, b); }
 V_INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_pd(a, b, c); }
+V_INLINE vec v_max(vec a, vec b) { return _mm256_max_pd(a, b); }
+V_INLINE uint32_t v_above(vec a, vec b)
+{
+    return (uint32_t)_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ));
+}
 V_INLINE vec v_zip_low(vec a, vec b)
 {
     return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);
@@ -101,6 +111,11 @@ V_INLINE vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
 V_INLINE vec v_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
 V_INLINE vec v_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
 V_INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+V_INLINE vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
+V_INLINE uint32_t v_above(vec a, vec b)
+{
+    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
 V_INLINE vec v_zip_low(vec a, vec b)
 {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
@@ -125,6 +140,12 @@ V_INLINE vec v_add(vec a, vec b) { return vaddq_f64(a, b); }
 V_INLINE vec v_sub(vec a, vec b) { return vsubq_f64(a, b); }
 V_INLINE vec v_mul(vec a, vec b) { return vmulq_f64(a, b); }
 V_INLINE vec v_fma(vec a, vec b, vec c) { return vfmaq_f64(c, a, b); }
+V_INLINE vec v_max(vec a, vec b) { return vbslq_f64(vcgtq_f64(a, b), a, b); }
+V_INLINE uint32_t v_above(vec a, vec b)
+{
+    uint64x2_t above = vcgtq_f64(a, b);
+    return (uint32_t)((vgetq_lane_u64(above, 0) & 1) | (vgetq_lane_u64(above, 1) & 2));
+}
 V_INLINE vec v_zip_low(vec a, vec b) { return vzip1q_f64(a, b); }
 V_INLINE vec v_zip_high(vec a, vec b) { return vzip2q_f64(a, b); }
 #else
@@ -137,6 +158,12 @@ V_INLINE vec v_add(vec a, vec b) { return vaddq_f32(a, b); }
 V_INLINE vec v_sub(vec a, vec b) { return vsubq_f32(a, b); }
 V_INLINE vec v_mul(vec a, vec b) { return vmulq_f32(a, b); }
 V_INLINE vec v_fma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
+V_INLINE vec v_max(vec a, vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+V_INLINE uint32_t v_above(vec a, vec b)
+{
+    const uint32_t bit[4] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(vcgtq_f32(a, b), vld1q_u32(bit)));
+}
 V_INLINE vec v_zip_low(vec a, vec b) { return vzip1q_f32(a, b); }
 V_INLINE vec v_zip_high(vec a, vec b) { return vzip2q_f32(a, b); }
 #endif
@@ -165,12 +192,19 @@ V_EACH(v_add(vec a, vec b), a.v[i] + b.v[i])
 V_EACH(v_sub(vec a, vec b), a.v[i] - b.v[i])
 V_EACH(v_mul(vec a, vec b), a.v[i] * b.v[i])
 V_EACH(v_fma(vec a, vec b, vec c), r_fma(a.v[i], b.v[i], c.v[i]))
+V_EACH(v_max(vec a, vec b), a.v[i] > b.v[i] ? a.v[i] : b.v[i])
 V_EACH(v_zip_low(vec a, vec b), (i % 2 ? b : a).v[i / 2])
 V_EACH(v_zip_high(vec a, vec b), (i % 2 ? b : a).v[VEC_N / 2 + i / 2])
 #undef V_EACH
 V_INLINE void v_store(real *p, vec a)
 {
     for (int i = 0; i < VEC_N; i++) p[i] = a.v[i];
+}
+V_INLINE uint32_t v_above(vec a, vec b)
+{
+    uint32_t above = 0;
+    for (int i = 0; i < VEC_N; i++) above |= (uint32_t)(a.v[i] > b.v[i]) << i;
+    return above;
 }
 #endif
 
@@ -216,6 +250,26 @@ V_INLINE vec v_get(const element *p)
 V_INLINE vec v_get_at(const void *memory, int64_t i, int wide)
 {
     return WIDE(wide) ? v_load((const real *)memory + i) : v_get((const element *)memory + i);
+}
+
+/* Stores VEC_N elements as put() rounds them. */
+V_INLINE void v_put(element *p, vec a)
+{
+#ifdef MOE_HALF
+    real wide[VEC_N];
+    v_store(wide, a);
+    for (int i = 0; i < VEC_N; i++) p[i] = put(wide[i]);
+#else
+    v_store(p, a);
+#endif
+}
+
+V_INLINE void v_put_at(void *memory, int64_t i, int wide, vec a)
+{
+    if (WIDE(wide))
+        v_store((real *)memory + i, a);
+    else
+        v_put((element *)memory + i, a);
 }
 
 /* Rows t[0 .. VEC_N-1] become columns: zipping row i with row i + VEC_N/2 log2(VEC_N) times. */

@@ -25,8 +25,7 @@ static inline void softmax_of_chosen(real *w, const int32_t *ids, int64_t n, con
  * lanes, without scratch for the row. */
 static inline real shifted_sum(const real *h, int64_t E, real *max)
 {
-    real m = h[0], chunk[16 * 16], lanes[16] = {R(0.0)};
-    for (int64_t i = 1; i < E; i++) m = h[i] > m ? h[i] : m;
+    real m = lane_max(h, E), chunk[16 * 16], lanes[16] = {R(0.0)};
     for (int64_t first = 0; first < E; first += 256) {
         int64_t n = moe__min(256, E - first);
         for (int64_t i = 0; i < n; i++) chunk[i] = r_exp(h[first + i] - m);
