@@ -45,8 +45,7 @@ V_INLINE void sum_vectors(const int vectors, const token_rows *t, int64_t j, con
         if (row[n] < 0) continue;
         V_UNROLL
         for (int v = 0; v < vectors; v++)
-            acc[v] = v_add(acc[v],
-                           v_get_at(job->rows_in, row[n] * stride + j + v * VEC_N, wide));
+            acc[v] = v_add(acc[v], v_get_at(job->rows_in, row[n] * stride + j + v * VEC_N, wide));
     }
     V_UNROLL
     for (int v = 0; v < vectors; v++) v_store(sum + v * VEC_N, acc[v]);

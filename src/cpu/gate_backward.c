@@ -135,6 +135,30 @@ static void scored_backward(const moe_gate_config *c, real scale, real *dw, real
         if (ids[j] >= 0) dh[ids[j]] = r_fma(dw[j], u[j], dh[ids[j]]);
 }
 
+/* d_clean = dH, 0 but for the chosen: where neither noise nor a loss adds to it. d_noisy holds what
+ * the chosen get; a choice may name an expert twice. */
+static void chosen_only(const moe__gate_level *level, real scale, const real *dw, real *scores,
+                        int64_t row, real *d_clean, real *d_noisy)
+{
+    int64_t width = level->width, first = level->entry_begin[row];
+    int64_t n = level->entry_begin[row + 1] - first;
+    const int32_t *ids = level->choice + first;
+    for (int64_t i = 0; i < width; i++) d_clean[i] = R(0.0);
+    for (int64_t j = 0; j < n; j++)
+        if (ids[j] >= 0) d_noisy[ids[j]] = R(0.0);
+    chosen_backward(scale, dw, scores, ids, n, (const real *)level->noisy + row * width, d_noisy);
+    for (int64_t j = 0; j < n; j++)
+        if (ids[j] >= 0) d_clean[ids[j]] = R(0.0) + d_noisy[ids[j]];
+}
+
+/* Whether a loss reaches the logits by another way than the weights. */
+static int has_logit_losses(const double *factor)
+{
+    return factor[MOE_LOSS_SWITCH] != 0 || factor[MOE_LOSS_GSHARD] != 0 ||
+           factor[MOE_LOSS_Z] != 0 || factor[MOE_LOSS_SEQUENCE] != 0 ||
+           factor[MOE_LOSS_THRESHOLD] != 0 || factor[MOE_LOSS_LOAD] != 0;
+}
+
 /* d_clean += dH;  d_raw = (dH noise + d_sd) sigmoid(raw). */
 static void noise_backward(const moe__gate_level *level, int64_t row, real *d_clean,
                            const real *d_noisy, real *d_std)
@@ -170,6 +194,12 @@ static void level_backward_row(const moe__gate_backward_job *job, const moe__gat
     real *d_std = level->noise ? (real *)level->d_noise_raw + row * width : NULL;
     real *p = (real *)job->losses->columns + row * width, scale = level_scale(route);
 
+    if (selects_then_scores(route->config) && !level->noise &&
+        !has_logit_losses(job->loss_factor) &&
+        !is_masked(route->token_mask, token_of(level, row))) {
+        chosen_only(level, scale, dw, scores, row, d_clean, d_noisy);
+        return;
+    }
     for (int64_t i = 0; i < width; i++) d_clean[i] = R(0.0), d_noisy[i] = R(0.0);
     for (int64_t i = 0; d_std && i < width; i++) d_std[i] = R(0.0);
     if (is_masked(route->token_mask, token_of(level, row))) return;

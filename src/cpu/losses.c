@@ -362,9 +362,10 @@ static void join_loads(const moe__losses_job *job)
 {
     int64_t width = job->route->level[1].width;
     if (!job->route->level[0].kth || job->route->levels == 1) return;
-    for (int64_t e = 0; e < job->plan->num_experts; e++) {
-        double rows = job->part_rows[e / width], first = job->primary_load[e / width];
-        job->load[e] = rows == 0 ? 0 : first * job->part_load[e] / rows;
+    for (int64_t i = 0; i < job->plan->num_experts / width; i++) {
+        double rows = job->part_rows[i], first = job->primary_load[i];
+        for (int64_t e = i * width; e < (i + 1) * width; e++)
+            job->load[e] = rows == 0 ? 0 : first * job->part_load[e] / rows;
     }
 }
 
@@ -389,15 +390,16 @@ static void no_score_sums(const moe__losses_job *job)
 static moe_status sums(moe__losses_job *job)
 {
     const double *weight = job->weights;
-    job->z_sum = job->threshold_sum = job->rows = 0;
+    job->z_sum = job->threshold_sum = 0;
     job->tokens = (double)job->valid_begin[job->plan->groups];
     job->groups = nonempty_groups(job);
     count_entries(job);
     for (int64_t e = 0; e < job->plan->num_experts; e++) {
         job->load[e] = (double)job->counts[e];
         job->rows_of_expert[e] = job->plan->expert_begin[e + 1] - job->plan->expert_begin[e];
-        job->rows += (double)job->rows_of_expert[e];
     }
+    job->rows = (double)(job->plan->expert_begin[job->plan->num_experts] -
+                         job->plan->expert_begin[0]);
     job->with_logits = job->route->level[0].logits != NULL;
     if (job->share && !job->route->level[0].logits) no_score_sums(job);
     if (job->route->level[0].logits) {
@@ -427,8 +429,10 @@ static moe_status losses(moe__losses_job *job)
     }
     if (job->share && (sequence || job->scoped)) MOE_TRY(job->share(job, true));
     job->value[MOE_LOSS_THRESHOLD] = job->threshold_sum;
-    job->value[MOE_LOSS_IMPORTANCE] = moe__cv2(job->importance, E, ddof, 0, NULL);
-    if (job->route->level[0].kth) job->value[MOE_LOSS_LOAD] = moe__cv2(job->load, E, ddof, 0, NULL);
+    if (weight[MOE_LOSS_IMPORTANCE] != 0)
+        job->value[MOE_LOSS_IMPORTANCE] = moe__cv2(job->importance, E, ddof, 0, NULL);
+    if (weight[MOE_LOSS_LOAD] != 0 && job->route->level[0].kth)
+        job->value[MOE_LOSS_LOAD] = moe__cv2(job->load, E, ddof, 0, NULL);
     return MOE_OK;
 }
 
@@ -482,9 +486,12 @@ void MOE_KERNEL(losses_backward_prepare)(const moe__gate_backward_job *job)
     int32_t ddof = losses->route->config->cv_ddof;
     int64_t E = losses->plan->num_experts;
     const double *factor = job->loss_factor;
-    (void)moe__cv2(losses->importance, E, ddof, factor[MOE_LOSS_IMPORTANCE], job->d_importance);
-    (void)moe__cv2(losses->load, E, ddof, factor[MOE_LOSS_LOAD], job->d_load);
-    split_load(job);
+    if (factor[MOE_LOSS_IMPORTANCE] != 0)
+        (void)moe__cv2(losses->importance, E, ddof, factor[MOE_LOSS_IMPORTANCE], job->d_importance);
+    if (factor[MOE_LOSS_LOAD] != 0) {
+        (void)moe__cv2(losses->load, E, ddof, factor[MOE_LOSS_LOAD], job->d_load);
+        split_load(job);
+    }
     if (factor[MOE_LOSS_SWITCH] == 0 && factor[MOE_LOSS_GSHARD] == 0 && factor[MOE_LOSS_Z] == 0)
         return;
     for (int64_t s = 0; s < losses->scopes; s++) {

@@ -83,6 +83,31 @@ static void copy_logits_range(void *argument, int64_t begin, int64_t end)
     }
 }
 
+enum { BLOCKS = 16 }; /* of the counter that are drawn at a time, in vectors */
+
+/* The normal numbers of blocks [block, block + BLOCKS). */
+static void normals(const moe__route_job *job, uint32_t stream, int64_t token, int64_t block,
+                    float drawn[4 * BLOCKS])
+{
+    uint32_t bits[4][BLOCKS];
+    float pair[4][BLOCKS];
+    for (int b = 0; b < BLOCKS; b++) {
+        uint32_t words[4];
+        moe__counter(words, stream, (uint32_t)job->step, (uint32_t)token, (uint32_t)(block + b));
+        moe__philox(job->config->seed, words, words);
+        for (int j = 0; j < 4; j++) bits[j][b] = words[j];
+    }
+    for (int j = 0; j < 4; j += 2)
+        for (int b = 0; b < BLOCKS; b++) {
+            float two[2];
+            moe__normal2(bits[j][b], bits[j + 1][b], two);
+            pair[j][b] = two[0];
+            pair[j + 1][b] = two[1];
+        }
+    for (int b = 0; b < BLOCKS; b++)
+        for (int j = 0; j < 4; j++) drawn[4 * b + j] = pair[j][b];
+}
+
 /* noise[row,:] = the host's numbers, or those of the counter (stream, step, token, candidate / 4),
  * the candidates of all parts numbered one after another. */
 static void draw_noise(const moe__route_job *job, const moe__gate_level *level, int64_t row,
@@ -94,17 +119,12 @@ static void draw_noise(const moe__route_job *job, const moe__gate_level *level, 
         for (int64_t i = 0; i < level->width; i++) noise[i] = in[i];
         return;
     }
-    for (int64_t block = first / 4; block * 4 < first + level->width; block++) {
-        uint32_t counter[4], bits[4];
-        float four[4];
-        moe__counter(counter, level->noise_stream, (uint32_t)job->step,
-                     (uint32_t)(job->token_first + t), (uint32_t)block);
-        moe__philox(job->config->seed, counter, bits);
-        moe__normal4(bits, four);
-        for (int64_t j = 0; j < 4; j++) {
-            int64_t i = block * 4 + j - first;
-            if (i >= 0 && i < level->width) noise[i] = (real)four[j];
-        }
+    for (int64_t block = first / 4; block * 4 < first + level->width; block += BLOCKS) {
+        float drawn[4 * BLOCKS];
+        normals(job, level->noise_stream, job->token_first + t, block, drawn);
+        int64_t begin = moe__max(0, block * 4 - first), skip = first + begin - block * 4;
+        int64_t count = moe__min(4 * BLOCKS - skip, level->width - begin);
+        for (int64_t i = 0; i < count; i++) noise[begin + i] = (real)drawn[skip + i];
     }
 }
 
@@ -148,11 +168,11 @@ static void find_thresholds(int32_t kth[2], const int32_t *ids, int64_t n, const
     for (int64_t j = 0; j < n; j++)
         if (ids[j] >= 0 && (kth[0] < 0 || comes_before(h[kth[0]], kth[0], h[ids[j]], ids[j])))
             kth[0] = ids[j];
-    for (int32_t i = 0; i < width; i++) {
-        if (kth[1] >= 0 && !comes_before(h[i], i, h[kth[1]], kth[1])) continue;
-        int chosen = 0;
+    for (int64_t i = 0; i < width; i++) {
+        if (kth[1] >= 0) i = next_before(h, i, width, h[kth[1]]);
+        int chosen = i == width;
         for (int64_t j = 0; j < n && !chosen; j++) chosen = ids[j] == i;
-        if (!chosen) kth[1] = i;
+        if (!chosen) kth[1] = (int32_t)i;
     }
 }
 

@@ -7,7 +7,7 @@
  *   BATCH_PRIORITY  likewise, the tokens in descending order of token_priority
  *   SCORE, RANDOM   the largest weights, or random numbers; slots in order of entry
  * Equal ones stay in order of entry and NaN ranks last. Rows are sorted by (expert, token, entry)
- * with one counting sort. O(N + E) in all, and a merge sort of tokens or of crowded experts'
+ * with one counting sort, runs of tokens side by side. O(N + E) in all, and a merge sort of tokens or of crowded experts'
  * entries.
  *
  * Until the rows are written, their arrays are scratch: row_of_entry holds keys, then the ends of
@@ -182,13 +182,14 @@ static void turn_away(const moe__plan_arrays *p, entry_range group, int64_t room
     reset_counters(p, group);
 }
 
-/* slot_of_entry: place within (group, expert) in order of admission, -1 for what has no row. */
-static moe_status admit(moe__plan_rows_job *job)
+/* slot_of_entry: place within (group, expert) in order of admission, -1 for what has no row. `all`:
+ * who asks has a row, and its slot follows from it. */
+static moe_status admit(moe__plan_rows_job *job, int all)
 {
     const moe__plan_arrays *p = job->plan;
     MOE_TRY(moe__parallel_range(job->workers.context, p->tokens, 1024, ask_range, job,
                                 job->workers.function));
-    for (int64_t g = 0; g < p->groups; g++) {
+    for (int64_t g = 0; g < p->groups && !all; g++) {
         int64_t room = job->group_capacity ? job->group_capacity[g] : -1;
         int32_t policy = room < 0 ? MOE_DROP_TOKEN_ORDER : job->drop_policy;
         entry_range group = entries_of(p, g);
@@ -204,8 +205,62 @@ static moe_status admit(moe__plan_rows_job *job)
 
 /* ---- rows and weights ------------------------------------------------------------------------ */
 
-/* row_of_entry, expert_begin, token_of_row, entry_of_row from the slots; expert_begin is all 0. */
-static void sort_by_expert(moe__plan_arrays *p)
+/* The tokens in `chunks` runs. Where there is more than one, `count` [chunks,E] holds the rows of
+ * each run at each expert, then where the next of them lies. */
+typedef struct row_sort {
+    moe__plan_rows_job *job;
+    int64_t *count, chunks;
+    int give_slots; /* a slot is the place among the expert's rows */
+} row_sort;
+
+static int64_t chunk_begin(const row_sort *sort, int64_t c)
+{
+    return sort->job->plan->tokens * c / sort->chunks;
+}
+
+static void count_range(void *argument, int64_t begin, int64_t end)
+{
+    const row_sort *sort = argument;
+    const moe__plan_arrays *p = sort->job->plan;
+    for (int64_t c = begin; c < end; c++) {
+        int64_t *count = sort->count + c * p->num_experts;
+        memset(count, 0, (size_t)p->num_experts * sizeof *count);
+        int64_t last = p->token_begin[chunk_begin(sort, c + 1)];
+        for (int64_t n = p->token_begin[chunk_begin(sort, c)]; n < last; n++)
+            if (p->slot_of_entry[n] >= 0) count[p->expert_of_entry[n]]++;
+    }
+}
+
+/* expert_begin, and where each run's rows begin at each expert. */
+static void place_runs(const row_sort *sort)
+{
+    moe__plan_arrays *p = sort->job->plan;
+    int64_t rows = 0, E = p->num_experts;
+    for (int64_t e = 0; e < E; e++) {
+        p->expert_begin[e] = rows;
+        for (int64_t c = 0; c < sort->chunks; c++) {
+            int64_t count = sort->count[c * E + e];
+            sort->count[c * E + e] = rows;
+            rows += count;
+        }
+    }
+    p->expert_begin[E] = rows;
+}
+
+static void number_range(void *argument, int64_t begin, int64_t end)
+{
+    const row_sort *sort = argument;
+    const moe__plan_arrays *p = sort->job->plan;
+    for (int64_t c = begin; c < end; c++) {
+        int64_t *next = sort->count + c * p->num_experts;
+        int64_t last = p->token_begin[chunk_begin(sort, c + 1)];
+        for (int64_t n = p->token_begin[chunk_begin(sort, c)]; n < last; n++)
+            p->row_of_entry[n] = p->slot_of_entry[n] < 0 ? -1 : next[p->expert_of_entry[n]]++;
+    }
+}
+
+/* row_of_entry and expert_begin by one counter an expert; expert_begin is all 0. */
+static void number_in_turn(const moe__plan_arrays *p)
 {
     int64_t *begin = p->expert_begin, rows = 0;
     for (int64_t n = 0; n < p->entries; n++)
@@ -215,16 +270,45 @@ static void sort_by_expert(moe__plan_arrays *p)
         begin[e + 1] = rows;
         rows += count;
     }
-    for (int64_t t = 0; t < p->tokens; t++)
+    for (int64_t n = 0; n < p->entries; n++) /* begin[e + 1] ends as the first row of e + 1 */
+        p->row_of_entry[n] = p->slot_of_entry[n] < 0 ? -1 : begin[p->expert_of_entry[n] + 1]++;
+}
+
+/* What a row knows of its entry. */
+static void note_range(void *argument, int64_t begin, int64_t end)
+{
+    const row_sort *sort = argument;
+    const moe__plan_arrays *p = sort->job->plan;
+    for (int64_t t = begin; t < end; t++)
         for (int64_t n = p->token_begin[t]; n < p->token_begin[t + 1]; n++) {
-            p->row_of_entry[n] = -1;
-            if (p->slot_of_entry[n] < 0) continue;
-            int64_t row = begin[p->expert_of_entry[n] + 1]++; /* ends as the first row of e + 1 */
-            p->row_of_entry[n] = row;
+            int64_t row = p->row_of_entry[n];
+            if (row < 0) continue;
             p->token_of_row[row] = t;
             p->entry_of_row[row] = n;
+            if (sort->give_slots)
+                p->slot_of_entry[n] = row - p->expert_begin[p->expert_of_entry[n]];
         }
-    p->rows = rows;
+}
+
+/* row_of_entry, expert_begin, token_of_row, entry_of_row from the slots. Runs of tokens are counted
+ * and numbered side by side where their counters fit into token_of_row, which is written last. */
+static moe_status sort_by_expert(moe__plan_rows_job *job, int give_slots)
+{
+    moe__plan_arrays *p = job->plan;
+    moe_context *context = job->workers.context;
+    const char *function = job->workers.function;
+    row_sort sort = {job, p->token_of_row, moe__min(context->threads, p->entries / p->num_experts),
+                     give_slots};
+    sort.chunks = moe__min(sort.chunks, p->entries / 2048);
+    if (sort.chunks > 1) {
+        MOE_TRY(moe__parallel_range(context, sort.chunks, 1, count_range, &sort, function));
+        place_runs(&sort);
+        MOE_TRY(moe__parallel_range(context, sort.chunks, 1, number_range, &sort, function));
+    } else {
+        number_in_turn(p);
+    }
+    p->rows = p->expert_begin[p->num_experts];
+    return moe__parallel_range(context, p->tokens, 1024, note_range, &sort, function);
 }
 
 /* Weights of entries without a row become +0, whatever the sum; if asked, a token's others are
@@ -255,9 +339,10 @@ moe_status MOE_KERNEL(plan_rows)(moe__plan_rows_job *job)
 {
     const moe__plan_arrays *p = job->plan;
     if (!job->keep_rows) {
-        for (int64_t e = 0; e <= p->num_experts; e++) p->expert_begin[e] = 0;
-        if (!job->keep_slots) MOE_TRY(admit(job));
-        sort_by_expert(job->plan);
+        int in_order = !job->keep_slots && !job->group_capacity && p->groups == 1;
+        memset(p->expert_begin, 0, (size_t)(p->num_experts + 1) * sizeof *p->expert_begin);
+        if (!job->keep_slots) MOE_TRY(admit(job, in_order));
+        MOE_TRY(sort_by_expert(job, in_order));
     }
     return moe__parallel_range(job->workers.context, p->tokens, 1024, weigh_range, job,
                                job->workers.function);
