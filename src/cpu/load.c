@@ -32,6 +32,22 @@ static inline real quotient(real d, real sd, real guard)
     return divisor > R(0.0) ? d / divisor : step;
 }
 
+/* row = Phi(row / sd). Without noise sd is 0 and only the guard divides: a step, but for distances
+ * not far above it. */
+static void normal_cdfs(real *row, const real *sd, real guard, int64_t n)
+{
+    int32_t near = sd != NULL;
+    for (int64_t i = 0; i < n && !sd; i++)
+        near |= (row[i] != R(0.0)) & !(r_abs(row[i]) >= R(10.0) * guard);
+    if (near) {
+        for (int64_t i = 0; i < n; i++)
+            row[i] = R(0.5) + R(0.5) * r_erf(quotient(row[i], sd ? sd[i] : R(0.0), guard));
+        return;
+    }
+    for (int64_t i = 0; i < n; i++)
+        row[i] = row[i] > R(0.0) ? R(1.0) : row[i] < R(0.0) ? R(0.0) : R(0.5);
+}
+
 typedef struct load_run {
     const moe__losses_job *job;
     const moe__gate_level *level;
@@ -49,8 +65,7 @@ static void load_range(void *argument, int64_t begin, int64_t end)
         const real *sd = level->noise ? (const real *)level->noise_std + r * width : NULL;
         int masked = is_masked(run->job->route->token_mask, token_of(level, r));
         if (!masked && distances(level, r, row)) {
-            for (int64_t i = 0; i < width; i++)
-                row[i] = R(0.5) + R(0.5) * r_erf(quotient(row[i], sd ? sd[i] : R(0.0), guard));
+            normal_cdfs(row, sd, guard, width);
             continue;
         }
         for (int64_t i = 0; i < width; i++) row[i] = R(0.0);
