@@ -355,7 +355,7 @@ dist:
 
 # Only what the build makes, by name: BUILD and LIB may be anywhere.
 clean:
-	rm -rf $(BUILD)/src $(BUILD)/cuda $(BUILD)/tests $(BUILD)/examples $(BUILD)/venv $(BUILD)/venv-current
+	rm -rf $(BUILD)/src $(BUILD)/cuda $(BUILD)/bench $(BUILD)/tests $(BUILD)/examples $(BUILD)/venv $(BUILD)/venv-current
 	rm -rf $(BUILD)/gpu $(BUILD)/emulation
 	rm -f $(BUILD)/bench_scale $(BUILD)/bench_cuda
 	rm -f $(BUILD)/demo $(BUILD)/demo_mpi_* $(BUILD)/run_vectors $(FLAGS_STAMP) $(OBJECTS_STAMP)
@@ -429,6 +429,9 @@ help:
 #: make check-abi      map, headers, symbols, layouts, abidiff
 #: make check-format   clang-format
 #: make check-mutants  deliberate mistakes in the numeric code, each of which must fail a test (python3)
+#: make bench          libmoe in turns with dense chains, loops over experts, PyTorch and ggml: ratios beside targets, plots, in
+#:                     build/bench; a quarter of an hour (THREADS=, ONLY=a-balanced-fwd, BENCH_PYTHON=); bench-quick three minutes
+#: make check-instructions  instructions of fixed shapes against tests/bench/instructions.txt (valgrind); instructions renews it
 #: make bench-scale    131,072 experts: peak memory, time per token (16 GiB; ROWS=, STEPS=)
 #: make bench-ranks    weak scaling over MPI, bytes on the wire (RANKS="1 2", MPI=openmpi or mpich, TOKENS=,
 #:                     EXPERTS=, TOPK=, D=, F=, O=, CHUNK=, STEPS=; all but RANKS of a rank)

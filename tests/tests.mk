@@ -115,9 +115,9 @@ SCRIPTS = "sh tests/headers/check.sh $(LIB)" "sh tests/abi/check.sh $(LIB)" \
 RUN_EXAMPLES = "sh tests/packaging/check_examples.sh $(BUILD)"
 
 check:
-	+@$(AT_ONCE) host test-programs $(BUILD)/demo
+	+@$(AT_ONCE) host test-programs $(BUILD)/demo $(BUILD)/bench/bench
 	@$(RUN) $(SUITES) $(HOSTS) $(VECTORS) $(SCRIPTS) $(RUN_EXAMPLES) "sh tests/packaging/check_tutorial.sh" \
-	    "sh tests/packaging/check_demo.sh $(BUILD)"
+	    "sh tests/packaging/check_demo.sh $(BUILD)" "sh tests/packaging/check_bench.sh $(BUILD)"
 
 check-suites: test-programs
 	@$(RUN) $(SUITES) $(HOSTS) $(VECTORS) $(RUN_EXAMPLES)
@@ -204,6 +204,38 @@ $(BUILD)/bench_scale: tests/bench/scale.c $(LIB)/libmoe.a
 	$(CC) $(EXAMPLE_FLAGS) -std=c11 -O2 $< $(LIB)/libmoe.a -lm -o $@
 bench-scale: $(BUILD)/bench_scale
 	$(BUILD)/bench_scale $(or $(ROWS),4) $(or $(STEPS),5)
+
+# libmoe in turns with its peers; each of these is left out where its library is not found, and none is part of
+# libmoe.
+OPENBLAS_CFLAGS ?= $(shell $(PKG_CONFIG) --cflags openblas 2>/dev/null)
+OPENBLAS_LIBS ?= $(shell $(PKG_CONFIG) --libs openblas 2>/dev/null)
+ONEDNN_LIBS ?= $(shell echo 'int main(void) { return 0; }' | $(CC) -x c - -o /dev/null -ldnnl 2>/dev/null && echo -ldnnl)
+BENCH_SOURCES := $(wildcard tests/bench/bench*.c)
+BENCH_FLAGS = -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -DMOE_SOURCE_DIR='"$(CURDIR)"' \
+    $(if $(OPENBLAS_LIBS),-DHAVE_OPENBLAS $(OPENBLAS_CFLAGS)) $(if $(ONEDNN_LIBS),-DHAVE_ONEDNN)
+$(BUILD)/bench/bench: $(BENCH_SOURCES) tests/bench/bench.h $(LIB)/libmoe.a
+	@mkdir -p $(@D)
+	$(CC) $(EXAMPLE_FLAGS) -std=c11 $(BENCH_FLAGS) $(BENCH_SOURCES) $(LIB)/libmoe.a $(OPENBLAS_LIBS) $(ONEDNN_LIBS) \
+	    -lm -ldl -o $@
+
+# Peers in Python run where torch is: BENCH_PYTHON. Results are in $(BUILD)/bench.
+BENCH_PYTHON ?= $(PYTHON)
+BENCH_TABLE = PYTHONDONTWRITEBYTECODE=1 $(PYTHON) tests/bench/bench_table.py --bench $(BUILD)/bench/bench \
+    --out $(BUILD)/bench --python $(BENCH_PYTHON) $(if $(THREADS),--threads $(THREADS)) $(if $(ONLY),--only $(ONLY))
+.PHONY: bench bench-quick check-instructions instructions
+bench: $(BUILD)/bench/bench $(BUILD)/bench_scale
+	$(BENCH_TABLE) --scale $(BUILD)/bench_scale
+bench-quick: $(BUILD)/bench/bench
+	$(BENCH_TABLE) --quick
+
+# Instructions of fixed shapes, by valgrind, against tests/bench/instructions.txt; `instructions` renews that.
+INSTRUCTIONS = $(PYTHON) tests/bench/instructions.py --bench $(BUILD)/bench/bench --library $(LIB)/libmoe.a
+check-instructions: $(BUILD)/bench/bench
+	$(call NEED,valgrind,valgrind)
+	@$(INSTRUCTIONS)
+instructions: $(BUILD)/bench/bench
+	$(call NEED,valgrind,valgrind)
+	$(INSTRUCTIONS) --write
 
 # Weak scaling: groups of RANKS ranks with TOKENS tokens and EXPERTS experts each.
 define BENCH_RANKS_RULE
