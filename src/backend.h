@@ -414,11 +414,11 @@ typedef struct moe__experts_job {
     void *out;           /* [R,O] outputs of the experts, after the output function; kept */
     void *weight_of_row; /* [R] kept */
     int64_t *tile_begin, *tile_order; /* scratch [E+1], [E] */
-    const int64_t *segment_begin; /* [E * segments + 1] rows of each expert's token groups:
+    const int64_t *segment_begin;     /* [E * segments + 1] rows of each expert's token groups:
                                      parameter gradients are summed group by group; NULL: as one */
-    int64_t segments;             /* token groups */
-    const moe__dw_carry *carry;   /* [3] of w1, w3, w2: rows come in several calls; or NULL */
-    void *x_rows;                 /* [R,D] of the host's experts, kept; else NULL */
+    int64_t segments;                 /* token groups */
+    const moe__dw_carry *carry;       /* [3] of w1, w3, w2: rows come in several calls; or NULL */
+    void *x_rows;                     /* [R,D] of the host's experts, kept; else NULL */
     void *workspace;      /* [R,workspace_per_row] bytes from the job's first row on, kept; or
                             NULL */
     void *combine_weight; /* [N] what combine multiplies, of a pool whose parts differ in

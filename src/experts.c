@@ -1,5 +1,5 @@
-/* experts.c - the expert pool: its life, its parts and its calls. The config is in experts_config.c,
- * where weights lie in storage.c, the steps are in experts_step.c. */
+/* experts.c - the expert pool: its life, its parts and its calls. The config is in
+ * experts_config.c, where weights lie in storage.c, the steps are in experts_step.c. */
 #include "pass_state.h"
 
 #include <string.h>

@@ -186,8 +186,8 @@ int64_t moe__parameter_elements(const moe__parameter *p);
 int64_t moe__parameter_stored(const moe__parameter *p);
 /* The same memory as [E,panels,elements] if it is in panels; else a copy. */
 moe__parameter moe__parameter_as_stored(const moe__parameter *p);
-/* Elements from the lowest to the highest place that dimensions first..2 reach with the strides, and
- * the lowest place. */
+/* Elements from the lowest to the highest place that dimensions first..2 reach with the strides,
+ * and the lowest place. */
 int64_t moe__parameter_span(const moe__parameter *p, const int64_t *stride, int first,
                             int64_t *lowest);
 const moe__parameter *moe__parameter_by_name(const moe__parameter_list *list, const char *name);
@@ -369,7 +369,8 @@ void moe__layer_parameters_describe(moe_layer *layer);
  * the layer's. */
 moe_status moe__layer_list_parameters(moe_layer *layer, const char *function);
 
-/* As moe_experts_create; one_w13: of a gated pool W1 and W3 are one parameter in any case. experts.c
+/* As moe_experts_create; one_w13: of a gated pool W1 and W3 are one parameter in any case.
+ * experts.c
  */
 moe_status moe__experts_make(moe_experts **experts, moe_context *context,
                              const moe_experts_config *config, bool one_w13, const char *function);

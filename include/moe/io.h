@@ -175,8 +175,8 @@ MOE_API moe_status moe_save_options_init(moe_save_options *options, size_t size)
  *   items    in: [count]; structs of one struct_size, one after the other
  *   options  NULL for the defaults
  * The bytes depend on the parameters, names and metadata only: not on the number of ranks, layout,
- * GLU order or storage mode of the pools, strides, time or place. Each rank writes its own experts, rank 0 all
- * else. Data is on the disk when this returns MOE_OK. After MOE_ERROR_TIMEOUT or
+ * GLU order or storage mode of the pools, strides, time or place. Each rank writes its own experts,
+ * rank 0 all else. Data is on the disk when this returns MOE_OK. After MOE_ERROR_TIMEOUT or
  * MOE_ERROR_TRANSPORT the file is whole, the old one or the new one. Returns MOE_OK, the codes
  * above or
  *   MOE_ERROR_INVALID_ARGUMENT  also a name twice; ranks that disagree about the header

@@ -113,11 +113,11 @@ MOE_API int64_t moe_layer_parameter_count(const moe_layer *layer);
  * [E,D,2F] and "b13" [E,2F] in place of the four, with MOE_STORAGE_PANELS "w13" in any case), "w2"
  * [E,F,O], "b2" [E,O]; with MOE_WEIGHT_OUT_IN the last two dimensions of weights are exchanged. A
  * layer puts "gate.", "experts.", "shared." and "residual." before, and has "shared_gate" [D],
- * "residual_mix" [D,2] and "residual_mix_bias" [2] of its own. Gates also have "selection_bias" [E] (a buffer), "threshold" [E] (of
- * MOE_GATE_BALANCED) and, if hierarchical with A groups of B experts, "primary_weight" [D,A],
- * "primary_noise_weight" [D,A], "weight" [A,D,B] and "noise_weight" [A,D,B].
- * A pool of parts has "0.w1", "1.w1", ..., in a layer "experts.0.w1". Only what the config asks for
- * is there. Since 0.1. */
+ * "residual_mix" [D,2] and "residual_mix_bias" [2] of its own. Gates also have "selection_bias" [E]
+ * (a buffer), "threshold" [E] (of MOE_GATE_BALANCED) and, if hierarchical with A groups of B
+ * experts, "primary_weight" [D,A], "primary_noise_weight" [D,A], "weight" [A,D,B] and
+ * "noise_weight" [A,D,B]. A pool of parts has "0.w1", "1.w1", ..., in a layer "experts.0.w1". Only
+ * what the config asks for is there. Since 0.1. */
 MOE_API int64_t moe_gate_parameter_find(const moe_gate *gate, const char *name);
 /* As above, for a pool. Since 0.1. */
 MOE_API int64_t moe_experts_parameter_find(const moe_experts *experts, const char *name);
@@ -144,8 +144,8 @@ MOE_API moe_status moe_layer_parameter(const moe_layer *layer, int64_t index,
  * uses the object has returned. Not while another thread is in a call on the object. A weight that
  * is bound to the memory, strides and dtype it has already, as to bind another gradient, is not
  * taken for changed: see MOE_STORAGE_PREPACKED. Binding through a layer binds the gate's or pool's
- * parameter, in every layer that shares it. No allocation, except that the first use of per-expert pointers for a parameter allocates their
- * list.
+ * parameter, in every layer that shares it. No allocation, except that the first use of per-expert
+ * pointers for a parameter allocates their list.
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED for a dtype other than those
  * or memory for opaque storage, MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_INVALID_STATE. Since
  * 0.1. */

@@ -11,8 +11,8 @@
 /* Columns of a token that are summed at a time, in registers. */
 enum { SUM_VECTORS = 8, STRETCH = SUM_VECTORS * VEC_N };
 
-/* Columns [j, j + width) of the rows of the token that is about 512 elements ahead of t. `wide`: the
- * rows hold reals. */
+/* Columns [j, j + width) of the rows of the token that is about 512 elements ahead of t. `wide`:
+ * the rows hold reals. */
 V_INLINE void look_ahead(const moe__rows_job *job, int64_t t, int64_t j, int64_t width,
                          const int wide)
 {

@@ -1,11 +1,12 @@
-/* ffn_rows_backward.c - an expert's backward on a block of its rows, but for the weights' gradients:
+/* ffn_rows_backward.c - an expert's backward on a block of its rows, but for the weights'
+ * gradients:
  *
  *     dh = dz W2^T,   h, dz1, dz3 by the activation,   dx_row = dz1 W1^T [+ dz3 W3^T]
  *
  * Here weights are the left operand: rows lie across the vectors, packed as lanes, and TILE_M lines
- * of W2 or W1, each contiguous along the sum, are read where they are in their panels or copied. What
- * micro_left makes has a hidden column in each line and is turned before it is used. The sums of
- * dz1 W1^T and of dz3 W3^T are chains of their own, added at the end. */
+ * of W2 or W1, each contiguous along the sum, are read where they are in their panels or copied.
+ * What micro_left makes has a hidden column in each line and is turned before it is used. The sums
+ * of dz1 W1^T and of dz3 W3^T are chains of their own, added at the end. */
 #include "cpu/ffn_rows.h"
 
 #include <string.h>

@@ -2,10 +2,10 @@
  *
  *     dw[k,n] (=|+=) a[R,k]^T g[R,n],  dbias[n] (=|+=) sum of g
  *
- * The sum is over rows, in blocks of BLOCK_K. An expert with one block has tiles of WIDE_M by WIDE_N,
- * whose operands are packed once and whose results go straight to the gradient; of more rows, tiles
- * are smaller, and accumulators wait in scratch between two blocks. A chain ends after SUM_ROWS rows
- * of a segment: block sums are added in order, then segment sums. */
+ * The sum is over rows, in blocks of BLOCK_K. An expert with one block has tiles of WIDE_M by
+ * WIDE_N, whose operands are packed once and whose results go straight to the gradient; of more
+ * rows, tiles are smaller, and accumulators wait in scratch between two blocks. A chain ends after
+ * SUM_ROWS rows of a segment: block sums are added in order, then segment sums. */
 #include "cpu/gemm_tile.h"
 
 #include <string.h>

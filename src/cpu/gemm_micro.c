@@ -1,7 +1,8 @@
 /* gemm_micro.c - the kernels of gemm_micro.h: every multiply-add of a product is in this file.
  *
- * A step of `right` loads TILE_V vectors of b and spreads m numbers of a; a step of `left` loads the
- * lanes of b and spreads a number of each of TILE_M rows of weights, which lie MOE__PANEL apart. */
+ * A step of `right` loads TILE_V vectors of b and spreads m numbers of a; a step of `left` loads
+ * the lanes of b and spreads a number of each of TILE_M rows of weights, which lie MOE__PANEL
+ * apart. */
 #include "cpu/gemm_micro.h"
 
 V_INLINE void fetch(const read_ahead *ahead, int64_t p)

@@ -5,8 +5,8 @@ enum { GROUPS = GROUPS_M > TILE_V ? GROUPS_M : TILE_V };
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* t = elements q .. q+VEC_N-1 of VEC_N rows, turned: t[i] has element q+i of each. `wide` is a constant
- * at every call, here and below. */
+/* t = elements q .. q+VEC_N-1 of VEC_N rows, turned: t[i] has element q+i of each. `wide` is a
+ * constant at every call, here and below. */
 V_INLINE void turn_rows(vec *t, const void *const *from, const real *scale, int64_t q,
                         const int wide)
 {

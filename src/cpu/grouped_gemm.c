@@ -2,11 +2,11 @@
  *
  *     out[R,n] = a[R,k] b[k,n] + bias
  *
- * A tile is up to BLOCK_M rows by BLOCK_N columns of one expert's result. The summed dimension is cut
- * in blocks of BLOCK_K: the left operand is packed in panels [BLOCK_K][up to TILE_M], the right one
- * is, or is packed as, a panel [BLOCK_K][TILE_N], and a micro-kernel keeps a piece of the result in
- * registers. Between two blocks the accumulators wait in scratch, exactly, so that every element is
- * one chain of fused multiply-adds from +0 in ascending index, whatever the tile.
+ * A tile is up to BLOCK_M rows by BLOCK_N columns of one expert's result. The summed dimension is
+ * cut in blocks of BLOCK_K: the left operand is packed in panels [BLOCK_K][up to TILE_M], the right
+ * one is, or is packed as, a panel [BLOCK_K][TILE_N], and a micro-kernel keeps a piece of the
+ * result in registers. Between two blocks the accumulators wait in scratch, exactly, so that every
+ * element is one chain of fused multiply-adds from +0 in ascending index, whatever the tile.
  *
  * Everything between packing and the finished result is `real`: packing widens elements of 16 bits,
  * and what stores a result rounds it once. */
@@ -28,8 +28,8 @@ static void pack_a_rows(tile_scratch *s, const moe__rows *a, int64_t r, int64_t 
     }
 }
 
-/* A block of k for panel j .. j+n-1 of a tile: all its packed rows. What is fetched ahead is fetched
- * with the first of them. */
+/* A block of k for panel j .. j+n-1 of a tile: all its packed rows. What is fetched ahead is
+ * fetched with the first of them. */
 static void run_panel(tile_scratch *s, micro_job *job, int64_t m, int64_t j, int64_t n, int first,
                       const sink *to)
 {

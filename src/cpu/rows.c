@@ -7,8 +7,8 @@
  *   BATCH_PRIORITY  likewise, the tokens in descending order of token_priority
  *   SCORE, RANDOM   the largest weights, or random numbers; slots in order of entry
  * Equal ones stay in order of entry and NaN ranks last. Rows are sorted by (expert, token, entry)
- * with one counting sort, runs of tokens side by side. O(N + E) in all, and a merge sort of tokens or of crowded experts'
- * entries.
+ * with one counting sort, runs of tokens side by side. O(N + E) in all, and a merge sort of tokens
+ * or of crowded experts' entries.
  *
  * Until the rows are written, their arrays are scratch: row_of_entry holds keys, then the ends of
  * tokens, token_of_row a list of entries, entry_of_row the other half of the merge sort. */

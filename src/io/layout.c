@@ -1,6 +1,6 @@
 /* layout.c - a layer's parameters as logical tensors, whatever layout, GLU order or strides they
- * are kept in: of a pool W1, W3, W2, b1, b3, b2 of each expert as [out,in] or [out]. Opaque ones are
- * described by a dense copy, which is written back when all has been read. */
+ * are kept in: of a pool W1, W3, W2, b1, b3, b2 of each expert as [out,in] or [out]. Opaque ones
+ * are described by a dense copy, which is written back when all has been read. */
 #include "io.h"
 
 #include <stdio.h>
