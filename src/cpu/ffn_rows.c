@@ -238,7 +238,7 @@ static read_ahead ahead_of(const weights *w, int64_t j, int64_t tiles)
 {
     int64_t bytes = WIDE(w->m->wide) ? (int64_t)sizeof(real) : (int64_t)sizeof(element);
     const char *at = place_at(w->at, element_of(w->m, 0, j), w->m->wide);
-    read_ahead ahead = {.at = at, .too = at + 64, .shift = log2_of(tiles)};
+    read_ahead ahead = {.at = at, .too = at + 64, .rate = AHEAD_ONE / tiles};
     ahead.step = w->m->stride_col == 1 ? w->m->stride_row * bytes : 128;
     if (w->m3 && !in_place(w)) ahead.too = place_at(w->at3, element_of(w->m3, 0, j), w->m3->wide);
     return ahead;

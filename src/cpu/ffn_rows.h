@@ -50,12 +50,4 @@ void MOE_KERNEL(ffn_rows_forward)(const ffn_run *run, int64_t e, int64_t next, i
 void MOE_KERNEL(ffn_rows_backward)(const ffn_run *run, int64_t e, int64_t next, int64_t r,
                                    int64_t m, real *scratch);
 
-/* The greatest s with 2^s <= n. */
-static inline int32_t log2_of(int64_t n)
-{
-    int32_t s = 0;
-    while (n >= 2 << s) s++;
-    return s;
-}
-
 #endif

@@ -93,7 +93,7 @@ static void times_lines(const left_operand *w, const lines *l, int64_t p, int64_
                         int64_t rows, real *chain)
 {
     int64_t tiles = blocks(rows, LANES);
-    int64_t shift = log2_of(moe__max(1, tiles * l->width / 16));
+    int64_t rate = AHEAD_ONE * TILE_M / (tiles * l->width);
     for (int64_t t = 0; t < tiles; t++, chain += CHAIN) {
         int64_t vectors = blocks(moe__min(LANES, rows - t * LANES), VEC_N);
         left_job job = {.groups = count / l->width,
@@ -106,7 +106,7 @@ static void times_lines(const left_operand *w, const lines *l, int64_t p, int64_
                         .ahead = l->ahead,
                         .ahead_group = l->ahead_group};
         job.ahead.first = t * l->width;
-        job.ahead.shift = (int32_t)shift;
+        job.ahead.rate = rate;
         if (job.groups > 0) MOE_KERNEL(micro_left)(vectors, &job);
         int64_t done = job.groups * l->width;
         if (done == count) continue;

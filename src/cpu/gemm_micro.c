@@ -7,7 +7,7 @@
 
 V_INLINE void fetch(const read_ahead *ahead, int64_t p)
 {
-    int64_t step = ((ahead->first + p) >> ahead->shift) * ahead->step;
+    int64_t step = ((ahead->first + p) * ahead->rate >> AHEAD_BITS) * ahead->step;
     __builtin_prefetch(ahead->at + step, 0, 2);
     __builtin_prefetch(ahead->too + step, 0, 2);
 }

@@ -19,11 +19,11 @@ enum {
 
 _Static_assert(MOE__PANEL % TILE_N == 0 && HALF_PANEL % VEC_N == 0, "panels hold whole tiles");
 
-/* Lines that are wanted soon: at step p, those ((first + p) >> shift) * step from two places. */
+/* Lines that are wanted soon: at step p, those (first + p) rate / AHEAD_ONE * step from two places. */
+enum { AHEAD_BITS = 16, AHEAD_ONE = 1 << AHEAD_BITS };
 typedef struct read_ahead {
     const char *at, *too;
-    int64_t step, first;
-    int32_t shift;
+    int64_t step, first, rate;
 } read_ahead;
 
 /* How results are stored: in place of, or added to, what is there; or past the caches, vectors

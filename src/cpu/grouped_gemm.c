@@ -67,7 +67,7 @@ static micro_job right_operand(tile_scratch *s, const moe__matrices *m, const vo
                      .b_stride = TILE_N,
                      .b_step = VEC_N,
                      .from_stride = BLOCK_N,
-                     .ahead = {.at = next, .too = next + 64, .step = row}};
+                     .ahead = {.at = next, .too = next + 64, .step = row, .rate = AHEAD_ONE}};
     if (WIDE(m->wide) && m->stride_col == 1 && in_panel &&
         (m->panel || (rows <= IN_PLACE_M && n == TILE_N))) {
         job.b = place_at(b, element_of(m, p, j), m->wide);
@@ -79,7 +79,8 @@ static micro_job right_operand(tile_scratch *s, const moe__matrices *m, const vo
         return job;
     }
     MOE_KERNEL(pack_columns)(s->b, TILE_N, TILE_N, m, b, p, k, j, n);
-    if (by_columns) job.ahead = (read_ahead){.at = next, .too = next + 64, .step = col, .shift = 3};
+    if (by_columns)
+        job.ahead = (read_ahead){.at = next, .too = next + 64, .step = col, .rate = AHEAD_ONE / 8};
     return job;
 }
 
