@@ -16,6 +16,9 @@ enum {
     PANEL_BYTES = 28 * 1024,   /* of a panel: with the rows of a tile, what the first cache holds */
     BLOCK_BYTES = 1200 * 1024, /* of packed rows: what stays in the second cache of most machines */
     PANEL_K = PANEL_BYTES / MOE__PANEL / (int)sizeof(real),
+    ROOM_K = 256, /* rows of weights that are packed at a time */
+    FEW_ROWS = 4,
+    FEW_K = 16,
     MAX_ROWS = 13 * 14,
     MIN_ROWS = 40 /* below, every panel is read too often */
 };
@@ -43,7 +46,8 @@ ffn_block MOE_KERNEL(ffn_block_forward)(int64_t d_model, int64_t d_hidden)
     int64_t tiles = b.rows / TILE_M + 1;
     b.first = take(&b.reals, tiles * (TILE_M * d_model + SPILL));
     b.second = take(&b.reals, tiles * (TILE_M * d_hidden + SPILL));
-    b.panel = take(&b.reals, moe__max(d_model, d_hidden) * MOE__PANEL);
+    b.panel = take(&b.reals, GROUP / HALF_PANEL * ROOM_K * MOE__PANEL);
+    b.ahead = take(&b.reals, 2 * moe__max(d_model, d_hidden));
     b.line = take(&b.reals, b.rows * GROUP);
     b.line3 = take(&b.reals, b.rows * GROUP);
     b.h = take(&b.reals, b.rows * GROUP);
@@ -157,7 +161,7 @@ moe_status MOE_KERNEL(ffn_run_all)(ffn_run *run)
     return moe__parallel(w->context, tasks, run_task, run, w->function);
 }
 
-/* ---- a product by one panel ------------------------------------------------------------------ */
+/* ---- a product by a group of columns --------------------------------------------------------- */
 
 /* The left operand: [k] lines of the rows of a tile, tiles `step` apart. */
 typedef struct packed {
@@ -165,113 +169,270 @@ typedef struct packed {
     int64_t step, k, rows;
 } packed;
 
-/* Columns of a right operand, and what to fetch meanwhile. */
-typedef struct panel {
-    const real *at; /* [k][MOE__PANEL] */
-    bool halves;    /* of W1 and of W3 */
-    read_ahead ahead;
-    real bias[MOE__PANEL]; /* in the order of tiles */
-    bool biased;
-} panel;
-
-/* Rows k .. k+count-1 of a panel times tile q: the chains begin, or go on, in out. */
-static void times_piece(const packed *a, const panel *b, int64_t q, int64_t k, int64_t count,
-                        real *out, real *out3, int64_t out_stride)
-{
-    int64_t tiles = blocks(a->rows, TILE_M), width = b->halves ? VEC_N : TILE_N;
-    int64_t i = part(a->rows, tiles, q), m = part(a->rows, tiles, q + 1) - i;
-    micro_job job = {.k = count,
-                     .a = a->at + q * a->step + k * m,
-                     .b_stride = MOE__PANEL,
-                     .b_step = b->halves ? HALF_PANEL : VEC_N,
-                     .from_stride = out_stride,
-                     .out_stride = out_stride,
-                     .ahead = b->ahead};
-    job.ahead.first = k * tiles + q * count;
-    for (int64_t sub = 0; sub < MOE__PANEL / TILE_N; sub++) {
-        job.b = b->at + k * MOE__PANEL + sub * width;
-        job.out[0] = out + i * out_stride + sub * width;
-        job.out[1] = b->halves ? out3 + i * out_stride + sub * width : job.out[0] + VEC_N;
-        for (int v = 0; v < TILE_V; v++) job.from[v] = k > 0 ? job.out[v] : NULL;
-        job.bias = b->biased && k + count == a->k ? b->bias + sub * TILE_N : NULL;
-        MOE_KERNEL(micro_right)(m, &job);
-        job.ahead.step = 0;
-    }
-}
-
-/* out[rows] (and, of halves, out3), lines out_stride apart: as much of the panel as the first cache
- * holds, times all rows, then the rest of it. */
-static void times_panel(const packed *a, const panel *b, real *out, real *out3, int64_t out_stride)
-{
-    int64_t tiles = blocks(a->rows, TILE_M), parts = tiles > 1 ? blocks(a->k, PANEL_K) : 1;
-    for (int64_t p = 0; p < parts; p++) {
-        int64_t k = part(a->k, parts, p), count = part(a->k, parts, p + 1) - k;
-        for (int64_t q = 0; q < tiles; q++) times_piece(a, b, q, k, count, out, out3, out_stride);
-    }
-}
-
-/* Weights of one expert, W1 alone or with W3, as panels to come. */
+/* Weights of one expert, W1 alone or with W3, of n columns each, with their biases. */
 typedef struct weights {
-    const moe__matrices *m, *m3; /* m3 NULL: no halves */
-    const void *at, *at3;
+    const moe__matrices *m, *m3, *b, *b3; /* m3 NULL: no halves */
+    const void *at, *at3, *bias, *bias3;  /* biases may be NULL */
     int64_t k, n;
+    bool in_place; /* they lie in panels that need no packing */
+    bool by_rows;  /* their rows are contiguous, and what is computed with */
+    /* How they are fetched: rows so many bytes apart, of 2^bits pieces, in the steps of a product. */
+    int64_t row, piece;
+    int32_t bits, *offset;
 } weights;
 
-static weights weights_of(const moe__matrices *m, const moe__matrices *m3, int64_t e, int64_t k,
-                          int64_t n)
+/* Where a group goes: lines of rows, out3 of W3's half. */
+typedef struct lines {
+    real *out, *out3;
+    int64_t stride;
+} lines;
+
+/* Rows k .. k+count-1 of MOE__PANEL columns, and what to fetch meanwhile. */
+typedef struct panel {
+    const real *at; /* row k */
+    int64_t k, count;
+    int64_t stride, half; /* from row to row, and from W1's half to W3's; half 0: of W1 alone */
+    const real *bias;     /* [MOE__PANEL] in the order of tiles, with the last rows; or NULL */
+    const weights *fetch; /* while this is multiplied, those of `at`, `too` and on */
+    const char *fetch_at, *fetch_too;
+    int64_t fetch_first; /* steps before this panel's */
+} panel;
+
+static bool are_panels(const moe__matrices *m, const moe__matrices *m3, const void *at,
+                       const void *at3)
 {
-    return (weights){m, m3, matrix_of(m, e), m3 ? matrix_of(m3, e) : NULL, k, n};
+    if (!WIDE(m->wide) || m->stride_col != 1) return false;
+    if (!m3) return m->panel == MOE__PANEL;
+    return m->panel == HALF_PANEL && m3->panel == HALF_PANEL &&
+           (const char *)at3 - (const char *)at == HALF_PANEL * (int64_t)sizeof(real);
+}
+
+static bool are_rows(const moe__matrices *m)
+{
+    return WIDE(m->wide) && m->stride_col == 1 && m->panel == 0;
+}
+
+/* bias NULL: none are there. */
+static weights weights_of(const moe__matrices *m, const moe__matrices *m3, const moe__matrices *b,
+                          const moe__matrices *b3, int64_t e, int64_t k, int64_t n)
+{
+    weights w = {.m = m, .m3 = m3, .b = b, .b3 = b3, .k = k, .n = n};
+    w.at = matrix_of(m, e);
+    w.at3 = m3 ? matrix_of(m3, e) : NULL;
+    w.bias = matrix_of(b, e);
+    w.bias3 = m3 ? matrix_of(b3, e) : NULL;
+    w.in_place = are_panels(m, m3, w.at, w.at3);
+    w.by_rows = are_rows(m) && (!m3 || (are_rows(m3) && m3->stride_row == m->stride_row));
+    return w;
+}
+
+/* The same of another expert. */
+static void move_weights(weights *w, int64_t e)
+{
+    w->at = matrix_of(w->m, e);
+    w->at3 = w->m3 ? matrix_of(w->m3, e) : NULL;
 }
 
 /* Columns of each of the weights that one panel holds. */
 static int64_t panel_width(const weights *w) { return w->m3 ? HALF_PANEL : MOE__PANEL; }
 
-static bool in_place(const weights *w)
-{
-    if (!WIDE(w->m->wide) || w->m->stride_col != 1 || w->m->panel != panel_width(w)) return false;
-    return !w->m3 || (w->m3->panel == HALF_PANEL && (const char *)w->at3 - (const char *)w->at ==
-                                                        HALF_PANEL * (int64_t)sizeof(real));
-}
-
-/* What fetches panel j while another is multiplied by `tiles` tiles of rows. */
-static read_ahead ahead_of(const weights *w, int64_t j, int64_t tiles)
+/* Fills offset[0 .. steps-1] for products by so many tiles of rows: every piece has its step. */
+static void plan_fetch(weights *w, int32_t *offset, int64_t steps, int64_t tiles)
 {
     int64_t bytes = WIDE(w->m->wide) ? (int64_t)sizeof(real) : (int64_t)sizeof(element);
-    const char *at = place_at(w->at, element_of(w->m, 0, j), w->m->wide);
-    read_ahead ahead = {.at = at, .too = at + 64, .rate = AHEAD_ONE / tiles};
-    ahead.step = w->m->stride_col == 1 ? w->m->stride_row * bytes : 128;
-    if (w->m3 && !in_place(w)) ahead.too = place_at(w->at3, element_of(w->m3, 0, j), w->m3->wide);
-    return ahead;
+    int64_t margin = 0;
+    w->row = w->m->stride_col == 1 ? w->m->stride_row * bytes : 128;
+    w->piece = w->bits = 0;
+    if (!w->in_place && w->m->stride_col == 1) { /* a row of GROUP columns, panel by panel */
+        w->piece = w->m3 ? 64 : 128;
+        w->bits = w->m3 ? 3 : 2;
+        margin = ((int64_t)1 << w->bits) - 1;
+    }
+    w->offset = offset;
+    for (int64_t p = 0; p < steps; p++) {
+        int64_t number = p / tiles + p * margin / moe__min(steps, ROOM_K), row = number >> w->bits;
+        int64_t place = row * w->row + (number - (row << w->bits)) * w->piece;
+        offset[p] = place > INT32_MAX ? 0 : (int32_t)place;
+    }
 }
 
-/* Columns from j on, packed into `room` unless they are a panel already. */
-static void take_panel(panel *to, const weights *w, int64_t j, real *room)
+/* Room for as many steps as one product has. */
+static void plan_fetches(weights *in, weights *out, int64_t rows, int32_t *room)
 {
-    int64_t width = panel_width(w), n = moe__min(width, w->n - j);
-    to->halves = w->m3 != NULL;
-    to->at = room;
-    if (in_place(w)) {
-        to->at = place_at(w->at, element_of(w->m, 0, j), 1);
-        return;
+    int64_t most = moe__max(in->k, out->k), tiles = blocks(rows, TILE_M);
+    int64_t steps = tiles == 1 ? most : moe__min(most, ROOM_K);
+    plan_fetch(in, room, steps, tiles);
+    plan_fetch(out, room + most, steps, tiles);
+}
+
+/* Fetches columns j.. of rows from k on. */
+static void fetch_with(panel *b, const weights *w, int64_t k, int64_t j, int64_t first)
+{
+    b->fetch = w;
+    b->fetch_at = place_at(w->at, element_of(w->m, k, j), w->m->wide);
+    b->fetch_too = b->fetch_at + 64;
+    if (w->m3 && !w->in_place)
+        b->fetch_too = place_at(w->at3, element_of(w->m3, k, j), w->m3->wide);
+    b->fetch_first = first;
+}
+
+static read_ahead ahead_of(const panel *b, int64_t step, int64_t tiles)
+{
+    const weights *w = b->fetch;
+    int64_t row = ((b->fetch_first + step) / tiles >> w->bits) * w->row;
+    return (read_ahead){b->fetch_at + row, b->fetch_too + row, w->offset, 1};
+}
+
+/* Biases of columns j and on, vector by vector as tiles have them. */
+static const real *bias_of(const weights *w, int64_t j, real *bias)
+{
+    if (!w->bias) return NULL;
+    for (int64_t l = 0; l < MOE__PANEL; l++) {
+        bool second = w->m3 && l / VEC_N % 2;
+        int64_t column = j + (w->m3 ? l / TILE_N * VEC_N + l % VEC_N : l);
+        const moe__matrices *m = second ? w->b3 : w->b;
+        const void *at = second ? w->bias3 : w->bias;
+        bias[l] = column < w->n ? get_at(at, column * m->stride_col, m->wide) : R(0.0);
     }
-    MOE_KERNEL(pack_columns)(room, MOE__PANEL, width, w->m, w->at, 0, w->k, j, n);
+    return bias;
+}
+
+/* A panel times tile q: the chains begin, or go on, in out. */
+static void times_piece(const packed *a, const panel *b, int64_t q, const lines *to)
+{
+    int64_t tiles = blocks(a->rows, TILE_M), width = b->half ? VEC_N : TILE_N;
+    int64_t i = part(a->rows, tiles, q), m = part(a->rows, tiles, q + 1) - i;
+    micro_job job = {.k = b->count,
+                     .a = a->at + q * a->step + b->k * m,
+                     .b_stride = b->stride,
+                     .b_step = b->half ? b->half : VEC_N,
+                     .from_stride = to->stride,
+                     .out_stride = to->stride,
+                     .ahead = ahead_of(b, q * b->count, tiles)};
+    for (int64_t sub = 0; sub < MOE__PANEL / TILE_N; sub++) {
+        int64_t at = i * to->stride + sub * width;
+        job.b = b->at + sub * width;
+        job.out[0] = to->out + at;
+        job.out[1] = b->half ? to->out3 + at : job.out[0] + VEC_N;
+        for (int v = 0; v < TILE_V; v++) job.from[v] = b->k > 0 ? job.out[v] : NULL;
+        job.bias = b->bias ? b->bias + sub * TILE_N : NULL;
+        MOE_KERNEL(micro_right)(m, &job);
+        job.ahead = no_ahead(b->at);
+    }
+}
+
+static void times_panel(const packed *a, const panel *b, const lines *to)
+{
+    int64_t tiles = blocks(a->rows, TILE_M);
+    for (int64_t q = 0; q < tiles; q++) times_piece(a, b, q, to);
+}
+
+static lines lines_from(const lines *to, int64_t j)
+{
+    return (lines){to->out + j, to->out3 ? to->out3 + j : NULL, to->stride};
+}
+
+/* Panels where they are: as much of one as the first cache holds, times all rows, then the rest. */
+static void group_in_place(const packed *a, const weights *w, const weights *after, int64_t j,
+                           int64_t n, const lines *to)
+{
+    int64_t tiles = blocks(a->rows, TILE_M), parts = tiles > 1 ? blocks(w->k, PANEL_K) : 1;
+    int64_t width = panel_width(w);
+    real bias[MOE__PANEL];
+    for (int64_t l = 0; l < n; l += width) {
+        int64_t next = j + l + width;
+        lines here = lines_from(to, l);
+        const real *at = place_at(w->at, element_of(w->m, 0, j + l), 1);
+        for (int64_t p = 0; p < parts; p++) {
+            int64_t k = part(w->k, parts, p), count = part(w->k, parts, p + 1) - k;
+            panel b = {.at = at + k * MOE__PANEL,
+                       .k = k,
+                       .count = count,
+                       .stride = MOE__PANEL,
+                       .half = w->m3 ? HALF_PANEL : 0,
+                       .bias = k + count == w->k ? bias_of(w, j + l, bias) : NULL};
+            fetch_with(&b, next < w->n ? w : after, 0, next < w->n ? next : 0, k * tiles);
+            times_panel(a, &b, &here);
+        }
+    }
+}
+
+/* Columns j .. j+n-1 of rows k .. k+count-1 as a panel. */
+static void pack_panel(const weights *w, int64_t k, int64_t count, int64_t j, int64_t n, real *room)
+{
+    int64_t width = panel_width(w);
+    MOE_KERNEL(pack_columns)(room, MOE__PANEL, width, w->m, w->at, k, count, j, n);
     if (w->m3)
-        MOE_KERNEL(pack_columns)(room + width, MOE__PANEL, width, w->m3, w->at3, 0, w->k, j, n);
+        MOE_KERNEL(pack_columns)(room + width, MOE__PANEL, width, w->m3, w->at3, k, count, j, n);
 }
 
-/* Biases of the same columns, vector by vector as tiles have them. */
-static void take_bias(panel *to, const moe__matrices *bias, const moe__matrices *bias3, int64_t e,
-                      int64_t j, int64_t n)
+/* For a few rows packing does not pay: FEW_K rows of all columns in turn, read in order. */
+static void group_by_rows(const packed *a, const weights *w, int64_t j, int64_t n, const lines *to,
+                          real *room)
 {
-    const void *at[2] = {matrix_of(bias, e), to->halves ? matrix_of(bias3, e) : NULL};
-    to->biased = at[0] != NULL;
-    for (int64_t l = 0; to->biased && l < MOE__PANEL; l++) {
-        int64_t half = to->halves ? l / VEC_N % 2 : 0;
-        int64_t column = to->halves ? l / TILE_N * VEC_N + l % VEC_N : l;
-        const moe__matrices *m = half ? bias3 : bias;
-        to->bias[l] = j + column < n ? get_at(at[half], (j + column) * m->stride_col, m->wide)
-                                     : R(0.0);
+    int64_t width = panel_width(w);
+    real bias[MOE__PANEL];
+    for (int64_t k = 0; k < w->k; k += FEW_K)
+        for (int64_t l = 0; l < n; l += width) {
+            lines here = lines_from(to, l);
+            bool whole = l + width <= n;
+            panel b = {.at = place_at(w->at, element_of(w->m, k, j + l), 1),
+                       .k = k,
+                       .count = moe__min(FEW_K, w->k - k),
+                       .stride = w->m->stride_row};
+            fetch_with(&b, w, k + FEW_K + l / width * (FEW_K * width / GROUP), j, 0);
+            if (w->m3) b.half = ((intptr_t)w->at3 - (intptr_t)w->at) / (intptr_t)sizeof(real);
+            if (!whole) {
+                pack_panel(w, k, b.count, j + l, moe__min(width, n - l), room);
+                b.at = room;
+                b.stride = MOE__PANEL;
+                b.half = w->m3 ? HALF_PANEL : 0;
+            }
+            if (k + b.count == w->k) b.bias = bias_of(w, j + l, bias);
+            times_panel(a, &b, &here);
+        }
+}
+
+/* Other weights: ROOM_K rows of all columns are packed, as panels, and those after them fetched. */
+static void group_packed(const packed *a, const weights *w, const weights *after, int64_t j,
+                         int64_t n, const lines *to, real *room)
+{
+    int64_t tiles = blocks(a->rows, TILE_M), width = panel_width(w);
+    real bias[MOE__PANEL];
+    for (int64_t k = 0; k < w->k; k += ROOM_K) {
+        int64_t count = moe__min(ROOM_K, w->k - k);
+        for (int64_t l = 0; l < n; l += width)
+            pack_panel(w, k, count, j + l, moe__min(width, n - l),
+                       room + l / width * (ROOM_K * MOE__PANEL));
+        for (int64_t l = 0; l < n; l += width) {
+            lines here = lines_from(to, l);
+            panel b = {.at = room + l / width * (ROOM_K * MOE__PANEL),
+                       .k = k,
+                       .count = count,
+                       .stride = MOE__PANEL,
+                       .half = w->m3 ? HALF_PANEL : 0};
+            bool more = k + count < w->k, next = j + n < w->n;
+            fetch_with(&b, more || next ? w : after, more ? k + count : 0,
+                       more   ? j
+                       : next ? j + n
+                              : 0,
+                       l / width * tiles * count);
+            if (k + count == w->k) b.bias = bias_of(w, j + l, bias);
+            times_panel(a, &b, &here);
+        }
     }
+}
+
+/* Rows times columns j .. j+n-1, at most GROUP of them. `after` is read next. */
+static void times_group(const packed *a, const weights *w, const weights *after, int64_t j,
+                        int64_t n, const lines *to, real *room)
+{
+    if (w->in_place)
+        group_in_place(a, w, after, j, n, to);
+    else if (w->by_rows && a->rows <= FEW_ROWS)
+        group_by_rows(a, w, j, n, to, room);
+    else
+        group_packed(a, w, after, j, n, to, room);
 }
 
 /* ---- forward --------------------------------------------------------------------------------- */
@@ -318,24 +479,15 @@ static void activate_row(const ffn_run *run, int64_t r, int64_t j, int64_t width
 
 /* z and h of hidden columns j .. j+width-1, h packed as the next operand's columns. */
 static void hidden_group(const ffn_run *run, const packed *x, const weights *w,
-                         const weights *after, int64_t e, int64_t r, int64_t j, int64_t width,
-                         real *s)
+                         const weights *after, int64_t r, int64_t j, int64_t width, real *s)
 {
-    const moe__experts_job *job = run->job;
     const ffn_block *b = &run->block;
-    real *z1 = s + b->line, *z3 = s + b->line3;
     element *h = (element *)(void *)(s + b->h);
     int64_t tiles = blocks(x->rows, TILE_M), F = w->n;
-    panel p;
-    for (int64_t l = 0; l < width; l += panel_width(w)) {
-        int64_t next = j + l + panel_width(w);
-        take_panel(&p, w, j + l, s + b->panel);
-        take_bias(&p, &job->b1, &job->b3, e, j + l, F);
-        p.ahead = next < F ? ahead_of(w, next, tiles) : ahead_of(after, 0, tiles);
-        times_panel(x, &p, z1 + l, z3 + l, GROUP);
-    }
+    const lines z = {s + b->line, s + b->line3, GROUP};
+    times_group(x, w, after, j, width, &z, s + b->panel);
     for (int64_t i = 0; i < x->rows; i++)
-        activate_row(run, r + i, j, width, z1 + i * GROUP, z3 + i * GROUP, h + i * GROUP);
+        activate_row(run, r + i, j, width, z.out + i * GROUP, z.out3 + i * GROUP, h + i * GROUP);
     moe__rows rows = {.data = h, .stride = GROUP};
     const real *scale = run->hidden_scale;
     if (scale) rows.scale = scale + r;
@@ -363,25 +515,25 @@ void MOE_KERNEL(ffn_rows_forward)(const ffn_run *run, int64_t e, int64_t next, i
     const moe__experts_job *job = run->job;
     const moe_experts_config *c = job->config;
     const ffn_block *b = &run->block;
-    int64_t D = c->d_model, F = c->d_hidden, O = c->d_out, tiles = blocks(m, TILE_M);
+    int64_t D = c->d_model, F = c->d_hidden, O = c->d_out;
     const moe__matrices *w3 = job->z3 ? &job->w3 : NULL;
-    weights in = weights_of(&job->w1, w3, e, D, F), out = weights_of(&job->w2, NULL, e, F, O);
-    weights after = weights_of(&job->w1, w3, next, D, F);
-    packed x = {s + b->first, TILE_M * D + SPILL, D, m};
-    packed h = {s + b->second, TILE_M * F + SPILL, F, m};
-    panel p;
+    weights in = weights_of(&job->w1, w3, &job->b1, &job->b3, e, D, F), after;
+    weights out = weights_of(&job->w2, NULL, &job->b2, NULL, e, F, O);
+    const packed x = {s + b->first, TILE_M * D + SPILL, D, m};
+    const packed h = {s + b->second, TILE_M * F + SPILL, F, m};
 
+    plan_fetches(&in, &out, m, (int32_t *)(void *)(s + b->ahead));
+    after = in;
+    move_weights(&after, next);
     pack_tiles(s + b->first, x.step, &run->in, r, m, D);
     for (int64_t j = 0; j < F; j += GROUP)
-        hidden_group(run, &x, &in, &out, e, r, j, moe__min(GROUP, F - j), s);
-    for (int64_t j = 0; j < O; j += MOE__PANEL) {
-        int64_t n = moe__min(MOE__PANEL, O - j);
-        bool direct = WIDE(0) && n == MOE__PANEL;
-        take_panel(&p, &out, j, s + b->panel);
-        take_bias(&p, &job->b2, NULL, e, j, O);
-        p.ahead = j + n < O ? ahead_of(&out, j + n, tiles) : ahead_of(&after, 0, tiles);
-        real *to = direct ? (real *)job->out + r * O + j : s + b->line;
-        times_panel(&h, &p, to, NULL, direct ? O : GROUP);
-        if (!direct) store_out(job, to, r, m, j, n);
+        hidden_group(run, &x, &in, &out, r, j, moe__min(GROUP, F - j), s);
+    for (int64_t j = 0; j < O; j += GROUP) {
+        int64_t n = moe__min(GROUP, O - j);
+        bool direct = WIDE(0) && n % MOE__PANEL == 0;
+        lines to = {s + b->line, NULL, GROUP};
+        if (direct) to = (lines){(real *)job->out + r * O + j, NULL, O};
+        times_group(&h, &out, &after, j, n, &to, s + b->panel);
+        if (!direct) store_out(job, to.out, r, m, j, n);
     }
 }

@@ -65,7 +65,7 @@ typedef struct lines {
     const real *at;
     int64_t step, width;
     read_ahead ahead;
-    int64_t ahead_group;
+    int64_t ahead_group, line; /* bytes from panel to panel, and from line to line */
 } lines;
 
 static lines take_lines(const left_operand *w, int64_t p, int64_t count, int64_t i, int64_t n,
@@ -77,7 +77,8 @@ static lines take_lines(const left_operand *w, int64_t p, int64_t count, int64_t
     lines l = {.at = room,
                .step = LINES,
                .width = m->panel ? m->panel : MOE__PANEL,
-               .ahead = {.at = next, .too = next + 64, .step = m->stride_col * bytes}};
+               .ahead = {.at = next, .too = next + 64, .next = 1},
+               .line = m->stride_col * bytes};
     l.ahead_group = (m->panel ? m->panel_step : l.width * m->stride_row) * bytes;
     if (WIDE(m->wide) && m->panel && m->stride_row == 1 && n == TILE_M) {
         l.at = place_at(w->at, element_of(m, p, i), 1);
@@ -93,7 +94,9 @@ static void times_lines(const left_operand *w, const lines *l, int64_t p, int64_
                         int64_t rows, real *chain)
 {
     int64_t tiles = blocks(rows, LANES);
-    int64_t rate = AHEAD_ONE * TILE_M / (tiles * l->width);
+    int32_t offset[MOE__PANEL];
+    for (int64_t q = 0; q < l->width; q++)
+        offset[q] = (int32_t)(q * TILE_M / (tiles * l->width) * l->line);
     for (int64_t t = 0; t < tiles; t++, chain += CHAIN) {
         int64_t vectors = blocks(moe__min(LANES, rows - t * LANES), VEC_N);
         left_job job = {.groups = count / l->width,
@@ -105,8 +108,10 @@ static void times_lines(const left_operand *w, const lines *l, int64_t p, int64_
                         .fresh = p == 0,
                         .ahead = l->ahead,
                         .ahead_group = l->ahead_group};
-        job.ahead.first = t * l->width;
-        job.ahead.rate = rate;
+        int64_t first = t * TILE_M / tiles * l->line;
+        job.ahead.at += first;
+        job.ahead.too += first;
+        job.ahead.offset = offset;
         if (job.groups > 0) MOE_KERNEL(micro_left)(vectors, &job);
         int64_t done = job.groups * l->width;
         if (done == count) continue;

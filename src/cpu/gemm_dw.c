@@ -87,7 +87,7 @@ static void run_panels(tile_scratch *s, const place *at, int64_t k, int first, c
         job.a = s->a + q * PANEL_A;
         for (int64_t l = 0; l < at->n; l += TILE_N) {
             job.b = s->b + l * BLOCK_K;
-            job.ahead = (read_ahead){.at = (const char *)job.b, .too = (const char *)job.b};
+            job.ahead = no_ahead(job.b);
             MOE_KERNEL(run_piece)(s, &job, i, m, l, moe__min(TILE_N, at->n - l), first, to);
         }
     }

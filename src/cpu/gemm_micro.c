@@ -5,11 +5,12 @@
  * apart. */
 #include "cpu/gemm_micro.h"
 
-V_INLINE void fetch(const read_ahead *ahead, int64_t p)
+V_INLINE void fetch(read_ahead *ahead)
 {
-    int64_t step = ((ahead->first + p) * ahead->rate >> AHEAD_BITS) * ahead->step;
-    __builtin_prefetch(ahead->at + step, 0, 2);
-    __builtin_prefetch(ahead->too + step, 0, 2);
+    int64_t offset = *ahead->offset;
+    __builtin_prefetch(ahead->at + offset, 0, 2);
+    __builtin_prefetch(ahead->too + offset, 0, 2);
+    ahead->offset += ahead->next;
 }
 
 V_INLINE void right_store(const int m, const micro_job *job, vec acc[TILE_M][TILE_V])
@@ -40,7 +41,7 @@ V_INLINE void right(const int m, const micro_job *job)
 {
     const real *a = job->a, *b = job->b;
     const int64_t k = job->k, stride = job->b_stride, step = job->b_step;
-    const read_ahead ahead = job->ahead;
+    read_ahead ahead = job->ahead;
     vec acc[TILE_M][TILE_V];
     V_UNROLL
     for (int i = 0; i < m; i++) {
@@ -52,7 +53,7 @@ V_INLINE void right(const int m, const micro_job *job)
         vec row[TILE_V];
         V_UNROLL
         for (int v = 0; v < TILE_V; v++) row[v] = v_load(b + v * step);
-        fetch(&ahead, p);
+        fetch(&ahead);
         V_UNROLL
         for (int i = 0; i < m; i++) {
             vec x = v_set1(a[i]);
@@ -105,11 +106,12 @@ V_INLINE void left(const int vectors, const left_job *job)
     }
     for (int64_t g = 0; g < job->groups; g++) {
         const real *w = job->w + g * job->w_step;
+        ahead.offset = job->ahead.offset;
         for (int64_t p = 0; p < width; p++, b += TILE_N) {
             vec lanes[TILE_V];
             V_UNROLL
             for (int v = 0; v < vectors; v++) lanes[v] = v_load(b + v * VEC_N);
-            fetch(&ahead, p);
+            fetch(&ahead);
             V_UNROLL
             for (int i = 0; i < TILE_M; i++) {
                 vec x = v_set1(w[i * MOE__PANEL + p]);

@@ -19,12 +19,19 @@ enum {
 
 _Static_assert(MOE__PANEL % TILE_N == 0 && HALF_PANEL % VEC_N == 0, "panels hold whole tiles");
 
-/* Lines that are wanted soon: at step p, those (first + p) rate / AHEAD_ONE * step from two places. */
-enum { AHEAD_BITS = 16, AHEAD_ONE = 1 << AHEAD_BITS };
+/* Lines that are wanted soon: at step p, those offset[p next] bytes from two places on. */
 typedef struct read_ahead {
     const char *at, *too;
-    int64_t step, first, rate;
+    const int32_t *offset;
+    int32_t next; /* 1; 0: the same at every step */
 } read_ahead;
+
+/* Nothing: the line at `there`, again and again. */
+static inline read_ahead no_ahead(const void *there)
+{
+    static const int32_t zero;
+    return (read_ahead){.at = there, .too = there, .offset = &zero};
+}
 
 /* How results are stored: in place of, or added to, what is there; or past the caches, vectors
  * aligned and a v_fence after the last. */

@@ -24,6 +24,7 @@ typedef struct tile_scratch {
     real b[BLOCK_K * WIDE_N];
     real edge[TILE_M * TILE_N]; /* a piece of the result that is not stored as it is */
     real bias[TILE_N];
+    int32_t ahead[BLOCK_K];          /* read_ahead */
     real chain[BLOCK_M * BLOCK_N];   /* accumulators between two blocks of k */
     real segment[BLOCK_M * BLOCK_N]; /* dW over several blocks: the sum of a segment, of a matrix */
     real sum[BLOCK_M * BLOCK_N];

@@ -38,7 +38,7 @@ static void run_panel(tile_scratch *s, micro_job *job, int64_t m, int64_t j, int
         int64_t i = part(m, panels, q);
         job->a = s->a + q * PANEL_A;
         MOE_KERNEL(run_piece)(s, job, i, part(m, panels, q + 1) - i, j, n, first, to);
-        job->ahead = (read_ahead){.at = (const char *)job->b, .too = (const char *)job->b};
+        job->ahead = no_ahead(job->b);
     }
 }
 
@@ -53,6 +53,16 @@ int64_t MOE_KERNEL(gemm_rows_plan)(moe__gemm_rows_job *job)
     return job->tile_begin[job->experts];
 }
 
+/* Two lines of each of k rows, or in turn the pairs of lines of columns, from `at` on. */
+static read_ahead ahead_of(tile_scratch *s, const char *at, int64_t k, int64_t row, int64_t col,
+                           int by_columns)
+{
+    if (k * moe__max(row, col) > INT32_MAX) return no_ahead(s->b);
+    for (int64_t p = 0; p < k; p++)
+        s->ahead[p] = (int32_t)(by_columns ? p / 8 * col + p % 8 * 128 : p * row);
+    return (read_ahead){.at = at, .too = at + 64, .offset = s->ahead, .next = 1};
+}
+
 /* Rows p .. p+k-1 of columns j .. j+n-1 of b: in place where they are a panel, or for a few rows;
  * else packed while the columns after them are fetched, two cache lines at a time. */
 static micro_job right_operand(tile_scratch *s, const moe__matrices *m, const void *b, int64_t p,
@@ -62,25 +72,16 @@ static micro_job right_operand(tile_scratch *s, const moe__matrices *m, const vo
     int64_t row = m->stride_row * bytes, col = m->stride_col * bytes;
     int by_columns = m->stride_row == 1 && m->stride_col != 1, in_panel = m->panel % TILE_N == 0;
     const char *next = place_at(b, element_of(m, p, j + n), m->wide);
-    micro_job job = {.k = k,
-                     .b = s->b,
-                     .b_stride = TILE_N,
-                     .b_step = VEC_N,
-                     .from_stride = BLOCK_N,
-                     .ahead = {.at = next, .too = next + 64, .step = row, .rate = AHEAD_ONE}};
+    micro_job job = {.k = k, .b = s->b, .b_stride = TILE_N, .b_step = VEC_N, .from_stride = BLOCK_N};
     if (WIDE(m->wide) && m->stride_col == 1 && in_panel &&
         (m->panel || (rows <= IN_PLACE_M && n == TILE_N))) {
         job.b = place_at(b, element_of(m, p, j), m->wide);
         job.b_stride = m->stride_row;
-        if (!m->panel) {
-            job.ahead.at = (const char *)job.b + 16 * row;
-            job.ahead.too = job.ahead.at + 64;
-        }
-        return job;
+        if (!m->panel) next = (const char *)job.b + 16 * row;
+    } else {
+        MOE_KERNEL(pack_columns)(s->b, TILE_N, TILE_N, m, b, p, k, j, n);
     }
-    MOE_KERNEL(pack_columns)(s->b, TILE_N, TILE_N, m, b, p, k, j, n);
-    if (by_columns)
-        job.ahead = (read_ahead){.at = next, .too = next + 64, .step = col, .rate = AHEAD_ONE / 8};
+    job.ahead = ahead_of(s, next, k, row, col, by_columns);
     return job;
 }
 
