@@ -37,6 +37,7 @@ typedef struct moe__experts_room {
     bool gated;
     bool x_rows;         /* rows of x are gathered */
     bool dz;             /* so are gradients by the rows of out */
+    bool keep_h;         /* h has memory of its own; else it is made again where it is needed */
     bool combine_weight; /* parts differ in what the weight multiplies */
 } moe__experts_room;
 
@@ -410,7 +411,8 @@ typedef struct moe__experts_job {
     int32_t overwrite;
     int32_t parameters;  /* 1: the host's experts are to add gradients of their parameters */
     void *z1, *z3;       /* [R,F] before the activation, kept for backward; z3 NULL if not gated */
-    void *h;             /* [R,F] kept for backward; may be z1 when nothing is kept */
+    void *h;             /* [R,F] z1 when nothing is kept; kept for backward, or, on the host's
+                            memory, dh: then the backward makes it again from z1 and z3 */
     void *out;           /* [R,O] outputs of the experts, after the output function; kept */
     void *weight_of_row; /* [R] kept */
     int64_t *tile_begin, *tile_order; /* scratch [E+1], [E] */

@@ -57,6 +57,7 @@ static moe_status fill_pool(moe_experts *e, const moe_expert_callbacks *callback
     e->callbacks = *callbacks;
     e->config.callbacks = e->config.kind == MOE_EXPERTS_CALLBACK ? &e->callbacks : NULL;
     e->room = moe__experts_room_of(&e->config, callbacks);
+    if (!e->context->memory->is_host) e->room.keep_h = true;
     e->part[0] = e;
     e->parts = 1;
     MOE_TRY(make_touched(e, function));
@@ -138,6 +139,7 @@ static moe_status add_room(moe__experts_room *all, const moe_experts *part, cons
     all->gated = all->gated || r->gated;
     all->x_rows = all->x_rows || r->x_rows;
     all->dz = all->dz || r->dz;
+    all->keep_h = all->keep_h || r->keep_h;
     return MOE_OK;
 }
 

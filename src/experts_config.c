@@ -156,5 +156,6 @@ moe__experts_room moe__experts_room_of(const moe_experts_config *c,
                                .dtype = c->dtype,
                                .gated = moe__is_gated(c->activation),
                                .x_rows = callback,
+                               .keep_h = c->weight_position == MOE_WEIGHT_ON_HIDDEN,
                                .dz = callback || c->output == MOE_OUTPUT_SIGMOID};
 }

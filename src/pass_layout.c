@@ -216,7 +216,8 @@ void moe__lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__exp
     int64_t input = moe__mul(entries, c->d_model), bytes = c->workspace_per_row;
     e->z1 = moe__arena_take(arena, hidden, size);
     e->z3 = c->gated ? moe__arena_take(arena, hidden, size) : NULL;
-    e->h = save ? moe__arena_take(arena, hidden, size) : e->z1;
+    e->dh = save ? moe__arena_take(arena, hidden, size) : NULL;
+    e->h = !save ? e->z1 : c->keep_h ? moe__arena_take(arena, hidden, size) : e->dh;
     e->out = moe__arena_take(arena, output, size);
     e->weight_of_row = moe__arena_take(arena, entries, real_size);
     e->tile_begin = moe__arena_take(arena, moe__add(c->num_experts, 1), sizeof *e->tile_begin);
@@ -226,7 +227,6 @@ void moe__lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__exp
     e->combine_weight = c->combine_weight ? moe__arena_take(arena, entries, real_size) : NULL;
     if (!save) return;
     e->dz = c->dz ? moe__arena_take(arena, output, size) : NULL;
-    e->dh = moe__arena_take(arena, hidden, size);
     e->dz3 = c->gated ? moe__arena_take(arena, hidden, size) : NULL;
     e->dx_rows = moe__arena_take(arena, input, size);
 }

@@ -185,12 +185,19 @@ static void forward_range(void *argument, int64_t begin, int64_t end)
     (&run->act, end - begin, run->h + begin, run->z1 + begin, FROM(run->z3, begin));
 }
 
+/* h is dh: it is not wanted, and is made and left in pieces. */
 static void backward_range(void *argument, int64_t begin, int64_t end)
 {
+    enum { PIECE = 128 };
     const activation_run *run = argument;
-    MOE_KERNEL(activate_backward)
-    (&run->act, end - begin, run->dh + begin, FROM(run->dz3, begin), run->h + begin,
-     run->z1 + begin, FROM(run->z3, begin));
+    element room[PIECE];
+    bool kept = run->h != run->dh;
+    for (int64_t count; begin < end; begin += count) {
+        count = kept ? end - begin : moe__min(PIECE, end - begin);
+        MOE_KERNEL(activate_backward)
+        (&run->act, count, run->dh + begin, FROM(run->dz3, begin), kept ? run->h + begin : room,
+         run->z1 + begin, FROM(run->z3, begin));
+    }
 }
 
 moe_status MOE_KERNEL(activation_forward)(const moe__workers *workers, const moe_experts_config *c,

@@ -20,7 +20,7 @@ void MOE_KERNEL(activate)(const activation *act, int64_t count, element *h, cons
 void MOE_KERNEL(activate_backward)(const activation *act, int64_t count, element *dh, element *dz3,
                                    element *h, const element *z1, const element *z3);
 
-/* The same of [rows,F] dense on the context's threads. */
+/* The same of [rows,F] dense on the context's threads; h may be dh, which becomes dz1. */
 moe_status MOE_KERNEL(activation_forward)(const moe__workers *workers, const moe_experts_config *c,
                                           int64_t count, element *h, const element *z1,
                                           const element *z3);

@@ -75,6 +75,15 @@ static moe__rows hidden_rows(const moe__experts_job *job)
                        .scale = weighted ? job->weight_of_row : NULL};
 }
 
+/* h made again from what was kept. */
+static moe__rows activated_rows(const moe__experts_job *job, const activation *act)
+{
+    return (moe__rows){.data = job->z1,
+                       .stride = job->config->d_hidden,
+                       .activation = act,
+                       .second = job->z3};
+}
+
 /* Element 0 of the first row of the job's experts. */
 static element *first_row(const moe__experts_job *job, void *rows, int64_t width)
 {
@@ -271,6 +280,7 @@ static moe_status ffn_backward(moe__experts_job *job)
             w, c, rows * F, first_row(job, job->dh, F), first_row(job, job->dz3, F),
             first_row(job, job->h, F), first_row(job, job->z1, F), first_row(job, job->z3, F)));
     }
+    if (job->h == job->dh) h = activated_rows(job, &run.act);
     MOE_TRY(weight_gradient(job, F, O, h, dz, &job->dw2, &job->db2, 2));
     MOE_TRY(weight_gradient(job, D, F, x, dz1, &job->dw1, &job->db1, 0));
     if (job->z3) MOE_TRY(weight_gradient(job, D, F, x, dz3, &job->dw3, &job->db3, 1));

@@ -58,14 +58,32 @@ typedef struct left_operand {
     const void *at;
     int64_t k;
     const real *lanes;
+    int64_t width, line;        /* of a panel; bytes from line to line */
+    int32_t offset[MOE__PANEL]; /* read_ahead */
 } left_operand;
+
+/* While `tiles` tiles of lanes are multiplied by the lines of a panel, as many lines are fetched. */
+static left_operand left_of(const moe__matrices *m, int64_t e, int64_t k, const real *lanes,
+                            int64_t rows)
+{
+    int64_t bytes = WIDE(m->wide) ? (int64_t)sizeof(real) : (int64_t)sizeof(element);
+    int64_t tiles = blocks(rows, LANES);
+    left_operand w = {.m = m, .at = matrix_of(m, e), .k = k, .lanes = lanes};
+    w.width = m->panel ? m->panel : MOE__PANEL;
+    w.line = m->stride_col * bytes;
+    for (int64_t q = 0; q < w.width; q++) {
+        int64_t place = q * TILE_M / (tiles * w.width) * w.line;
+        w.offset[q] = place > INT32_MAX ? 0 : (int32_t)place;
+    }
+    return w;
+}
 
 /* Elements p .. p+count-1 of the sums of columns i .. i+n-1, as micro_left reads them. */
 typedef struct lines {
     const real *at;
     int64_t step, width;
     read_ahead ahead;
-    int64_t ahead_group, line; /* bytes from panel to panel, and from line to line */
+    int64_t ahead_group; /* bytes from panel to panel */
 } lines;
 
 static lines take_lines(const left_operand *w, int64_t p, int64_t count, int64_t i, int64_t n,
@@ -76,9 +94,8 @@ static lines take_lines(const left_operand *w, int64_t p, int64_t count, int64_t
     const char *next = place_at(w->at, element_of(m, p, i + TILE_M), m->wide);
     lines l = {.at = room,
                .step = LINES,
-               .width = m->panel ? m->panel : MOE__PANEL,
-               .ahead = {.at = next, .too = next + 64, .next = 1},
-               .line = m->stride_col * bytes};
+               .width = w->width,
+               .ahead = {.at = next, .too = next + 64, .next = 1}};
     l.ahead_group = (m->panel ? m->panel_step : l.width * m->stride_row) * bytes;
     if (WIDE(m->wide) && m->panel && m->stride_row == 1 && n == TILE_M) {
         l.at = place_at(w->at, element_of(m, p, i), 1);
@@ -94,9 +111,6 @@ static void times_lines(const left_operand *w, const lines *l, int64_t p, int64_
                         int64_t rows, real *chain)
 {
     int64_t tiles = blocks(rows, LANES);
-    int32_t offset[MOE__PANEL];
-    for (int64_t q = 0; q < l->width; q++)
-        offset[q] = (int32_t)(q * TILE_M / (tiles * l->width) * l->line);
     for (int64_t t = 0; t < tiles; t++, chain += CHAIN) {
         int64_t vectors = blocks(moe__min(LANES, rows - t * LANES), VEC_N);
         left_job job = {.groups = count / l->width,
@@ -108,10 +122,10 @@ static void times_lines(const left_operand *w, const lines *l, int64_t p, int64_
                         .fresh = p == 0,
                         .ahead = l->ahead,
                         .ahead_group = l->ahead_group};
-        int64_t first = t * TILE_M / tiles * l->line;
+        int64_t first = t * TILE_M / tiles * w->line;
         job.ahead.at += first;
         job.ahead.too += first;
-        job.ahead.offset = offset;
+        job.ahead.offset = w->offset;
         if (job.groups > 0) MOE_KERNEL(micro_left)(vectors, &job);
         int64_t done = job.groups * l->width;
         if (done == count) continue;
@@ -180,12 +194,14 @@ static void activate_group(const ffn_run *run, const real *line, int64_t r, int6
                            int64_t n)
 {
     const moe__experts_job *job = run->job;
+    element room[GROUP];
     for (int64_t i = 0; i < rows; i++) {
         int64_t at = (r + i) * job->config->d_hidden + j;
         element *dh = (element *)job->dh + at;
+        element *h = job->h == job->dh ? room : (element *)job->h + at;
         for (int64_t l = 0; l < n; l++) dh[l] = put(line[i * GROUP + l]);
         MOE_KERNEL(activate_backward)
-        (&run->act, n, dh, job->z3 ? (element *)job->dz3 + at : NULL, (element *)job->h + at,
+        (&run->act, n, dh, job->z3 ? (element *)job->dz3 + at : NULL, h,
          (const element *)job->z1 + at, job->z3 ? (const element *)job->z3 + at : NULL);
     }
 }
@@ -212,9 +228,9 @@ void MOE_KERNEL(ffn_rows_backward)(const ffn_run *run, int64_t e, int64_t next, 
     int64_t D = job->config->d_model, F = job->config->d_hidden, O = job->config->d_out;
     moe__matrices w2 = turned(job->w2), w1 = turned(job->w1), w3 = turned(job->w3);
     moe__rows dz1 = {.data = job->dh, .stride = F}, dz3 = {.data = job->dz3, .stride = F};
-    const left_operand out = {&w2, matrix_of(&w2, e), O, s + b->first};
-    const left_operand in[2] = {{&w1, matrix_of(&w1, e), F, s + b->second},
-                                {&w3, job->z3 ? matrix_of(&w3, e) : NULL, F, s + b->third}};
+    const left_operand out = left_of(&w2, e, O, s + b->first, m);
+    left_operand in[2] = {left_of(&w1, e, F, s + b->second, m)};
+    if (job->z3) in[1] = left_of(&w3, e, F, s + b->third, m);
 
     (void)next;
     pack_lanes(s + b->first, &run->in, r, m, 0, O, O);

@@ -6,6 +6,7 @@
  * WIDE_N, whose operands are packed once and whose results go straight to the gradient; of more
  * rows, tiles are smaller, and accumulators wait in scratch between two blocks. A chain ends after
  * SUM_ROWS rows of a segment: block sums are added in order, then segment sums. */
+#include "cpu/activation.h"
 #include "cpu/gemm_tile.h"
 
 #include <string.h>
@@ -17,9 +18,16 @@ V_INLINE void pack_a_columns_of(tile_scratch *s, const moe__rows *a, int64_t r, 
                                 int64_t i, int64_t m, const int wide)
 {
     int64_t panels = blocks(m, TILE_M);
+    element room[WIDE_M];
     for (int64_t p = 0; p < k; p++) {
         const void *from = row_of(a, r + p, i);
         real scale = scale_of(a, r + p);
+        if (a->activation) {
+            const element *second = a->second ? (const element *)a->second + (r + p) * a->stride + i
+                                              : NULL;
+            MOE_KERNEL(activate)(a->activation, m, room, from, second);
+            from = room;
+        }
         for (int64_t q = 0; q < panels; q++) {
             int64_t first = part(m, panels, q), width = part(m, panels, q + 1) - first;
             real *to = s->a + q * PANEL_A + p * width;
@@ -102,8 +110,7 @@ static void dw_chain(const moe__gemm_dw_job *job, tile_scratch *s, const place *
     do { /* once for no rows: the chains are +0 */
         int64_t k = moe__min(BLOCK_K, count - p);
         pack_a_columns(s, &job->a, r + p, k, at->i, at->m);
-        for (int64_t l = 0; l < at->n; l += TILE_N) MOE_KERNEL(pack_width)
-        (s->b + l * BLOCK_K, &job->g, r + p, k, at->j + l, moe__min(TILE_N, at->n - l));
+        MOE_KERNEL(pack_width)(s->b, TILE_N * BLOCK_K, &job->g, r + p, k, at->j, at->n);
         run_panels(s, at, k, fresh && p == 0, p + k == count ? to : NULL);
         p += BLOCK_K;
     } while (p < count);

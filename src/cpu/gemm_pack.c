@@ -135,27 +135,26 @@ void MOE_KERNEL(pack_lines)(real *to, int64_t panel, const moe__matrices *m, con
     }
 }
 
-V_INLINE void pack_width_of(real *to, const moe__rows *g, int64_t r, int64_t k, int64_t j,
-                            int64_t n, const int wide)
+V_INLINE void pack_width_of(real *to, int64_t step, const moe__rows *g, int64_t r, int64_t k,
+                            int64_t j, int64_t n, const int wide)
 {
     for (int64_t p = 0; p < k; p++, to += TILE_N) {
         const void *from = row_of(g, r + p, j);
-        real scale = scale_of(g, r + p);
-        if (n == TILE_N) {
+        real scale = scale_of(g, r + p), *line = to;
+        int64_t l = 0;
+        for (; l + TILE_N <= n; l += TILE_N, line += step)
             for (int v = 0; v < TILE_N; v += VEC_N)
-                v_store(to + v, v_mul(v_get_at(from, v, wide), v_set1(scale)));
-        } else {
-            for (int64_t l = 0; l < n; l++) to[l] = get_at(from, l, wide) * scale;
-            for (int64_t l = n; l < TILE_N; l++) to[l] = R(0.0);
-        }
+                v_store(line + v, v_mul(v_get_at(from, l + v, wide), v_set1(scale)));
+        for (int64_t i = 0; l < n && i < TILE_N; i++)
+            line[i] = l + i < n ? get_at(from, l + i, wide) * scale : R(0.0);
     }
 }
 
-void MOE_KERNEL(pack_width)(real *to, const moe__rows *g, int64_t r, int64_t k, int64_t j,
-                            int64_t n)
+void MOE_KERNEL(pack_width)(real *to, int64_t step, const moe__rows *g, int64_t r, int64_t k,
+                            int64_t j, int64_t n)
 {
     if (WIDE(g->wide))
-        pack_width_of(to, g, r, k, j, n, 1);
+        pack_width_of(to, step, g, r, k, j, n, 1);
     else
-        pack_width_of(to, g, r, k, j, n, 0);
+        pack_width_of(to, step, g, r, k, j, n, 0);
 }

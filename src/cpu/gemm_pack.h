@@ -59,8 +59,9 @@ void MOE_KERNEL(pack_columns)(real *to, int64_t stride, int64_t width, const moe
 void MOE_KERNEL(pack_lines)(real *to, int64_t panel, const moe__matrices *m, const void *b,
                             int64_t p, int64_t k, int64_t i, int64_t n);
 
-/* to[k][TILE_N] = columns j .. j+n-1 of rows r .. r+k-1, then 0. */
-void MOE_KERNEL(pack_width)(real *to, const moe__rows *g, int64_t r, int64_t k, int64_t j,
-                            int64_t n);
+/* to[k][TILE_N], and as many `step` apart as n columns need: columns j .. j+n-1 of rows r .. r+k-1,
+ * then 0. */
+void MOE_KERNEL(pack_width)(real *to, int64_t step, const moe__rows *g, int64_t r, int64_t k,
+                            int64_t j, int64_t n);
 
 #endif

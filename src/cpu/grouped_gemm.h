@@ -21,6 +21,9 @@ typedef struct moe__rows {
     const int64_t *row_index;
     const void *scale; /* reals */
     int32_t wide;      /* 1: that is what is computed with, rather than 16 bits */
+    /* Of dW: element i is the activation of data's, times that of `second` if it is there, rounded
+     * and not wide. second is as data; both dense. NULL: elements are data's. */
+    const void *activation, *second;
 } moe__rows;
 
 /* Columns of a panel of packed weights, on every instruction set and for every dtype. */
