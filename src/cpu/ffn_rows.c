@@ -17,6 +17,7 @@ enum {
     BLOCK_BYTES = 1200 * 1024, /* of packed rows: what stays in the second cache of most machines */
     PANEL_K = PANEL_BYTES / MOE__PANEL / (int)sizeof(real),
     ROOM_K = 256, /* rows of weights that are packed at a time */
+    NEAR = 256,   /* rows of a panel from what is read by one tile to what is fetched */
     FEW_ROWS = 4,
     FEW_K = 16,
     MAX_ROWS = 13 * 14,
@@ -47,7 +48,7 @@ ffn_block MOE_KERNEL(ffn_block_forward)(int64_t d_model, int64_t d_hidden)
     b.first = take(&b.reals, tiles * (TILE_M * d_model + SPILL));
     b.second = take(&b.reals, tiles * (TILE_M * d_hidden + SPILL));
     b.panel = take(&b.reals, GROUP / HALF_PANEL * ROOM_K * MOE__PANEL);
-    b.ahead = take(&b.reals, 2 * moe__max(d_model, d_hidden));
+    b.ahead = take(&b.reals, 2 * moe__max(d_model, d_hidden) + 1);
     b.line = take(&b.reals, b.rows * GROUP);
     b.line3 = take(&b.reals, b.rows * GROUP);
     b.h = take(&b.reals, b.rows * GROUP);
@@ -145,6 +146,7 @@ static void run_task(void *argument, int64_t index)
     ffn_run *run = argument;
     const moe__workers *w = &run->job->workers;
     real *scratch = (real *)(void *)(w->scratch + index * w->worker_bytes);
+    *(int32_t *)(void *)(scratch + run->block.ahead) = 0;
     for (;;) {
         int64_t left = run->count - atomic_load_explicit(&run->next, memory_order_relaxed);
         int64_t some = moe__max(1, moe__min(MOST, left / (8 * (int64_t)w->context->threads)));
@@ -236,9 +238,11 @@ static void move_weights(weights *w, int64_t e)
 /* Columns of each of the weights that one panel holds. */
 static int64_t panel_width(const weights *w) { return w->m3 ? HALF_PANEL : MOE__PANEL; }
 
-/* Fills offset[0 .. steps-1] for products by so many tiles of rows: every piece has its step. */
-static void plan_fetch(weights *w, int32_t *offset, int64_t steps, int64_t tiles)
+/* Fills offset[0 .. steps-1], unless they are there, for products by so many tiles of rows: every
+ * piece has its step. */
+static void plan_fetch(weights *w, int32_t *offset, int64_t steps, int64_t tiles, bool filled)
 {
+    enum { ONE = 1 << 20 };
     int64_t bytes = WIDE(w->m->wide) ? (int64_t)sizeof(real) : (int64_t)sizeof(element);
     int64_t margin = 0;
     w->row = w->m->stride_col == 1 ? w->m->stride_row * bytes : 128;
@@ -249,20 +253,23 @@ static void plan_fetch(weights *w, int32_t *offset, int64_t steps, int64_t tiles
         margin = ((int64_t)1 << w->bits) - 1;
     }
     w->offset = offset;
+    if (filled) return;
+    int64_t rate = ONE / tiles + ONE * margin / moe__min(steps, ROOM_K);
+    if ((steps * rate / ONE / (1 << w->bits) + 1) * w->row > INT32_MAX) rate = 0;
     for (int64_t p = 0; p < steps; p++) {
-        int64_t number = p / tiles + p * margin / moe__min(steps, ROOM_K), row = number >> w->bits;
-        int64_t place = row * w->row + (number - (row << w->bits)) * w->piece;
-        offset[p] = place > INT32_MAX ? 0 : (int32_t)place;
+        int64_t number = p * rate / ONE, row = number >> w->bits;
+        offset[p] = (int32_t)(row * w->row + (number - (row << w->bits)) * w->piece);
     }
 }
 
-/* Room for as many steps as one product has. */
+/* As many steps as one product has. room[0] says for how many tiles the rest was filled; 0: not. */
 static void plan_fetches(weights *in, weights *out, int64_t rows, int32_t *room)
 {
     int64_t most = moe__max(in->k, out->k), tiles = blocks(rows, TILE_M);
     int64_t steps = tiles == 1 ? most : moe__min(most, ROOM_K);
-    plan_fetch(in, room, steps, tiles);
-    plan_fetch(out, room + most, steps, tiles);
+    plan_fetch(in, room + 1, steps, tiles, *room == tiles);
+    plan_fetch(out, room + 1 + most, steps, tiles, *room == tiles);
+    *room = (int32_t)tiles;
 }
 
 /* Fetches columns j.. of rows from k on. */
@@ -351,7 +358,12 @@ static void group_in_place(const packed *a, const weights *w, const weights *aft
                        .stride = MOE__PANEL,
                        .half = w->m3 ? HALF_PANEL : 0,
                        .bias = k + count == w->k ? bias_of(w, j + l, bias) : NULL};
-            fetch_with(&b, next < w->n ? w : after, 0, next < w->n ? next : 0, k * tiles);
+            if (next >= w->n)
+                fetch_with(&b, after, 0, 0, k * tiles);
+            else if (tiles == 1 && w->k > NEAR)
+                fetch_with(&b, w, NEAR, j + l, 0);
+            else
+                fetch_with(&b, w, 0, next, k * tiles);
             times_panel(a, &b, &here);
         }
     }

@@ -20,7 +20,7 @@ typedef struct ffn_block {
     int64_t rows;
     int64_t first, second, third;         /* packed rows, left operands or lanes */
     int64_t panel, chain, line, line3, h; /* weights, and what the products write */
-    int64_t ahead;                        /* of read_ahead, as integers */
+    int64_t ahead;                        /* integers: 0 at first, and the offsets of read_ahead */
     int64_t reals;
 } ffn_block;
 

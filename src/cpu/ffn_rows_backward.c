@@ -39,6 +39,7 @@ ffn_block MOE_KERNEL(ffn_block_backward)(int64_t d_hidden, int64_t d_out, bool g
     b.rows = BLOCK_BYTES / (int64_t)sizeof(real) / width;
     b.rows = b.rows < MIN_ROWS ? 0 : moe__min(b.rows, MAX_ROWS) / LANES * LANES;
     if (b.rows == 0) return b;
+    b.ahead = take(&b.reals, 1);
     b.first = take(&b.reals, b.rows * d_out);
     b.second = take(&b.reals, b.rows * d_hidden);
     b.third = take(&b.reals, gated ? b.rows * d_hidden : 0);
