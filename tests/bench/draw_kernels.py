@@ -245,13 +245,12 @@ def draw_block():
     d.text(20, 214, f"backward, LEFT_GROUP = {LEFT_GROUP} columns at a time", 12)
     draw_row(d, 224, backward_stages(s, n))
     d.arrow(500, 316, 500, 338)
-    d.text(510, 338, f"to memory, for dW: h, dz1, dz3 ({kib(n * s.F)} each)", 11, fill=SOFT)
+    d.text(510, 338, f"to memory, for dW: dz1, dz3 ({kib(n * s.F)} each)", 11, fill=SOFT)
     d.text(20, 376, "then all dW, in tiles of up to 364 x 512", 12)
-    words = (
-        "dW2 = h^T dz, dW1 = x^T dz1: up to 256 rows are packed once a tile (x gathered again), "
-    )
-    d.text(20, 396, words + "a result is stored once;", 11)
-    d.text(20, 410, "a gradient of 32 MiB and more that is set goes past the caches.", 11)
+    words = "dW2 = h^T dz, dW1 = x^T dz1: up to 256 rows are packed once a tile, h made anew of z1,"
+    d.text(20, 396, words + " x and dz gathered again;", 11)
+    words = "a result is stored once, past the caches where 32 MiB and more are set."
+    d.text(20, 410, words, 11)
     colors = [(ROWS, "second cache, all the block long"), (LEFT, "a group's lines")]
     colors += [(W1, "weights: read once a block"), (PAPER, "memory")]
     for i, (fill, words) in enumerate(colors):
