@@ -168,13 +168,15 @@ static int memory_make(memory_case *m, const bench_options *o)
     return 0;
 }
 
-/* Parameters, gradients, and of the activations what a backward cannot do without: before the
- * activation function, R rows of `wide`. */
+/* Parameters, gradients, and of the activations what a backward cannot do without: R rows of `wide`
+ * before the activation function, and R outputs, whose products with dy are the gradients of the
+ * weights. */
 static double least_bytes(const bench_work *w)
 {
     const bench_options *o = w->o;
     double parameters = 4 * (double)o->E * (double)o->D * (double)(w->wide + o->F);
-    return o->backward ? 2 * parameters + 4 * (double)w->R * (double)w->wide : parameters;
+    double saved = 4 * (double)w->R * (double)(w->wide + o->D);
+    return o->backward ? 2 * parameters + saved : parameters;
 }
 
 /* memory, storage, shape, routing, pass, peak MiB, MiB of the formula above, MiB of the pass,
