@@ -247,6 +247,7 @@ moe_status moe_layer_memory(const moe_cost_query *query, moe_cost *cost)
     if (c.q.context && !c.q.context->memory->is_host) {
         shape.threads = 1;
         shape.padded_rows = c.layer.padded_rows;
+        c.room.keep_h = c.shared_room.keep_h = c.residual_room.keep_h = true;
     }
     int64_t wider = moe__mul(vectors, real_size - element);
     int64_t filling = all_extra_weights(&c, MOE_STORAGE_PANELS);
