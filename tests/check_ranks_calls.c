@@ -169,7 +169,7 @@ static void run_reserve(member *m)
 {
     step *s = (step *)m->own;
     moe_pass_config c;
-    enum { BYTES = 1 << 20 };
+    enum { BYTES = 1 << 23 };
     void *memory = aligned_alloc(64, BYTES);
     ck_assert_ptr_nonnull(memory);
     MUST(member_make(m, E));
