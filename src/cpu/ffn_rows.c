@@ -177,7 +177,7 @@ typedef struct weights {
     const void *at, *at3, *bias, *bias3;  /* biases may be NULL */
     int64_t k, n;
     bool in_place; /* they lie in panels that need no packing */
-    bool by_rows;  /* their rows are contiguous, and what is computed with */
+    bool by_rows;  /* their rows are contiguous, and what is computed with; W3's are others */
     /* How they are fetched: rows so many bytes apart, of 2^bits pieces, in the steps of a product. */
     int64_t row, piece;
     int32_t bits, *offset;
@@ -224,7 +224,8 @@ static weights weights_of(const moe__matrices *m, const moe__matrices *m3, const
     w.bias = matrix_of(b, e);
     w.bias3 = m3 ? matrix_of(b3, e) : NULL;
     w.in_place = are_panels(m, m3, w.at, w.at3);
-    w.by_rows = are_rows(m) && (!m3 || (are_rows(m3) && m3->stride_row == m->stride_row));
+    w.by_rows = are_rows(m) &&
+                (!m3 || (are_rows(m3) && m3->stride_row == m->stride_row && w.at3 != w.at));
     return w;
 }
 
