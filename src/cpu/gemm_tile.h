@@ -21,13 +21,18 @@ _Static_assert(BLOCK_N % TILE_N == 0 && WIDE_N % TILE_N == 0, "a tile is whole p
 /* Scratch of a worker. */
 typedef struct tile_scratch {
     real a[WIDE_PANELS * PANEL_A];
-    real b[BLOCK_K * WIDE_N];
+    union {
+        real b[BLOCK_K * WIDE_N];
+        struct { /* beside the b of a tile that is not wide */
+            real narrow_b[BLOCK_K * BLOCK_N];
+            real chain[BLOCK_M * BLOCK_N];   /* accumulators between two blocks of k */
+            real segment[BLOCK_M * BLOCK_N]; /* dW over several blocks: the sum of a segment, */
+            real sum[BLOCK_M * BLOCK_N];     /* of a matrix */
+        };
+    };
     real edge[TILE_M * TILE_N]; /* a piece of the result that is not stored as it is */
     real bias[TILE_N];
-    int32_t ahead[BLOCK_K];          /* read_ahead */
-    real chain[BLOCK_M * BLOCK_N];   /* accumulators between two blocks of k */
-    real segment[BLOCK_M * BLOCK_N]; /* dW over several blocks: the sum of a segment, of a matrix */
-    real sum[BLOCK_M * BLOCK_N];
+    int32_t ahead[BLOCK_K]; /* read_ahead */
 } tile_scratch;
 
 /* Where a tile's finished chains go: (i,j) to element (row(i), column + j) of a matrix from `out`

@@ -178,7 +178,7 @@ context = moe.Context(threads=64, log=lambda level, text: {body})
 gate = moe.Gate(context, d_model=16, num_experts=4, top_k=2)
 import array
 resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-resource.setrlimit(resource.RLIMIT_AS, (2**28, 2**28))
+resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
 try:
     gate.forward(moe.Pass(gate), array.array("f", bytes(4 * 16 * 4000)))
     print("forward went on")
