@@ -217,6 +217,7 @@ void moe__lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__exp
     e->z1 = moe__arena_take(arena, hidden, size);
     e->z3 = c->gated ? moe__arena_take(arena, hidden, size) : NULL;
     e->dh = save ? moe__arena_take(arena, hidden, size) : NULL;
+    e->dz3 = save && c->gated ? moe__arena_take(arena, hidden, size) : NULL; /* after dh */
     e->h = !save ? e->z1 : c->keep_h ? moe__arena_take(arena, hidden, size) : e->dh;
     e->out = moe__arena_take(arena, output, size);
     e->weight_of_row = moe__arena_take(arena, entries, real_size);
@@ -227,7 +228,6 @@ void moe__lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__exp
     e->combine_weight = c->combine_weight ? moe__arena_take(arena, entries, real_size) : NULL;
     if (!save) return;
     e->dz = c->dz ? moe__arena_take(arena, output, size) : NULL;
-    e->dz3 = c->gated ? moe__arena_take(arena, hidden, size) : NULL;
     e->dx_rows = moe__arena_take(arena, input, size);
 }
 
