@@ -49,15 +49,6 @@ static moe_status product(const moe__experts_job *job, int64_t k, int64_t n, moe
     return run_gemm_rows(&job->workers, &gemm);
 }
 
-/* The same weights read the other way round: [n,k]. */
-static moe__matrices transposed(moe__matrices m)
-{
-    int64_t row = m.stride_row;
-    m.stride_row = m.stride_col;
-    m.stride_col = row;
-    return m;
-}
-
 /* x and h as the products read them: times the entry's weight where it belongs. */
 static moe__rows input_rows(const moe__experts_job *job)
 {

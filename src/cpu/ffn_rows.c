@@ -5,7 +5,8 @@
  * The rows of a block are packed once. Panel by panel of W1 (with W3 in the other half of it) GROUP
  * columns of z are made, activated, kept if a backward will come, and packed as the left operand of
  * W2, whose panels follow. While the rows are multiplied by one panel, the next is fetched from
- * memory: a panel in place is never copied, and other weights are packed one panel at a time. */
+ * memory: a panel in place is never copied, and of other weights GROUP columns of ROOM_K rows are
+ * packed at a time. */
 #include "cpu/ffn_rows.h"
 
 #include <string.h>
@@ -13,8 +14,7 @@
 _Static_assert(TILE_V == 2, "a tile has a vector of each half of a panel");
 
 enum {
-    PANEL_BYTES = 28 * 1024,   /* of a panel: with the rows of a tile, what the first cache holds */
-    BLOCK_BYTES = 1200 * 1024, /* of packed rows: what stays in the second cache of most machines */
+    PANEL_BYTES = 28 * 1024, /* of a panel: with the rows of a tile, what the first cache holds */
     PANEL_K = PANEL_BYTES / MOE__PANEL / (int)sizeof(real),
     ROOM_K = 256, /* rows of weights that are packed at a time */
     NEAR = 256,   /* rows of a panel from what is read by one tile to what is fetched */
@@ -23,13 +23,6 @@ enum {
     MAX_ROWS = 13 * 14,
     MIN_ROWS = 40 /* below, every panel is read too often */
 };
-
-static int64_t take(int64_t *reals, int64_t count)
-{
-    int64_t at = *reals;
-    *reals += (count + 15) & ~(int64_t)15;
-    return at;
-}
 
 /* Rows whose packed operands have `width` numbers each. */
 static int64_t rows_for(int64_t width)
@@ -109,26 +102,11 @@ bool MOE_KERNEL(ffn_run_begin)(ffn_run *run)
     return threads == 1 || run->count >= 2 * threads;
 }
 
-/* The place in tile_order of the expert a block belongs to. */
-static int64_t place_of_block(const ffn_run *run, int64_t block)
-{
-    const int64_t *begin = run->job->tile_begin;
-    int64_t low = 0, high = run->used - 1;
-    while (low < high) {
-        int64_t middle = low + (high - low + 1) / 2;
-        if (begin[middle] <= block)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    return low;
-}
-
 static void run_blocks(const ffn_run *run, int64_t from, int64_t to, real *scratch)
 {
     const moe__experts_job *job = run->job;
     const int64_t *tile_begin = job->tile_begin, *begin = job->plan->expert_begin;
-    int64_t at = place_of_block(run, from);
+    int64_t at = run_of(tile_begin, run->used, from);
     for (int64_t block = from; block < to; block++) {
         while (block >= tile_begin[at + 1]) at++;
         int64_t e = job->tile_order[at], rows = begin[e + 1] - begin[e];
@@ -178,7 +156,7 @@ typedef struct weights {
     int64_t k, n;
     bool in_place; /* they lie in panels that need no packing */
     bool by_rows;  /* their rows are contiguous, and what is computed with; W3's are others */
-    /* How they are fetched: rows so many bytes apart, of 2^bits pieces, in the steps of a product. */
+    /* How they are fetched: rows so many bytes apart, of 2^bits pieces, step by step. */
     int64_t row, piece;
     int32_t bits, *offset;
 } weights;

@@ -11,7 +11,8 @@
 enum {
     GROUP = 128, /* hidden columns between a product and its activation */
     LANES = TILE_N,
-    SPILL = GROUPS_M * VEC_N /* numbers that whole vectors may write too much */
+    BLOCK_BYTES = 1200 * 1024, /* of packed rows: what stays in the second cache of most machines */
+    SPILL = GROUPS_M * VEC_N   /* numbers that whole vectors may write too much */
 };
 
 /* Rows of a block, and numbers of reals: where its scratch is cut, and all of it. rows 0: such
@@ -26,6 +27,14 @@ typedef struct ffn_block {
 
 ffn_block MOE_KERNEL(ffn_block_forward)(int64_t d_model, int64_t d_hidden);
 ffn_block MOE_KERNEL(ffn_block_backward)(int64_t d_hidden, int64_t d_out, bool gated);
+
+/* A piece of a block's scratch, of whole cache lines. */
+static inline int64_t take(int64_t *reals, int64_t count)
+{
+    int64_t at = *reals;
+    *reals += (count + 15) & ~(int64_t)15;
+    return at;
+}
 
 /* Blocks of rows on the context's threads. */
 typedef struct ffn_run {

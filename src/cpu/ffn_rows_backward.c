@@ -19,17 +19,9 @@ enum {
                  TILE_M, /* columns of a line, with its spill */
     CHAIN = SPILL * LANES,
     LINES = TILE_M * MOE__PANEL, /* of one panel */
-    BLOCK_BYTES = 1200 * 1024,
     MAX_ROWS = 6 * LANES,
     MIN_ROWS = 32
 };
-
-static int64_t take(int64_t *reals, int64_t count)
-{
-    int64_t at = *reals;
-    *reals += (count + 15) & ~(int64_t)15;
-    return at;
-}
 
 ffn_block MOE_KERNEL(ffn_block_backward)(int64_t d_hidden, int64_t d_out, bool gated)
 {
@@ -63,7 +55,7 @@ typedef struct left_operand {
     int32_t offset[MOE__PANEL]; /* read_ahead */
 } left_operand;
 
-/* While `tiles` tiles of lanes are multiplied by the lines of a panel, as many lines are fetched. */
+/* While the lanes are multiplied by the lines of a panel, as many lines are fetched. */
 static left_operand left_of(const moe__matrices *m, int64_t e, int64_t k, const real *lanes,
                             int64_t rows)
 {
@@ -181,15 +173,6 @@ static void pack_lanes(real *to, const moe__rows *a, int64_t r, int64_t rows, in
     (to + t * all + p * LANES, LANES, a, r + t, moe__min(LANES, rows - t), p, k);
 }
 
-/* The transposed matrix. */
-static moe__matrices turned(moe__matrices m)
-{
-    int64_t row = m.stride_row;
-    m.stride_row = m.stride_col;
-    m.stride_col = row;
-    return m;
-}
-
 /* Hidden columns j .. j+n-1 of rows r and on, from line: h, dz1, dz3. */
 static void activate_group(const ffn_run *run, const real *line, int64_t r, int64_t rows, int64_t j,
                            int64_t n)
@@ -227,7 +210,7 @@ void MOE_KERNEL(ffn_rows_backward)(const ffn_run *run, int64_t e, int64_t next, 
     const moe__experts_job *job = run->job;
     const ffn_block *b = &run->block;
     int64_t D = job->config->d_model, F = job->config->d_hidden, O = job->config->d_out;
-    moe__matrices w2 = turned(job->w2), w1 = turned(job->w1), w3 = turned(job->w3);
+    moe__matrices w2 = transposed(job->w2), w1 = transposed(job->w1), w3 = transposed(job->w3);
     moe__rows dz1 = {.data = job->dh, .stride = F}, dz3 = {.data = job->dz3, .stride = F};
     const left_operand out = left_of(&w2, e, O, s + b->first, m);
     left_operand in[2] = {left_of(&w1, e, F, s + b->second, m)};

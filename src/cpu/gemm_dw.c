@@ -230,7 +230,7 @@ static int can_stream(const moe__gemm_dw_job *job, const sink *to)
 void MOE_KERNEL(gemm_dw_tile)(const moe__gemm_dw_job *job, int64_t tile, void *scratch)
 {
     tile_scratch *s = scratch;
-    int64_t e = MOE_KERNEL(expert_of_tile)(job->tile_begin, job->experts, tile);
+    int64_t e = run_of(job->tile_begin, job->experts, tile);
     int64_t most_m = is_short(job, e) ? WIDE_M : BLOCK_M;
     int64_t most_n = is_short(job, e) ? WIDE_N : BLOCK_N;
     int64_t number = tile - job->tile_begin[e], columns = blocks(job->n, most_n);

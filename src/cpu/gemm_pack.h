@@ -27,6 +27,15 @@ static inline real scale_of(const moe__rows *rows, int64_t r)
     return rows->scale ? ((const real *)rows->scale)[r] : R(1.0);
 }
 
+/* The same weights read the other way round: [n,k]. */
+static inline moe__matrices transposed(moe__matrices m)
+{
+    int64_t row = m.stride_row;
+    m.stride_row = m.stride_col;
+    m.stride_col = row;
+    return m;
+}
+
 /* The matrix of expert e, or NULL. */
 static inline void *matrix_of(const moe__matrices *m, int64_t e)
 {

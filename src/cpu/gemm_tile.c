@@ -68,16 +68,3 @@ void MOE_KERNEL(run_piece)(tile_scratch *s, micro_job *job, int64_t i, int64_t m
     MOE_KERNEL(micro_right)(m, job);
     if (to && !direct) store_edge(s, to, i, m, j, n);
 }
-
-int64_t MOE_KERNEL(expert_of_tile)(const int64_t *tile_begin, int64_t experts, int64_t tile)
-{
-    int64_t low = 0, high = experts - 1;
-    while (low < high) {
-        int64_t middle = low + (high - low + 1) / 2;
-        if (tile_begin[middle] <= tile)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    return low;
-}

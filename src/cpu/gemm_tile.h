@@ -56,7 +56,4 @@ void MOE_KERNEL(store_line)(const sink *to, int64_t row, int64_t j, const real *
 void MOE_KERNEL(run_piece)(tile_scratch *s, micro_job *job, int64_t i, int64_t m, int64_t j,
                            int64_t n, int first, const sink *to);
 
-/* The expert a tile belongs to: the last with tile_begin <= tile. */
-int64_t MOE_KERNEL(expert_of_tile)(const int64_t *tile_begin, int64_t experts, int64_t tile);
-
 #endif

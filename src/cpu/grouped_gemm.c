@@ -88,7 +88,7 @@ static micro_job right_operand(tile_scratch *s, const moe__matrices *m, const vo
 void MOE_KERNEL(gemm_rows_tile)(const moe__gemm_rows_job *job, int64_t tile, void *scratch)
 {
     tile_scratch *s = scratch;
-    int64_t e = MOE_KERNEL(expert_of_tile)(job->tile_begin, job->experts, tile);
+    int64_t e = run_of(job->tile_begin, job->experts, tile);
     int64_t place = tile - job->tile_begin[e], columns = blocks(job->n, BLOCK_N);
     int64_t all = job->expert_begin[e + 1] - job->expert_begin[e], parts = blocks(all, BLOCK_M);
     int64_t i = part(all, parts, place / columns), m = part(all, parts, place / columns + 1) - i;

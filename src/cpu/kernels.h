@@ -5,8 +5,8 @@
 #include "internal.h"
 #include "cpu/real.h"
 
-/* grouped_gemm.c, gemm_dw.c: the three products over all experts of a plan. _plan fills tile_begin and returns
- * the number of tiles; _tile computes one, with `scratch` bytes of gemm_scratch for itself. */
+/* grouped_gemm.c, gemm_dw.c: the three products over all experts of a plan. _plan fills tile_begin
+ * and returns the number of tiles; _tile computes one, with `scratch` bytes of gemm_scratch for itself. */
 int64_t MOE_KERNEL(gemm_rows_plan)(moe__gemm_rows_job *job);
 int64_t MOE_KERNEL(gemm_dw_plan)(moe__gemm_dw_job *job);
 size_t MOE_KERNEL(gemm_scratch)(void);
@@ -35,6 +35,20 @@ moe_status MOE_KERNEL(output_backward)(moe__rows_job *job);
 moe_status MOE_KERNEL(matrices_copy)(const moe__copy_job *job);
 moe_status MOE_KERNEL(experts_forward)(moe__experts_job *job);
 moe_status MOE_KERNEL(experts_backward)(moe__experts_job *job);
+
+/* The last i in [0, count) with begin[i] <= at: the run that holds `at`. */
+static inline int64_t run_of(const int64_t *begin, int64_t count, int64_t at)
+{
+    int64_t low = 0, high = count - 1;
+    while (low < high) {
+        int64_t middle = low + (high - low + 1) / 2;
+        if (begin[middle] <= at)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
 
 extern const moe__backend MOE_KERNEL(table);
 

@@ -3,6 +3,7 @@
 #ifndef MOE_CPU_ROUTE_H
 #define MOE_CPU_ROUTE_H
 
+#include "cpu/kernels.h"
 #include "internal.h"
 #include "cpu/lanes.h"
 #include "cpu/real.h"
@@ -29,20 +30,6 @@ static inline int is_masked(const uint8_t *mask, int64_t token) { return mask &&
 static inline int64_t token_of(const moe__gate_level *level, int64_t row)
 {
     return level->token_of_row ? level->token_of_row[row] : row;
-}
-
-/* The last i in [0, count) with begin[i] <= at: the run that holds `at`. */
-static inline int64_t run_of(const int64_t *begin, int64_t count, int64_t at)
-{
-    int64_t low = 0, high = count - 1;
-    while (low < high) {
-        int64_t middle = low + (high - low + 1) / 2;
-        if (begin[middle] <= at)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    return low;
 }
 
 static inline int64_t part_of(const moe__gate_level *level, int64_t row)
