@@ -1,6 +1,6 @@
 /* ffn_rows.h - an expert's whole network on a block of its rows, which stays in the cache between
- * the products. ffn_rows.c has what both directions share and the forward, ffn_rows_backward.c the
- * backward. */
+ * the products. ffn_blocks.c cuts rows in blocks, ffn_rows.c has the forward of one,
+ * ffn_rows_backward.c the backward. */
 #ifndef MOE_CPU_FFN_ROWS_H
 #define MOE_CPU_FFN_ROWS_H
 

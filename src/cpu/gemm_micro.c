@@ -2,7 +2,7 @@
  *
  * A step of `right` loads TILE_V vectors of b and spreads m numbers of a; a step of `left` loads
  * the lanes of b and spreads a number of each of TILE_M rows of weights, which lie MOE__PANEL
- * apart. */
+ * apart; a step of `few` loads a vector of each of k rows of b. */
 #include "cpu/gemm_micro.h"
 
 V_INLINE void fetch(read_ahead *ahead)
@@ -135,4 +135,63 @@ void MOE_KERNEL(micro_left)(int64_t vectors, const left_job *job)
         left(1, job);
     else
         left(TILE_V, job);
+}
+
+/* `wide` vectors of columns j and on; it and m are constants at every call, and k but at the end of
+ * a sum. */
+V_INLINE void few_columns(const int m, const int wide, const int64_t k, const few_job *job,
+                          int64_t j)
+{
+    vec acc[FEW_M][TILE_V];
+    V_UNROLL
+    for (int i = 0; i < m; i++) {
+        V_UNROLL
+        for (int v = 0; v < wide; v++)
+            acc[i][v] = job->fresh ? v_zero()
+                                   : v_load(job->out + i * job->out_stride + j + v * VEC_N);
+    }
+    for (int64_t p = 0; p < k; p++) {
+        const real *b = job->b + p * job->b_stride + j;
+        const real *ahead = job->ahead.at + p * job->ahead.stride + j;
+        V_UNROLL
+        for (int v = 0; v < wide; v++) {
+            vec row = v_load(b + v * VEC_N);
+            __builtin_prefetch(ahead + v * VEC_N, 0, 2);
+            V_UNROLL
+            for (int i = 0; i < m; i++)
+                acc[i][v] = v_fma(v_set1(job->a[p * m + i]), row, acc[i][v]);
+        }
+    }
+    V_UNROLL
+    for (int i = 0; i < m; i++) {
+        V_UNROLL
+        for (int v = 0; v < wide; v++)
+            v_store(job->out + i * job->out_stride + j + v * VEC_N, acc[i][v]);
+    }
+}
+
+V_INLINE void few(const int m, const int64_t k, const few_job *job)
+{
+    int64_t j = 0;
+    for (; j + TILE_N <= job->n; j += TILE_N) few_columns(m, TILE_V, k, job, j);
+    for (; j + VEC_N <= job->n; j += VEC_N) few_columns(m, 1, k, job, j);
+    for (; j < job->n; j++)
+        for (int i = 0; i < m; i++) {
+            real *out = job->out + i * job->out_stride + j, sum = job->fresh ? R(0.0) : *out;
+            for (int64_t p = 0; p < k; p++)
+                sum = r_fma(job->a[p * m + i], job->b[p * job->b_stride + j], sum);
+            *out = sum;
+        }
+}
+
+void MOE_KERNEL(micro_few)(const few_job *job)
+{
+    int whole = job->k == FEW_K;
+    switch (job->m) {
+    case 1: whole ? few(1, FEW_K, job) : few(1, job->k, job); break;
+    case 2: whole ? few(2, FEW_K, job) : few(2, job->k, job); break;
+    case 3: whole ? few(3, FEW_K, job) : few(3, job->k, job); break;
+    case 4: whole ? few(4, FEW_K, job) : few(4, job->k, job); break;
+    default: break;
+    }
 }

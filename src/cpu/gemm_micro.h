@@ -1,10 +1,12 @@
-/* gemm_micro.h - the two kernels at the bottom of every product on the CPU.
+/* gemm_micro.h - the kernels at the bottom of every product on the CPU.
  *
  *     right:  out[m,TILE_N] (=|+=) chain over p of a[p,m] b[p,TILE_N]     vectors lie across b
  *     left:   out[TILE_M,lanes] = chain over p of w[TILE_M,p] b[p,lanes]  vectors lie across rows
+ *     few:    out[m,n] goes on over FEW_K rows of b[p,n], which are read in order, once
  *
  * A chain is one fused multiply-add after the other in ascending p, from +0 or from where an
- * earlier block of p stopped. Both keep TILE_M x TILE_V vectors of accumulators in registers. */
+ * earlier block of p stopped. The first two keep TILE_M x TILE_V vectors of accumulators in
+ * registers; those of the third wait in `out`, as memory is slower than the first cache. */
 #ifndef MOE_CPU_GEMM_MICRO_H
 #define MOE_CPU_GEMM_MICRO_H
 
@@ -67,5 +69,26 @@ typedef struct left_job {
 
 /* The first `vectors` of the lanes, 1 to TILE_V. */
 void MOE_KERNEL(micro_left)(int64_t vectors, const left_job *job);
+
+enum { FEW_M = 4, FEW_K = 8 }; /* rows of a and of b that one call takes */
+
+/* Rows that are fetched while as many of b are read. */
+typedef struct few_ahead {
+    const real *at;
+    int64_t stride;
+} few_ahead;
+
+typedef struct few_job {
+    int64_t m, k, n; /* 1 to FEW_M; 1 to FEW_K; any */
+    const real *a;   /* [k][m] */
+    const real *b;   /* row p at b + p b_stride, contiguous */
+    int64_t b_stride;
+    real *out; /* row i at out + i out_stride */
+    int64_t out_stride;
+    int32_t fresh; /* 1: chains begin */
+    few_ahead ahead;
+} few_job;
+
+void MOE_KERNEL(micro_few)(const few_job *job);
 
 #endif

@@ -46,7 +46,7 @@ def runs(quick):
         yield shape, "zipf", "fwd", STORAGES[:1], ("balanced",), few
     for shape in () if quick else ("a", "d"):
         yield shape, "zipf", "fwdbwd", STORAGES[:1], ("balanced",), few
-    for shape in ("a",) if quick else ("a", "b", "d"):
+    for shape in ("a",) if quick else ("a", "b", "c", "d"):
         yield shape, "balanced", "fwd", STORAGES[:1], ("one_thread", "layer"), few
     for shape in () if quick else ("a", "c", "d"):
         yield shape, "balanced", "fwdbwd", STORAGES[:1], ("layer",), few

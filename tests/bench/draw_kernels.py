@@ -271,7 +271,7 @@ def zipf_rows(shape):
 
 
 def blocks_in_order(shape):
-    """(expert, rows, class), as order_experts of ffn_rows.c has them; the block's limit."""
+    """(expert, rows, class), as order_experts of ffn_blocks.c has them; the block's limit."""
     rows = zipf_rows(shape)
     limit = min(BLOCK_BYTES // 4 // (shape.D + shape.F), MAX_ROWS) // TILE_M * TILE_M
     limit = min(limit, max(2 * TILE_M, sum(rows) // (8 * THREADS)))
