@@ -1,0 +1,115 @@
+"""R of the forward against the number of GPUs, for Mixtral and DeepSeek-V3. Needs matplotlib."""
+
+from dataclasses import replace
+
+from . import bounds, cost
+from .models import MODELS, resolve
+
+GPUS = tuple(8 << i for i in range(10))  # 8 to 4096
+NODE = 8
+NVLINK, NETWORK, LIMITED = "#2a7f62", "#b03a2e", "#1f5a99"
+
+
+def _model(name, *groups):
+    return resolve(name, MODELS[name], *(groups or (None, None)))
+
+
+def mixtral_curves(cluster):
+    """(label, colour, style, values): one expert a rank, in a node or over nodes."""
+    model = _model("mixtral")
+    near, far = [], []
+    for gpus in GPUS:
+        setup = cost.Setup(gpus, NODE, 8, 8, 4096)
+        near.append(bounds.ratios(model, cluster, setup).slowest)
+        spread = replace(setup, ranks_per_node=max(1, 8 * NODE // gpus))
+        far.append(bounds.ratios(model, cluster, spread).slowest)
+    return [
+        ("8 ranks in one node (NVLink)", NVLINK, "-", near),
+        ("8 ranks spread over nodes (InfiniBand);\nwith one expert a rank, dedup changes nothing",
+         NETWORK, "-", far),
+    ]  # fmt: skip
+
+
+def deepseek_curves(cluster):
+    """The widest expert parallelism, up to an expert a rank from 256 GPUs on."""
+    model = _model("deepseek_v3", 1, 1)
+    curves = {name: [] for name in ("near", "near_dedup", "flat", "node", "limited")}
+    for gpus in GPUS:
+        p = min(gpus, model.experts)
+        whole = cost.Setup(gpus, gpus, p, p, 4096)  # as if all GPUs were one node
+        nodes = cost.Setup(gpus, NODE, p, NODE, 4096)
+        few = cost.limited(model, nodes, min(4, nodes.nodes))
+        cases = {
+            "near": (model, whole),
+            "near_dedup": (model, replace(whole, dedup="rank")),
+            "flat": (model, nodes),
+            "node": (model, replace(nodes, dedup="node")),
+            "limited": (few, replace(nodes, dedup="node", dispatch_bytes=1, visits="most")),
+        }
+        for name, (one, setup) in cases.items():
+            curves[name].append(bounds.ratios(one, cluster, setup).slowest)
+    return [
+        ("nodes of 8, each copy alone", NETWORK, "-", curves["flat"]),
+        ("nodes of 8, once to each node", NETWORK, "--", curves["node"]),
+        ("the same, to 4 nodes, fp8 dispatch", LIMITED, "--", curves["limited"]),
+        ("all NVLink, each copy alone", NVLINK, "-", curves["near"]),
+        ("all NVLink, once to each GPU", NVLINK, "--", curves["near_dedup"]),
+    ]
+
+
+def _draw(axes, title, curves, labelled=()):
+    for label, gpus, above in labelled:
+        values = next(values for name, _, _, values in curves if name == label)
+        value = values[GPUS.index(gpus)]
+        axes.annotate(f"{value:.2g}", (gpus, value), textcoords="offset points", fontsize=8,
+                      xytext=(0, 6 if above else -13), ha="center")  # fmt: skip
+    for label, colour, style, values in curves:
+        axes.plot(GPUS, values, style, color=colour, linewidth=1.8, marker="o", markersize=3.5,
+                  label=label)  # fmt: skip
+    axes.axhline(1, color="#222222", linewidth=1)
+    axes.text(GPUS[-1], 0.94, "above R = 1: communication-bound", ha="right", va="top", fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_ylim(0.04, 9)
+    axes.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
+    ticks = (0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("GPUs")
+    axes.grid(alpha=0.25)
+    axes.set_title(title, fontsize=11)
+
+
+def save(path, cluster):
+    """Writes a picture, .svg or .png; the same bytes for the same matplotlib."""
+    if not str(path).endswith((".svg", ".png")):
+        raise ValueError(f"--plot {path}: a name that ends in .svg or .png is needed")
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ValueError(f"--plot needs matplotlib: {error}") from error
+
+    with plt.rc_context({"svg.hashsalt": "moe-cost", "svg.fonttype": "none", "font.size": 9}):
+        figure, axes = plt.subplots(1, 2, figsize=(10.4, 5.0), sharey=True)
+        _draw(axes[0], "Mixtral 8x7B: 8 ranks a group", mixtral_curves(cluster),
+              [("8 ranks in one node (NVLink)", 64, True)])  # fmt: skip
+        _draw(axes[1], "DeepSeek-V3: min(GPUs, 256) ranks a group", deepseek_curves(cluster),
+              [("nodes of 8, each copy alone", 64, True),
+               ("nodes of 8, once to each node", 64, True),
+               ("the same, to 4 nodes, fp8 dispatch", 64, True),
+               ("all NVLink, each copy alone", 64, False)])  # fmt: skip
+        axes[0].set_ylabel("R: communication over GEMM time, forward")
+        axes[0].legend(frameon=False, handlelength=3.4, fontsize=8, loc="upper left")
+        axes[1].legend(frameon=False, handlelength=3.4, fontsize=8, loc="lower right")
+        figure.suptitle(
+            f"{cluster.name}: {cluster.peak_tflops:g} TFLOP/s x {cluster.efficiency:g}, "
+            f"{cluster.node_gbs:g} GB/s in a node, {cluster.network_gbs:g} GB/s between nodes; "
+            "a model, not a measurement", fontsize=9, color="#555555",
+        )  # fmt: skip
+        figure.tight_layout()
+        metadata = {"Date": None} if str(path).endswith(".svg") else None
+        figure.savefig(path, dpi=110, metadata=metadata)
+        plt.close(figure)
