@@ -16,7 +16,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { SLEEP_US = 35000, MOST_CALLS = 64 };
+enum { SLEEP_US = 60000, MOST_CALLS = 64 };
 static const double least_seconds = 0.02; /* of a turn */
 
 static int by_value(const void *a, const void *b)

@@ -1,7 +1,8 @@
 /* bench_remote.c - peers that are programs of their own: a script that takes its turn when asked.
  *
  * It is started with the shape, the pass, the threads and a file of the routings. It says "ready",
- * and to each line it gets it answers the milliseconds of one call, of one routing after another. */
+ * and to each line it gets it answers the milliseconds of one call, of one routing after another.
+ * Between its turns it is stopped: its threads would spin through those of the others. */
 #include "bench.h"
 
 #include <fcntl.h>
@@ -9,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/types.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -23,10 +25,10 @@ typedef struct remote_peer {
 static void end(bench_peer *p)
 {
     remote_peer *r = p->state;
+    if (r->child > 0) (void)kill(r->child, SIGCONT);
     if (r->ask) (void)fclose(r->ask);
     if (r->answer) (void)fclose(r->answer);
     if (r->child > 0) waitpid(r->child, NULL, 0);
-    (void)unlink(r->routing);
     free(r);
 }
 
@@ -35,10 +37,12 @@ static double run(bench_peer *p, int64_t call)
     remote_peer *r = p->state;
     char line[128];
     (void)call;
+    (void)kill(r->child, SIGCONT);
     if (fputs("go\n", r->ask) < 0 || fflush(r->ask) != 0 || !fgets(line, sizeof line, r->answer)) {
         (void)fprintf(stderr, "bench: %s ended early\n", r->name);
         exit(1);
     }
+    (void)kill(r->child, SIGSTOP);
     return 1e-3 * atof(line);
 }
 
@@ -72,13 +76,16 @@ static bool start(remote_peer *r, const char *script, const bench_options *o)
     if (pipe2(to, O_CLOEXEC) != 0 || pipe2(from, O_CLOEXEC) != 0) return false;
     r->child = fork();
     if (r->child == 0) {
+        (void)prctl(PR_SET_PDEATHSIG, SIGKILL); /* also one that is stopped */
         dup2(to[0], 0), dup2(from[1], 1);
         become(script, o, r->routing);
     }
     close(to[0]), close(from[1]);
     r->ask = fdopen(to[1], "w"), r->answer = fdopen(from[0], "r");
-    return r->child > 0 && r->ask && r->answer && fgets(line, sizeof line, r->answer) &&
-           strcmp(line, "ready\n") == 0;
+    bool ready = r->child > 0 && r->ask && r->answer && fgets(line, sizeof line, r->answer) &&
+                 strcmp(line, "ready\n") == 0;
+    if (ready) (void)kill(r->child, SIGSTOP);
+    return ready;
 }
 
 bool bench_remote_peer(bench_peer *p, bench_work *w, const char *name)
@@ -92,7 +99,9 @@ bool bench_remote_peer(bench_peer *p, bench_work *w, const char *name)
                    name[0] == 't' ? "torch_peer.py" : "ggml_peer.py");
     *p = (bench_peer){.name = name, .state = r, .run = run, .end = end};
     p->amount = bench_flops(w->o);
-    if (write_routing(r, w) && start(r, script, w->o)) return true;
+    bool started = write_routing(r, w) && start(r, script, w->o);
+    (void)unlink(r->routing); /* it has been read */
+    if (started) return true;
     (void)fprintf(stderr, "bench: %s left out: not installed for %s\n", name, w->o->python);
     end(p);
     return false;
