@@ -9,6 +9,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <time.h>
 #include <unistd.h>
@@ -32,6 +33,7 @@ struct moe__pool {
     _Atomic int64_t opened;   /* jobs opened so far, plus one at the end: what idle workers watch */
     _Atomic int64_t sleepers; /* workers that wait for `work` */
     _Atomic int64_t waiters;  /* callers that wait for `left` */
+    _Atomic int64_t busy;     /* processor of the last caller; -1: not known */
     _Atomic int64_t owner;    /* process of the workers, 0 before the first run, < 0: changing */
     atomic_int started, ending;
     pthread_mutex_t lock;
@@ -95,6 +97,33 @@ static void spin(_Atomic int64_t *word, int64_t value, bool equal)
     } while (now() < deadline);
 }
 
+/* The processor that this thread is on; -1 where that cannot be asked. */
+static int processor(void)
+{
+#ifdef __linux__
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
+/* A worker may be woken on the processor of the caller, which is at work, and be left there for
+ * longer than a call lasts, though others are idle. Then it leaves. */
+static void step_aside(int64_t busy)
+{
+#ifdef __linux__
+    cpu_set_t all, others;
+    int here = processor();
+    if (here < 0 || here != busy || sched_getaffinity(0, sizeof all, &all) != 0) return;
+    others = all;
+    CPU_CLR((size_t)here, &others);
+    if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
+    (void)sched_setaffinity(0, sizeof all, &all);
+#else
+    (void)busy;
+#endif
+}
+
 /* ---- jobs ------------------------------------------------------------------------------------ */
 
 /* Takes tasks until there are none; how many it did. */
@@ -137,6 +166,7 @@ static job *claim(moe__pool *pool)
 static void open_job(moe__pool *pool, job *j)
 {
     atomic_store(&j->taken, 0);
+    atomic_store(&pool->busy, processor());
     (void)atomic_fetch_add(&j->state, OPEN);
     (void)atomic_fetch_add(&pool->opened, 1);
     int64_t sleepers = atomic_load(&pool->sleepers);
@@ -179,6 +209,7 @@ static void idle(moe__pool *pool, int64_t seen)
     while (atomic_load(&pool->opened) == seen) (void)pthread_cond_wait(&pool->work, &pool->lock);
     (void)atomic_fetch_sub(&pool->sleepers, 1);
     (void)pthread_mutex_unlock(&pool->lock);
+    step_aside(atomic_load(&pool->busy));
 }
 
 static void *worker(void *argument)
