@@ -66,11 +66,6 @@ static struct emu_allocation *owned(const char *name, const void *p, bool pinned
     return NULL;
 }
 
-static void finish_devices(void)
-{
-    for (int d = 0; d < emu_device_count(); d++) emu_finish_device(d);
-}
-
 static cudaError_t release(const char *name, void *p, bool pinned)
 {
     cudaError_t status = emu_enter(name, EMU_UNSAFE);
@@ -79,7 +74,7 @@ static cudaError_t release(const char *name, void *p, bool pinned)
         emu_record(pinned ? EMU_CALL_FREE_HOST : EMU_CALL_FREE, name, NULL,
                    a != NULL ? a->bytes : 0, p, NULL);
         if (a != NULL) {
-            finish_devices();
+            emu_finish_device(a->device);
             emu_release(a);
         }
     }
@@ -120,7 +115,7 @@ cudaError_t cudaHostRegister(void *p, size_t bytes, unsigned flags)
 cudaError_t cudaHostUnregister(void *p)
 {
     cudaError_t status = emu_enter("cudaHostUnregister", EMU_UNSAFE);
-    if (status == cudaSuccess) finish_devices();
+    if (status == cudaSuccess) emu_finish_device(emu_device());
     if (status == cudaSuccess && !emu_unregister_host(p)) {
         status = emu_refuse(cudaErrorHostMemoryNotRegistered, "%p is not registered", p);
     }

@@ -9,8 +9,13 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <time.h>
+
+enum { PATIENCE = 5000000 /* ns */ };
 
 static pthread_mutex_t mutex = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static int holds; /* how often the thread that has the lock took it */
 static cudaError_t sticky[EMU_DEVICES];
 static bool peers[EMU_DEVICES][EMU_DEVICES];
 static char message[1024];
@@ -20,8 +25,36 @@ static __thread int current_device;
 static __thread bool in_host_function;
 static __thread int depth;
 
-void emu_lock(void) { pthread_mutex_lock(&mutex); }
-void emu_unlock(void) { pthread_mutex_unlock(&mutex); }
+void emu_lock(void)
+{
+    pthread_mutex_lock(&mutex);
+    holds++;
+}
+
+void emu_unlock(void)
+{
+    holds--;
+    pthread_mutex_unlock(&mutex);
+}
+
+void emu_wait(void)
+{
+    int kept = holds;
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += PATIENCE;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_sec++;
+        until.tv_nsec -= 1000000000;
+    }
+    while (holds > 1) emu_unlock();
+    holds = 0;
+    pthread_cond_timedwait(&changed, &mutex, &until);
+    holds = 1;
+    while (holds < kept) emu_lock();
+}
+
+void emu_notify(void) { pthread_cond_broadcast(&changed); }
 bool *emu_in_host_function(void) { return &in_host_function; }
 
 /* ---- devices --------------------------------------------------------------------------------- */

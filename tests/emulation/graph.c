@@ -273,27 +273,69 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode
 
 /* ---- graphs ---------------------------------------------------------------------------------- */
 
-/* Of the nodes whose predecessors have run a random one runs. */
-static void run_graph(void *closure)
+/* One launch of a graph, which may stop where a node waits for others. */
+struct run {
+    int left;
+    struct run_node {
+        bool done, blocked;
+        void *state;
+    } nodes[];
+};
+
+static struct run *new_run(const struct CUgraph_st *g)
+{
+    struct run *run = calloc(1, sizeof *run + (size_t)g->count * sizeof run->nodes[0]);
+    if (run == NULL) abort();
+    run->left = g->count;
+    return run;
+}
+
+/* Of the nodes whose predecessors have run a random one, -1 when all of them are blocked. */
+static int next_node(const struct CUgraph_st *g, const struct run *run)
+{
+    int chosen = -1;
+    uint32_t seen = 0;
+    for (int n = 0; n < g->count; n++) {
+        bool may = !run->nodes[n].done && !run->nodes[n].blocked;
+        for (int i = 0; may && i < g->nodes[n].before_count; i++) {
+            may = run->nodes[g->nodes[n].before[i]].done;
+        }
+        if (may && emu_coin(++seen)) chosen = n;
+    }
+    return chosen;
+}
+
+static enum emu_step step_graph(void *closure, void **state)
 {
     struct CUgraph_st *g = *(struct CUgraph_st **)closure;
-    bool *done = calloc((size_t)g->count + 1, sizeof *done);
-    if (done == NULL) abort();
-    for (int left = g->count; left > 0; left--) {
-        int chosen = -1;
-        uint32_t seen = 0;
-        for (int n = 0; n < g->count; n++) {
-            bool may = !done[n];
-            for (int i = 0; may && i < g->nodes[n].before_count; i++) {
-                may = done[g->nodes[n].before[i]];
-            }
-            if (may && emu_coin(++seen)) chosen = n;
-        }
-        done[chosen] = true;
-        emu_work_run(g->nodes[chosen].work);
+    struct run *run = *state != NULL ? *state : (*state = new_run(g));
+    bool moved = false;
+    for (int n = next_node(g, run); n >= 0; n = next_node(g, run)) {
+        enum emu_step step = emu_work_step(g->nodes[n].work, &run->nodes[n].state);
+        run->nodes[n].done = step == EMU_DONE;
+        run->nodes[n].blocked = step == EMU_BLOCKED;
+        run->left -= step == EMU_DONE;
+        moved |= step != EMU_BLOCKED;
     }
-    free(done);
+    for (int n = 0; n < g->count; n++) run->nodes[n].blocked = false;
+    if (run->left > 0) return moved ? EMU_MOVED : EMU_BLOCKED;
+    free(run);
+    *state = NULL;
+    return EMU_DONE;
 }
+
+static void give_up_graph(void *closure, void *state)
+{
+    struct CUgraph_st *g = *(struct CUgraph_st **)closure;
+    struct run *run = state;
+    for (int n = 0; n < g->count; n++) {
+        struct emu_work *work = g->nodes[n].work;
+        if (run->nodes[n].state != NULL) work->give_up(work->closure, run->nodes[n].state);
+    }
+    free(run);
+}
+
+static void drop_launch(void *closure) { graph_drop(*(struct CUgraph_st **)closure); }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long flags)
 {
@@ -313,8 +355,7 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *out, cudaGraph_t grap
     return cudaGraphInstantiate(out, graph, flags);
 }
 
-/* The closure holds the graph without counting: a graph that is launched and destroyed at once is
- * finished first. */
+/* A launch holds the graph, which may be destroyed while it is pending. */
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t handle)
 {
     cudaError_t status = emu_enter("cudaGraphLaunch", EMU_SAFE);
@@ -323,7 +364,12 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t handle)
         status = cudaErrorInvalidValue;
     } else if (s != NULL) {
         emu_record(EMU_CALL_GRAPH, "cudaGraphLaunch", s, 0, NULL, NULL);
-        status = emu_put(s, emu_work_new("graph", run_graph, &exec, sizeof exec));
+        struct emu_work *work = emu_work_new("graph", NULL, &exec, sizeof exec);
+        ((struct CUgraph_st *)(void *)exec)->references++;
+        work->step = step_graph;
+        work->give_up = give_up_graph;
+        work->drop = drop_launch;
+        status = emu_put(s, work);
     }
     return emu_leave(status);
 }
@@ -338,10 +384,7 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph)
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec)
 {
     cudaError_t status = emu_enter("cudaGraphExecDestroy", EMU_SAFE);
-    if (status == cudaSuccess) {
-        for (int d = 0; d < emu_device_count(); d++) emu_finish_device(d);
-        graph_drop((struct CUgraph_st *)(void *)exec);
-    }
+    if (status == cudaSuccess) graph_drop((struct CUgraph_st *)(void *)exec);
     return emu_leave(status);
 }
 

@@ -31,6 +31,9 @@ cudaError_t emu_enter(const char *name, enum emu_safety safety);
 cudaError_t emu_leave(cudaError_t status);
 void emu_lock(void);
 void emu_unlock(void);
+/* Gives the lock away until something changed, or some milliseconds; memory is to be closed. */
+void emu_wait(void);
+void emu_notify(void); /* something changed */
 
 /* A call that is refused: the message is kept for emu_last_message. Returns status. */
 cudaError_t emu_refuse(cudaError_t status, const char *format, ...)
@@ -164,7 +167,9 @@ void emu_mark_written(const void *p, size_t bytes);
 void emu_copy_written(const void *to, const void *from, size_t bytes);
 bool emu_on_stack(const void *p);
 
-/* ---- streams and graphs. stream.c, graph.c --------------------------------------------------- */
+/* ---- streams and graphs. stream.c, progress.c, graph.c --------------------------------------- */
+
+enum emu_step { EMU_BLOCKED, EMU_MOVED, EMU_DONE };
 
 /* Something to run, with the closure it runs on. Shared by a queue and a graph. */
 struct emu_work {
@@ -173,6 +178,12 @@ struct emu_work {
     int device;
     const char *name;
     void (*run)(void *closure);
+    /* In place of run, for what may have to wait for others: called again and again until it is
+     * done. What one execution needs is in *state, NULL at first and freed by the last call, or by
+     * give_up when there is none. */
+    enum emu_step (*step)(void *closure, void **state);
+    void (*give_up)(void *closure, void *state);
+    void (*drop)(void *closure); /* with the last reference; may be NULL */
     size_t bytes;
     _Alignas(16) unsigned char closure[];
 };
@@ -180,7 +191,8 @@ struct emu_work {
 struct emu_work *emu_work_new(const char *name, void (*run)(void *), const void *closure,
                               size_t bytes);
 void emu_work_drop(struct emu_work *work);
-void emu_work_run(struct emu_work *work);
+/* Not again after EMU_DONE. */
+enum emu_step emu_work_step(struct emu_work *work, void **state);
 
 struct emu_graph;
 struct emu_capture;
@@ -199,6 +211,8 @@ struct emu_item {
     struct emu_item *next;
     uint64_t number;
     struct emu_work *work;
+    void *state;
+    bool running; /* its work is on the host's stack */
     struct emu_mark *record, *wait;
 };
 
@@ -208,6 +222,9 @@ struct CUstream_st {
     int device;
     unsigned flags;
     bool legacy, destroyed;
+    int waiters;    /* of the host: it may not go */
+    int reserved;   /* by a communicator whose call is in progress: nobody may use it */
+    uint64_t tried; /* by emu_run_one */
     struct emu_item *head, **tail;
     struct emu_capture *capture;
     int *nodes, node_count; /* the next captured node depends on these */
@@ -220,6 +237,9 @@ struct CUevent_st {
     unsigned flags;
     struct emu_mark *mark; /* NULL before the first record */
 };
+
+extern struct CUstream_st *emu_streams;
+extern uint64_t emu_next_number; /* of the item that is put next */
 
 /* The stream of a handle, or NULL with *status set. */
 struct CUstream_st *emu_stream(cudaStream_t handle, cudaError_t *status);
@@ -237,7 +257,12 @@ void emu_finish_stream(struct CUstream_st *stream);
 void emu_finish_mark(struct emu_mark *mark);
 void emu_finish_device(int device);
 void emu_jitter(void);
+/* Of a random stream that may move, the next thing. False when none may. */
 bool emu_run_one(void);
+/* Called before anything runs: what else the devices do by themselves. */
+void emu_on_progress(void (*hook)(void));
+void emu_run_all(void);                   /* that may run */
+void emu_sweep(void);                     /* destroyed streams that have nothing left */
 cudaError_t emu_kill_streams(int device); /* drops all that is queued, after a sticky error */
 
 bool emu_capture_forbids(void);
@@ -253,6 +278,7 @@ cudaError_t emu_capture_legacy(struct CUstream_st *stream);
 
 void emu_record(enum emu_kind kind, const char *name, const void *stream, size_t bytes,
                 const void *to, const void *from);
+void emu_record_call(const struct emu_call *call);
 cudaError_t emu_fault(const char *name);
 bool emu_take_kernel_fault(void);
 

@@ -26,8 +26,14 @@ static bool environment_read;
 void emu_record(enum emu_kind kind, const char *name, const void *stream, size_t bytes,
                 const void *to, const void *from)
 {
-    record.calls[kind]++;
-    record.bytes[kind] += bytes;
+    struct emu_call call = {kind, name, stream, bytes, to, from, emu_device(), NULL, 0, 0, 0};
+    emu_record_call(&call);
+}
+
+void emu_record_call(const struct emu_call *call)
+{
+    record.calls[call->kind]++;
+    record.bytes[call->kind] += call->bytes;
     if (!record.on) return;
     if (record.count == record.room) {
         size_t room = record.room > 0 ? 2 * record.room : 256;
@@ -36,8 +42,7 @@ void emu_record(enum emu_kind kind, const char *name, const void *stream, size_t
         record.list = list;
         record.room = room;
     }
-    struct emu_call call = {kind, name, stream, bytes, to, from, emu_device()};
-    record.list[record.count++] = call;
+    record.list[record.count++] = *call;
 }
 
 void emu_record_start(void)
@@ -69,9 +74,10 @@ uint64_t emu_count_bytes(enum emu_kind kind) { return record.bytes[kind]; }
 const char *emu_kind_name(enum emu_kind kind)
 {
     static const char *const names[EMU_CALL_KINDS] = {
-        "launch", "gemm",          "to device", "from device", "on device", "on host",
-        "set",    "synchronize",   "query",     "record",      "wait",      "allocate",
-        "free",   "allocate host", "free host", "object",      "graph",     "host function"};
+        "launch",  "gemm",     "to device",     "from device",   "on device",
+        "on host", "set",      "synchronize",   "query",         "record",
+        "wait",    "allocate", "free",          "allocate host", "free host",
+        "object",  "graph",    "host function", "nccl"};
     return (unsigned)kind < EMU_CALL_KINDS ? names[kind] : "?";
 }
 
@@ -95,6 +101,7 @@ static void set_fault(const char *function, int n, int error)
 static int usual_error(const char *function)
 {
     if (strncmp(function, "cublas", 6) == 0) return 14; /* CUBLAS_STATUS_INTERNAL_ERROR */
+    if (strncmp(function, "nccl", 4) == 0) return 2;    /* ncclSystemError */
     if (strstr(function, "Malloc") != NULL || strstr(function, "Alloc") != NULL) {
         return cudaErrorMemoryAllocation;
     }

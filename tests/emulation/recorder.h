@@ -33,6 +33,8 @@ enum emu_kind {
     EMU_CALL_OBJECT, /* streams, events, graphs, handles: made and destroyed */
     EMU_CALL_GRAPH,  /* a graph launched */
     EMU_CALL_HOST_FUNCTION,
+    EMU_CALL_NCCL, /* a transfer of the fake NCCL put on its stream, a call that makes or ends one's
+                      communicator: nccl_fake.h */
     EMU_CALL_KINDS
 };
 
@@ -43,6 +45,11 @@ struct emu_call {
     size_t bytes;
     const void *to, *from;
     int device;
+    /* Of NCCL's calls, else 0: the communicator, the rank in it, the other side or root or -1, and
+     * the group, counted by the rank from 1, of which the call was a part. */
+    const void *comm;
+    int rank, peer;
+    uint64_t group;
 };
 
 /* Counters and the list start at zero; the list grows between start and stop. */
