@@ -19,6 +19,8 @@ void moe__module_free(moe_context *context, void *memory, int64_t bytes)
     moe__free(context, memory, bytes);
 }
 
+void moe__module_retain(moe_context *context) { moe__context_retain(context); }
+
 moe_status moe__module_struct_init(const struct moe__struct_info *info, void *instance, size_t size,
                                    const char *function)
 {

@@ -1,6 +1,6 @@
-/* module.h - what the module libraries (libmoe_mpi, libmoe_io) need of libmoe beyond its public
- * calls. Exported under a version node of its own, LIBMOE_PRIVATE_0, for modules of the same build
- * only. */
+/* module.h - what the module libraries (libmoe_mpi, libmoe_io, libmoe_cuda, libmoe_nccl) need of
+ * libmoe beyond its public calls. Exported under a version node of its own, LIBMOE_PRIVATE_0, for
+ * modules of the same build only. */
 #ifndef MOE_MODULE_H
 #define MOE_MODULE_H
 
@@ -9,7 +9,7 @@
 #include <stdbool.h>
 
 /* The number of this interface; a module and libmoe must have the same. */
-enum { MOE__MODULE_VERSION = 3 };
+enum { MOE__MODULE_VERSION = 4 };
 
 /* MOE__MODULE_VERSION of libmoe. */
 MOE_API int32_t moe__module_version(void);
@@ -20,6 +20,9 @@ MOE_API moe_status moe__module_fail(moe_status status, const char *function, con
 /* 64-byte aligned, zero-filled memory of the context's allocator; NULL if there is none. */
 MOE_API void *moe__module_alloc(moe_context *context, int64_t bytes);
 MOE_API void moe__module_free(moe_context *context, void *memory, int64_t bytes);
+
+/* One more reference to a context, which moe_context_destroy gives up. */
+MOE_API void moe__module_retain(moe_context *context);
 
 /* moe__struct_init and moe__struct_read of internal.h. */
 struct moe__struct_info;

@@ -364,6 +364,165 @@ START_TEST(test_abort_gives_up_what_is_in_flight)
 }
 END_TEST
 
+/* A table that waits itself, and one that cannot take an exchange now. */
+typedef struct answering {
+    host h;
+    int32_t of_start, of_test;
+} answering;
+
+static int32_t answering_start(void *user, const moe_exchange *e, void **request)
+{
+    answering *a = user;
+    (void)e;
+    *request = a;
+    return a->of_start;
+}
+static int32_t answering_test(void *user, void *request, int32_t *done)
+{
+    (void)request;
+    *done = MOE_COMM_DONE;
+    return ((answering *)user)->of_test;
+}
+static void answering_missing(void *user, void *request, uint8_t *missing)
+{
+    ck_assert_ptr_eq(user, request);
+    missing[0] = 1;
+}
+
+START_TEST(test_answers_of_a_table)
+{
+    moe_context *context = new_context();
+    answering a = {.of_start = MOE_COMM_REFUSED};
+    moe_collectives t = host_table(&a.h);
+    moe_comm *comm = NULL;
+    int32_t late;
+    t.user = &a, t.exchange_start = answering_start, t.exchange_test = answering_test;
+    t.missing = answering_missing, t.exchange_cancel = host_cancel;
+    MUST(moe_comm_create(&comm, context, &t));
+    for (int i = 0; i < 2 * MOE_COMM_REQUESTS; i++)
+        REFUSED(MOE_ERROR_INVALID_STATE, moe_comm_barrier(comm));
+    ck_assert_ptr_nonnull(strstr(moe_last_error(), "refused the exchange"));
+    a.of_start = 0;
+    MUST(moe_comm_barrier(comm)); /* it goes on */
+    moe_comm_destroy(comm);
+    for (late = 0; late < 2; late++) {
+        a = (answering){.of_start = late ? MOE_COMM_LATE : 0, .of_test = MOE_COMM_LATE};
+        MUST(moe_comm_create(&comm, context, &t));
+        REFUSED(MOE_ERROR_TIMEOUT, moe_comm_barrier(comm));
+        ck_assert_ptr_nonnull(strstr(moe_last_error(), "missing ranks: 0"));
+        ck_assert(a.h.cancelled == 1 && a.h.aborted > 0);
+        REFUSED(MOE_ERROR_TRANSPORT, moe_comm_poll(comm));
+        moe_comm_destroy(comm);
+    }
+    moe_context_destroy(context);
+}
+END_TEST
+
+/* ---- device memory and streams --------------------------------------------------------------- */
+
+typedef struct device_host {
+    host h;
+    moe_exchange last; /* as the table saw it */
+} device_host;
+
+static int32_t device_start(void *user, const moe_exchange *e, void **request)
+{
+    device_host *d = user;
+    d->last = *e;
+    if (!e->ordered) *request = d;
+    return ++d->h.calls == d->h.fail_at ? 7 : 0;
+}
+
+/* A table with every capability is given memory, stream and order as they are; what is ordered is
+ * done at once, takes no slot and is never tested. */
+START_TEST(test_ordered_exchange_has_no_request)
+{
+    moe_context *context = new_context();
+    device_host d = {.h = {.pending = 1}};
+    moe_collectives t = host_table(&d.h);
+    moe_comm *comm = NULL;
+    moe_exchange e;
+    const int64_t begin[2] = {0, 1};
+    int32_t a = 5, b = 0, request = 77, done = 0;
+    t.user = &d, t.exchange_start = device_start;
+    t.capabilities |= MOE_COMM_DEVICE_MEMORY | MOE_COMM_STREAM_ORDERED | MOE_COMM_CAPTURABLE;
+    MUST(moe_comm_create(&comm, context, &t));
+    ck_assert_uint_eq(moe_comm_capabilities(comm), 15);
+    MUST(moe_exchange_init(&e, sizeof e));
+    e.recv = &b, e.send = &a, e.recv_begin = e.send_begin = begin, e.row_bytes = sizeof a;
+    e.memory = MOE_COMM_DEVICE_MEMORY, e.stream = &a, e.ordered = 1;
+    for (int i = 0; i < 2 * MOE_COMM_REQUESTS; i++)
+        MUST(moe_comm_exchange_start(comm, &e, &request));
+    ck_assert_int_eq(request, MOE_COMM_NO_REQUEST);
+    ck_assert(d.last.stream == &a && d.last.memory == MOE_COMM_DEVICE_MEMORY && d.last.ordered);
+    MUST(moe_comm_exchange_test(comm, request, &done));
+    ck_assert_int_eq(done, MOE_COMM_DONE);
+    MUST(moe_comm_exchange_finish(comm, request));
+    MUST(moe_comm_exchange(comm, &e));
+    ck_assert_int_eq(d.h.calls, 2 * MOE_COMM_REQUESTS + 1); /* starts, and no test */
+    e.ordered = 0;                                          /* device memory that is waited for */
+    MUST(moe_comm_exchange_start(comm, &e, &request));
+    ck_assert_int_eq(request, 0);
+    MUST(moe_comm_exchange_test(comm, request, &done));
+    ck_assert_int_eq(done, MOE_COMM_PENDING);
+    e.ordered = 1, d.h.fail_at = d.h.calls + 1, request = 77;
+    REFUSED(MOE_ERROR_TRANSPORT, moe_comm_exchange_start(comm, &e, &request));
+    ck_assert_ptr_nonnull(strstr(moe_last_error(), "exchange_start returned 7"));
+    ck_assert_int_eq(request, 77);
+    REFUSED(MOE_ERROR_TRANSPORT, moe_comm_exchange_finish(comm, MOE_COMM_NO_REQUEST));
+    moe_comm_destroy(comm), moe_context_destroy(context);
+}
+END_TEST
+
+/* Expects `text` and that nothing was sent: the group goes on. */
+static void refuse_memory(moe_comm *comm, const moe_exchange *e, const char *text)
+{
+    int32_t request = 77;
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_comm_exchange(comm, e));
+    ck_assert_msg(strstr(moe_last_error(), text) != NULL, "%s", moe_last_error());
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_comm_exchange_start(comm, e, &request));
+    ck_assert_int_eq(request, 77);
+}
+
+START_TEST(test_memory_that_a_table_lacks_is_refused)
+{
+    moe_context *context = new_context();
+    device_host d = {0};
+    moe_collectives t = host_table(&d.h);
+    moe_comm *comm[2] = {NULL, NULL}; /* of threads, and of a host without streams */
+    moe_exchange e;
+    const int64_t begin[2] = {0, 1};
+    int32_t a = 5, b = 0;
+    MUST(moe_comm_create_self(&comm[0], context));
+    t.user = &d, t.exchange_start = device_start, t.capabilities |= MOE_COMM_DEVICE_MEMORY;
+    MUST(moe_comm_create(&comm[1], context, &t));
+    MUST(moe_exchange_init(&e, sizeof e));
+    ck_assert(e.memory == 0 && e.stream == NULL && e.ordered == 0);
+    e.recv = &b, e.send = &a, e.recv_begin = e.send_begin = begin, e.row_bytes = sizeof a;
+    for (int i = 0; i < 2; i++) {
+        e.memory = 3;
+        refuse_memory(comm[i], &e, "memory is 3");
+        e.memory = -1;
+        refuse_memory(comm[i], &e, "memory is -1");
+        e.memory = 0, e.ordered = 2;
+        refuse_memory(comm[i], &e, "ordered is 2");
+        e.ordered = 1;
+        refuse_memory(comm[i], &e, "ordered is 1, but memory is 0");
+        e.memory = MOE_COMM_DEVICE_MEMORY;
+        refuse_memory(comm[i], &e,
+                      i ? "capabilities 0x3 lack MOE_COMM_STREAM_ORDERED"
+                        : "memory is 2, but capabilities 0x1 lack MOE_COMM_DEVICE_MEMORY");
+        e.ordered = 0, e.memory = MOE_COMM_HOST_MEMORY, e.reserved = 1;
+        refuse_memory(comm[i], &e, "reserved is 1");
+        e.reserved = 0, e.stream = &a; /* not read */
+        MUST(moe_comm_exchange(comm[i], &e));
+    }
+    ck_assert_int_eq(b, 5);
+    ck_assert_int_eq(d.h.calls, 2); /* start and test of the one that was right */
+    moe_comm_destroy(comm[0]), moe_comm_destroy(comm[1]), moe_context_destroy(context);
+}
+END_TEST
+
 /* ---- refused --------------------------------------------------------------------------------- */
 
 START_TEST(test_comm_calls_refuse)
@@ -443,6 +602,9 @@ int main(void)
     tcase_add_test(c, test_world_ends_every_wait);
     tcase_add_test(c, test_host_failures_end_the_communicator);
     tcase_add_test(c, test_abort_gives_up_what_is_in_flight);
+    tcase_add_test(c, test_answers_of_a_table);
+    tcase_add_test(c, test_ordered_exchange_has_no_request);
+    tcase_add_test(c, test_memory_that_a_table_lacks_is_refused);
     tcase_add_test(c, test_comm_calls_refuse);
     suite_add_tcase(suite, c);
     return run_suite(suite, 1);

@@ -17,17 +17,22 @@ MOE_BEGIN_DECLS
 
 /* What a table of collectives can do, as bits. */
 enum {
-    MOE_COMM_HOST_MEMORY = 1,   /* buffers in host memory */
-    MOE_COMM_DEVICE_MEMORY = 2, /* buffers in device memory */
-    MOE_COMM_STREAM_ORDERED = 4 /* work is put on a stream and waits for it */
+    MOE_COMM_HOST_MEMORY = 1,    /* buffers in host memory */
+    MOE_COMM_DEVICE_MEMORY = 2,  /* buffers in device memory */
+    MOE_COMM_STREAM_ORDERED = 4, /* work is put on a stream and waits for it */
+    MOE_COMM_CAPTURABLE = 8      /* ordered exchanges may be captured in a graph */
 };
 
 /* What the test of an exchange tells. */
 enum { MOE_COMM_PENDING = 0, MOE_COMM_DONE = 1 };
 
+enum { MOE_COMM_NO_REQUEST = -1 }; /* the request of an ordered exchange: nobody waits for it */
+
 /* Rows from every rank to every rank. Row r of rank p's part is at recv + (recv_begin[p] + r) *
  * row_bytes; what is for rank p is rows send_begin[p] to send_begin[p+1] - 1 of send. All of it
- * stays valid and unchanged until the exchange is done. */
+ * stays valid and unchanged until the exchange is done; of an ordered one recv and send until the
+ * stream has passed it, and the two begins, which are always the host's, until the call returns.
+ * recv and send do not overlap. */
 typedef struct moe_exchange {
     uint64_t struct_size;
     void *recv;                /* out: [recv_begin[P]] rows */
@@ -36,6 +41,14 @@ typedef struct moe_exchange {
     const int64_t *send_begin; /* in: [P+1] ascending from 0; [2] with to_all */
     int64_t row_bytes;         /* >= 1, the same on every rank */
     int32_t to_all;            /* 1: rows 0 to send_begin[1] - 1 go to every rank; default 0 */
+    int32_t memory;            /* of recv and send: MOE_COMM_HOST_MEMORY or MOE_COMM_DEVICE_MEMORY;
+                                  default 0: of the host */
+    void *stream;              /* a table with MOE_COMM_STREAM_ORDERED sends rows of device memory
+                                  behind what is on it, others do not read it; default NULL: the
+                                  device's legacy default stream */
+    int32_t ordered;           /* 1: nobody waits: what is put on the stream later finds the rows
+                                  there. For device memory on a table with MOE_COMM_STREAM_ORDERED;
+                                  default 0 */
     int32_t reserved;          /* 0 */
 } moe_exchange;
 
@@ -47,8 +60,17 @@ typedef void (*moe_exchange_missing_fn)(void *user, void *request, uint8_t *miss
 typedef int32_t (*moe_comm_poll_fn)(void *user);
 typedef void (*moe_comm_user_fn)(void *user);
 
-/* The host's collectives. A function returns 0, or anything else for a failure, which ends the
- * communicator. None may wait for longer than `timeout` of the table. */
+/* Answers of exchange_start and exchange_test other than 0 that are no plain failure. */
+enum {
+    MOE_COMM_REFUSED = -1000, /* of start: nothing was sent and the communicator goes on, as when a
+                                 stream is being captured: MOE_ERROR_INVALID_STATE */
+    MOE_COMM_LATE = -1001     /* a wait inside the function took `timeout`: MOE_ERROR_TIMEOUT, which
+                                 ends the communicator; *request is set unless ordered */
+};
+
+/* The host's collectives. A function returns 0, MOE_COMM_REFUSED or MOE_COMM_LATE where these are
+ * possible, or anything else for a failure, which ends the communicator. None may wait for longer
+ * than `timeout` of the table. */
 typedef struct moe_collectives {
     uint64_t struct_size;
     void *user;            /* handed to all */
@@ -57,7 +79,9 @@ typedef struct moe_collectives {
     uint64_t capabilities; /* MOE_COMM_*; must have MOE_COMM_HOST_MEMORY */
     double timeout;        /* seconds that any wait may take, > 0; default 60 */
     /* Starts an exchange; *request is handed to test until that says MOE_COMM_DONE. At most
-     * MOE_COMM_REQUESTS are in flight. Required. */
+     * MOE_COMM_REQUESTS are in flight. An exchange of device memory is handed to a table with
+     * MOE_COMM_DEVICE_MEMORY only, an ordered one to a table with MOE_COMM_STREAM_ORDERED only:
+     * that one is never tested nor cancelled, and *request is not read. Required. */
     moe_exchange_start_fn exchange_start;
     /* *done = MOE_COMM_DONE or MOE_COMM_PENDING, without waiting. Required. */
     moe_exchange_test_fn exchange_test;
@@ -135,24 +159,28 @@ MOE_API int32_t moe_comm_size(const moe_comm *comm);
 MOE_API uint64_t moe_comm_capabilities(const moe_comm *comm);
 
 /* Exchanges rows, waiting until done.
- *   exchange  see moe_exchange; pointers may be NULL where there are no rows
+ *   exchange  see moe_exchange; pointers may be NULL where there are no rows. An ordered one is on
+ *             its stream when the call returns
  * Returns MOE_OK or
- *   MOE_ERROR_INVALID_ARGUMENT  nothing was sent
+ *   MOE_ERROR_INVALID_ARGUMENT  nothing was sent; also for a memory or an order that the table's
+ *                               capabilities lack
  *   MOE_ERROR_TIMEOUT           the message names the ranks that did not come
  *   MOE_ERROR_TRANSPORT         a rank gave up, sent another number of rows or bytes than expected
  *                               here (the message has both), or this communicator had failed
+ *   MOE_ERROR_INVALID_STATE     the transport refused it, as in a stream that is being captured;
+ *                               nothing was sent
  * Since 0.1. */
 MOE_API moe_status moe_comm_exchange(moe_comm *comm, const moe_exchange *exchange);
 
 /* Starts an exchange that is finished by moe_comm_exchange_finish, so that work overlaps.
- *   request  out: its number on this communicator
+ *   request  out: its number on this communicator; MOE_COMM_NO_REQUEST of an ordered exchange
  * Returns as moe_comm_exchange; MOE_ERROR_INVALID_STATE if MOE_COMM_REQUESTS are in flight. Since
  * 0.1. */
 MOE_API moe_status moe_comm_exchange_start(moe_comm *comm, const moe_exchange *exchange,
                                            int32_t *request);
 
 /* Tells whether an exchange is done, without waiting. done: out: MOE_COMM_DONE or MOE_COMM_PENDING.
- * A request that is done is gone. Returns as moe_comm_exchange; MOE_ERROR_INVALID_ARGUMENT also for
+ * A request that is done is gone. Of MOE_COMM_NO_REQUEST it is always done. Returns as moe_comm_exchange; MOE_ERROR_INVALID_ARGUMENT also for
  * a number that is no request. Since 0.1. */
 MOE_API moe_status moe_comm_exchange_test(moe_comm *comm, int32_t request, int32_t *done);
 

@@ -159,12 +159,13 @@ static moe_status fail(moe_comm *c, moe_status status, const char *what, int32_t
     REFUSE(status, "rank %d of %d: %s returned %d", (int)c->rank, (int)c->size, what, (int)answer);
 }
 
+/* r: NULL of an ordered exchange. */
 static moe_status time_is_up(moe_comm *c, const moe__request *r, const char *function)
 {
     char list[120] = "";
     int32_t named = 0, count = 0;
     memset(c->missing, 0, (size_t)c->size);
-    if (c->table.missing) c->table.missing(c->table.user, r->handle, c->missing);
+    if (c->table.missing && r) c->table.missing(c->table.user, r->handle, c->missing);
     for (int32_t p = 0; p < c->size; p++) {
         count += c->missing[p];
         if (!c->missing[p] || named == 8) continue;
@@ -178,6 +179,17 @@ static moe_status time_is_up(moe_comm *c, const moe__request *r, const char *fun
     REFUSE(MOE_ERROR_TIMEOUT, "rank %d of %d waited %g s; %s%s%s", (int)c->rank, (int)c->size,
            c->table.timeout, count ? "missing ranks:" : "who is missing is not known", list,
            count > named ? ", ..." : "");
+}
+
+/* What a function of the table answered that was not 0; nothing has been sent if it refused. */
+static moe_status give_answer(moe_comm *c, const moe__request *r, const char *what, int32_t answer,
+                              const char *function)
+{
+    const char *why = c->why ? c->why(c->table.user) : NULL;
+    if (answer == MOE_COMM_LATE) return time_is_up(c, r, function);
+    if (answer != MOE_COMM_REFUSED) return fail(c, MOE_ERROR_TRANSPORT, what, answer, function);
+    REFUSE(MOE_ERROR_INVALID_STATE, "rank %d of %d: %s", (int)c->rank, (int)c->size,
+           why && why[0] ? why : "the transport refused the exchange");
 }
 
 /* A table may have kept an abort of another thread for this one, which is the owner's. */
@@ -210,16 +222,54 @@ static moe_status check_begins(const char *name, const int64_t *begin, int64_t c
     return MOE_OK;
 }
 
+/* Whether the table can do what is asked for: rows of a device mean nothing to one of the host. */
+static moe_status check_memory(const moe_comm *c, const moe_exchange *e, const char *function)
+{
+    unsigned long long can = c->table.capabilities;
+    bool device = e->memory == MOE_COMM_DEVICE_MEMORY;
+    if (e->memory != 0 && e->memory != MOE_COMM_HOST_MEMORY && !device)
+        REFUSE_ARGUMENT("memory is %d; it must be MOE_COMM_HOST_MEMORY or MOE_COMM_DEVICE_MEMORY",
+                        (int)e->memory);
+    if (device && !(can & MOE_COMM_DEVICE_MEMORY))
+        REFUSE_ARGUMENT("memory is %d, but capabilities 0x%llx lack MOE_COMM_DEVICE_MEMORY",
+                        (int)e->memory, can);
+    if (e->ordered != 0 && e->ordered != 1) REFUSE_ARGUMENT("ordered is %d", (int)e->ordered);
+    if (e->ordered && !device)
+        REFUSE_ARGUMENT("ordered is 1, but memory is %d, not MOE_COMM_DEVICE_MEMORY",
+                        (int)e->memory);
+    if (e->ordered && !(can & MOE_COMM_STREAM_ORDERED))
+        REFUSE_ARGUMENT("ordered is 1, but capabilities 0x%llx lack MOE_COMM_STREAM_ORDERED", can);
+    return MOE_OK;
+}
+
+static moe_status check_exchange(const moe_comm *c, const moe_exchange *e, const char *function)
+{
+    if (e->row_bytes < 1) REFUSE_ARGUMENT("row_bytes is %lld", (ll)e->row_bytes);
+    if (e->to_all != 0 && e->to_all != 1) REFUSE_ARGUMENT("to_all is %d", (int)e->to_all);
+    if (e->reserved != 0) REFUSE_ARGUMENT("reserved is %d", (int)e->reserved);
+    MOE_TRY(check_memory(c, e, function));
+    MOE_TRY(check_begins("recv", e->recv_begin, c->size, e->recv, e->row_bytes, function));
+    return check_begins("send", e->send_begin, e->to_all ? 1 : c->size, e->send, e->row_bytes,
+                        function);
+}
+
+/* Nobody asks for an ordered exchange again, so that it takes no slot. */
+static moe_status start_ordered(moe_comm *c, const moe_exchange *e, int32_t *request,
+                                const char *function)
+{
+    void *handle = NULL;
+    int32_t answer = c->table.exchange_start(c->table.user, e, &handle);
+    if (answer != 0) return give_answer(c, NULL, "exchange_start", answer, function);
+    *request = MOE_COMM_NO_REQUEST;
+    return MOE_OK;
+}
+
 static moe_status start(moe_comm *c, const moe_exchange *e, int32_t *request, const char *function)
 {
     int32_t free_slot = 0;
     MOE_TRY(check_alive(c, function));
-    if (e->row_bytes < 1) REFUSE_ARGUMENT("row_bytes is %lld", (ll)e->row_bytes);
-    if (e->to_all != 0 && e->to_all != 1) REFUSE_ARGUMENT("to_all is %d", (int)e->to_all);
-    if (e->reserved != 0) REFUSE_ARGUMENT("reserved is %d", (int)e->reserved);
-    MOE_TRY(check_begins("recv", e->recv_begin, c->size, e->recv, e->row_bytes, function));
-    MOE_TRY(check_begins("send", e->send_begin, e->to_all ? 1 : c->size, e->send, e->row_bytes,
-                         function));
+    MOE_TRY(check_exchange(c, e, function));
+    if (e->ordered) return start_ordered(c, e, request, function);
     while (free_slot < MOE_COMM_REQUESTS && c->request[free_slot].used) free_slot++;
     if (free_slot == MOE_COMM_REQUESTS)
         REFUSE(MOE_ERROR_INVALID_STATE, "%d exchanges are in flight", MOE_COMM_REQUESTS);
@@ -229,8 +279,8 @@ static moe_status start(moe_comm *c, const moe_exchange *e, int32_t *request, co
                         .recv_bytes = e->recv_begin[c->size] * e->row_bytes,
                         .send_bytes = e->send_begin[e->to_all ? 1 : c->size] * e->row_bytes};
     int32_t answer = c->table.exchange_start(c->table.user, e, &r->handle);
-    if (answer != 0) return fail(c, MOE_ERROR_TRANSPORT, "exchange_start", answer, function);
-    r->used = true;
+    r->used = answer == 0 || answer == MOE_COMM_LATE;
+    if (answer != 0) return give_answer(c, r, "exchange_start", answer, function);
     *request = free_slot;
     return MOE_OK;
 }
@@ -240,10 +290,13 @@ static moe_status test(moe_comm *c, int32_t request, int32_t *done, const char *
 {
     if (c && atomic_load(&c->failed)) give_all_up(c);
     MOE_TRY(check_alive(c, function));
+    *done = MOE_COMM_DONE;
+    if (request == MOE_COMM_NO_REQUEST) return MOE_OK;
     if (request < 0 || request >= MOE_COMM_REQUESTS || !c->request[request].used)
         REFUSE_ARGUMENT("request is %d, which is not in flight", (int)request);
     *done = MOE_COMM_PENDING;
     int32_t answer = c->table.exchange_test(c->table.user, c->request[request].handle, done);
+    if (answer == MOE_COMM_LATE) return time_is_up(c, &c->request[request], function);
     if (answer != 0) return fail(c, MOE_ERROR_TRANSPORT, "exchange_test", answer, function);
     if (*done) c->request[request].used = false;
     return MOE_OK;
@@ -323,7 +376,12 @@ moe_status moe_comm_all_to_all(moe_comm *comm, void *recv, const void *send, int
     if (bytes < 0)
         return moe__fail(MOE_ERROR_INVALID_ARGUMENT, __func__, "bytes is %lld", (ll)bytes);
     for (int32_t p = 0; p <= comm->size; p++) comm->scratch[p] = bytes ? p : 0;
-    moe_exchange e = {sizeof e, recv, comm->scratch, send, comm->scratch, moe__max(bytes, 1), 0, 0};
+    moe_exchange e = {.struct_size = sizeof e,
+                      .recv = recv,
+                      .recv_begin = comm->scratch,
+                      .send = send,
+                      .send_begin = comm->scratch,
+                      .row_bytes = moe__max(bytes, 1)};
     return run(comm, &e, __func__);
 }
 
@@ -334,7 +392,13 @@ moe_status moe_comm_all_gather(moe_comm *comm, void *recv, const int64_t *recv_b
     MOE_TRY(check_alive(comm, function));
     if (!recv_begin) REFUSE_ARGUMENT("recv_begin is NULL");
     int64_t own[2] = {0, recv_begin[comm->rank + 1] - recv_begin[comm->rank]};
-    moe_exchange e = {sizeof e, recv, recv_begin, send, own, row_bytes, 1, 0};
+    moe_exchange e = {.struct_size = sizeof e,
+                      .recv = recv,
+                      .recv_begin = recv_begin,
+                      .send = send,
+                      .send_begin = own,
+                      .row_bytes = row_bytes,
+                      .to_all = 1};
     return run(comm, &e, function);
 }
 
@@ -342,7 +406,10 @@ moe_status moe_comm_barrier(moe_comm *comm)
 {
     MOE_TRY(check_alive(comm, __func__));
     for (int32_t p = 0; p <= comm->size; p++) comm->scratch[p] = 0;
-    moe_exchange e = {sizeof e, NULL, comm->scratch, NULL, comm->scratch, 1, 0, 0};
+    moe_exchange e = {.struct_size = sizeof e,
+                      .recv_begin = comm->scratch,
+                      .send_begin = comm->scratch,
+                      .row_bytes = 1};
     return run(comm, &e, __func__);
 }
 

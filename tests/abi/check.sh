@@ -30,7 +30,7 @@ plain_headers() { # directory
 # The modules' headers are compared with their own maps and libraries.
 header_names() { # directory or header
     if test -d "$1"; then
-        mkdir -p "$out/core" && rm -f "$out/core"/* && cp "$1"/*.h "$out/core" && rm -f "$out/core/mpi.h" "$out/core/io.h" "$out/core/cuda.h"
+        mkdir -p "$out/core" && rm -f "$out/core"/* && cp "$1"/*.h "$out/core" && rm -f "$out/core/mpi.h" "$out/core/io.h" "$out/core/cuda.h" "$out/core/nccl.h"
     else
         mkdir -p "$out/core" && rm -f "$out/core"/* && cp "$1" "$out/core"
     fi
@@ -194,6 +194,7 @@ done
 check_module libmoe_io include/moe/io.h src/io/libmoe_io.map libjansson
 # nvcc takes its kernels out of the registry at exit.
 check_module libmoe_cuda include/moe/cuda.h cuda/libmoe_cuda.map 'libcudart|libcublas' atexit
+check_module libmoe_nccl include/moe/nccl.h src/comm/libmoe_nccl.map 'libmoe_cuda|libnccl|libcudart'
 if test -f "$libdir/libmoe_cuda.a"; then
     runtime=$(nm -uC "$libdir/libmoe_cuda.a" | grep -E ' (std::|operator (new|delete)|__cxa|__gxx|_Unwind)')
     test -z "$runtime" || fail "libmoe_cuda needs a C++ runtime:" $runtime

@@ -4,6 +4,7 @@
 #include <moe/io.h>
 #include <moe/moe.h>
 #include <moe/mpi.h>
+#include <moe/nccl.h>
 
 #include <stddef.h>
 
@@ -36,7 +37,7 @@ OFFSET(moe_gradient_report, worst_name, 48);
 OFFSET(moe_gradient_report, worst_index, 56);
 OFFSET(moe_gradient_report, worst_gradient, 64);
 OFFSET(moe_gradient_report, worst_difference, 72);
-SIZE(moe_exchange, 56);
+SIZE(moe_exchange, 72);
 OFFSET(moe_exchange, struct_size, 0);
 OFFSET(moe_exchange, recv, 8);
 OFFSET(moe_exchange, recv_begin, 16);
@@ -44,7 +45,10 @@ OFFSET(moe_exchange, send, 24);
 OFFSET(moe_exchange, send_begin, 32);
 OFFSET(moe_exchange, row_bytes, 40);
 OFFSET(moe_exchange, to_all, 48);
-OFFSET(moe_exchange, reserved, 52);
+OFFSET(moe_exchange, memory, 52);
+OFFSET(moe_exchange, stream, 56);
+OFFSET(moe_exchange, ordered, 64);
+OFFSET(moe_exchange, reserved, 68);
 SIZE(moe_collectives, 96);
 OFFSET(moe_collectives, struct_size, 0);
 OFFSET(moe_collectives, user, 8);
@@ -319,6 +323,13 @@ OFFSET(moe_cost, active_parameters, 56);
 SIZE(moe_mpi_options, 16);
 OFFSET(moe_mpi_options, struct_size, 0);
 OFFSET(moe_mpi_options, timeout, 8);
+SIZE(moe_nccl_config, 40);
+OFFSET(moe_nccl_config, struct_size, 0);
+OFFSET(moe_nccl_config, comm, 8);
+OFFSET(moe_nccl_config, stream, 16);
+OFFSET(moe_nccl_config, timeout, 24);
+OFFSET(moe_nccl_config, duplicate, 32);
+OFFSET(moe_nccl_config, warm_up, 36);
 SIZE(moe_parameter_record, 248);
 OFFSET(moe_parameter_record, struct_size, 0);
 OFFSET(moe_parameter_record, name, 8);
@@ -488,8 +499,12 @@ VALUE(MOE_CHECK_CURRENT, 1);
 VALUE(MOE_COMM_HOST_MEMORY, 1);
 VALUE(MOE_COMM_DEVICE_MEMORY, 2);
 VALUE(MOE_COMM_STREAM_ORDERED, 4);
+VALUE(MOE_COMM_CAPTURABLE, 8);
 VALUE(MOE_COMM_PENDING, 0);
 VALUE(MOE_COMM_DONE, 1);
+VALUE(MOE_COMM_NO_REQUEST, -1);
+VALUE(MOE_COMM_REFUSED, -1000);
+VALUE(MOE_COMM_LATE, -1001);
 VALUE(MOE_COMM_REQUESTS, 8);
 VALUE(MOE_BACKEND_CPU, 0);
 VALUE(MOE_BACKEND_CUDA, 1);

@@ -40,7 +40,7 @@ def constants():
 
 def numbers(found, names):
     """Values of sizeof and offsetof and of the constants, by compiling a program."""
-    lines = ['#include <moe/cuda.h>', '#include <moe/io.h>', '#include <moe/moe.h>', '#include <moe/mpi.h>', '#include <stddef.h>', '#include <stdio.h>', 'int main(void) {']
+    lines = ['#include <moe/cuda.h>', '#include <moe/io.h>', '#include <moe/moe.h>', '#include <moe/mpi.h>', '#include <moe/nccl.h>', '#include <stddef.h>', '#include <stdio.h>', 'int main(void) {']
     for name, fields in found.items():
         lines.append(f'printf("%zu\\n", sizeof({name}));')
         lines += [f'printf("%zu\\n", offsetof({name}, {field}));' for field in fields]
@@ -58,7 +58,7 @@ def main():
     values = numbers(found, names)
     print("/* layout.c - locks the layout of every public struct on LP64. Made by make_layout.py; a line that")
     print(" * has to change is a break of the ABI. */")
-    print("#include <moe/cuda.h>\n#include <moe/io.h>\n#include <moe/moe.h>\n#include <moe/mpi.h>\n\n#include <stddef.h>\n")
+    print("#include <moe/cuda.h>\n#include <moe/io.h>\n#include <moe/moe.h>\n#include <moe/mpi.h>\n#include <moe/nccl.h>\n\n#include <stddef.h>\n")
     print("#define SIZE(type, size) _Static_assert(sizeof(type) == (size), \"size of \" #type)")
     print("#define OFFSET(type, field, at) _Static_assert(offsetof(type, field) == (at), #type \".\" #field)\n")
     print("#define VALUE(name, number) _Static_assert((name) == (number), #name)\n")

@@ -10,16 +10,23 @@ import pytest
 
 import moe
 from moe import _abi, _constants, _library
-from moe._prototypes import CUDA_PROTOTYPES, IO_PROTOTYPES, MPI_PROTOTYPES, PROTOTYPES
+from moe._prototypes import (
+    CUDA_PROTOTYPES,
+    IO_PROTOTYPES,
+    MPI_PROTOTYPES,
+    NCCL_PROTOTYPES,
+    PROTOTYPES,
+)
 
 CC = os.environ.get("CC", "cc").split()
-MODULES = {"io.h": "io", "mpi.h": "mpi", "cuda.h": "cuda"}  # headers that are not of libmoe
+# Headers that are not of libmoe.
+MODULES = {"io.h": "io", "mpi.h": "mpi", "cuda.h": "cuda", "nccl.h": "nccl"}
 STRUCTS = {"moe": _abi.STRUCTS, "io": _abi.IO_STRUCTS, "mpi": _abi.MPI_STRUCTS,
-           "cuda": _abi.CUDA_STRUCTS}  # fmt: skip
+           "cuda": _abi.CUDA_STRUCTS, "nccl": _abi.NCCL_STRUCTS}  # fmt: skip
 TABLES = {"moe": PROTOTYPES, "io": IO_PROTOTYPES, "mpi": MPI_PROTOTYPES,
-          "cuda": CUDA_PROTOTYPES}  # fmt: skip
+          "cuda": CUDA_PROTOTYPES, "nccl": NCCL_PROTOTYPES}  # fmt: skip
 MAPS = {"moe": "src/libmoe.map", "io": "src/io/libmoe_io.map", "mpi": "src/comm/libmoe_mpi.map",
-        "cuda": "cuda/libmoe_cuda.map"}  # fmt: skip
+        "cuda": "cuda/libmoe_cuda.map", "nccl": "src/comm/libmoe_nccl.map"}  # fmt: skip
 ALL_STRUCTS = [struct for structs in STRUCTS.values() for struct in structs]
 # It takes an MPI_Comm, which is another type in every MPI; moe_comm_create_mpi_f takes a number.
 NOT_HERE = "moe_comm_create_mpi"
@@ -48,7 +55,7 @@ def test_structs_have_the_layout_of_the_compiler(root, tmp_path):
     source = tmp_path / "layout.c"
     source.write_text(
         "#include <moe/moe.h>\n#include <moe/io.h>\n#include <moe/mpi.h>\n#include <moe/cuda.h>\n"
-        "#include <stdio.h>\n#include <stddef.h>\n"
+        "#include <moe/nccl.h>\n#include <stdio.h>\n#include <stddef.h>\n"
         f"int main(void)\n{{\n{body}\nreturn 0;\n}}\n"
     )
     program = tmp_path / "layout"
@@ -153,7 +160,8 @@ def test_every_constant_of_the_headers_is_here_with_its_value(headers):
 def test_every_constant_of_the_modules_is_here_with_its_value(headers):
     there = {name: int(value) for name, value in _enumerated(headers["io"]).items()}
     assert _constants.io_constants() == there
-    assert len(there) > 15 and not _enumerated(headers["mpi"])
+    assert len(there) > 15
+    assert not _enumerated(headers["mpi"]) and not _enumerated(headers["nccl"])
     there = {name: int(value) for name, value in _enumerated(headers["cuda"]).items()}
     assert _constants.CUDA_SINGLES == there
 

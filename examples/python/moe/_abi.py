@@ -463,6 +463,9 @@ class Exchange(Structure):
         ("send_begin", POINTER(c_int64)),
         ("row_bytes", c_int64),
         ("to_all", c_int32),
+        ("memory", c_int32),
+        ("stream", c_void_p),
+        ("ordered", c_int32),
         ("reserved", c_int32),
     ]
 
@@ -485,7 +488,7 @@ class Collectives(Structure):
     ]
 
 
-# ---- structs of libmoe_io, libmoe_mpi and libmoe_cuda -------------------------------------------
+# ---- structs of libmoe_io, libmoe_mpi, libmoe_cuda and libmoe_nccl ------------------------------
 
 
 class FileRecord(Structure):
@@ -638,6 +641,17 @@ class CudaPassConfig(Structure):
     ]
 
 
+class NcclConfig(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("comm", c_void_p),
+        ("stream", c_void_p),
+        ("timeout", c_double),
+        ("duplicate", c_int32),
+        ("warm_up", c_int32),
+    ]
+
+
 STRUCTS: List[Type[Structure]] = [
     ContextConfig, GateConfig, ExpertCall, ExpertCallbacks, ExpertsConfig, LayerConfig, CostQuery,
     Cost, ParameterRecord, Binding,
@@ -650,6 +664,7 @@ IO_STRUCTS: List[Type[Structure]] = [
 ]  # fmt: skip
 MPI_STRUCTS: List[Type[Structure]] = [MpiOptions]
 CUDA_STRUCTS: List[Type[Structure]] = [CudaConfig, CudaPassConfig]
+NCCL_STRUCTS: List[Type[Structure]] = [NcclConfig]
 FILLED_BY_LIBRARY: List[Type[Structure]] = [ExpertCall]  # the only ones without an init function
 
 

@@ -25,6 +25,7 @@ from ._abi import (
     FILLED_BY_LIBRARY,
     IO_STRUCTS,
     MPI_STRUCTS,
+    NCCL_STRUCTS,
     STRUCTS,
     BackwardArgs,
     Binding,
@@ -48,6 +49,7 @@ from ._abi import (
     LoadReport,
     Losses,
     MpiOptions,
+    NcclConfig,
     ParameterRecord,
     PassConfig,
     PassReport,
@@ -187,9 +189,15 @@ CUDA_PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "moe_cuda_pass_set": (_status, [_handle, POINTER(CudaPassConfig)]),
 }
 
+NCCL_PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
+    "moe_comm_create_nccl": (_status, [_new, _handle, POINTER(NcclConfig)]),
+    "moe_nccl_version": (c_int32, []),
+    "moe_nccl_oldest_version": (c_int32, []),
+}
+
 for _table, _structs in (
     (PROTOTYPES, STRUCTS), (IO_PROTOTYPES, IO_STRUCTS), (MPI_PROTOTYPES, MPI_STRUCTS),
-    (CUDA_PROTOTYPES, CUDA_STRUCTS),
+    (CUDA_PROTOTYPES, CUDA_STRUCTS), (NCCL_PROTOTYPES, NCCL_STRUCTS),
 ):  # fmt: skip
     for _struct in _structs:
         if _struct not in FILLED_BY_LIBRARY:

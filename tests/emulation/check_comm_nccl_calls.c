@@ -1,0 +1,219 @@
+/* check_comm_nccl_calls.c - every call of NCCL and of CUDA that a group makes fails in turn, and groups
+ * are given up from another thread: all waits end, nothing is left. */
+#include "comm_nccl_case.h"
+
+#include <check.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const double SHORT = 0.25;
+static int how; /* of the test, before its ranks start */
+
+/* ---- calls that fail in turn ------------------------------------------------------------------ */
+
+static const char *function; /* whose n-th call fails */
+static int number;
+static bool of_nccl;
+static atomic_int failures; /* ranks that noticed */
+
+/* Everything a group does, until something fails. */
+static moe_status work(rank_comm *c, rank_rows *host, rank_rows *device)
+{
+    moe_status status = moe_comm_create_nccl(&c->comm, c->context, &c->config);
+    if (status == MOE_OK) status = moe_comm_barrier(c->comm);
+    if (status == MOE_OK) status = moe_comm_exchange(c->comm, &host->e);
+    if (status == MOE_OK) status = moe_comm_exchange(c->comm, &device->e);
+    device->e.ordered = 1;
+    if (status == MOE_OK) status = moe_comm_exchange(c->comm, &device->e);
+    if (status == MOE_OK) status = moe_comm_poll(c->comm);
+    if (status == MOE_OK) status = moe_comm_barrier(c->comm);
+    return status;
+}
+
+static void body_work(struct rank_case *r)
+{
+    rank_comm c;
+    rank_rows host, device;
+    prepare(r, &c, how, SHORT);
+    fill_rows(r, &host, 1, 3000), fill_rows(r, &device, 1, NARROW);
+    rows_to_device(r, &device);
+    CUDA(cudaStreamSynchronize(r->stream));
+    meet(r);
+    if (r->rank == 0 && of_nccl) {
+        bool without = strcmp(function, "ncclGroupEnd") == 0 ||
+                       strcmp(function, "ncclGroupStart") == 0;
+        emu_nccl_fail(without ? -1 : 0, function, number, ncclSystemError);
+    } else if (r->rank == 0) {
+        emu_fail(function, number, cudaErrorUnknown);
+    }
+    meet(r);
+    double begin = seconds();
+    moe_status status = work(&c, &host, &device);
+    EXPECT(seconds() - begin < 30);
+    if (status != MOE_OK) {
+        (void)atomic_fetch_add(&failures, 1);
+        EXPECT(moe_last_error()[0] != 0);
+        EXPECT(status == MOE_ERROR_TRANSPORT || status == MOE_ERROR_TIMEOUT ||
+               status == MOE_ERROR_DEVICE);
+    }
+    meet(r);
+    if (of_nccl) emu_nccl_heal();
+    emu_fail(function, 0, 0);
+    NCCL(ncclCommAbort(r->comm));
+    meet(r);
+    CUDA(cudaStreamSynchronize(r->stream));
+    if (status == MOE_OK) check_rows(r, &host, 1);
+    moe_comm_destroy(c.comm);
+    moe_context_destroy(c.context);
+    free_rows(r, &host), free_rows(r, &device);
+}
+
+static const char *const NCCL_CALLS[] = {"ncclCommCount",
+                                         "ncclCommUserRank",
+                                         "ncclCommCuDevice",
+                                         "ncclCommSplit",
+                                         "ncclGroupStart",
+                                         "ncclGroupEnd",
+                                         "ncclSend",
+                                         "ncclRecv",
+                                         "ncclCommFinalize",
+                                         "ncclCommDestroy",
+                                         "ncclCommGetAsyncError"};
+static const char *const CUDA_CALLS[] = {
+    "cudaStreamCreate", /* as the emulator calls both */
+    "cudaEventCreate",       "cudaHostAlloc",   "cudaMalloc",     "cudaMemsetAsync",
+    "cudaMemcpyAsync",       "cudaEventRecord", "cudaEventQuery", "cudaStreamQuery",
+    "cudaStreamIsCapturing", "cudaSetDevice",   "cudaGetDevice"};
+enum {
+    NCCL_COUNT = sizeof NCCL_CALLS / sizeof *NCCL_CALLS,
+    CUDA_COUNT = sizeof CUDA_CALLS / sizeof *CUDA_CALLS
+};
+
+/* Until nobody notices any more. */
+static void fail_in_turn(const char *name, bool nccl)
+{
+    const int numbers[] = {1, 2, 4, 9};
+    int noticed = 0;
+    function = name, of_nccl = nccl;
+    for (int i = 0; i < 4 && (i == 0 || atomic_load(&failures) > 0); i++) {
+        number = numbers[i];
+        atomic_store(&failures, 0);
+        int bad = on_threads(2, body_work);
+        ck_assert_msg(bad == 0, "%s, call %d, kind %d: %d failures", name, number, how, bad);
+        ck_assert_msg(all_is_gone(), "%s, call %d, kind %d", name, number, how);
+        noticed += atomic_load(&failures) > 0;
+    }
+    /* What only the end needs, or a question that is asked again, is nobody's error. */
+    if (strcmp(name, "ncclCommFinalize") != 0 && strcmp(name, "ncclCommDestroy") != 0 &&
+        strcmp(name, "cudaStreamQuery") != 0 && (how != 0 || strcmp(name, "ncclCommSplit") != 0))
+        ck_assert_msg(noticed > 0, "%s never failed", name);
+}
+
+START_TEST(test_every_call_fails)
+{
+    const int kinds[] = {0, DUPLICATE};
+    for (int k = 0; k < 2; k++) {
+        how = kinds[k];
+        if (_i < NCCL_COUNT)
+            fail_in_turn(NCCL_CALLS[_i], true);
+        else
+            fail_in_turn(CUDA_CALLS[_i - NCCL_COUNT], false);
+    }
+}
+END_TEST
+
+/* ---- giving up ------------------------------------------------------------------------------- */
+
+typedef struct giving_up {
+    moe_comm *comm;
+    int after; /* ms */
+} giving_up;
+
+static void *give_up(void *argument)
+{
+    const giving_up *g = argument;
+    sleep_ms(g->after);
+    moe_comm_abort(g->comm);
+    moe_comm_abort(g->comm);
+    return NULL;
+}
+
+/* Another thread of rank 0 ends its wait for rank 1; with a duplicate the stream goes on as well. */
+static void body_abort(struct rank_case *r)
+{
+    rank_comm c;
+    rank_rows m;
+    giving_up g;
+    pthread_t thread;
+    join(r, &c, how, 20);
+    fill_rows(r, &m, 1, NARROW);
+    rows_to_device(r, &m);
+    m.e.ordered = 1;
+    meet(r);
+    if (r->rank == 0) {
+        double begin = seconds();
+        GOOD(moe_comm_exchange(c.comm, &m.e));
+        g = (giving_up){c.comm, 50};
+        EXPECT(pthread_create(&thread, NULL, give_up, &g) == 0);
+        REFUSED(MOE_ERROR_TRANSPORT, moe_comm_barrier(c.comm));
+        SAID("rank 0 of 2: ");
+        EXPECT(pthread_join(thread, NULL) == 0);
+        if (how & DUPLICATE) CUDA(cudaStreamSynchronize(r->stream));
+        EXPECT(seconds() - begin < 10);
+        REFUSED(MOE_ERROR_TRANSPORT, moe_comm_poll(c.comm));
+    }
+    leave_after_failure(r, &c);
+    CUDA(cudaStreamSynchronize(r->stream));
+    free_rows(r, &m);
+}
+
+/* Given up again and again while the owner is in calls. */
+static void body_abort_storm(struct rank_case *r)
+{
+    rank_comm c;
+    giving_up g;
+    pthread_t thread;
+    join(r, &c, how, 5);
+    g = (giving_up){c.comm, r->rank + 1};
+    EXPECT(pthread_create(&thread, NULL, give_up, &g) == 0);
+    moe_status status = MOE_OK;
+    while (status == MOE_OK) status = moe_comm_barrier(c.comm);
+    EXPECT(status == MOE_ERROR_TRANSPORT || status == MOE_ERROR_TIMEOUT);
+    EXPECT(pthread_join(thread, NULL) == 0);
+    leave_after_failure(r, &c);
+}
+
+START_TEST(test_giving_up)
+{
+    for (int kind = 0; kind < 4; kind++) {
+        how = kind;
+        int bad = on_threads(2, body_abort);
+        ck_assert_msg(bad == 0 && all_is_gone(), "kind %d: %d failures", kind, bad);
+        for (int i = 0; i < 5; i++) {
+            bad = on_threads(4, body_abort_storm);
+            ck_assert_msg(bad == 0 && all_is_gone(), "storm, kind %d: %d failures", kind, bad);
+        }
+    }
+}
+END_TEST
+
+int main(void)
+{
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    setenv("MOE_EMULATION_DEVICES", "8", 1);
+    setenv("MOE_EMULATION_QUIET", "1", 0);
+    Suite *suite = suite_create("comm_nccl_calls");
+    TCase *tcase = tcase_create("calls");
+    tcase_set_timeout(tcase, 600);
+    tcase_add_loop_test(tcase, test_every_call_fails, 0, NCCL_COUNT + CUDA_COUNT);
+    tcase_add_test(tcase, test_giving_up);
+    suite_add_tcase(suite, tcase);
+    SRunner *runner = srunner_create(suite);
+    srunner_run_all(runner, CK_NORMAL);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed != 0;
+}
