@@ -5,7 +5,9 @@ ifeq ($(origin CC),default)
 CC := cc
 endif
 AR ?= ar
-BUILD ?= build
+# 1: every call of a fast CPU kernel is followed by that of its plain twin, and both are compared (docs/testing.md).
+TWIN ?=
+BUILD ?= $(if $(TWIN),build-twin,build)
 LIB ?= $(if $(filter build,$(BUILD)),lib,$(BUILD)/lib)
 PREFIX ?= /usr/local
 LIBDIR ?= $(PREFIX)/lib
@@ -41,7 +43,7 @@ CFLAGS ?=
 
 # ---- sources --------------------------------------------------------------------------------------
 
-CORE := $(wildcard src/*.c) $(filter-out src/comm/mpi.c,$(wildcard src/comm/*.c))
+CORE := $(wildcard src/*.c) $(filter-out src/comm/mpi.c src/comm/nccl%,$(wildcard src/comm/*.c))
 KERNELS := $(filter-out src/cpu/dispatch_isa.c,$(wildcard src/cpu/*.c))
 PLAIN_VARIANTS := f32_plain f64_plain bf16_plain f16_plain
 VARIANTS := $(PLAIN_VARIANTS)
@@ -60,14 +62,17 @@ VARIANTS += $(foreach i,avx2 avx512,f32_$(i) f64_$(i) bf16_$(i) f16_$(i))
 HAVE_X86 := -DMOE_HAVE_X86
 endif
 
-CORE_OBJECTS := $(CORE:%.c=$(BUILD)/%.o) $(BUILD)/src/cpu/dispatch_isa.o
+# Of no release: in the library with TWIN=1, whose other objects are the release's, and in a test.
+TWIN_OBJECTS := $(patsubst %.c,$(BUILD)/%.o,$(wildcard src/cpu/twin/*.c))
+CORE_OBJECTS := $(CORE:%.c=$(BUILD)/%.o)
+CORE_OBJECTS += $(if $(TWIN),$(BUILD)/src/cpu/dispatch_isa_twin.o $(TWIN_OBJECTS),$(BUILD)/src/cpu/dispatch_isa.o)
 KERNEL_OBJECTS := $(foreach v,$(VARIANTS),$(KERNELS:src/cpu/%.c=$(BUILD)/src/cpu/%.$(v).o))
 OBJECTS := $(CORE_OBJECTS) $(KERNEL_OBJECTS)
 
 .PHONY: all host help clean install uninstall dist demo demo-long demo-mpi
-# All but the library for GPUs, which takes minutes to compile.
+# All but the libraries for GPUs, which take minutes to compile.
 host: $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/pkgconfig/moe.pc mpi io
-all: host cuda
+all: host cuda nccl
 	@printf '\n%-24s %s\n' 'built' 'what'
 	@printf '%-24s %s\n' '$(LIB)/libmoe.a' 'static library, $(words $(VARIANTS)) CPU variants: $(VARIANTS)'
 	@printf '%-24s %s\n' '$(LIB)/libmoe.so' 'shared library $(SONAME), version $(VERSION)'
@@ -77,7 +82,8 @@ all: host cuda
 	    'not built' 'libmoe_io with its tests and examples: $(NO_IO_REASON)')
 	@printf '%-24s %s\n' $(if $(HAVE_CUDA),'$(LIB)/libmoe_cuda.so' 'NVIDIA GPUs ($(CUDA_ARCHS))$(comma) also .a', \
 	    'not built' 'libmoe_cuda: $(NO_CUDA_REASON)')
-	@printf '%-24s %s\n' 'not built' 'NCCL module: not part of this release'
+	@printf '%-24s %s\n' $(if $(HAVE_NCCL),'$(LIB)/libmoe_nccl.so' 'groups over NCCL ($(NCCL_INCLUDE))$(comma) also .a', \
+	    'not built' 'libmoe_nccl: $(NO_NCCL_REASON)')
 ifeq ($(HAVE_X86),)
 	@printf '%-24s %s\n' 'not built' 'AVX2 and AVX-512 variants: $(CC) makes none for $(MACHINE)'
 endif
@@ -96,6 +102,14 @@ $(OBJECTS_STAMP): force
 force:
 
 $(BUILD)/src/cpu/dispatch_isa.o: src/cpu/dispatch_isa.c $(FLAGS_STAMP)
+	@mkdir -p $(@D)
+	$(CC) $(SHIPPED) -O2 $(HAVE_X86) $(CFLAGS) -MMD -MP -c $< -o $@
+
+$(BUILD)/src/cpu/dispatch_isa_twin.o: src/cpu/dispatch_isa.c $(FLAGS_STAMP)
+	@mkdir -p $(@D)
+	$(CC) $(SHIPPED) -O2 $(HAVE_X86) -DMOE_TWIN $(CFLAGS) -MMD -MP -c $< -o $@
+
+$(BUILD)/src/cpu/twin/%.o: src/cpu/twin/%.c $(FLAGS_STAMP)
 	@mkdir -p $(@D)
 	$(CC) $(SHIPPED) -O2 $(HAVE_X86) $(CFLAGS) -MMD -MP -c $< -o $@
 
@@ -251,6 +265,43 @@ $(LIB)/libmoe_cuda.so: $(LIB)/libmoe_cuda.so.$(VERSION)
 	ln -sf libmoe_cuda.so.$(VERSION) $(LIB)/$(CUDA_SONAME)
 	ln -sf $(CUDA_SONAME) $@
 
+# ---- libmoe_nccl: ranks over NCCL -----------------------------------------------------------------
+
+# NO_NCCL=1 leaves it out. NCCL is that of NCCL_HOME, or beside CUDA's own libraries, or as pkg-config says.
+NO_NCCL ?=
+NCCL_HOME ?=
+NCCL_OF_PC = $(shell $(PKG_CONFIG) --variable=$(1) nccl 2>/dev/null)
+NCCL_WHERE := $(if $(NCCL_HOME),$(NCCL_HOME),$(if $(wildcard $(CUDA_INCLUDE)/nccl.h),,$(if $(NO_NCCL),,$(call NCCL_OF_PC,prefix))))
+NCCL_INCLUDE ?= $(firstword $(if $(NCCL_WHERE),$(NCCL_WHERE)/include) $(CUDA_INCLUDE))
+NCCL_LIB ?= $(firstword $(patsubst %/libnccl.so,%,$(wildcard $(addsuffix /libnccl.so,\
+    $(if $(NCCL_WHERE),$(NCCL_WHERE)/lib64 $(NCCL_WHERE)/lib $(if $(NCCL_HOME),,$(call NCCL_OF_PC,libdir)),$(CUDA_LIB))))))
+NO_NCCL_REASON := $(strip $(if $(NO_NCCL),NO_NCCL is set,$(if $(HAVE_CUDA),\
+    $(if $(wildcard $(NCCL_INCLUDE)/nccl.h),$(if $(wildcard $(NCCL_LIB)/libnccl.so),,\
+    no libnccl.so (NCCL_HOME=$(comma) NCCL_LIB=)),no nccl.h in $(NCCL_INCLUDE) (NCCL_HOME=)),without libmoe_cuda: $(NO_CUDA_REASON))))
+HAVE_NCCL := $(if $(NO_NCCL_REASON),,yes)
+NCCL_SONAME := libmoe_nccl.so.$(shell cat src/soname)
+NCCL_LIBRARIES := $(if $(HAVE_NCCL),$(LIB)/libmoe_nccl.a $(LIB)/libmoe_nccl.so)
+NCCL_SOURCES := $(wildcard src/comm/nccl*.c)
+NCCL_OBJECTS := $(NCCL_SOURCES:%.c=$(BUILD)/%.o)
+
+.PHONY: nccl
+nccl: $(NCCL_LIBRARIES) $(if $(HAVE_NCCL),$(LIB)/pkgconfig/moe-nccl.pc)
+
+$(NCCL_OBJECTS): $(BUILD)/%.o: %.c $(CUDA_STAMP)
+	@mkdir -p $(@D)
+	$(CC) $(SHIPPED) -isystem $(NCCL_INCLUDE) -isystem $(CUDA_INCLUDE) -O2 $(CFLAGS) -MMD -MP -c $< -o $@
+$(LIB)/libmoe_nccl.a: $(NCCL_OBJECTS)
+	@mkdir -p $(@D)
+	rm -f $@
+	$(AR) rcs $@ $(NCCL_OBJECTS)
+$(LIB)/libmoe_nccl.so.$(VERSION): $(NCCL_OBJECTS) $(LIB)/libmoe.so $(LIB)/libmoe_cuda.so src/comm/libmoe_nccl.map
+	$(CC) -shared $(CFLAGS) -Wl,-soname,$(NCCL_SONAME) -Wl,--version-script=src/comm/libmoe_nccl.map \
+	    -Wl,-z,defs -Wl,-z,relro,-z,now $(LDFLAGS) -o $@ $(NCCL_OBJECTS) -L$(LIB) -lmoe_cuda -lmoe \
+	    -L$(NCCL_LIB) -lnccl -L$(CUDA_LIB) -lcudart -ldl -pthread
+$(LIB)/libmoe_nccl.so: $(LIB)/libmoe_nccl.so.$(VERSION)
+	ln -sf libmoe_nccl.so.$(VERSION) $(LIB)/$(NCCL_SONAME)
+	ln -sf $(NCCL_SONAME) $@
+
 # ---- pkg-config -----------------------------------------------------------------------------------
 
 # $(call PC_OF,prefix,libdir,includedir,name,library,requires,private requires,private libraries,description)
@@ -266,6 +317,8 @@ PC_MPI = $(call PC_OF,$(1),$(2),$(3),libmoe_mpi,moe_mpi_$(4),moe = $(VERSION),,,
 PC_IO = $(call PC_OF,$(1),$(2),$(3),libmoe_io,moe_io,moe = $(VERSION),jansson,-lm -pthread,libmoe files and checkpoints)
 # $(call PC_CUDA,prefix,libdir,includedir)
 PC_CUDA = $(call PC_OF,$(1),$(2),$(3),libmoe_cuda,moe_cuda,moe = $(VERSION),,-L$(CUDA_LIB) -lcublas -lcudart -pthread,libmoe on NVIDIA GPUs)
+# $(call PC_NCCL,prefix,libdir,includedir)
+PC_NCCL = $(call PC_OF,$(1),$(2),$(3),libmoe_nccl,moe_nccl,moe-cuda = $(VERSION),,-L$(NCCL_LIB) -lnccl -ldl -pthread,libmoe groups over NCCL)
 REPLACE = @if cmp -s $@.new $@; then rm -f $@.new; else mv $@.new $@; fi
 
 # The file for the tree names the tree, which may have moved.
@@ -293,11 +346,16 @@ $(LIB)/pkgconfig/moe-cuda.pc: moe.pc.in force
 	@$(call PC_CUDA,$(CURDIR),$(abspath $(LIB)),$(CURDIR)/include) >$@.new
 	$(REPLACE)
 
+$(LIB)/pkgconfig/moe-nccl.pc: moe.pc.in force
+	@mkdir -p $(@D)
+	@$(call PC_NCCL,$(CURDIR),$(abspath $(LIB)),$(CURDIR)/include) >$@.new
+	$(REPLACE)
+
 # ---- install --------------------------------------------------------------------------------------
 
 HEADERS := $(wildcard include/moe/*.h)
 
-install: $(LIB)/libmoe.a $(LIB)/libmoe.so mpi io cuda
+install: $(LIB)/libmoe.a $(LIB)/libmoe.so mpi io cuda nccl
 	install -d $(DESTDIR)$(INCLUDEDIR)/moe $(DESTDIR)$(LIBDIR)/pkgconfig
 	install -m 644 $(HEADERS) $(DESTDIR)$(INCLUDEDIR)/moe
 	install -m 644 $(LIB)/libmoe.a $(DESTDIR)$(LIBDIR)
@@ -323,6 +381,13 @@ ifneq ($(HAVE_CUDA),)
 	ln -sf $(CUDA_SONAME) $(DESTDIR)$(LIBDIR)/libmoe_cuda.so
 	$(call PC_CUDA,$(PREFIX),$(LIBDIR),$(INCLUDEDIR)) > $(DESTDIR)$(LIBDIR)/pkgconfig/moe-cuda.pc
 endif
+ifneq ($(HAVE_NCCL),)
+	install -m 644 $(LIB)/libmoe_nccl.a $(DESTDIR)$(LIBDIR)
+	install -m 755 $(LIB)/libmoe_nccl.so.$(VERSION) $(DESTDIR)$(LIBDIR)
+	ln -sf libmoe_nccl.so.$(VERSION) $(DESTDIR)$(LIBDIR)/$(NCCL_SONAME)
+	ln -sf $(NCCL_SONAME) $(DESTDIR)$(LIBDIR)/libmoe_nccl.so
+	$(call PC_NCCL,$(PREFIX),$(LIBDIR),$(INCLUDEDIR)) > $(DESTDIR)$(LIBDIR)/pkgconfig/moe-nccl.pc
+endif
 	chmod 644 $(DESTDIR)$(LIBDIR)/pkgconfig/moe*.pc
 define INSTALL_MPI
 install -m 644 $(LIB)/libmoe_mpi_$(1).a $(DESTDIR)$(LIBDIR)
@@ -340,6 +405,7 @@ uninstall:
 	rm -f $(DESTDIR)$(LIBDIR)/libmoe_mpi_* $(DESTDIR)$(LIBDIR)/pkgconfig/moe-mpi*.pc
 	rm -f $(DESTDIR)$(LIBDIR)/libmoe_io.* $(DESTDIR)$(LIBDIR)/pkgconfig/moe-io.pc
 	rm -f $(DESTDIR)$(LIBDIR)/libmoe_cuda.* $(DESTDIR)$(LIBDIR)/pkgconfig/moe-cuda.pc
+	rm -f $(DESTDIR)$(LIBDIR)/libmoe_nccl.* $(DESTDIR)$(LIBDIR)/pkgconfig/moe-nccl.pc
 	-rmdir $(DESTDIR)$(INCLUDEDIR)/moe 2>/dev/null || true
 
 # What git tracks as it is now, or, in an unpacked archive, everything but what the build made.
@@ -361,8 +427,8 @@ clean:
 	rm -f $(BUILD)/demo $(BUILD)/demo_mpi_* $(BUILD)/run_vectors $(FLAGS_STAMP) $(OBJECTS_STAMP)
 	rm -f $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/libmoe.so.* $(LIB)/pkgconfig/moe.pc
 	rm -f $(LIB)/libmoe_mpi_* $(LIB)/pkgconfig/moe-mpi*.pc $(LIB)/libmoe_io.* $(LIB)/pkgconfig/moe-io.pc
-	rm -f $(LIB)/libmoe_cuda.* $(LIB)/pkgconfig/moe-cuda.pc
-	rm -rf build-asan build-tsan build-clang dist
+	rm -f $(LIB)/libmoe_cuda.* $(LIB)/pkgconfig/moe-cuda.pc $(LIB)/libmoe_nccl.* $(LIB)/pkgconfig/moe-nccl.pc
+	rm -rf build-asan build-tsan build-clang build-twin build-neon dist
 	-@rmdir $(LIB)/pkgconfig $(BUILD) 2>/dev/null || true
 
 # ---- demo -----------------------------------------------------------------------------------------
@@ -415,14 +481,18 @@ help:
 #: make check-asan     suites, hosts and vectors under AddressSanitizer and UBSan
 #: make check-tsan     threaded suites and hosts under ThreadSanitizer
 #: make check-valgrind hosts under valgrind
+#: make check-twin     the suites on a library (TWIN=1) that compares every fast kernel with its plain twin
 #: make check-emulator  the emulator of CUDA (docs/emulation.md; CUDA=/usr/local/cuda, EMU_SEEDS="1 2 3")
 #: make check-emulation  suites, vectors and kernels on an emulated GPU, also under sanitizers (EMU_SEED=1, EMU_JOBS=2);
 #:                     check-emulation-plain without the sanitizers
 #: make cuda-traffic   bytes that each kernel moves, over what it must
+#: make check-neon     suites and vectors for aarch64, by qemu (NEON_CC=aarch64-linux-gnu-gcc NEON_RUN="qemu-aarch64 -L ...")
 #: make check-headers  each header alone in every language version
 #: make cuda           libmoe_cuda alone (CUDA=/usr/local/cuda, CUDA_ARCHS="80 90 100", NO_CUDA=1)
+#: make nccl           libmoe_nccl alone (NCCL_HOME=, NCCL_INCLUDE=, NCCL_LIB=, NO_NCCL=1)
 #: make check-cuda-resources  registers and shared memory of every kernel against tests/cuda/budget.txt
 #: make check-cuda-missing    libmoe_cuda on a machine without a GPU
+#: make check-nccl-links  what libmoe_nccl takes of NCCL
 #: make check-cuda     the layer's suites, vectors and example on a GPU (GPU_REQUIRED=1 fails without one)
 #: make check-cuda-sanitizer  the same under compute-sanitizer (SANITIZERS="memcheck racecheck initcheck synccheck")
 #: make check-cuda-users      example, Python and benchmark of a GPU in emulation
@@ -445,4 +515,4 @@ help:
 
 include tests/tests.mk
 
--include $(OBJECTS:.o=.d) $(IO_OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d)
+-include $(OBJECTS:.o=.d) $(TWIN_OBJECTS:.o=.d) $(IO_OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d) $(NCCL_OBJECTS:.o=.d)

@@ -48,6 +48,9 @@ moe_status moe__cuda_fetch(const moe__workers *workers, void *host, const void *
 /* The functions of moe__memory that are kernels. fill.cu */
 moe_status moe__cuda_zero_strided(const moe__workers *workers, void *base, const int64_t count[3],
                                   const int64_t stride[3], int64_t element);
+moe_status moe__cuda_copy_strided(const moe__workers *workers, void *to, const int64_t to_stride[3],
+                                  const void *from, const int64_t from_stride[3],
+                                  const int64_t count[3], int64_t element);
 /* A matrix [k,n] of elements of 2 or 4 bytes, by its strides of rows and columns. */
 moe_status moe__cuda_copy_matrix(const moe__workers *workers, void *to, const int64_t to_stride[2],
                                  const void *from, const int64_t from_stride[2], int64_t k,
@@ -81,12 +84,25 @@ MOE_CUDA_DECLARE(combine_backward, moe__rows_job *)
 MOE_CUDA_DECLARE(output_backward, moe__rows_job *)
 MOE_CUDA_DECLARE(experts_forward, moe__experts_job *)
 MOE_CUDA_DECLARE(experts_backward, moe__experts_job *)
+MOE_CUDA_DECLARE(second_forward, moe__second_job *)
+MOE_CUDA_DECLARE(second_backward, moe__second_job *)
+MOE_CUDA_DECLARE(travel_merge, const moe__merge_job *)
 /* Those that see no element of the storage type have one function. */
 moe_status moe__cuda_batch_forward(moe__batch_job *job);
 moe_status moe__cuda_entries_taken(const moe__batch_job *job, int64_t *entries);
 moe_status moe__cuda_everyone_forward(const moe__workers *workers, moe__plan_arrays *plan);
 moe_status moe__cuda_write_results(const moe__losses_job *job, void *losses_out, void *stats_out);
 moe_status moe__cuda_plan_rows(moe__plan_rows_job *job);
+moe_status moe__cuda_travel_pack(const moe__pack_job *job);
+moe_status moe__cuda_travel_order(const moe__order_job *job);
+moe_status moe__cuda_travel_entry_grad(const moe__entry_grad_job *job);
+moe_status moe__cuda_travel_drop(const moe__drop_job *job);
+moe_status moe__cuda_travel_write_blocks(const moe__blocks_job *job);
+moe_status moe__cuda_travel_read_blocks(const moe__blocks_job *job);
+moe_status moe__cuda_travel_add(const moe__workers *workers, void *parts, int64_t n, int64_t count,
+                                int32_t dtype);
+moe_status moe__cuda_loss_sums(moe__losses_job *job, double *numbers, bool partial, bool put,
+                               int64_t *count);
 
 MOE_END_DECLS
 

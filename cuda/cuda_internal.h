@@ -47,6 +47,9 @@ typedef struct moe__cuda_context {
     moe__cuda_use use[MOE__CUDA_STREAMS];
 } moe__cuda_context;
 
+/* Pinned memory of copies to the device that nobody waits for, in turn. */
+enum { MOE__CUDA_PUTS = 4 };
+
 /* The rows of each expert of one plan, on the host. */
 enum { MOE__CUDA_PLANS = 4 };
 typedef struct moe__cuda_plan_counts {
@@ -77,6 +80,9 @@ typedef struct moe__cuda_pass {
     void *stream;
     moe_cuda_pass_config host; /* what the host gave; NULL fields: nothing */
     moe__cuda_staging staging;
+    moe__cuda_staging put[MOE__CUDA_PUTS];
+    uint64_t puts;  /* so far */
+    int64_t *noted; /* pinned: a word that came from the device */
     moe__cuda_plan_counts plan[MOE__CUDA_PLANS];
     uint64_t turn;
     void *groups; /* memory of moe__cuda_group_arrays */
@@ -130,6 +136,11 @@ moe_status moe__cuda_pass_create(moe_context *context, void **of_pass, const cha
 void moe__cuda_pass_destroy(moe_context *context, void *of_pass);
 moe_status moe__cuda_plan_ready(const moe__workers *workers, const moe__plan_arrays *plan,
                                 bool wanted);
+moe_status moe__cuda_plan_known(const moe__workers *workers, const moe__plan_arrays *plan,
+                                const int64_t *expert_begin);
+moe_status moe__cuda_note(const moe__workers *workers, const int64_t *word);
+int64_t moe__cuda_noted(const moe__workers *workers);
+moe_status moe__cuda_put(const moe__workers *workers, void *to, const void *host, int64_t bytes);
 /* Room for the arguments of `count` products, until the next call. */
 moe_status moe__cuda_group_room(const moe__workers *workers, int64_t count,
                                 moe__cuda_group_arrays *arrays);

@@ -301,6 +301,7 @@ static moe_status ffn_forward(const ffn *f)
 static moe_status forward(const moe__experts_job *job, int32_t dtype)
 {
     ffn f;
+    if (job->plan->num_experts == 0) return MOE_OK;
     MOE_TRY(begin(&f, job, dtype));
     if (job->config->kind == MOE_EXPERTS_IDENTITY)
         return gather_x(&f, first_row(&f, job->out, f.O), true);
@@ -453,6 +454,7 @@ static moe_status backward(const moe__experts_job *job, int32_t dtype)
 {
     ffn f;
     bool identity = job->config->kind == MOE_EXPERTS_IDENTITY;
+    if (job->plan->num_experts == 0) return MOE_OK;
     MOE_TRY(begin(&f, job, dtype));
     if (!identity) MOE_TRY(check_gradients(&f));
     if (job->config->weight_position == MOE_WEIGHT_ON_OUTPUT) MOE_TRY(output_weight(&f));

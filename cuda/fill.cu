@@ -92,6 +92,47 @@ extern "C" moe_status moe__cuda_copy_matrix(const moe__workers *workers, void *t
                         : copy<uint32_t>(workers, to, out, from, in, k, n);
 }
 
+struct moe_box_copy {
+    int64_t count[3], to[3], from[3];
+};
+
+/* Element (i,j,k), k the fastest thread. */
+template <typename E>
+MOE_GLOBAL(256)
+moe_copy_box(E *to, const E *from, moe_box_copy box, int64_t total)
+{
+    int64_t step = (int64_t)gridDim.x * 256;
+    for (int64_t at = (int64_t)blockIdx.x * 256 + threadIdx.x; at < total; at += step) {
+        int64_t row = at / box.count[2], k = at - row * box.count[2];
+        int64_t i = row / box.count[1], j = row - i * box.count[1];
+        to[i * box.to[0] + j * box.to[1] + k * box.to[2]] =
+            from[i * box.from[0] + j * box.from[1] + k * box.from[2]];
+    }
+}
+
+template <typename E>
+static moe_status copy_box(const moe__workers *workers, void *to, const void *from,
+                           const moe_box_copy &box)
+{
+    int64_t total = moe__mul(box.count[0], moe__mul(box.count[1], box.count[2]));
+    int64_t blocks = moe__min((total + 255) / 256, 0x7fffffff);
+    if (total <= 0) return MOE_OK;
+    return moe__cuda_launch(workers, "copy of a tensor", moe_copy_box<E>, dim3((unsigned)blocks),
+                            dim3(256), 0, (E *)to, (const E *)from, box, total);
+}
+
+extern "C" moe_status moe__cuda_copy_strided(const moe__workers *workers, void *to,
+                                             const int64_t to_stride[3], const void *from,
+                                             const int64_t from_stride[3], const int64_t count[3],
+                                             int64_t element)
+{
+    moe_box_copy box;
+    for (int d = 0; d < 3; d++)
+        box.count[d] = count[d], box.to[d] = to_stride[d], box.from[d] = from_stride[d];
+    return element == 2 ? copy_box<uint16_t>(workers, to, from, box)
+                        : copy_box<uint32_t>(workers, to, from, box);
+}
+
 /* touched[e] = 1 for every expert with rows; forget: 0 for the others */
 MOE_GLOBAL(256)
 moe_fill_touched(uint8_t *touched, const int64_t *expert_begin, int64_t num_experts, int32_t forget)
@@ -105,6 +146,7 @@ moe_fill_touched(uint8_t *touched, const int64_t *expert_begin, int64_t num_expe
 extern "C" moe_status moe__cuda_note_touched(const moe__workers *workers, uint8_t *touched,
                                              const moe__plan_arrays *plan, bool forget)
 {
+    if (plan->num_experts == 0) return MOE_OK;
     return moe__cuda_launch(workers, "touched", moe_fill_touched,
                             dim3((unsigned)((plan->num_experts + 255) / 256)), dim3(256), 0,
                             touched, plan->expert_begin, plan->num_experts, forget);

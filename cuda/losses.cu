@@ -394,8 +394,20 @@ MOE_DEVICE double sequence_loss(const moe_loss_arrays *l, double *shared)
     return loss;
 }
 
-/* value[] of the sums, and load_ij = load_i load(X_i)_j / |X_i|; one block. */
-MOE_GLOBAL(MOE_ROUTE_THREADS) moe_losses_finish(moe_loss_arrays l)
+/* The losses that are formed group by group: this rank's, not weighted, in value[]; one block. */
+MOE_GLOBAL(MOE_ROUTE_THREADS) moe_losses_by_group(moe_loss_arrays l)
+{
+    MOE_SHARED(double, shared, MOE_ROUTE_ROWS);
+    double value[MOE_LOSS_SLOTS] = {0};
+    if (l.scoped) softmax_losses(&l, value, shared);
+    if (l.weights[MOE_LOSS_SEQUENCE] != 0) value[MOE_LOSS_SEQUENCE] = sequence_loss(&l, shared);
+    if (threadIdx.x != 0) return;
+    for (int i = 0; i < MOE_LOSS_SLOTS; i++) l.value[i] = value[i];
+}
+
+/* value[] of the sums, and load_ij = load_i load(X_i)_j / |X_i|; one block. by_group: those of
+ * moe_losses_by_group are there, of all ranks. */
+MOE_GLOBAL(MOE_ROUTE_THREADS) moe_losses_finish(moe_loss_arrays l, bool by_group)
 {
     MOE_SHARED(double, shared, MOE_ROUTE_ROWS);
     double value[MOE_LOSS_SLOTS] = {0};
@@ -403,11 +415,19 @@ MOE_GLOBAL(MOE_ROUTE_THREADS) moe_losses_finish(moe_loss_arrays l)
         double rows = l.part_rows[e / l.width], first = l.primary_load[e / l.width];
         l.load[e] = rows == 0 ? 0 : first * l.part_load[e] / rows;
     }
-    if (!l.has_logits) return;
+    if (!(l.sums[MOE_SUM_WITH_LOGITS] > 0)) {
+        for (int i = threadIdx.x; i < MOE_LOSS_SLOTS; i += MOE_ROUTE_THREADS) l.value[i] = 0;
+        return;
+    }
     if (l.weights[MOE_LOSS_SWITCH] != 0 || l.weights[MOE_LOSS_GSHARD] != 0 ||
         l.weights[MOE_LOSS_Z] != 0)
         softmax_losses(&l, value, shared);
-    if (l.weights[MOE_LOSS_SEQUENCE] != 0) value[MOE_LOSS_SEQUENCE] = sequence_loss(&l, shared);
+    if (by_group && l.scoped) value[MOE_LOSS_SWITCH] = l.value[MOE_LOSS_SWITCH];
+    if (by_group && l.scoped) value[MOE_LOSS_GSHARD] = l.value[MOE_LOSS_GSHARD];
+    if (by_group)
+        value[MOE_LOSS_SEQUENCE] = l.value[MOE_LOSS_SEQUENCE];
+    else if (l.weights[MOE_LOSS_SEQUENCE] != 0)
+        value[MOE_LOSS_SEQUENCE] = sequence_loss(&l, shared);
     value[MOE_LOSS_THRESHOLD] = l.sums[MOE_SUM_THRESHOLD];
     value[MOE_LOSS_IMPORTANCE] = moe_cv_of(l.importance, l.E, l.ddof, shared).value;
     if (l.has_load) value[MOE_LOSS_LOAD] = moe_cv_of(l.load, l.E, l.ddof, shared).value;
@@ -416,13 +436,40 @@ MOE_GLOBAL(MOE_ROUTE_THREADS) moe_losses_finish(moe_loss_arrays l)
         l.value[i] = l.weights[i] != 0 ? l.weights[i] * value[i] : 0;
 }
 
+/* Of a call without logits, whose tokens are in none of these sums: other ranks may have them. */
+static moe_status no_score_sums(const moe__workers *w, const moe_loss_arrays *l)
+{
+    cudaStream_t stream = (cudaStream_t)w->stream;
+    size_t by_scope = (size_t)(l->scopes * l->E), by_group = (size_t)(l->G * l->E);
+    cudaError_t error = cudaSuccess;
+    if (l->score_sum)
+        error = cudaMemsetAsync(l->score_sum, 0, by_scope * sizeof *l->score_sum, stream);
+    if (error == cudaSuccess && l->sequence_sum)
+        error = cudaMemsetAsync(l->sequence_sum, 0, by_group * sizeof *l->sequence_sum, stream);
+    if (error == cudaSuccess && l->sequence_sum)
+        error = cudaMemsetAsync(l->sequence_counts, 0, by_group * sizeof(int64_t), stream);
+    MOE_TRY(moe__cuda_status(error, w, "cudaMemsetAsync"));
+    return l->score_sum && l->scoped ? count(w, l, true, NULL, l->scope_counts, l->scope_first)
+                                     : MOE_OK;
+}
+
+/* Sums of all ranks instead of this one's; `by_group` if the losses by group are too. */
+static moe_status share(moe__losses_job *job, const moe_loss_arrays *l, bool *by_group)
+{
+    const moe__workers *w = &job->route->workers;
+    MOE_TRY(job->share(job, false));
+    *by_group = l->scoped || l->weights[MOE_LOSS_SEQUENCE] != 0;
+    if (*by_group) MOE_TRY(moe_over(w, "moe_losses_by_group", moe_losses_by_group, 1, 1, *l));
+    return *by_group || job->share_both ? job->share(job, true) : MOE_OK;
+}
+
 template <typename T> static moe_status losses_forward(moe__losses_job *job)
 {
     const moe__workers *w = &job->route->workers;
     moe_loss_arrays l = moe__cuda_losses_of(job);
-    if (job->share)
-        return moe__cuda_fail(MOE_ERROR_NOT_SUPPORTED, w, "losses over all ranks are on CPU only");
+    bool by_group = false;
     MOE_TRY(count_entries(w, &l));
+    if (job->share && !l.has_logits) MOE_TRY(no_score_sums(w, &l));
     if (l.has_logits) {
         if (has_softmax_losses(&l)) MOE_TRY(softmax_sums(w, &l));
         if (l.weights[MOE_LOSS_SEQUENCE] != 0) MOE_TRY(sequence_sums(w, &l));
@@ -430,7 +477,8 @@ template <typename T> static moe_status losses_forward(moe__losses_job *job)
         MOE_TRY(load_sums(job));
     }
     MOE_TRY(moe__cuda_sum_entropy(job, &l));
-    MOE_TRY(moe_over(w, "moe_losses_finish", moe_losses_finish, 1, 1, l));
+    if (job->share) MOE_TRY(share(job, &l, &by_group));
+    MOE_TRY(moe_over(w, "moe_losses_finish", moe_losses_finish, 1, 1, l, by_group));
     return moe__cuda_statistics(job, &l);
 }
 

@@ -27,6 +27,10 @@ static moe_status equip(moe__cuda_pass *p, const moe__workers *w)
         return moe__cuda_fail(MOE_ERROR_OUT_OF_MEMORY, w, "no %lld bytes for cuBLAS", (ll)bytes);
     MOE_TRY(moe__cuda_status(moe__cuda_staging_create(&p->staging, STAGING_BYTES), w,
                              "pinned memory of the pass"));
+    MOE_TRY(
+        moe__cuda_status(cudaHostAlloc((void **)&p->noted, sizeof *p->noted, cudaHostAllocDefault),
+                         w, "pinned memory of the pass"));
+    *p->noted = 0;
     for (int i = 0; i < MOE__CUDA_PLANS; i++)
         MOE_TRY(moe__cuda_status(cudaEventCreateWithFlags(&p->plan[i].done, cudaEventDisableTiming),
                                  w, "an event of the pass"));
@@ -68,6 +72,8 @@ void moe__cuda_pass_destroy(moe_context *context, void *of_pass)
     if (moe__cuda_enter(p->c, &scope, &error)) {
         if (p->cublas) (void)cublasDestroy(p->cublas);
         moe__cuda_staging_destroy(&p->staging);
+        for (int i = 0; i < MOE__CUDA_PUTS; i++) moe__cuda_staging_destroy(&p->put[i]);
+        if (p->noted) (void)cudaFreeHost(p->noted);
         for (int i = 0; i < MOE__CUDA_PLANS; i++) {
             if (p->plan[i].done) (void)cudaEventDestroy(p->plan[i].done);
             if (p->plan[i].pinned) (void)cudaFreeHost(p->plan[i].pinned);
@@ -248,6 +254,90 @@ moe_status moe__cuda_counts(const moe__workers *workers, const moe__plan_arrays 
     r->turn = ++p->turn;
     *expert_begin = r->pinned + (plan->expert_begin - r->expert_begin);
     return MOE_OK;
+}
+
+moe_status moe__cuda_plan_known(const moe__workers *workers, const moe__plan_arrays *plan,
+                                const int64_t *expert_begin)
+{
+    moe__cuda_pass *p = workers->of_pass;
+    size_t bytes = (size_t)(plan->num_experts + 1) * sizeof *expert_begin;
+    if (!p) return moe__cuda_fail(MOE_ERROR_INTERNAL, workers, "rows of experts outside of a pass");
+    moe__cuda_plan_counts *r = place_of(p, plan->expert_begin);
+    MOE_TRY(wait_for_plan(workers, r));
+    forget_plans(p, plan);
+    r->expert_begin = NULL;
+    MOE_TRY(make_room(workers, r, plan->num_experts + 1));
+    memcpy(r->pinned, expert_begin, bytes);
+    r->expert_begin = plan->expert_begin;
+    r->experts = plan->num_experts;
+    r->turn = ++p->turn;
+    return MOE_OK;
+}
+
+/* ---- copies that nobody waits for ------------------------------------------------------------ */
+
+static moe_status wait_for_put(const moe__workers *workers, moe__cuda_staging *s)
+{
+    if (s->busy) MOE_TRY(moe__cuda_wait(workers, s->done, "a table"));
+    s->busy = false;
+    return MOE_OK;
+}
+
+/* All of them at once, so that a later call finds them. */
+static moe_status make_puts(const moe__workers *workers, int64_t bytes)
+{
+    enum { LEAST = 4096 };
+    moe__cuda_pass *p = workers->of_pass;
+    for (int i = 0; i < MOE__CUDA_PUTS; i++) {
+        if (bytes <= p->put[i].bytes) continue;
+        MOE_TRY(wait_for_put(workers, &p->put[i]));
+        moe__cuda_staging_destroy(&p->put[i]);
+        MOE_TRY(moe__cuda_status(moe__cuda_staging_create(&p->put[i], moe__max(bytes, LEAST)),
+                                 workers, "pinned memory for tables"));
+    }
+    return MOE_OK;
+}
+
+static moe_status put(const moe__workers *workers, void *to, const void *host, int64_t bytes)
+{
+    moe__cuda_pass *p = workers->of_pass;
+    cudaStream_t stream = (cudaStream_t)workers->stream;
+    moe__cuda_staging *s = &p->put[p->puts++ % MOE__CUDA_PUTS];
+    MOE_TRY(make_puts(workers, bytes));
+    MOE_TRY(wait_for_put(workers, s));
+    memcpy(s->pinned, host, (size_t)bytes);
+    MOE_TRY(moe__cuda_status(
+        cudaMemcpyAsync(to, s->pinned, (size_t)bytes, cudaMemcpyHostToDevice, stream), workers,
+        "cudaMemcpyAsync"));
+    s->busy = true;
+    return moe__cuda_status(cudaEventRecord(s->done, stream), workers, "cudaEventRecord");
+}
+
+moe_status moe__cuda_put(const moe__workers *workers, void *to, const void *host, int64_t bytes)
+{
+    moe__cuda_scope scope;
+    if (bytes <= 0) return MOE_OK;
+    if (!workers->of_pass)
+        return moe__cuda_fail(MOE_ERROR_INTERNAL, workers, "a table outside of a pass");
+    MOE_TRY(moe__cuda_may_wait(workers));
+    MOE_TRY(moe__cuda_enter_call(workers, &scope));
+    moe_status status = put(workers, to, host, bytes);
+    moe__cuda_leave(&scope);
+    return status;
+}
+
+moe_status moe__cuda_note(const moe__workers *workers, const int64_t *word)
+{
+    moe__cuda_pass *p = workers->of_pass;
+    return moe__cuda_status(cudaMemcpyAsync(p->noted, word, sizeof *word, cudaMemcpyDeviceToHost,
+                                            (cudaStream_t)workers->stream),
+                            workers, "cudaMemcpyAsync");
+}
+
+int64_t moe__cuda_noted(const moe__workers *workers)
+{
+    moe__cuda_pass *p = workers->of_pass;
+    return __atomic_exchange_n(p->noted, 0, __ATOMIC_RELAXED);
 }
 
 /* ---- arguments of grouped products ----------------------------------------------------------- */

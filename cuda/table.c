@@ -1,5 +1,4 @@
-/* table.c - the tables of the CUDA backend, one for each element type. Ranks are not among them:
- * their slots are empty. */
+/* table.c - the tables of the CUDA backend, one for each element type. */
 #include "cuda_internal.h"
 
 static int64_t scratch_bytes(const moe__pass_shape *shape)
@@ -34,7 +33,14 @@ static int64_t scratch_bytes(const moe__pass_shape *shape)
         .combine_backward = moe__cuda_combine_backward_##type,                                     \
         .experts_forward = moe__cuda_experts_forward_##type,                                       \
         .experts_backward = moe__cuda_experts_backward_##type,                                     \
-        .output_backward = moe__cuda_output_backward_##type                                        \
+        .output_backward = moe__cuda_output_backward_##type,                                       \
+        .second_forward = moe__cuda_second_forward_##type,                                         \
+        .second_backward = moe__cuda_second_backward_##type, .travel_pack = moe__cuda_travel_pack, \
+        .travel_order = moe__cuda_travel_order, .travel_merge = moe__cuda_travel_merge_##type,     \
+        .travel_entry_grad = moe__cuda_travel_entry_grad, .travel_drop = moe__cuda_travel_drop,    \
+        .travel_write_blocks = moe__cuda_travel_write_blocks,                                      \
+        .travel_read_blocks = moe__cuda_travel_read_blocks, .travel_add = moe__cuda_travel_add,    \
+        .loss_sums = moe__cuda_loss_sums                                                           \
     }
 
 static const moe__backend table_f32 = TABLE(f32);

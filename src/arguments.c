@@ -443,8 +443,10 @@ static moe_status check_backend(const moe__forward *f, const moe_pass *pass, con
     const moe__memory *memory = pass->context->memory;
     moe__workers workers = moe__call_workers(pass, a->stream, function);
     if (memory->is_host) return MOE_OK;
-    bool counted = (f->uses & MOE__USE_EXPERTS) && !moe__pass_is_padded(pass, f->uses);
-    if (memory->may_wait && (f->entries < 0 || counted)) MOE_TRY(memory->may_wait(&workers));
+    bool counted = moe__pass_counts_rows(pass, f->uses);
+    bool captured = !moe__pass_has_ranks(pass, f->uses) || moe__comm_captures(pass->layer->comm);
+    if (memory->may_wait && (f->entries < 0 || counted || !captured))
+        MOE_TRY(memory->may_wait(&workers));
     if (a->tokens == 0) return MOE_OK;
     const named_array array[] = {{"y", a->y},
                                  {"x", a->x},

@@ -15,19 +15,9 @@
 
 #include "base.h"
 #include "cpu/grouped_gemm.h" /* moe__rows, moe__matrices: plain descriptions, no kernel */
+#include "travel.h"
 
 MOE_BEGIN_DECLS
-
-/* What every step is given. Scratch: pieces of worker_bytes each, one for each thread. */
-typedef struct moe__workers {
-    moe_context *context;
-    char *scratch;        /* 64-byte aligned backend memory, nothing in it is kept */
-    int64_t worker_bytes; /* of the table, a multiple of 64 */
-    const char *function; /* public call, for messages */
-    void *stream;         /* of this call */
-    void *of_pass;        /* what the backend keeps for the pass, of moe__memory.pass_create; NULL
-                             outside of a pass */
-} moe__workers;
 
 /* What a pass needs to know of a pool to make room for it; of a pool of parts, the most of each. */
 typedef struct moe__experts_room {
@@ -86,6 +76,14 @@ typedef struct moe__memory {
      * on, elements of `element` bytes. */
     moe_status (*zero_strided)(const moe__workers *workers, void *base, const int64_t count[3],
                                const int64_t stride[3], int64_t element);
+    /* On the stream: element (i,j,k) of `from` to (i,j,k) of `to`, each by its strides, i <
+     * count[0] and so on, elements of 2 or 4 bytes. NULL where is_host. */
+    moe_status (*copy_strided)(const moe__workers *workers, void *to, const int64_t to_stride[3],
+                               const void *from, const int64_t from_stride[3],
+                               const int64_t count[3], int64_t element);
+    /* On the stream of a pass: from the host's memory, which may change when this returns. Waits
+     * only for earlier copies of the same kind, and not for the stream. NULL where is_host. */
+    moe_status (*put)(const moe__workers *workers, void *to, const void *host, int64_t bytes);
     /* touched[e] = 1 for every expert with rows; forget: 0 for the others. NULL where is_host. */
     moe_status (*note_touched)(const moe__workers *workers, uint8_t *touched,
                                const moe__plan_arrays *plan, bool forget);
@@ -101,6 +99,18 @@ typedef struct moe__memory {
      * will ask (wanted), what the host needs of them starts on its way. NULL: nothing to do. */
     moe_status (*plan_ready)(const moe__workers *workers, const moe__plan_arrays *plan,
                              bool wanted);
+    /* expert_begin [E+1] of a plan of the pass on the host, until another plan is asked for: after
+     * one bounded wait, unless the host knew it. NULL where is_host. */
+    moe_status (*plan_counts)(const moe__workers *workers, const moe__plan_arrays *plan,
+                              const int64_t **expert_begin);
+    /* Tells expert_begin [E+1] of a plan, which the host knows before the stream does. NULL where
+     * is_host. */
+    moe_status (*plan_known)(const moe__workers *workers, const moe__plan_arrays *plan,
+                             const int64_t *expert_begin);
+    /* On the stream of a pass: a copy of a word of backend memory to the host, which nobody waits
+     * for. noted: the last that has come, 0 before; it is forgotten. NULL where is_host. */
+    moe_status (*note)(const moe__workers *workers, const int64_t *word);
+    int64_t (*noted)(const moe__workers *workers);
     void (*context_destroy)(void *of_context); /* or NULL */
     /* Refuses `memory`, the field `name` of a call, if the backend cannot read and write it there;
      * NULL is good. NULL: any memory is good. */
@@ -260,6 +270,8 @@ struct moe__losses_job {
      * by itself. share.c */
     moe_status (*share)(moe__losses_job *job, bool partial);
     void *share_user;
+    int32_t share_both; /* 1: `partial` comes in every call, whatever losses are on */
+    int32_t reserved;
     double *shared;      /* scratch of share */
     double *value;       /* out: [MOE_LOSS_SLOTS] weighted */
     double *stats;       /* out: [MOE_STAT_SLOTS] */
@@ -304,8 +316,11 @@ typedef struct moe__second_job {
     int64_t segments;       /* ranks */
     int64_t *segment_begin; /* [parts * segments + 1] */
     int64_t input_width, width;
-    const void *x; /* [rows,D] in any order; row r is index[r] */
+    const void *x; /* [rows,D] x_stride apart in any order; row r is index[r] */
     const int64_t *index;
+    int64_t rows, x_stride;
+    int32_t x_wide;                            /* 1: x is reals */
+    int32_t with_noise;                        /* backward: d has gradients by noise_raw */
     moe__matrices weight_matrix, noise_weight; /* noise: base NULL without it */
     void *logits, *noise_raw;                  /* out: [rows,width] */
     const void *d;                             /* [rows,d_stride] by logits, then by noise_raw;
@@ -477,6 +492,24 @@ typedef struct moe__backend {
     moe_status (*output_backward)(moe__rows_job *job);
     /* NULL: this backend has no panels */
     moe_status (*matrices_copy)(const moe__copy_job *job);
+    /* Rows that travel between ranks: travel.h. order: the plan of what came. merge, entry_grad:
+     * what came back, in the order of this rank's plan. drop: rows that do not stay */
+    moe_status (*travel_pack)(const moe__pack_job *job);
+    moe_status (*travel_order)(const moe__order_job *job);
+    moe_status (*travel_merge)(const moe__merge_job *job);
+    moe_status (*travel_entry_grad)(const moe__entry_grad_job *job);
+    moe_status (*travel_drop)(const moe__drop_job *job);
+    /* Headers of blocks that go, and of those that came. NULL: of a backend on the host */
+    moe_status (*travel_write_blocks)(const moe__blocks_job *job);
+    moe_status (*travel_read_blocks)(const moe__blocks_job *job);
+    /* parts[0][i] += parts[1][i] + ... one after the other, count arrays of n elements of a dtype,
+     * MOE_DTYPE_F64 included; 16 bits are rounded once */
+    moe_status (*travel_add)(const moe__workers *workers, void *parts, int64_t n, int64_t count,
+                             int32_t dtype);
+    /* Sums of a batch as a vector of doubles, or with `put` from one, in an order that is the
+     * backend's: all, or with `partial` what of losses is formed group by group. *count: of them */
+    moe_status (*loss_sums)(moe__losses_job *job, double *numbers, bool partial, bool put,
+                            int64_t *count);
 } moe__backend;
 
 enum { MOE__SUM_SLOTS = 16 }; /* doubles of moe__losses_job.sums; the backend numbers them */

@@ -29,22 +29,23 @@ static moe_status dispatch_step(moe_pass *pass, const moe_backward_args *b,
                                 const moe__backend *kernels)
 {
     int64_t D = pass->experts->config.d_model;
+    int64_t element = moe__dtype_size(pass->experts->config.dtype);
     bool ranks = moe__pass_has_ranks(pass, pass->uses);
-    moe__rows_job job = {.workers = pass->workers,
-                         .plan = &pass->plan.a,
-                         .width = D,
-                         .rows_in = ranks ? pass->ranks.rows : pass->experts_job.dx_rows,
-                         .rows_in_stride = ranks ? pass->ranks.row_stride : D,
-                         .tokens_in = pass->experts_job.dy,
-                         .tokens_in_stride = pass->experts_job.dy_stride,
-                         .tokens_out = b->dx,
-                         .tokens_out_stride = b->dx_stride,
-                         .dropped = pass->layer && (pass->uses & MOE__USE_LAYER)
-                                        ? pass->layer->config.dropped
-                                        : MOE_DROPPED_ZERO,
-                         .token_mask = pass->route.token_mask,
-                         .padded_rows = pass->experts_job.padded_rows,
-                         .add = (b->flags & MOE_BACKWARD_ADD_DX) != 0};
+    moe__rows_job job = {
+        .workers = pass->workers,
+        .plan = &pass->plan.a,
+        .width = D,
+        .rows_in = ranks ? pass->ranks.back_rows : pass->experts_job.dx_rows,
+        .rows_in_stride = ranks ? pass->ranks.back_bytes / element : D,
+        .tokens_in = pass->experts_job.dy,
+        .tokens_in_stride = pass->experts_job.dy_stride,
+        .tokens_out = b->dx,
+        .tokens_out_stride = b->dx_stride,
+        .dropped = pass->layer && (pass->uses & MOE__USE_LAYER) ? pass->layer->config.dropped
+                                                                : MOE_DROPPED_ZERO,
+        .token_mask = pass->route.token_mask,
+        .padded_rows = ranks ? moe__ranks_padding(pass) : pass->experts_job.padded_rows,
+        .add = (b->flags & MOE_BACKWARD_ADD_DX) != 0};
     return kernels->dispatch_backward(&job);
 }
 
@@ -233,7 +234,7 @@ moe_status moe__backward_start(moe_pass *pass, const moe_backward_args *args, in
     pass->backward = true;
     moe_status status = moe__backward_check(&call->b, pass, args, uses, function);
     if (status == MOE_OK) status = take(pass, uses, function);
-    if (status != MOE_OK) return moe__fail_on_ranks(pass, uses, status, function);
+    if (status != MOE_OK) return moe__refuse_on_ranks(pass, uses, status, function, call->b.stream);
     pass->ranks.wants = wants(pass, &call->b);
     moe__begin_report(pass);
     call->kernels = moe__kernels(pass->context, moe__pass_dtype(pass));
@@ -265,7 +266,8 @@ moe_status moe__backward_finish(moe_pass *pass, const char *function)
     moe_status status = moe__enter_phase(pass, function, call->b.stream, &saved);
     if (status == MOE_OK) status = finish_steps(pass, &call->b, call->kernels);
     status = moe__leave_phase(pass, pass->uses, status, function, &saved);
-    return end_call(pass, status);
+    status = end_call(pass, status);
+    return status == MOE_OK ? moe__ranks_earlier(pass, function) : status;
 }
 
 moe_status moe__run_backward(moe_pass *pass, const moe_backward_args *args, int32_t uses,

@@ -140,6 +140,19 @@ typedef struct moe__plan_arrays {
     int32_t zero; /* kernels take plans by value: no bytes without a name */
 } moe__plan_arrays;
 
+/* ---- what every step is given ---------------------------------------------------------------- */
+
+/* Scratch: pieces of worker_bytes each, one for each thread. */
+typedef struct moe__workers {
+    moe_context *context;
+    char *scratch;        /* 64-byte aligned backend memory, nothing in it is kept */
+    int64_t worker_bytes; /* of the table, a multiple of 64 */
+    const char *function; /* public call, for messages */
+    void *stream;         /* of this call */
+    void *of_pass;        /* what the backend keeps for the pass, of moe__memory.pass_create; NULL
+                             outside of a pass */
+} moe__workers;
+
 MOE_END_DECLS
 
 #endif

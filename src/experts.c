@@ -270,9 +270,13 @@ static void forget_part(moe_experts *part)
     part->touched_count = 0;
 }
 
-void moe__experts_forget_touched(moe_experts *experts)
+moe_status moe__experts_forget_touched(moe_experts *experts, const moe__workers *workers)
 {
+    const moe__memory *memory = experts->context->memory;
+    if (!memory->is_host)
+        return memory->zero(workers, experts->touched, experts->config.num_experts);
     for (int64_t i = 0; i < experts->parts; i++) forget_part(experts->part[i]);
+    return MOE_OK;
 }
 
 static void note_part(moe_experts *part, const int64_t *begin, bool overwrite)

@@ -108,6 +108,7 @@ static void *place_output(const moe_pass *pass, const moe__forward *f, moe__rows
 static moe_status plan_again(moe_pass *pass, const moe__forward *f, const moe__backend *kernels)
 {
     moe__plan_arrays *plan = &pass->plan.a;
+    const moe__memory *memory = pass->context->memory;
     moe__plan_rows_job rows = {.workers = pass->workers, .plan = plan};
     if (f->route) moe__gate_fill_rows(pass, f, &rows);
     MOE_TRY(copy_weights(pass, plan->weight_of_entry, pass->plan_weight));
@@ -116,8 +117,8 @@ static moe_status plan_again(moe_pass *pass, const moe__forward *f, const moe__b
     rows.keep_rows = 0;
     rows.keep_slots = 1;
     MOE_TRY(kernels->plan_rows(&rows));
-    moe__ranks_count(pass);
-    return MOE_OK;
+    if (memory->plan_ready) MOE_TRY(memory->plan_ready(&pass->workers, plan, true));
+    return moe__ranks_count(pass);
 }
 
 /* The ranks know what comes, or none goes on. */
@@ -150,6 +151,7 @@ static moe_status combine_step(moe_pass *pass, const moe__forward *f, const moe_
     bool sigmoid = layer && layer->output == MOE_OUTPUT_SIGMOID;
     bool branches = moe__pass_has_branches(pass, f->uses);
     bool ranks = moe__pass_has_ranks(pass, f->uses);
+    int64_t element = moe__dtype_size(pass->experts->config.dtype);
     if (ranks) MOE_TRY(moe__ranks_receive(pass));
     moe__rows_job combine = {.workers = e->workers,
                              .tokens_in = pass->x,
@@ -163,8 +165,9 @@ static moe_status combine_step(moe_pass *pass, const moe__forward *f, const moe_
     if (combine.tokens_out) {
         moe__experts_combine(pass->experts, e, &combine);
         if (ranks) {
-            combine.rows_in = pass->ranks.rows;
-            combine.rows_in_stride = pass->ranks.row_stride;
+            combine.rows_in = pass->ranks.back_rows;
+            combine.rows_in_stride = pass->ranks.back_bytes / element;
+            combine.padded_rows = moe__ranks_padding(pass);
         }
         MOE_TRY(kernels->combine_forward(&combine));
     }
@@ -190,8 +193,7 @@ static moe_status start_steps(moe_pass *pass, const moe__forward *f, const moe__
         MOE_TRY(replay_step(pass, f));
     if (memory->plan_ready)
         MOE_TRY(memory->plan_ready(&pass->workers, &pass->plan.a,
-                                   (f->uses & MOE__USE_EXPERTS) &&
-                                       !moe__pass_is_padded(pass, f->uses)));
+                                   moe__pass_counts_rows(pass, f->uses)));
     MOE_TRY(agree_step(pass, f, kernels, function));
     MOE_TRY(losses_step(pass, f, kernels));
     moe__lap(pass, MOE_TIME_GATE);
@@ -317,7 +319,8 @@ moe_status moe__forward_start(moe_pass *pass, const moe_forward_args *args, int3
     pass->ranks.took_part = pass->ranks.agreed = pass->backward = false;
     pass->ranks.routes = will_route(pass, args);
     moe_status status = prepare(pass, &call->f, args, uses, weights, &shape, function);
-    if (status != MOE_OK) return moe__fail_on_ranks(pass, uses, status, function);
+    if (status != MOE_OK)
+        return moe__refuse_on_ranks(pass, uses, status, function, call->f.a.stream);
     call->kernels = moe__kernels(pass->context, shape.dtype);
     call->save = shape.save;
     moe__begin_report(pass);
@@ -362,7 +365,7 @@ moe_status moe__forward_finish(moe_pass *pass, const char *function)
         status = call->kernels->write_results(&pass->losses, a->losses_out, a->stats_out);
     status = moe__leave_phase(pass, call->f.uses, status, function, &saved);
     end_call(pass, status);
-    return status;
+    return status == MOE_OK ? moe__ranks_earlier(pass, function) : status;
 }
 
 moe_status moe__run_forward(moe_pass *pass, const moe_forward_args *args, int32_t uses,

@@ -328,6 +328,8 @@ struct moe_layer {
     int64_t num_experts;            /* of all ranks */
     int64_t *placement;             /* copy of the config's, or NULL */
     struct moe__placement *where;   /* NULL: the experts are all here, and no exchange is needed */
+    void *reduction; /* memory of the backend for moe_layer_reduce_gradients, where it is kept */
+    int64_t reduction_bytes;
 };
 
 /* Whether a listed parameter is spread over the ranks: all others are the same on every rank. */
@@ -352,6 +354,13 @@ void moe__comm_retain(moe_comm *comm);
 /* Frees memory that exchanges of `comm` (or NULL) may have used, unless the transport may still
  * touch it. */
 void moe__comm_free(const moe_comm *comm, moe_context *context, void *memory, int64_t bytes);
+/* Whether exchanges may be of the memory of the context's backend: of a device, without a wait. */
+bool moe__comm_takes(const moe_comm *comm, const moe_context *context);
+/* Whether ordered exchanges may be captured. */
+static inline bool moe__comm_captures(const moe_comm *comm)
+{
+    return (comm->table.capabilities & MOE_COMM_CAPTURABLE) != 0;
+}
 /* Whether as many exchanges are in flight as there may be. */
 bool moe__comm_is_full(const moe_comm *comm);
 /* Gives up an exchange that is in flight, which ends the communicator. */
@@ -401,7 +410,7 @@ void moe__experts_end_backward(moe_experts *experts);
 moe_status moe__experts_note_touched(moe_experts *experts, const moe__experts_job *job);
 
 /* Forgets all. */
-void moe__experts_forget_touched(moe_experts *experts);
+moe_status moe__experts_forget_touched(moe_experts *experts, const moe__workers *workers);
 
 static inline bool moe__is_gated(int32_t activation) { return activation >= MOE_ACTIVATION_SWIGLU; }
 

@@ -2,6 +2,8 @@
  * in forward.c and backward.c, the object is in layer_object.c. */
 #include "pass_state.h"
 
+#include <string.h>
+
 /* ---- what the phases share ------------------------------------------------------------------- */
 
 moe_status moe__pass_check_idle(const moe_pass *pass, const char *function)
@@ -38,6 +40,25 @@ moe_status moe__fail_on_ranks(moe_pass *pass, int32_t uses, moe_status status, c
     const moe_pass_report report = pass->report; /* a call that is refused is in none */
     status = moe__ranks_decline(pass, pass->backward, status, function);
     pass->report = report;
+    return status;
+}
+
+moe_status moe__refuse_on_ranks(moe_pass *pass, int32_t uses, moe_status status,
+                                const char *function, void *stream)
+{
+    const moe__memory *memory = pass->context->memory;
+    const moe__workers held = pass->workers;
+    char message[MOE__MESSAGE_SIZE];
+    if (memory->is_host || !moe__pass_has_ranks(pass, uses))
+        return moe__fail_on_ranks(pass, uses, status, function);
+    memcpy(message, moe_last_error(), sizeof message);
+    pass->workers.stream = stream;
+    pass->workers.function = function;
+    bool begun = memory->begin && memory->begin(&pass->workers) == MOE_OK;
+    moe__restore_message(message);
+    status = moe__fail_on_ranks(pass, uses, status, function);
+    if (begun) memory->end(&pass->workers);
+    pass->workers = held;
     return status;
 }
 

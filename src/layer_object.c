@@ -55,16 +55,6 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
     if (g && g->context != e->context)
         REFUSE_ARGUMENT("gate and experts are of different contexts");
     bool host = e->context->memory->is_host;
-    if (!host && c->comm && c->comm->size > 1)
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "a comm of %d ranks is not available on %s",
-               (int)c->comm->size, e->context->memory->name);
-    if (!host && moe__ranks_travels(c))
-        REFUSE(MOE_ERROR_NOT_SUPPORTED, "%s with a comm is not available on %s",
-               c->expert_slices > 1  ? "expert_slices"
-               : c->placement        ? "placement"
-               : c->max_received > 0 ? "max_received"
-                                     : "exchange MOE_EXCHANGE_PADDED",
-               e->context->memory->name);
     if (!c->comm && (c->expert_slices > 1 || c->placement || c->max_received > 0 ||
                      (host && c->exchange == MOE_EXCHANGE_PADDED)))
         REFUSE_ARGUMENT("%s is given, comm is NULL", c->expert_slices > 1  ? "expert_slices"
@@ -82,10 +72,10 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
                         (int)e->config.dtype);
     if (c->comm && c->comm->context != e->context)
         REFUSE_ARGUMENT("comm and experts are of different contexts");
-    if (moe__ranks_travels(c) && moe__is_half(e->config.dtype))
+    if (host && moe__ranks_travels(c) && moe__is_half(e->config.dtype))
         REFUSE(MOE_ERROR_NOT_SUPPORTED,
-               "dtype %d is not available where rows travel, on %d ranks or with expert_slices, "
-               "placement, max_received or padded_rows",
+               "dtype %d is not available on CPU where rows travel, on %d ranks or with "
+               "expert_slices, placement, max_received or padded_rows",
                (int)e->config.dtype, (int)c->comm->size);
     if (c->comm && c->comm->size > 1 && e->made_of_parts)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "a pool of parts on %d ranks is not available",
@@ -223,6 +213,7 @@ static void free_parts(moe_layer *l)
 {
     int64_t count = l->config.experts->config.num_experts;
     moe__ranks_leave(l);
+    l->context->memory->free(l->context, l->reduction, l->reduction_bytes);
     moe__listing_free(&l->listing, l->context);
     moe__parameters_free(&l->parameters);
     moe__free(l->context, l->placement, moe__max(count, 1) * (int64_t)sizeof *l->placement);

@@ -90,17 +90,17 @@ static bool is_of_experts(const moe_layer *layer, int64_t i)
 /* Sums of a gate's parameter that is spread by group: of all ranks in scratch, this rank's after
  * them. */
 static moe_status gather_groups(moe_layer *layer, const moe__parameter *p, double *scratch,
-                                const char *function)
+                                void *stream, const char *function)
 {
     double *own = scratch + layer->gate->config.expert_groups;
-    MOE_TRY(sum_parameter(layer, p, own, 1, NULL, function));
+    MOE_TRY(sum_parameter(layer, p, own, 1, stream, function));
     return moe_comm_all_gather(layer->comm, scratch, layer->where->first_group, own,
                                (int64_t)sizeof *own);
 }
 
 /* all[slots,count] of the experts' parameters, gathered from own[own experts,count]. Ranks may have
  * experts of different kinds: what one has fewer of than `count` is 0. */
-static moe_status gather(moe_layer *layer, double *all, double *own, int64_t count,
+static moe_status gather(moe_layer *layer, double *all, double *own, int64_t count, void *stream,
                          const char *function)
 {
     int64_t k = 0;
@@ -108,7 +108,7 @@ static moe_status gather(moe_layer *layer, double *all, double *own, int64_t cou
     for (int64_t i = 0; i < layer->listing.count; i++)
         if (is_of_experts(layer, i))
             MOE_TRY(sum_parameter(layer, moe__listed_parameter(&layer->listing, i), own + k++,
-                                  count, NULL, function));
+                                  count, stream, function));
     return moe_comm_all_gather(layer->comm, all, layer->where->first_slot, own,
                                count * (int64_t)sizeof *own);
 }
@@ -138,7 +138,7 @@ static moe_status add_up(moe_layer *layer, const double *all, int64_t count, dou
         int64_t n = by_group ? layer->gate->config.expert_groups : p->shape[0];
         double sum = 0;
         if (is_of_experts(layer, i)) continue;
-        MOE_TRY(by_group ? gather_groups(layer, p, scratch, function)
+        MOE_TRY(by_group ? gather_groups(layer, p, scratch, stream, function)
                          : sum_parameter(layer, p, scratch, 1, stream, function));
         for (int64_t e = 0; e < n; e++) sum += scratch[e];
         total += sum;
@@ -174,7 +174,7 @@ moe_status moe_layer_gradient_norm(moe_layer *layer, double *squared, void *stre
     double *own_sums = memory + most, *all = own_sums + count * own;
     fenv_t saved;
     moe__fenv_enter(&saved);
-    moe_status status = count ? gather(layer, all, own_sums, count, function) : MOE_OK;
+    moe_status status = count ? gather(layer, all, own_sums, count, stream, function) : MOE_OK;
     if (status == MOE_OK) status = add_up(layer, all, count, memory, squared, stream, function);
     moe__fenv_leave(&saved);
     if (status != MOE_OK) end_waits(layer);

@@ -223,16 +223,14 @@ moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_grou
     if (shape.entries < 0)
         REFUSE(MOE_ERROR_OVERFLOW, "%lld tokens of %lld experts do not fit in 63 bits",
                (ll)max_tokens, (ll)top_k);
-    void *rows = NULL;
-    int64_t rows_bytes = 0;
-    if (shape.ranks)
-        MOE_TRY(moe__ranks_set_aside(pass, shape.entries, &rows, &rows_bytes, function));
+    moe__room rows = {0};
+    if (shape.ranks) MOE_TRY(moe__ranks_set_aside(pass, shape.entries, &rows, function));
     moe_status status = moe__pass_make_room(pass, &shape, false, NULL, function);
     if (status != MOE_OK) {
-        moe__free(pass->context, rows, rows_bytes);
+        moe__ranks_forget_memory(pass, &rows);
         return status;
     }
-    moe__ranks_take_memory(pass, rows, rows_bytes);
+    moe__ranks_take_memory(pass, &rows);
     pass->state = MOE__PASS_EMPTY;
     pass->uses = 0;
     return MOE_OK;
@@ -248,10 +246,7 @@ moe_status moe_pass_trim(moe_pass *pass)
 int64_t moe_pass_bytes(const moe_pass *pass)
 {
     if (!pass) return 0;
-    const moe__ranks *k = &pass->ranks;
-    int64_t of_ranks = k->counts_bytes + k->rows_bytes + k->keep_bytes + k->second.counts_bytes +
-                       k->second.rows_bytes;
-    return of_ranks + (pass->host_memory ? pass->used : pass->capacity);
+    return moe__ranks_bytes(pass) + (pass->host_memory ? pass->used : pass->capacity);
 }
 
 /* ---- what it shows --------------------------------------------------------------------------- */
@@ -299,6 +294,7 @@ static moe_status check_room(const moe_pass *pass, const char *function)
 {
     int64_t padded = pass->experts_job.padded_rows, E = pass->plan.a.num_experts, rows[64];
     if (!moe__pass_is_padded(pass, pass->uses) || !pass->rows_of_expert) return MOE_OK;
+    if (moe__pass_has_ranks(pass, pass->uses)) return moe__ranks_look(pass, function);
     for (int64_t first = 0; first < E; first += 64) {
         int64_t n = moe__min(64, E - first);
         MOE_TRY(

@@ -169,6 +169,9 @@ moe_status moe__pass_check_start(const moe_pass *pass, int32_t uses, const char 
 void moe__set_workers(moe_pass *pass, const char *function, void *stream);
 moe_status moe__fail_on_ranks(moe_pass *pass, int32_t uses, moe_status status,
                               const char *function);
+/* The same of a call that is refused before its first phase, with the stream that it was given. */
+moe_status moe__refuse_on_ranks(moe_pass *pass, int32_t uses, moe_status status,
+                                const char *function, void *stream);
 /* What begins and ends every phase but a start's checks; leaving, the ranks hear of a failure. What
  * entering returns must be handed to leaving, whether the phase ran or not. */
 moe_status moe__enter_phase(moe_pass *pass, const char *function, void *stream, fenv_t *saved);
@@ -265,6 +268,22 @@ static inline bool moe__pass_is_padded(const moe_pass *pass, int32_t uses)
            pass->layer->config.exchange == MOE_EXCHANGE_PADDED;
 }
 
+/* Whether rows of a layer on ranks travel in blocks that the host does not wait for. */
+static inline bool moe__ranks_blind(const moe_pass *pass)
+{
+    const moe_layer *layer = pass->layer;
+    return layer && layer->where && layer->config.exchange == MOE_EXCHANGE_PADDED &&
+           !pass->context->memory->is_host && moe__comm_takes(layer->comm, pass->context);
+}
+
+/* Whether a call of the pass must know on the host how many rows its experts have. */
+static inline bool moe__pass_counts_rows(const moe_pass *pass, int32_t uses)
+{
+    bool ranks = (uses & MOE__USE_LAYER) && pass->layer->where;
+    bool known = ranks ? moe__ranks_blind(pass) : moe__pass_is_padded(pass, uses);
+    return (uses & MOE__USE_EXPERTS) && !known;
+}
+
 /* Rows of a pool for `entries` entries. pass_layout.c */
 void moe__lay_out_experts(moe__experts_job *e, moe__arena *arena, const moe__experts_room *c,
                           int64_t entries, bool save, int32_t dtype);
@@ -283,7 +302,7 @@ moe_status moe__ranks_prepare(moe_pass *pass, const char *function);
  * for which there was no room. save: a backward will come */
 moe_status moe__ranks_agree(moe_pass *pass, bool save, bool *dropped, const char *function);
 /* The counts of the plan, which is another now. */
-void moe__ranks_count(moe_pass *pass);
+moe_status moe__ranks_count(moe_pass *pass);
 /* All ranks begin a backward, or none does and nothing has been written. */
 moe_status moe__ranks_agree_backward(moe_pass *pass, const char *function);
 /* A call that fails with `status` before it has reached the others still takes part, so that all
@@ -296,8 +315,9 @@ void moe__ranks_header(const moe_pass *pass, bool backward, moe_status status, i
 moe_status moe__ranks_check_header(moe_pass *pass, int64_t rank, bool backward,
                                    const int64_t *words, const char *function);
 
-/* ranks.c: the rows. A forward makes ranks.rows, the outputs of the plan's rows; a backward makes
- * what moe__experts_rows_backward does for experts_job, in ranks.rows the dx of the rows. */
+/* ranks.c: the rows. A forward makes ranks.back_rows, the outputs of the plan's rows; a backward
+ * makes what moe__experts_rows_backward does for experts_job, in ranks.back_rows the dx of the
+ * rows. */
 moe_status moe__ranks_send(moe_pass *pass);
 moe_status moe__ranks_work(moe_pass *pass, const moe__backend *kernels, const char *function);
 moe_status moe__ranks_receive(moe_pass *pass);
@@ -305,6 +325,12 @@ moe_status moe__ranks_send_backward(moe_pass *pass);
 moe_status moe__ranks_check_backward(moe_pass *pass, const char *function);
 moe_status moe__ranks_work_backward(moe_pass *pass, const moe__backend *kernels);
 moe_status moe__ranks_receive_backward(moe_pass *pass);
+/* ranks_blind.c: what an earlier call on ranks that nobody waited for came to, once; MOE_OK in all
+ * other cases. What the last one has come to so far, after a wait. Rows of an expert among
+ * back_rows, used or not; 0: only those used. */
+moe_status moe__ranks_earlier(moe_pass *pass, const char *function);
+moe_status moe__ranks_look(const moe_pass *pass, const char *function);
+int64_t moe__ranks_padding(const moe_pass *pass);
 /* After a failure: gives up what is in flight, and ends the waits of the others if they do not know
  * of it. */
 moe_status moe__ranks_stop(moe_pass *pass, moe_status status);
@@ -312,22 +338,27 @@ moe_status moe__ranks_stop(moe_pass *pass, moe_status status);
 /* ranks_second.c: makes the gate's jobs ask other ranks for what secondary gates there do. */
 void moe__second_hook(moe_pass *pass, int32_t uses);
 
-/* ranks_rows.c */
+/* ranks_memory.c */
 void moe__ranks_free(moe_pass *pass);
 /* With max_received: memory for as many rows as may come, and for this rank's `entries`, if the
- * pass has less; else NULL. The pass is as it was until it takes it. */
-moe_status moe__ranks_set_aside(moe_pass *pass, int64_t entries, void **memory, int64_t *bytes,
+ * pass has less; else none. The pass's rows are where they were until it takes it, or forgets
+ * it. */
+moe_status moe__ranks_set_aside(moe_pass *pass, int64_t entries, moe__room *room,
                                 const char *function);
-void moe__ranks_take_memory(moe_pass *pass, void *memory, int64_t bytes);
+void moe__ranks_take_memory(moe_pass *pass, const moe__room *room);
+void moe__ranks_forget_memory(moe_pass *pass, moe__room *room);
+/* What a pass has for ranks. */
+int64_t moe__ranks_bytes(const moe_pass *pass);
 /* Gives back the rows. */
 void moe__ranks_trim(moe_pass *pass);
-
-/* to[i] += from[i]. reduce.c */
-void moe__add_reals(void *to, const void *from, int64_t n, int32_t dtype);
 
 /* share.c: losses and statistics of all ranks' tokens. */
 /* Numbers of scratch for P ranks, E experts and `parts` groups of a hierarchical gate; or -1. */
 int64_t moe__share_numbers(int64_t P, int64_t E, int64_t parts);
+/* The same of a layer's ranks at most; 0 if they do not share. */
+int64_t moe__share_most(const moe_layer *layer);
+/* Takes part for a rank that declines. */
+moe_status moe__share_nothing(moe_pass *pass);
 /* Ranks that share, or 0. */
 int32_t moe__share_ranks(const moe_layer *layer);
 /* Makes the job share, if the layer does. */

@@ -18,6 +18,7 @@ moe_status moe__ranks_stop(moe_pass *pass, moe_status status)
     moe__ranks *k = &pass->ranks;
     if (k->waiting) moe__comm_give_up(moe__pass_comm(pass), k->request);
     k->waiting = false;
+    k->to_store = NULL;
     if (!k->agreed) moe_comm_abort(moe__pass_comm(pass));
     return status;
 }
@@ -25,6 +26,10 @@ moe_status moe__ranks_stop(moe_pass *pass, moe_status status)
 static int64_t element_bytes(const moe_pass *pass)
 {
     return moe__dtype_size(pass->experts->room.dtype);
+}
+static int64_t real_bytes(const moe_pass *pass)
+{
+    return moe__dtype_size(moe__real_dtype(pass->experts->room.dtype));
 }
 
 /* ---- forward --------------------------------------------------------------------------------- */
@@ -34,16 +39,23 @@ static moe_status send_forward(moe_pass *pass, int64_t round)
 {
     moe__ranks *k = &pass->ranks;
     const moe__plan_arrays *plan = pass->experts_job.plan;
-    int64_t size = element_bytes(pass), D = pass->experts->room.d_model;
-    const moe__column columns[2] = {{pass->x, plan->token_of_row, pass->x_stride * size, D * size},
-                                    {plan->weight_of_entry, plan->entry_of_row, size, size}};
-    moe__ranks_set_round(pass, round);
-    k->x_width = D + 1;
-    MOE_TRY(moe__ranks_pack_here(pass, columns, 2));
-    if (moe__ranks_padded(pass))
-        moe__ranks_write_blocks(pass, false, MOE_OK, k->here, k->x_width * size);
+    int64_t size = element_bytes(pass), D = pass->experts->room.d_model, real = real_bytes(pass);
+    const moe__column columns[2] = {{.from = pass->x,
+                                     .index = plan->token_of_row,
+                                     .stride = pass->x_stride * size,
+                                     .bytes = D * size},
+                                    {.from = plan->weight_of_entry,
+                                     .index = plan->entry_of_row,
+                                     .stride = real,
+                                     .bytes = real,
+                                     .at = k->size.weight_at}};
+    MOE_TRY(moe__ranks_blind(pass) ? moe__blind_write(pass, false, true, MOE_OK)
+                                   : moe__ranks_set_round(pass, round));
+    k->x_bytes = k->size.x;
+    MOE_TRY(moe__ranks_pack_here(pass, k->x_bytes, columns, 2));
     k->took_part = true;
-    return moe__ranks_start(pass, k->x, k->here, k->x_width * size, false);
+    return moe__ranks_start(pass, k->x, k->here, k->x_bytes, false,
+                            &(moe__block_header){false, MOE_OK});
 }
 
 moe_status moe__ranks_send(moe_pass *pass) { return send_forward(pass, 0); }
@@ -52,11 +64,13 @@ moe_status moe__ranks_send(moe_pass *pass) { return send_forward(pass, 0); }
 static moe_status run_experts(moe_pass *pass, const moe__backend *kernels)
 {
     moe__ranks *k = &pass->ranks;
-    moe__ranks_order(pass);
+    MOE_TRY(moe__ranks_order(pass));
     k->job.workers = pass->workers;
+    if (k->scratch) k->job.workers.scratch = k->scratch;
     k->job.plan = &k->plan;
     k->job.x = k->x;
-    k->job.x_stride = k->x_width;
+    k->job.x_stride = k->x_bytes / element_bytes(pass);
+    k->job.padded_rows = moe__ranks_padding(pass) * moe__pass_comm(pass)->size;
     moe__lap(pass, MOE_TIME_PACK);
     MOE_TRY(moe__experts_rows_forward(pass->experts, &k->job, kernels));
     moe__lap(pass, MOE_TIME_EXPERTS);
@@ -66,21 +80,30 @@ static moe_status run_experts(moe_pass *pass, const moe__backend *kernels)
 moe_status moe__ranks_work(moe_pass *pass, const moe__backend *kernels, const char *function)
 {
     moe__ranks *k = &pass->ranks;
-    int64_t size = element_bytes(pass), O = pass->experts->room.d_out;
+    int64_t bytes = pass->experts->room.d_out * element_bytes(pass);
     for (int64_t round = 0; round < k->rounds; round++) {
-        const moe__column out = {k->job.out, NULL, O * size, O * size};
+        const moe__column out = {.from = k->job.out, .stride = bytes, .bytes = bytes};
         MOE_TRY(moe__ranks_wait(pass));
         if (moe__ranks_padded(pass))
-            MOE_TRY(moe__ranks_read_blocks(pass, false, k->x, k->x_width * size, function));
+            MOE_TRY(moe__ranks_blind(pass)
+                        ? moe__blind_read(pass, false)
+                        : moe__ranks_read_blocks(pass, false, k->x, k->x_bytes, function));
         MOE_TRY(run_experts(pass, kernels));
-        MOE_TRY(moe__ranks_pack_there(pass, &out, 1));
-        MOE_TRY(moe__ranks_start(pass, k->here, k->there, O * size, true));
+        MOE_TRY(moe__ranks_pack_there(pass, k->size.out, &out, 1));
+        MOE_TRY(moe__ranks_start(pass, k->here, k->there, k->size.out, true, NULL));
         if (round + 1 == k->rounds) break;
         MOE_TRY(moe__ranks_wait(pass));
-        moe__ranks_collect(pass, O * size);
+        MOE_TRY(moe__ranks_collect(pass, k->size.out));
         MOE_TRY(send_forward(pass, round + 1));
     }
     return MOE_OK;
+}
+
+/* What is wrong with blocks goes to the host on its own. */
+static moe_status note_record(moe_pass *pass)
+{
+    const moe__memory *memory = pass->context->memory;
+    return pass->ranks.record ? memory->note(&pass->workers, pass->ranks.record) : MOE_OK;
 }
 
 static void report_rows(moe_pass *pass)
@@ -100,11 +123,12 @@ static void report_rows(moe_pass *pass)
 
 moe_status moe__ranks_receive(moe_pass *pass)
 {
-    int64_t O = pass->experts->room.d_out;
+    int64_t bytes = pass->ranks.size.out;
     MOE_TRY(moe__ranks_wait(pass));
-    moe__ranks_collect(pass, O * element_bytes(pass));
+    MOE_TRY(moe__ranks_collect(pass, bytes));
+    MOE_TRY(note_record(pass));
     report_rows(pass);
-    return moe__ranks_merge(pass, O);
+    return moe__ranks_merge(pass, bytes, pass->experts->room.d_out, -1);
 }
 
 /* ---- backward -------------------------------------------------------------------------------- */
@@ -117,18 +141,27 @@ static moe_status send_backward(moe_pass *pass, int64_t round)
     moe__ranks *k = &pass->ranks;
     const moe__experts_job *e = &pass->experts_job;
     const moe__plan_arrays *plan = e->plan;
-    int64_t size = element_bytes(pass), D = pass->experts->room.d_model;
-    int64_t O = pass->experts->room.d_out;
-    const moe__column columns[3] = {{e->x, plan->token_of_row, e->x_stride * size, D * size},
-                                    {plan->weight_of_entry, plan->entry_of_row, size, size},
-                                    {e->dy, plan->token_of_row, e->dy_stride * size, O * size}};
-    int64_t width = again(pass) ? D + 1 + O : O;
-    moe__ranks_set_round(pass, round);
-    if (again(pass)) k->x_width = width;
-    MOE_TRY(moe__ranks_pack_here(pass, again(pass) ? columns : columns + 2, again(pass) ? 3 : 1));
-    if (moe__ranks_padded(pass)) moe__ranks_write_blocks(pass, true, MOE_OK, k->here, width * size);
+    int64_t size = element_bytes(pass), D = pass->experts->room.d_model, real = real_bytes(pass);
+    int64_t O = pass->experts->room.d_out, bytes = again(pass) ? k->size.again : k->size.dy;
+    const moe__column columns[3] = {
+        {.from = e->dy,
+         .index = plan->token_of_row,
+         .stride = e->dy_stride * size,
+         .bytes = O * size,
+         .at = again(pass) ? k->size.dy_at : 0},
+        {.from = e->x, .index = plan->token_of_row, .stride = e->x_stride * size, .bytes = D * size},
+        {.from = plan->weight_of_entry,
+         .index = plan->entry_of_row,
+         .stride = real,
+         .bytes = real,
+         .at = k->size.weight_at}};
+    MOE_TRY(moe__ranks_blind(pass) ? moe__blind_write(pass, true, true, MOE_OK)
+                                   : moe__ranks_set_round(pass, round));
+    if (again(pass)) k->x_bytes = bytes;
+    MOE_TRY(moe__ranks_pack_here(pass, bytes, columns, again(pass) ? 3 : 1));
     k->took_part = true;
-    return moe__ranks_start(pass, again(pass) ? k->x : k->dy, k->here, width * size, false);
+    return moe__ranks_start(pass, again(pass) ? k->x : k->dy, k->here, bytes, false,
+                            &(moe__block_header){true, MOE_OK});
 }
 
 moe_status moe__ranks_send_backward(moe_pass *pass) { return send_backward(pass, 0); }
@@ -138,12 +171,12 @@ moe_status moe__ranks_check_backward(moe_pass *pass, const char *function)
 {
     if (!moe__ranks_padded(pass)) return MOE_OK;
     MOE_TRY(moe__ranks_wait(pass));
-    return moe__ranks_read_blocks(pass, true, pass->ranks.dy,
-                                  pass->experts->room.d_out * element_bytes(pass), function);
+    if (moe__ranks_blind(pass)) return moe__blind_read(pass, true);
+    return moe__ranks_read_blocks(pass, true, pass->ranks.dy, pass->ranks.size.dy, function);
 }
 
 /* Rows of the first expert of the round that earlier rounds had, and of the last that later ones
- * have. */
+ * have. Elsewhere than on the host a round adds its own sums to the gradients. */
 static void find_carry(moe_pass *pass)
 {
     moe__ranks *k = &pass->ranks;
@@ -151,7 +184,7 @@ static void find_carry(moe_pass *pass)
     int64_t limit = k->limit[moe__pass_comm(pass)->rank], first = -1, last = -1;
     int64_t begin = k->round * limit, before = 0, after = 0;
     for (int64_t i = 0; i < own; i++) {
-        if (k->plan.expert_begin[i + 1] == k->plan.expert_begin[i]) continue;
+        if (k->expert_begin[i + 1] == k->expert_begin[i]) continue;
         if (first < 0) first = i;
         last = i;
     }
@@ -163,7 +196,7 @@ static void find_carry(moe_pass *pass)
     for (int i = 0; i < 3; i++)
         k->carry[i] = (moe__dw_carry){k->sums[k->round % 2][i], k->sums[(k->round + 1) % 2][i],
                                       before, after};
-    k->job.carry = limit > 0 ? k->carry : NULL;
+    k->job.carry = limit > 0 && moe__ranks_on_host(pass) ? k->carry : NULL;
 }
 
 /* What came once more: activations anew, and sums over rows that go on from round to round. */
@@ -171,16 +204,15 @@ static moe_status run_experts_again(moe_pass *pass, const moe__backend *kernels)
 {
     moe__ranks *k = &pass->ranks;
     const moe__experts_job *e = &pass->experts_job;
-    int64_t size = element_bytes(pass), D = pass->experts->room.d_model;
     if (k->round == 0 && e->parameters && e->overwrite) {
         MOE_TRY(moe__parameters_zero_gradients(&pass->workers, &pass->experts->parameters));
-        moe__experts_forget_touched(pass->experts);
+        MOE_TRY(moe__experts_forget_touched(pass->experts, &pass->workers));
     }
     MOE_TRY(run_experts(pass, kernels));
     find_carry(pass);
     k->job.overwrite = 0;
-    k->job.dy = (const char *)k->x + (D + 1) * size;
-    k->job.dy_stride = k->x_width;
+    k->job.dy = (const char *)k->x + k->size.dy_at;
+    k->job.dy_stride = k->x_bytes / element_bytes(pass);
     return MOE_OK;
 }
 
@@ -191,11 +223,12 @@ static moe_status run_backward(moe_pass *pass, const moe__backend *kernels)
     moe__ranks *k = &pass->ranks;
     const moe__experts_job *e = &pass->experts_job;
     k->job.workers = e->workers;
+    if (k->scratch) k->job.workers.scratch = k->scratch;
     k->job.parameters = e->parameters;
     k->job.overwrite = e->overwrite;
     k->job.carry = NULL;
     k->job.dy = k->dy;
-    k->job.dy_stride = pass->experts->room.d_out;
+    k->job.dy_stride = k->size.dy / element_bytes(pass);
     k->job.entry_weight_grad = wanted(pass, MOE__WANT_WEIGHTS) ? k->entry_grad : NULL;
     if (again(pass)) MOE_TRY(run_experts_again(pass, kernels));
     bool dx = wanted(pass, MOE__WANT_DX);
@@ -204,66 +237,79 @@ static moe_status run_backward(moe_pass *pass, const moe__backend *kernels)
     return MOE_OK;
 }
 
-/* dx and the gradient by the weight of each row, as far as some rank wants them: rows are of one
- * width. */
-static int back_columns(const moe_pass *pass, moe__column columns[2])
+/* What comes back of a row: dx and the gradient by its weight, as far as some rank wants them: rows
+ * are of one width. */
+typedef struct back_row {
+    moe__column columns[2];
+    int64_t count, bytes, width;
+    int64_t real_at; /* -1: no gradient by the weight */
+} back_row;
+
+static back_row back_row_of(const moe_pass *pass)
 {
     const moe__ranks *k = &pass->ranks;
-    int64_t size = element_bytes(pass), D = pass->experts->room.d_model;
-    int count = 0;
-    if (wanted(pass, MOE__WANT_DX))
-        columns[count++] = (moe__column){k->job.dx_rows, NULL, D * size, D * size};
-    if (wanted(pass, MOE__WANT_WEIGHTS))
-        columns[count++] = (moe__column){k->entry_grad, k->plan.entry_of_row, size, size};
-    return count;
-}
-static int64_t back_width(const moe_pass *pass)
-{
-    return (wanted(pass, MOE__WANT_DX) ? pass->experts->room.d_model : 0) +
-           wanted(pass, MOE__WANT_WEIGHTS);
+    int64_t dx = pass->experts->room.d_model * element_bytes(pass), real = real_bytes(pass);
+    back_row b = {.real_at = -1};
+    if (wanted(pass, MOE__WANT_DX)) {
+        b.columns[b.count++] = (moe__column){.from = k->job.dx_rows, .stride = dx, .bytes = dx};
+        b.width = pass->experts->room.d_model;
+        b.bytes = dx;
+    }
+    if (wanted(pass, MOE__WANT_WEIGHTS)) { /* an entry is a position */
+        b.real_at = b.count ? k->size.grad_at : 0;
+        b.columns[b.count++] = (moe__column){.from = k->entry_grad,
+                                             .stride = real,
+                                             .bytes = real,
+                                             .at = b.real_at,
+                                             .by_place = 1};
+        b.bytes = b.real_at + real;
+    }
+    b.bytes = moe__ranks_whole(moe__ranks_on_host(pass), b.bytes);
+    return b;
 }
 
 moe_status moe__ranks_work_backward(moe_pass *pass, const moe__backend *kernels)
 {
     moe__ranks *k = &pass->ranks;
-    int64_t bytes = back_width(pass) * element_bytes(pass);
-    moe__column columns[2];
+    int64_t bytes = back_row_of(pass).bytes;
     for (int64_t round = 0; round < k->rounds; round++) {
         if (!moe__ranks_padded(pass)) MOE_TRY(moe__ranks_wait(pass));
         MOE_TRY(run_backward(pass, kernels));
         if (bytes > 0) {
-            int count = back_columns(pass, columns);
-            MOE_TRY(moe__ranks_pack_there(pass, columns, count));
-            MOE_TRY(moe__ranks_start(pass, k->here, k->there, bytes, true));
+            back_row b = back_row_of(pass);
+            MOE_TRY(moe__ranks_pack_there(pass, bytes, b.columns, b.count));
+            MOE_TRY(moe__ranks_start(pass, k->here, k->there, bytes, true, NULL));
         }
         if (round + 1 == k->rounds) break;
         if (bytes > 0) MOE_TRY(moe__ranks_wait(pass));
-        moe__ranks_collect(pass, bytes);
+        MOE_TRY(moe__ranks_collect(pass, bytes));
         MOE_TRY(send_backward(pass, round + 1));
     }
     return MOE_OK;
 }
 
-/* entry_grad of this rank's entries from the last column; of those without a row 0. */
-static void take_weight_gradients(moe_pass *pass)
+/* entry_grad of this rank's entries; of those without a row 0. */
+static moe_status take_weight_gradients(moe_pass *pass, const back_row *b)
 {
-    const moe__ranks *k = &pass->ranks;
-    const moe__plan_arrays *plan = &pass->plan.a;
-    int64_t size = element_bytes(pass), last = k->row_stride - 1;
-    if (plan->entries > 0) memset(pass->entry_grad, 0, (size_t)(plan->entries * size));
-    for (int64_t r = 0; r < plan->rows; r++)
-        memcpy((char *)pass->entry_grad + plan->entry_of_row[r] * size,
-               (const char *)k->rows + (r * k->row_stride + last) * size, (size_t)size);
+    const moe__entry_grad_job job = {.workers = pass->workers,
+                                     .plan = &pass->plan.a,
+                                     .rows = pass->ranks.back_rows,
+                                     .row_bytes = b->bytes,
+                                     .real_at = b->real_at,
+                                     .padded_rows = moe__ranks_padding(pass),
+                                     .entry_grad = pass->entry_grad};
+    return pass->call.kernels->travel_entry_grad(&job);
 }
 
 moe_status moe__ranks_receive_backward(moe_pass *pass)
 {
-    int64_t width = back_width(pass);
-    if (width == 0) return MOE_OK;
+    back_row b = back_row_of(pass);
+    if (b.bytes == 0) return MOE_OK;
     MOE_TRY(moe__ranks_wait(pass));
-    moe__ranks_collect(pass, width * element_bytes(pass));
-    MOE_TRY(moe__ranks_merge(pass, width));
-    if (pass->experts_job.entry_weight_grad) take_weight_gradients(pass);
+    MOE_TRY(moe__ranks_collect(pass, b.bytes));
+    MOE_TRY(note_record(pass));
+    MOE_TRY(moe__ranks_merge(pass, b.bytes, b.width, b.real_at));
+    if (pass->experts_job.entry_weight_grad) MOE_TRY(take_weight_gradients(pass, &b));
     moe__lap(pass, MOE_TIME_PACK);
     return MOE_OK;
 }
@@ -274,12 +320,11 @@ moe_status moe__ranks_receive_backward(moe_pass *pass)
 moe_status moe__ranks_decline_padded(moe_pass *pass, bool backward, moe_status status)
 {
     moe__ranks *k = &pass->ranks;
-    int64_t O = pass->experts->room.d_out, D = pass->experts->room.d_model;
-    int64_t bytes = (backward ? O : D + 1) * element_bytes(pass);
-    moe__ranks_set_round(pass, 0);
-    moe__ranks_write_blocks(pass, backward, status, k->here, bytes);
+    int64_t bytes = backward ? k->size.dy : k->size.x;
+    MOE_TRY(moe__ranks_set_round(pass, 0));
     k->took_part = true;
-    MOE_TRY(moe__ranks_start(pass, backward ? k->dy : k->there, k->here, bytes, false));
+    MOE_TRY(moe__ranks_start(pass, backward ? k->dy : k->there, k->here, bytes, false,
+                             &(moe__block_header){backward, status}));
     MOE_TRY(moe__ranks_wait(pass));
     k->agreed = true;
     return status;

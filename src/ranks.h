@@ -2,13 +2,16 @@
  * steps that the layer runs.
  *
  * A slot is a place of a rank's pool, numbered over all ranks; it holds an expert, or a slice of
- * one, by its number e S + s. A position is a place of a row in what travels. */
+ * one, by its number e S + s. A position is a place of a row in what travels.
+ *
+ * What is counted is in the host's memory, rows and plans are in the backend's. */
 #ifndef MOE_RANKS_H
 #define MOE_RANKS_H
 
 #include "internal.h"
 
-enum { MOE__RANKS_HEADER = 3 }; /* words that a rank tells every rank in every call */
+/* Words that a rank tells every rank in every call; the first is compared modulo CALLS. */
+enum { MOE__RANKS_HEADER = 3, MOE__RANKS_CALLS = 4 };
 
 /* What a backward brings back, as bits: dx of rows, gradients by their weights, dx of secondary
  * gates' rows. */
@@ -37,13 +40,67 @@ typedef struct moe__range {
     int64_t first, rows;
 } moe__range;
 
+/* Bytes of a row that travels, and where its parts begin. A backend with memory of its own moves 16
+ * bytes at once, so there rows are multiples of them. */
+typedef struct moe__row_sizes {
+    int64_t x, weight_at;  /* x, weight */
+    int64_t again, dy_at;  /* x, weight, dy */
+    int64_t dy, out;       /* these alone */
+    int64_t back, grad_at; /* dx, gradient by the weight */
+} moe__row_sizes;
+
+/* Memory of one kind: the host's, or the backend's. */
+typedef struct moe__room {
+    void *memory;
+    int64_t bytes;
+} moe__room;
+
+/* A row of so many bytes where it travels. */
+static inline int64_t moe__ranks_whole(bool on_host, int64_t bytes)
+{
+    return on_host || bytes < 0 ? bytes : (moe__add(bytes, 15) / 16) * 16;
+}
+
+static inline moe__row_sizes moe__row_sizes_of(const moe_experts_config *e, bool on_host)
+{
+    int64_t size = moe__dtype_size(e->dtype), real = moe__dtype_size(moe__real_dtype(e->dtype));
+    int64_t x = moe__mul(e->d_model, size), out = moe__mul(e->d_out, size);
+    moe__row_sizes s;
+    s.weight_at = s.grad_at = moe__add(x, real - 1) / real * real;
+    s.x = s.back = moe__ranks_whole(on_host, s.weight_at + real);
+    s.dy_at = s.x;
+    s.dy = s.out = moe__ranks_whole(on_host, out);
+    s.again = moe__ranks_whole(on_host, moe__add(s.x, out));
+    return s;
+}
+
+/* Where rows go in a round: moe__moves of the backend. One block, on the host, and once more in the
+ * backend's memory if that is another. */
+typedef struct moe__tables {
+    int64_t *slot_of_number; /* [E S] the placement's, as the next two */
+    int64_t *number_of_slot; /* [slots] */
+    int64_t *first_slot;     /* [P+1] */
+    int64_t *here_first;     /* [slots+1] of rows of this rank's plan by slot, */
+    int64_t *here_from;      /* [slots] rows of the plan */
+    int64_t *here_to;        /* [slots] positions in `here` */
+    int64_t *back_to;        /* [slots] rows in `results` */
+    int64_t *all_at;         /* [slots+1] the first row of each slot in `results` */
+    int64_t *there_first;    /* [own*P+1] of rows of the owner's plan by slot and source, */
+    int64_t *there_from;     /* [own*P] rows of the experts' arrays */
+    int64_t *there_to;       /* [own*P] positions in `x` and `there` */
+} moe__tables;
+
 /* Secondary gates of a hierarchical gate that live with their groups: ranks_second.c. */
 typedef struct moe__second {
-    void *counts_memory, *rows_memory;
-    int64_t counts_bytes, rows_bytes;
-    int64_t *in_count;                /* [P, local groups] rows that come */
-    int64_t *send_begin, *recv_begin; /* [P+1] rows to and from each rank */
-    int64_t *index;                   /* [rows that come] where row r by (group, source) arrived */
+    moe__room counts, device, rows, index_room; /* host, backend, backend, host */
+    int64_t *in_count;                          /* [P, local groups] rows that come */
+    int64_t *send_begin, *recv_begin;           /* [P+1] rows to and from each rank */
+    int64_t *part_begin;                        /* [local groups + 1] as the job's */
+    int64_t *segment_begin;                     /* [local groups P + 1] likewise */
+    int64_t *segment_at;                        /* [local groups P] where each came; */
+    int64_t *there_segment_at;                  /* in the backend's memory */
+    int64_t *index; /* [rows that come] where row r by (group, source) arrived */
+    int64_t came;   /* rows */
     moe__second_job job;
     void *x;     /* [rows that come, D] */
     void *d;     /* [rows that come, B or 2 B] by logits, and by the raw noise */
@@ -53,13 +110,16 @@ typedef struct moe__second {
 
 /* Of a pass. P ranks; `own` slots are this rank's. */
 typedef struct moe__ranks {
-    void *counts_memory, *rows_memory, *keep_memory;
-    int64_t counts_bytes, rows_bytes, keep_bytes;
+    moe__room counts, tables_room, rows, keep, keep_rows, staged; /* host, backend, backend, host,
+                                                                     backend, host */
+    moe__row_sizes size;
     int64_t *out_begin, *in_begin;    /* [P+1] words to and from each rank */
     int64_t *words_out, *words_in;    /* for or of each rank: a header, its rows for each slot */
     int64_t *answer_out, *answer_in;  /* of an owner: see ranks_words.c */
     int64_t *count, *place;           /* [slots] rows of this rank; where the first of them is among
                                           all rows of the owner */
+    int64_t *row;                     /* [slots] the first of them in this rank's plan */
+    int64_t plan_rows;                /* of this rank's plan */
     int64_t *limit;                   /* [P] rows of an owner's round; 0: all */
     int64_t *in_count, *in_place;     /* [P,own] the same of what comes */
     int64_t in_rows;                  /* their sum */
@@ -67,7 +127,8 @@ typedef struct moe__ranks {
     moe__range *send, *come;          /* [slots], [P,own] of the round */
     int64_t *sent_at, *came_at;       /* [slots], [P,own] position of the first row */
     int64_t *send_begin, *recv_begin; /* [P+1] positions to and from each rank */
-    int64_t *all_at;                  /* [slots+1] the first row of each slot in `results` */
+    int64_t *expert_begin;            /* [own+1] of the owner's plan in the round */
+    moe__tables tables, there_tables; /* on the host; in the backend's memory */
     int32_t request;                  /* in flight if `waiting` */
     bool waiting;
     bool routes;           /* the gate runs in this call */
@@ -76,18 +137,27 @@ typedef struct moe__ranks {
     int32_t wants, wanted; /* MOE__WANT_* of this rank's backward; of any rank's: it travels */
     moe__plan_arrays plan; /* of what came: a token is a position */
     moe__experts_job job;
-    moe__dw_carry carry[3];  /* of w1, w3, w2 */
-    moe__dw_sums sums[2][3]; /* what they go between */
-    int64_t x_width;         /* elements of a row of x */
-    void *x;                 /* [positions,x_width] that came: x, weight, and dy if they
-                                          came together */
-    void *dy;                /* [positions,O] that came by themselves */
-    void *here, *there;      /* rows that this rank sends, then gets back; that go back */
-    void *results;           /* by slot, what came back; here, or where all rounds' meet */
-    void *merged;            /* in the order of the plan; NULL: results are */
-    void *entry_grad;        /* [positions] */
-    const void *rows;        /* [rows of the plan] what a call makes, */
-    int64_t row_stride;      /* so many elements apart */
+    moe__dw_carry carry[3];     /* of w1, w3, w2 */
+    moe__dw_sums sums[2][3];    /* what they go between */
+    int64_t x_bytes;            /* of a row of x */
+    void *x;                    /* [positions] rows that came: x, weight, and dy if they came
+                                together */
+    void *dy;                   /* [positions] those that came by themselves */
+    void *here, *there;         /* rows that this rank sends, then gets back; that go back */
+    void *results;              /* by slot, what came back; here, or where all rounds' meet */
+    void *merged;               /* in the order of the plan; NULL: results are */
+    void *entry_grad;           /* [positions] */
+    void *scratch;              /* of the experts; NULL: the pass's */
+    int64_t *record;            /* what was wrong with blocks that nobody waited for; or NULL */
+    void *no_sums;              /* room for the sums of a batch of a rank that declines; or NULL */
+    int64_t seen;               /* an earlier record, which this call returns */
+    const void *back_rows;      /* [rows of the plan] what a call makes, */
+    int64_t back_bytes;         /* so many apart */
+    void *stage_out, *stage_in; /* on the host: what a transport without the backend's memory takes
+                                   and gives */
+    int64_t stage_out_bytes, stage_in_bytes;
+    void *to_store; /* in the backend's memory: where the first store_bytes of stage_in go, or */
+    int64_t store_bytes; /* NULL */
     moe__second second;
     uint8_t *keep_here, *keep_there; /* [rows by slot], [rows that come] whether it stays */
     void *score_here, *score_there;  /* likewise, weights */

@@ -96,12 +96,24 @@ static moe_status keep_by_score(moe_pass *pass, int64_t room, const char *functi
 static void lay_out_scores(moe_pass *pass, moe__arena *arena)
 {
     moe__ranks *k = &pass->ranks;
-    int64_t size = moe__dtype_size(pass->plan.a.dtype), sent = pass->plan.a.rows;
+    int64_t size = moe__dtype_size(pass->plan.a.dtype), sent = k->plan_rows;
     k->keep_here = moe__arena_take(arena, sent, 1);
     k->keep_there = moe__arena_take(arena, k->in_rows, 1);
     k->score_here = moe__arena_take(arena, sent, size);
     k->score_there = moe__arena_take(arena, k->in_rows, size);
     k->order = moe__arena_take(arena, k->in_rows, (int64_t)sizeof *k->order);
+}
+
+/* Room for all that, and where the backend's memory is another for weights there. */
+static moe_status make_room(moe_pass *pass, const char *function)
+{
+    moe__ranks *k = &pass->ranks;
+    moe__arena arena = {NULL, 0};
+    lay_out_scores(pass, &arena);
+    MOE_TRY(moe__ranks_room(pass, &k->keep, MOE__ON_HOST, arena.used, function));
+    if (moe__ranks_on_host(pass)) return MOE_OK;
+    int64_t bytes = moe__mul(k->plan_rows, moe__dtype_size(pass->plan.a.dtype));
+    return moe__ranks_room(pass, &k->keep_rows, MOE__ON_BACKEND, moe__max(bytes, 1), function);
 }
 
 /* Bytes or weights of rows in slot order, to the owners or back. */
@@ -124,28 +136,35 @@ static moe_status exchange_rows(moe_pass *pass, void *recv, const void *send, in
     return moe__ranks_exchange(pass, recv, back ? here : there, send, back ? there : here, size);
 }
 
+/* Weights of this rank's rows by slot. */
+static moe_status find_scores(moe_pass *pass)
+{
+    moe__ranks *k = &pass->ranks;
+    const moe__memory *memory = pass->context->memory;
+    const moe__plan_arrays *plan = &pass->plan.a;
+    int64_t size = moe__dtype_size(plan->dtype);
+    const moe__column weight = {.from = plan->weight_of_entry,
+                                .index = plan->entry_of_row,
+                                .stride = size,
+                                .bytes = size};
+    moe__moves moves;
+    void *to = memory->is_host ? k->score_here : k->keep_rows.memory;
+    MOE_TRY(moe__ranks_all_moves(pass, NULL, &moves));
+    MOE_TRY(moe__ranks_pack(pass, &moves, to, size, &weight, 1));
+    if (memory->is_host) return MOE_OK;
+    return memory->fetch(&pass->workers, k->score_here, to, moves.most * size);
+}
+
 moe_status moe__bound_fetch_scores(moe_pass *pass, const char *function)
 {
     if (pass->layer->config.received != MOE_RECEIVED_DROP_SCORE) return MOE_OK;
     moe__ranks *k = &pass->ranks;
-    const moe__placement *w = pass->layer->where;
-    const moe__plan_arrays *plan = &pass->plan.a;
-    int64_t size = moe__dtype_size(plan->dtype), at = 0;
-    moe__arena arena = {NULL, 0};
+    MOE_TRY(moe__ranks_agree_on(pass, make_room(pass, function), function));
+    moe__arena arena = {k->keep.memory, 0};
     lay_out_scores(pass, &arena);
-    MOE_TRY(moe__ranks_agree_on(
-        pass, moe__ranks_room(pass, &k->keep_memory, &k->keep_bytes, arena.used, function),
-        function));
-    arena = (moe__arena){k->keep_memory, 0};
-    lay_out_scores(pass, &arena);
-    for (int64_t s = 0; s < w->slots; s++) {
-        int64_t row = plan->expert_begin[w->number_of_slot[s]];
-        for (int64_t n = 0; n < k->count[s]; n++)
-            memcpy((char *)k->score_here + at++ * size,
-                   (const char *)plan->weight_of_entry + plan->entry_of_row[row + n] * size,
-                   (size_t)size);
-    }
-    return exchange_rows(pass, k->score_there, k->score_here, size, false);
+    MOE_TRY(find_scores(pass));
+    return exchange_rows(pass, k->score_there, k->score_here, moe__dtype_size(pass->plan.a.dtype),
+                         false);
 }
 
 moe_status moe__bound_rows(moe_pass *pass, const char *function)
@@ -163,22 +182,32 @@ moe_status moe__bound_rows(moe_pass *pass, const char *function)
     return MOE_OK;
 }
 
-/* Entries whose row does not stay lose their slot. Returns whether there are any. */
-static bool take_slots(moe_pass *pass, bool by_score)
+/* Whether some row does not stay. */
+static bool any_goes(const moe_pass *pass, bool by_score)
+{
+    const moe__ranks *k = &pass->ranks;
+    for (int64_t s = 0, at = 0; s < pass->layer->where->slots; at += k->count[s++]) {
+        if (!by_score && k->place[s] < k->count[s]) return true;
+        for (int64_t n = 0; n < k->count[s] && by_score; n++)
+            if (!k->keep_here[at + n]) return true;
+    }
+    return false;
+}
+
+/* Entries whose row does not stay lose their slot. */
+static moe_status take_slots(moe_pass *pass, bool by_score)
 {
     moe__ranks *k = &pass->ranks;
-    const moe__placement *w = pass->layer->where;
-    const moe__plan_arrays *plan = &pass->plan.a;
-    bool any = false;
-    for (int64_t s = 0, at = 0; s < w->slots; s++) {
-        int64_t row = plan->expert_begin[w->number_of_slot[s]];
-        for (int64_t n = 0; n < k->count[s]; n++, at++) {
-            if (by_score ? k->keep_here[at] : n < k->place[s]) continue;
-            plan->slot_of_entry[plan->entry_of_row[row + n]] = -1;
-            any = true;
-        }
+    const moe__memory *memory = pass->context->memory;
+    moe__drop_job job = {.workers = pass->workers, .plan = &pass->plan.a};
+    MOE_TRY(moe__ranks_all_moves(pass, k->place, &job.moves));
+    job.stay = k->there_tables.back_to;
+    if (by_score) {
+        job.keep = memory->is_host ? k->keep_here : k->keep_rows.memory;
+        if (!memory->is_host)
+            MOE_TRY(memory->put(&pass->workers, k->keep_rows.memory, k->keep_here, job.moves.most));
     }
-    return any;
+    return pass->call.kernels->travel_drop(&job);
 }
 
 moe_status moe__bound_drop(moe_pass *pass, bool *dropped)
@@ -187,6 +216,7 @@ moe_status moe__bound_drop(moe_pass *pass, bool *dropped)
     int32_t policy = pass->layer->config.received;
     bool by_score = policy == MOE_RECEIVED_DROP_SCORE;
     if (by_score) MOE_TRY(exchange_rows(pass, k->keep_here, k->keep_there, 1, true));
-    if (by_score || policy == MOE_RECEIVED_DROP_POSITION) *dropped = take_slots(pass, by_score);
-    return MOE_OK;
+    if (!by_score && policy != MOE_RECEIVED_DROP_POSITION) return MOE_OK;
+    *dropped = any_goes(pass, by_score);
+    return *dropped ? take_slots(pass, by_score) : MOE_OK;
 }

@@ -96,6 +96,9 @@ static const field LAYER[] = {OF_LAYER('i', output),      OF_LAYER('i', layer_id
                               OF_LAYER('l', padded_rows), OF_LAYER('i', exchange),
                               OF_LAYER('i', received),    OF_LAYER('i', loss_batch)};
 
+/* Rows of a GPU are longer than those of a CPU, and go another way where a transport takes them. */
+static const field MEMORY[] = {{"memory of rows (0 CPU, 1 GPU, 2 GPU sent from there)", 0, 'l'}};
+
 /* The words of a rank, and what they are called. */
 typedef struct description {
     const field *field[FIELDS];
@@ -120,13 +123,16 @@ static void describe(description *d, const field *f, size_t n, const void *from)
 
 _Static_assert(COMPARED + sizeof GATE / sizeof *GATE + sizeof POOL / sizeof *POOL +
                        sizeof SLICE / sizeof *SLICE + 2 * sizeof BRANCH / sizeof *BRANCH +
-                       sizeof LAYER / sizeof *LAYER <=
+                       sizeof LAYER / sizeof *LAYER + sizeof MEMORY / sizeof *MEMORY <=
                    FIELDS,
                "a rank's words have room for all");
 
 static void describe_layer(description *d, const moe_layer_config *c)
 {
     const moe_experts_config *e = &c->experts->config;
+    const moe_context *context = c->experts->context;
+    int64_t memory = context->memory->is_host ? 0 : moe__comm_takes(c->comm, context) ? 2 : 1;
+    DESCRIBE(d, MEMORY, &memory);
     DESCRIBE(d, GATE, c->gate ? &c->gate->config : NULL);
     DESCRIBE(d, POOL, e);
     DESCRIBE(d, SLICE, c->expert_slices > 1 ? e : NULL);
@@ -260,12 +266,12 @@ static moe_status find_groups(moe__placement *w, const int64_t *all, int64_t gro
 }
 
 /* The header of a block of MOE_EXCHANGE_PADDED is some whole rows, whichever way they travel. */
-static int64_t header_rows(const moe__placement *w, const moe_experts_config *e)
+static int64_t header_rows(const moe__placement *w, const moe_experts_config *e, bool on_host)
 {
-    int64_t size = moe__dtype_size(e->dtype), word = (int64_t)sizeof(int64_t);
-    int64_t there = (e->d_model + 1) * size, back = e->d_out * size;
+    moe__row_sizes size = moe__row_sizes_of(e, on_host);
+    int64_t word = (int64_t)sizeof(int64_t);
     int64_t words = (MOE__RANKS_HEADER + w->most_slots) * word, few = MOE__RANKS_HEADER * word;
-    return moe__max((words + there - 1) / there, (few + back - 1) / back);
+    return moe__max((words + size.x - 1) / size.x, (few + size.dy - 1) / size.dy);
 }
 
 static moe_status find_places(moe_layer *layer, const int64_t *all, const char *function)
@@ -308,7 +314,9 @@ static moe_status find_places(moe_layer *layer, const int64_t *all, const char *
     if (status == MOE_OK && groups) status = find_groups(w, all, groups, P, function);
     w->in_order = w->slices == 1 && slots == w->numbers;
     for (int64_t s = 0; s < slots && w->in_order; s++) w->in_order = w->number_of_slot[s] == s;
-    w->header_rows = c->exchange == MOE_EXCHANGE_PADDED ? header_rows(w, &c->experts->config) : 0;
+    w->header_rows = c->exchange == MOE_EXCHANGE_PADDED
+                         ? header_rows(w, &c->experts->config, layer->context->memory->is_host)
+                         : 0;
 done:
     moe__comm_free(c->comm, layer->context, numbers, moe__max(own, 1) * (int64_t)sizeof *numbers);
     if (status != MOE_OK) {

@@ -13,25 +13,57 @@ static inline bool moe__ranks_padded(const moe_pass *pass)
 {
     return pass->layer->config.exchange == MOE_EXCHANGE_PADDED;
 }
+static inline bool moe__ranks_on_host(const moe_pass *pass)
+{
+    return pass->context->memory->is_host;
+}
 
-/* Makes *memory at least `bytes` long; what was there is lost. bytes < 0: too many. */
-moe_status moe__ranks_room(moe_pass *pass, void **memory, int64_t *capacity, int64_t bytes,
+/* ---- memory: ranks_memory.c ------------------------------------------------------------------ */
+
+/* Where a room is. */
+enum { MOE__ON_HOST = 0, MOE__ON_BACKEND = 1 };
+/* Makes a room at least `bytes` large; what was there is lost. bytes < 0: too many. */
+moe_status moe__ranks_room(moe_pass *pass, moe__room *room, int where, int64_t bytes,
                            const char *function);
-void moe__ranks_give_back(moe_pass *pass, void **memory, int64_t *bytes);
+void moe__ranks_give_back(moe_pass *pass, moe__room *room, int where);
 /* Memory for the rows of the counts. save: for a backward too. */
 moe_status moe__ranks_lay_out(moe_pass *pass, bool save, const char *function);
+/* The tables of positions, in `counts` and beside it. */
+int64_t moe__ranks_table_bytes(const moe_pass *pass);
+moe_status moe__ranks_make_tables(moe_pass *pass, void *block, const char *function);
+/* Rows of a block of MOE_EXCHANGE_PADDED, or -1. */
+int64_t moe__ranks_block_rows(const moe_pass *pass);
 
-/* An exchange, waited for, of rows by rank or of the same bytes from every rank to all; or one of
- * rows started, and waited for later. All are counted in the report. */
+/* ---- exchanges: ranks_exchange.c ------------------------------------------------------------- */
+
+/* An exchange of the host's memory, waited for, of rows by rank. All exchanges are counted in the
+ * report. */
 moe_status moe__ranks_exchange(moe_pass *pass, void *recv, const int64_t *recv_begin,
                                const void *send, const int64_t *send_begin, int64_t row_bytes);
+/* The same of the backend's memory: what is put on the stream later finds the rows there. Where the
+ * transport takes memory of the host alone, they go through `staged`. */
+moe_status moe__ranks_move(moe_pass *pass, void *recv, const int64_t *recv_begin, const void *send,
+                           const int64_t *send_begin, int64_t row_bytes);
+/* Likewise the same bytes from every rank to all. */
 moe_status moe__ranks_gather(moe_pass *pass, void *recv, const void *send, int64_t bytes);
+/* What the blocks of MOE_EXCHANGE_PADDED begin with. */
+typedef struct moe__block_header {
+    bool backward;
+    moe_status status;
+} moe__block_header;
+/* Rows of the experts, started, and waited for later. header: of blocks from `here`; NULL: what goes
+ * back has none. */
 moe_status moe__ranks_start(moe_pass *pass, void *recv, const void *send, int64_t row_bytes,
-                            bool back);
+                            bool back, const moe__block_header *header);
 moe_status moe__ranks_wait(moe_pass *pass);
+/* Whether rows go through the host's memory although the backend's is another. */
+bool moe__ranks_stages(const moe_pass *pass);
+/* Memory for that, of so many bytes out and in; nothing where rows do not. */
+moe_status moe__ranks_make_stage(moe_pass *pass, int64_t out, int64_t in, const char *function);
 
-/* Rows for each slot, or group; those of rank p from first[p] on; own: this rank's.
- * ranks_words.c */
+/* ---- words: ranks_words.c -------------------------------------------------------------------- */
+
+/* Rows for each slot, or group; those of rank p from first[p] on; own: this rank's. */
 typedef struct moe__counts {
     const int64_t *rows, *first;
     int64_t own;
@@ -47,6 +79,9 @@ moe_status moe__ranks_failed_elsewhere(moe_pass *pass, int64_t rank, int64_t wor
                                        const char *function);
 /* All ranks go on, or none does. */
 moe_status moe__ranks_agree_on(moe_pass *pass, moe_status status, const char *function);
+/* expert_begin of one of the pass's plans, on the host. */
+moe_status moe__ranks_plan_counts(moe_pass *pass, const moe__plan_arrays *plan,
+                                  const int64_t **expert_begin);
 
 /* ranks_bound.c: max_received. The weights of all rows at their owners, before; what this owner
  * makes of the rows that would come: in_count and limit; then, with the answers, entries that lose
@@ -61,33 +96,50 @@ moe__counts moe__second_counts(const moe_pass *pass);
 void moe__second_free(moe_pass *pass);
 void moe__second_trim(moe_pass *pass);
 
-/* Finds ranges and positions of a round. */
-void moe__ranks_set_round(moe_pass *pass, int64_t round);
-/* Fills counts of blocks of MOE_EXCHANGE_PADDED from their headers, or writes the headers. */
-moe_status moe__ranks_read_blocks(moe_pass *pass, bool backward, const char *block,
+/* ---- rows: ranks_rows.c, ranks_blocks.c ------------------------------------------------------ */
+
+/* Finds ranges and positions of a round, and tells the backend. */
+moe_status moe__ranks_set_round(moe_pass *pass, int64_t round);
+/* Positions of blocks, or of ranges: at[slots], begin[P+1]. */
+void moe__ranks_place_rows(const moe_pass *pass, const moe__range *range, const int64_t *first_slot,
+                           int64_t own, int64_t *at, int64_t *begin);
+/* The same for what comes, whose counts are known later. */
+moe_status moe__ranks_find_came(moe_pass *pass, int64_t round);
+/* Fills counts of blocks of MOE_EXCHANGE_PADDED that came to `rows` from their headers, or writes
+ * the headers. */
+moe_status moe__ranks_read_blocks(moe_pass *pass, bool backward, const void *rows,
                                   int64_t row_bytes, const char *function);
-void moe__ranks_write_blocks(moe_pass *pass, bool backward, moe_status status, char *block,
+void moe__ranks_write_blocks(moe_pass *pass, const moe__block_header *header, char *blocks,
                              int64_t row_bytes);
+/* ranks_blind.c: blocks that nobody waits for. Positions in them, which are always the same; the
+ * beginning of a call; headers of blocks that go, with rows of this rank's plan in a forward; of
+ * those that came; a rank that declines. */
+void moe__ranks_place_blocks(moe_pass *pass);
+moe_status moe__blind_begin(moe_pass *pass);
+moe_status moe__blind_write(moe_pass *pass, bool backward, bool rows, moe_status status);
+moe_status moe__blind_read(moe_pass *pass, bool backward);
+moe_status moe__blind_decline(moe_pass *pass, bool backward, moe_status status);
 /* The owner's plan of what came in the round. */
-void moe__ranks_order(moe_pass *pass);
+moe_status moe__ranks_order(moe_pass *pass);
 
-/* Columns of a row: row r has `bytes` at from + (index ? index[r] : r) * stride. */
-typedef struct moe__column {
-    const void *from;
-    const int64_t *index;
-    int64_t stride, bytes;
-} moe__column;
-
-/* Rows `row` and on, one after another in `to`, or row r at place[r]. */
-moe_status moe__ranks_pack(moe_pass *pass, void *to, const int64_t *place, int64_t row,
-                           int64_t rows, const moe__column *columns, int count);
+/* Packs columns into rows of row_bytes. */
+moe_status moe__ranks_pack(moe_pass *pass, const moe__moves *moves, void *to, int64_t row_bytes,
+                           const moe__column *columns, int64_t count);
 /* Rows of this rank's plan in the round to their positions in `here`. */
-moe_status moe__ranks_pack_here(moe_pass *pass, const moe__column *columns, int count);
+moe_status moe__ranks_pack_here(moe_pass *pass, int64_t row_bytes, const moe__column *columns,
+                                int64_t count);
 /* Rows of the owner's plan to their positions in `there`. */
-moe_status moe__ranks_pack_there(moe_pass *pass, const moe__column *columns, int count);
+moe_status moe__ranks_pack_there(moe_pass *pass, int64_t row_bytes, const moe__column *columns,
+                                 int64_t count);
+/* Rows of this rank's plan by slot. */
+moe__moves moe__ranks_moves_here(const moe_pass *pass);
+/* Before any round: all of them, one after the other; numbers [slots] of the caller, or NULL, are
+ * then in there_tables.back_to. */
+moe_status moe__ranks_all_moves(moe_pass *pass, const int64_t *numbers, moe__moves *moves);
 /* What came back in the round, to where all of it meets. */
-void moe__ranks_collect(moe_pass *pass, int64_t row_bytes);
-/* Makes `rows`, in the order of the plan, of what has been collected: slices are added. */
-moe_status moe__ranks_merge(moe_pass *pass, int64_t width);
+moe_status moe__ranks_collect(moe_pass *pass, int64_t row_bytes);
+/* Makes `back_rows`, in the order of the plan, of what has been collected: slices are added. `width`
+ * elements of a row, and a real at real_at or -1. */
+moe_status moe__ranks_merge(moe_pass *pass, int64_t row_bytes, int64_t width, int64_t real_at);
 
 #endif

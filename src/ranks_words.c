@@ -13,13 +13,14 @@
 #include <string.h>
 
 enum { WORD_CALL = 0, WORD_LAYER = 1, WORD_STATUS = 2 };
-enum { CALL_FORWARD = 1, CALL_BACKWARD = 2, CALLS = 4 }; /* plus CALLS times MOE__WANT_* */
+enum { CALL_FORWARD = 1, CALL_BACKWARD = 2 };
+enum { CALLS = MOE__RANKS_CALLS }; /* plus CALLS times MOE__WANT_* */
 enum { ANSWER = 3, ANSWER_STATUS = 0, ANSWER_ROUNDS = 1, ANSWER_LIMIT = 2 };
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
-/* The small arrays, whose sizes are known beforehand. */
-static void lay_out_counts(moe_pass *pass, moe__arena *arena)
+/* The small arrays, whose sizes are known beforehand. Returns the tables' block. */
+static void *lay_out_counts(moe_pass *pass, moe__arena *arena)
 {
     moe__ranks *k = &pass->ranks;
     const moe__placement *w = pass->layer->where;
@@ -34,6 +35,7 @@ static void lay_out_counts(moe_pass *pass, moe__arena *arena)
     k->answer_in = moe__arena_take(arena, moe__add(w->slots, P * ANSWER), word);
     k->count = moe__arena_take(arena, w->slots, word);
     k->place = moe__arena_take(arena, w->slots, word);
+    k->row = moe__arena_take(arena, w->slots, word);
     k->limit = moe__arena_take(arena, P, word);
     k->in_count = moe__arena_take(arena, from_all, word);
     k->in_place = moe__arena_take(arena, from_all, word);
@@ -43,37 +45,51 @@ static void lay_out_counts(moe_pass *pass, moe__arena *arena)
     k->came_at = moe__arena_take(arena, from_all, word);
     k->send_begin = moe__arena_take(arena, P + 1, word);
     k->recv_begin = moe__arena_take(arena, P + 1, word);
-    k->all_at = moe__arena_take(arena, w->slots + 1, word);
+    k->expert_begin = moe__arena_take(arena, own + 1, word);
+    return moe__arena_take(arena, moe__ranks_table_bytes(pass), 1);
 }
 
 moe_status moe__ranks_prepare(moe_pass *pass, const char *function)
 {
     moe__ranks *k = &pass->ranks;
     moe__arena arena = {NULL, 0};
-    lay_out_counts(pass, &arena);
-    MOE_TRY(moe__ranks_room(pass, &k->counts_memory, &k->counts_bytes, arena.used, function));
-    memset(k->counts_memory, 0, (size_t)k->counts_bytes);
-    arena = (moe__arena){k->counts_memory, 0};
-    lay_out_counts(pass, &arena);
+    (void)lay_out_counts(pass, &arena);
+    MOE_TRY(moe__ranks_room(pass, &k->counts, MOE__ON_HOST, arena.used, function));
+    memset(k->counts.memory, 0, (size_t)k->counts.bytes);
+    arena = (moe__arena){k->counts.memory, 0};
+    void *tables = lay_out_counts(pass, &arena);
+    MOE_TRY(moe__ranks_make_tables(pass, tables, function));
     k->rounds = 1;
+    k->size = moe__row_sizes_of(&pass->experts->config, moe__ranks_on_host(pass));
     if (pass->layer->where->first_group) MOE_TRY(moe__second_prepare(pass, function));
     if (!moe__ranks_padded(pass)) return MOE_OK;
-    MOE_TRY(moe__ranks_lay_out(pass, true, function)); /* their sizes are known too */
-    memset(k->rows_memory, 0, (size_t)k->rows_bytes);  /* unused rows of blocks travel as well */
-    return MOE_OK;
+    return moe__ranks_lay_out(pass, true, function); /* their sizes are known too */
 }
 
 /* ---- words ----------------------------------------------------------------------------------- */
 
-void moe__ranks_count(moe_pass *pass)
+moe_status moe__ranks_plan_counts(moe_pass *pass, const moe__plan_arrays *plan,
+                                  const int64_t **expert_begin)
 {
+    const moe__memory *memory = pass->context->memory;
+    *expert_begin = plan->expert_begin;
+    return memory->is_host ? MOE_OK : memory->plan_counts(&pass->workers, plan, expert_begin);
+}
+
+moe_status moe__ranks_count(moe_pass *pass)
+{
+    moe__ranks *k = &pass->ranks;
     const moe__placement *w = pass->layer->where;
-    const moe__plan_arrays *plan = &pass->plan.a;
+    const int64_t *begin;
+    MOE_TRY(moe__ranks_plan_counts(pass, &pass->plan.a, &begin));
     for (int64_t s = 0; s < w->slots; s++) {
         int64_t v = w->number_of_slot[s], e = v / w->slices;
         bool here = w->slot_of_number[v] == s;
-        pass->ranks.count[s] = here ? plan->expert_begin[e + 1] - plan->expert_begin[e] : 0;
+        k->count[s] = here ? begin[e + 1] - begin[e] : 0;
+        k->row[s] = begin[e];
     }
+    k->plan_rows = begin[pass->plan.a.num_experts];
+    return MOE_OK;
 }
 
 void moe__ranks_header(const moe_pass *pass, bool backward, moe_status status, int64_t *words)
@@ -270,7 +286,8 @@ moe_status moe__ranks_agree(moe_pass *pass, bool save, bool *dropped, const char
 {
     moe__ranks *k = &pass->ranks;
     *dropped = false;
-    moe__ranks_count(pass);
+    if (moe__ranks_blind(pass)) return moe__blind_begin(pass);
+    MOE_TRY(moe__ranks_count(pass));
     if (moe__ranks_padded(pass)) return check_padded(pass, function);
     moe__counts counts = slot_counts(pass);
     MOE_TRY(moe__ranks_exchange_words(pass, false, &counts, MOE_OK, function));
@@ -286,6 +303,7 @@ moe_status moe__ranks_agree(moe_pass *pass, bool save, bool *dropped, const char
 
 moe_status moe__ranks_agree_backward(moe_pass *pass, const char *function)
 {
+    if (moe__ranks_blind(pass)) return moe__blind_begin(pass);
     if (moe__ranks_padded(pass)) return MOE_OK; /* in the blocks */
     return moe__ranks_exchange_words(pass, true, NULL, MOE_OK, function);
 }
@@ -296,6 +314,7 @@ moe_status moe__ranks_decline(moe_pass *pass, bool backward, moe_status status,
                               const char *function)
 {
     bool padded = moe__ranks_padded(pass);
+    if (moe__ranks_blind(pass)) return moe__blind_decline(pass, backward, status);
     bool header = backward || padded; /* without counts */
     if (padded && (backward || pass->layer->config.loss_batch != MOE_BATCH_GLOBAL))
         return moe__ranks_decline_padded(pass, backward, status);

@@ -2,6 +2,7 @@
  * the same token groups: y, dx and every gradient are the same bytes, for every kind of gate,
  * uneven shards and ranks without tokens. And what ends well when a rank disagrees or leaves. */
 #include "support/layer_case.h"
+#include "support/real.h"
 #include "support/ranks.h"
 #include "support/suite.h"
 
@@ -14,6 +15,11 @@
 #include <string.h>
 #include <time.h>
 
+#ifdef MOE_TEST_DEVICE
+#include "support/device/device_nccl.h"
+#include "support/device/device_world.h"
+#endif
+
 static moe_comm *connect_in_world(part *p)
 {
     moe_comm *comm = NULL;
@@ -21,37 +27,125 @@ static moe_comm *connect_in_world(part *p)
     return comm;
 }
 
+#ifdef MOE_TEST_DEVICE
+static moe_comm *connect_devices(part *p)
+{
+    moe_comm *comm = device_world_connect(p->connection, p->context, p->rank, 30);
+    ck_assert_ptr_nonnull(comm);
+    return comm;
+}
+
+#ifdef MOE_TEST_NCCL
+static moe_comm *connect_nccl(part *p)
+{
+    moe_comm *comm = device_nccl_connect(p->connection, p->context, p->rank, 30);
+    ck_assert_ptr_nonnull(comm);
+    return comm;
+}
+#endif
+
+/* Rows go from device to device, in the order of streams, or through the host. */
+static void *part_thread(void *argument)
+{
+    device_take_stream();
+    part_run(argument);
+    device_give_stream();
+    return NULL;
+}
+
+/* What the ranks are connected by. */
+typedef struct transport {
+    moe_world *world;
+    device_world *devices; /* or NULL */
+#ifdef MOE_TEST_NCCL
+    device_nccl nccl;
+#endif
+} transport;
+
+/* A group over NCCL: true where the program has it. */
+static bool open_nccl(transport *t, part *parts, uint64_t number, int32_t ranks)
+{
+#ifdef MOE_TEST_NCCL
+    (void)number;
+    device_nccl_open(&t->nccl, ranks);
+    for (int32_t r = 0; r < ranks; r++)
+        parts[r].connect = connect_nccl, parts[r].connection = &t->nccl;
+    return true;
+#else
+    (void)t, (void)parts, (void)number, (void)ranks;
+    return false;
+#endif
+}
+
+static void transport_open(transport *t, part *parts, const whole *w, uint64_t number,
+                           int32_t ranks)
+{
+    *t = (transport){0};
+    if (open_nccl(t, parts, number, ranks)) return;
+    if (number / 2 % 2)
+        t->devices = device_world_create(w->context, ranks);
+    else
+        MUST(moe_world_create(&t->world, w->context, ranks));
+    for (int32_t r = 0; r < ranks; r++) {
+        parts[r].connect = t->devices ? connect_devices : connect_in_world;
+        parts[r].connection = t->devices ? (void *)t->devices : t->world;
+    }
+}
+
+static void transport_close(transport *t)
+{
+#ifdef MOE_TEST_NCCL
+    device_nccl_close(&t->nccl);
+#endif
+    if (t->devices) device_world_destroy(t->devices);
+    moe_world_destroy(t->world);
+}
+#else
 static void *part_thread(void *argument)
 {
     part_run(argument);
     return NULL;
 }
 
+typedef moe_world *transport;
+
+static void transport_open(transport *t, part *parts, const whole *w, uint64_t number,
+                           int32_t ranks)
+{
+    (void)number;
+    MUST(moe_world_create(t, w->context, ranks));
+    for (int32_t r = 0; r < ranks; r++)
+        parts[r].connect = connect_in_world, parts[r].connection = *t;
+}
+
+static void transport_close(transport *t) { moe_world_destroy(*t); }
+#endif
+
 static void run_ranks(int32_t kind, uint64_t number, int32_t ranks)
 {
     whole w;
     part parts[RANKS_MOST];
     pthread_t thread[RANKS_MOST];
-    moe_world *world = NULL;
+    transport t;
     whole_make(&w, kind, number, ranks, ranks_way(kind, number));
-    MUST(moe_world_create(&world, w.context, ranks));
     parts_share(parts, &w, number, ranks);
-    for (int32_t r = 0; r < ranks; r++) {
-        parts[r].connect = connect_in_world, parts[r].connection = world;
+    transport_open(&t, parts, &w, number, ranks);
+    for (int32_t r = 0; r < ranks; r++)
         ck_assert_int_eq(pthread_create(&thread[r], NULL, part_thread, &parts[r]), 0);
-    }
     for (int32_t r = 0; r < ranks; r++) ck_assert_int_eq(pthread_join(thread[r], NULL), 0);
     whole_run(&w);
     for (int32_t r = 0; r < ranks; r++) part_compare(&parts[r]);
     for (int32_t r = 0; r < ranks; r++) part_free(&parts[r]);
-    moe_world_destroy(world), whole_free(&w);
+    transport_close(&t), whole_free(&w);
 }
 
 START_TEST(test_ranks_are_one_rank_with_the_same_groups)
 {
     static const int32_t RANKS[] = {2, 3, 4, 8, 16};
-    for (uint64_t number = 0; number < 2 * RANKS_WAYS; number++)
-        for (size_t i = 0; i < COUNT(RANKS); i++) run_ranks(_i, number, RANKS[i]);
+    for (uint64_t number = 0; number < 2 * RANKS_WAYS; number++) {
+        if (ON_DEVICE) run_ranks(_i, number, number % 2 ? 2 : 4);
+        for (size_t i = 0; i < COUNT(RANKS) && !ON_DEVICE; i++) run_ranks(_i, number, RANKS[i]);
+    }
 }
 END_TEST
 
@@ -77,7 +171,8 @@ START_TEST(test_ranks_norm_is_that_of_all_gradients)
     squared = 7;
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_gradient_norm(NULL, &squared, NULL));
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_gradient_norm(w.f.layer, NULL, NULL));
-    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_gradient_norm(w.f.layer, &squared, &squared));
+    if (!ON_DEVICE) /* which would take it for a stream */
+        REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_gradient_norm(w.f.layer, &squared, &squared));
     ck_assert(squared == 7);
     whole_free(&w);
 }

@@ -13,7 +13,9 @@
  *             host is used, the device is never synchronised or reset, and a thread's current
  *             device is left as it was
  *   waiting   exact mode (the default) waits once in a forward, for the rows of each expert; padded
- *             mode never does, and can be captured in a graph. In a stream that is being captured
+ *             mode never does, and can be captured in a graph. With a group of ranks that takes
+ *             memory of the host alone both wait for every exchange of rows
+ *             (docs/expert-parallel.md). In a stream that is being captured
  *             what would wait is refused with MOE_ERROR_INVALID_STATE, and so is a pass that would
  *             grow
  *   errors    one that the device meets later is returned by the next call of the context, or by

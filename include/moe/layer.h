@@ -92,12 +92,17 @@ typedef struct moe_layer_config {
                                  MOE_EXCHANGE_PADDED */
     int64_t padded_rows;      /* rows from a rank to an expert (slice) of MOE_EXCHANGE_PADDED, >= 1;
                                  a call with more is refused with MOE_ERROR_BUFFER_TOO_SMALL on
-                                 every rank. Without comm, on a GPU: rows of an expert; a call does
-                                 not wait to learn of more, which then have no output and no
-                                 gradient, and its moe_pass_losses and moe_pass_stats return
+                                 every rank. On a GPU, without comm (rows of an expert) or with one
+                                 that sends its memory in the order of streams: a call does not wait
+                                 to learn of more, which then have no output and no gradient, and
+                                 its moe_pass_losses and moe_pass_stats return
                                  MOE_ERROR_BUFFER_TOO_SMALL. Else 0 */
     int32_t exchange;         /* MOE_EXCHANGE_*; default exact. On a GPU padded may be without
-                                 comm: then no call of a step waits for the device */
+                                 comm: then, and with a comm of MOE_COMM_DEVICE_MEMORY and
+                                 MOE_COMM_STREAM_ORDERED, no call of a step waits for the device.
+                                 With such a comm what went wrong in one, on any rank, is returned
+                                 by the next forward or backward of the pass too, which has done
+                                 its work all the same: docs/expert-parallel.md */
     int32_t received;         /* MOE_RECEIVED_*; default error. Dropping not with slices, rounds
                                  not with a pool of parts */
     int32_t loss_batch;       /* MOE_BATCH_*; default local. May be global without comm */
@@ -198,9 +203,11 @@ MOE_API int64_t moe_layer_expert_number(const moe_layer *layer, int64_t index);
  * rank had one token group, the result is the same bytes as on one rank with these groups. Every
  * rank makes this call, after its backward, with the same gradients wanted. On one rank it does
  * nothing.
- *   stream  NULL on CPU
- * Allocates for the largest gradient while it runs. Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT,
- * MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_TRANSPORT, MOE_ERROR_TIMEOUT. Since 0.1. */
+ *   stream  NULL on CPU; elsewhere the sums are put on it, and the call waits only where the group
+ *           takes memory of the host alone. Calls of a layer are on one stream, or ordered
+ * Allocates for the largest gradient while it runs; on a GPU the layer keeps that. Returns MOE_OK,
+ * MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_TRANSPORT, MOE_ERROR_TIMEOUT, an
+ * error of the device. Since 0.1. */
 MOE_API moe_status moe_layer_reduce_gradients(moe_layer *layer, void *stream);
 
 /* The squared Euclidean norm of the layer's gradient over all ranks: the routed experts of all of

@@ -251,8 +251,9 @@ MOE_API moe_status moe_stats_init(moe_stats *stats, size_t size);
 /* Copy the losses, or the statistics, of the last forward; on a GPU they wait for its stream.
  *   losses, stats  in: struct_size; out: the rest
  * Return MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_INVALID_STATE before a forward,
- * MOE_ERROR_BUFFER_TOO_SMALL if an expert had more rows than padded_rows on a GPU, an error of the
- * device or of the struct's size. Since 0.1. */
+ * MOE_ERROR_BUFFER_TOO_SMALL if an expert had more rows than padded_rows on a GPU, there also what
+ * another rank failed with where nobody waited for it, an error of the device or of the struct's
+ * size. Since 0.1. */
 MOE_API moe_status moe_pass_losses(const moe_pass *pass, moe_losses *losses);
 /* As above, for the statistics. Since 0.1. */
 MOE_API moe_status moe_pass_stats(const moe_pass *pass, moe_stats *stats);
@@ -272,12 +273,13 @@ typedef struct moe_pass_report {
     uint64_t struct_size;
     double forward_seconds[MOE_TIME_SLOTS];  /* wall time, by a monotonic clock */
     double backward_seconds[MOE_TIME_SLOTS]; /* 0 without a backward */
-    int64_t rows_sent;               /* of the forward, to experts on other ranks; 0 on one rank */
-    int64_t rows_received;           /* from other ranks for this rank's experts */
-    int64_t rounds;                  /* exchanges of rows each way; 0 on one rank */
-    int64_t forward_bytes_sent;      /* to other ranks, counts, padding and results included */
-    int64_t backward_bytes_sent;     /* likewise */
-    int64_t forward_bytes_received;  /* from other ranks */
+    int64_t rows_sent;              /* of the forward, to experts on other ranks; 0 on one rank, and
+                                        where the host does not wait to know them, as the next */
+    int64_t rows_received;          /* from other ranks for this rank's experts */
+    int64_t rounds;                 /* exchanges of rows each way; 0 on one rank */
+    int64_t forward_bytes_sent;     /* to other ranks, counts, padding and results included */
+    int64_t backward_bytes_sent;    /* likewise */
+    int64_t forward_bytes_received; /* from other ranks */
     int64_t backward_bytes_received; /* likewise */
 } moe_pass_report;
 

@@ -35,6 +35,15 @@ moe_status MOE_KERNEL(output_backward)(moe__rows_job *job);
 moe_status MOE_KERNEL(matrices_copy)(const moe__copy_job *job);
 moe_status MOE_KERNEL(experts_forward)(moe__experts_job *job);
 moe_status MOE_KERNEL(experts_backward)(moe__experts_job *job);
+moe_status MOE_KERNEL(travel_pack)(const moe__pack_job *job);
+moe_status MOE_KERNEL(travel_order)(const moe__order_job *job);
+moe_status MOE_KERNEL(travel_merge)(const moe__merge_job *job);
+moe_status MOE_KERNEL(travel_entry_grad)(const moe__entry_grad_job *job);
+moe_status MOE_KERNEL(travel_drop)(const moe__drop_job *job);
+moe_status MOE_KERNEL(travel_add)(const moe__workers *workers, void *parts, int64_t n,
+                                  int64_t count, int32_t dtype);
+moe_status MOE_KERNEL(loss_sums)(moe__losses_job *job, double *numbers, bool partial, bool put,
+                                 int64_t *count);
 
 /* The last i in [0, count) with begin[i] <= at: the run that holds `at`. */
 static inline int64_t run_of(const int64_t *begin, int64_t count, int64_t at)

@@ -13,7 +13,7 @@ static moe_status product(const moe__second_job *job, const moe__matrices *w, vo
         .expert_begin = job->part_begin,
         .k = job->input_width,
         .n = job->width,
-        .a = {.data = job->x, .stride = job->input_width, .row_index = job->index},
+        .a = {.data = job->x, .stride = job->x_stride, .row_index = job->index, .wide = job->x_wide},
         .b = *w,
         .out = out,
         .out_wide = 1,
@@ -64,7 +64,7 @@ static moe_status parameters(const moe__second_job *job, const moe__matrices *dw
         .segments_per_expert = job->segments,
         .k = job->input_width,
         .n = job->width,
-        .a = {.data = job->x, .stride = job->input_width, .row_index = job->index},
+        .a = {.data = job->x, .stride = job->x_stride, .row_index = job->index, .wide = job->x_wide},
         .g = gradient(job, noise),
         .dw = *dw,
         .tile_begin = job->tile_begin};
@@ -73,7 +73,7 @@ static moe_status parameters(const moe__second_job *job, const moe__matrices *dw
 
 moe_status MOE_KERNEL(second_backward)(moe__second_job *job)
 {
-    bool noise = job->d_stride > job->width;
+    bool noise = job->with_noise;
     if (job->dx_rows) MOE_TRY(input(job, &job->weight_matrix, 0));
     if (job->dx_rows && noise) MOE_TRY(input(job, &job->noise_weight, 1));
     MOE_TRY(parameters(job, &job->d_weight_matrix, 0));

@@ -28,4 +28,11 @@ const moe__backend MOE_KERNEL(table) = {
     .experts_backward = MOE_KERNEL(experts_backward),
     .output_backward = MOE_KERNEL(output_backward),
     .matrices_copy = MOE_KERNEL(matrices_copy),
+    .travel_pack = MOE_KERNEL(travel_pack),
+    .travel_order = MOE_KERNEL(travel_order),
+    .travel_merge = MOE_KERNEL(travel_merge),
+    .travel_entry_grad = MOE_KERNEL(travel_entry_grad),
+    .travel_drop = MOE_KERNEL(travel_drop),
+    .travel_add = MOE_KERNEL(travel_add),
+    .loss_sums = MOE_KERNEL(loss_sums),
 };

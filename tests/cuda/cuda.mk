@@ -90,6 +90,20 @@ $(EMU_USER)/bench_cuda: $(BENCH_CUDA_SOURCES) tests/bench/cuda.h $(EMU_CUDA_OBJE
 	$(CC) -std=c11 $(EXAMPLE_FLAGS) -O2 -isystem $(CUDA_INCLUDE) $(BENCH_CUDA_SOURCES) $(BENCH_CUDA_WRAP) \
 	    $(EMU_CUDA_OBJECTS_plain) $(LIB)/libmoe.a $(EMU_LINK) -ldl -o $@
 
+# libmoe_nccl against the real NCCL, the rest emulated: nothing of NCCL's is called without a GPU.
+$(EMU_USER)/libmoe_nccl.so: $(EMU_NCCL_OBJECTS_plain) $(EMU_USER)/libmoe_cuda.so src/comm/libmoe_nccl.map
+	$(CC) -shared -Wl,-soname,$(NCCL_SONAME) -Wl,--version-script=src/comm/libmoe_nccl.map -Wl,-z,defs -o $@ \
+	    $(EMU_NCCL_OBJECTS_plain) -L$(EMU_USER) -lmoe_cuda -L$(LIB) -lmoe -L$(NCCL_LIB) -lnccl -L$(EMU)/lib -lcudart \
+	    -ldl -pthread
+.PHONY: check-nccl-links
+ifneq ($(wildcard $(NCCL_LIB)/libnccl.so),)
+check-nccl-links: $(EMU_USER)/libmoe_nccl.so
+	@$(RUN) "sh tests/cuda/check_nccl_links.sh $< $(NCCL_LIB)/libnccl.so"
+else
+check-nccl-links:
+	@echo 'check-nccl-links: no libnccl.so (NCCL_HOME=, NCCL_LIB=)'
+endif
+
 EMU_BENCH := $(EMU_USER)/bench_cuda shape=tiny tokens=24 dtype=f32,bf16 rounds=1
 check-cuda-users: $(EMU_USER)/13_cuda $(EMU_USER)/bench_cuda
 	@$(RUN) "sh tests/cuda/check_example.sh $(EMU_USER)/13_cuda" "$(EMU_BENCH)" "$(EMU_BENCH) mode=padded" \

@@ -1,6 +1,6 @@
 # emulation.mk - CUDA without a GPU: the fake libraries, the kernels compiled for the CPU, their tests.
 #
-# $(EMU)/lib/libcudart.so.13 and libcublas.so.13 are compiled once, without sanitizers, and serve every
+# $(EMU)/lib/libcudart.so.13, libcublas.so.13 and libnccl.so.2 are compiled once, without sanitizers, and serve every
 # flavour: plain, asan (with UBSan), tsan, and traffic, which counts what kernels read and write. A
 # flavour's objects of cuda/ and the tests' programs are in $(EMU)/<flavour>.
 
@@ -9,6 +9,8 @@ CUDA_INCLUDE ?= $(CUDA)/include
 EMU := $(BUILD)/emulation
 EMU_FLAVOURS := plain asan tsan traffic
 EMU_LIBS := $(EMU)/lib/libcudart.so.13 $(EMU)/lib/libcublas.so.13
+# Beside them where there is nccl.h: libnccl.so.2, and in nccl_218 one that lacks what came after 2.18.
+EMU_NCCL := $(if $(wildcard $(CUDA_INCLUDE)/nccl.h),$(EMU)/lib/libnccl.so.2 $(EMU)/lib/nccl_218/libnccl.so.2)
 EMU_WARN := -Wall -Wextra -Wshadow $(if $(filter 1,$(WERROR)),-Werror)
 EMU_INCLUDE := -isystem $(CUDA_INCLUDE) -Itests/emulation -Icuda -Isrc -Iinclude -Itests
 EMU_FAKE := -std=c11 -g -O2 -fPIC -pthread -D_GNU_SOURCE $(EMU_WARN) $(EMU_INCLUDE) \
@@ -25,9 +27,11 @@ EMU_KERNEL_FLAGS = -std=c++17 -x c++ -g -O1 -fPIC -pthread -DMOE_EMULATION -fno-
     -fno-strict-aliasing -fno-ipa-icf $(MATH) $(EMU_WARN) $(EMU_INCLUDE)
 EMU_HOST_FLAGS = -std=c11 -g -O1 -fPIC -pthread -D_GNU_SOURCE $(EMU_WARN) $(EMU_INCLUDE)
 
-EMU_FAKE_CUDART := fiber kernel shared random memory errors registry recorder stream graph launch \
+EMU_FAKE_CUDART := fiber kernel shared random memory errors registry recorder stream progress graph launch \
     api_memory api_stream api_device traffic
 EMU_FAKE_CUBLAS := cublas cublas_product
+EMU_FAKE_NCCL := nccl_board nccl_comm nccl_init nccl_job nccl_call nccl_group nccl_match nccl_operation \
+    nccl_memory nccl_reduce nccl_fault
 
 $(EMU)/fake/%.o: tests/emulation/%.c
 	@mkdir -p $(@D)
@@ -44,7 +48,17 @@ $(EMU)/lib/libcublas.so.13: $(EMU_FAKE_CUBLAS:%=$(EMU)/fake/%.o) tests/emulation
 	$(CC) -shared -Wl,-soname,libcublas.so.13 -Wl,--version-script=tests/emulation/libcublas.map \
 	    -o $@ $(filter %.o,$^) -L$(@D) -lcudart -lm
 	ln -sf libcublas.so.13 $(@D)/libcublas.so
--include $(wildcard $(EMU)/fake/*.d)
+$(EMU)/fake/nccl_218/%.o: tests/emulation/%.c
+	@mkdir -p $(@D)
+	$(CC) $(EMU_FAKE) -DEMU_NCCL_218 -MMD -MP -c $< -o $@
+$(EMU)/lib/libnccl.so.2: $(EMU_FAKE_NCCL:%=$(EMU)/fake/%.o)
+$(EMU)/lib/nccl_218/libnccl.so.2: $(EMU_FAKE_NCCL:%=$(EMU)/fake/nccl_218/%.o)
+$(EMU)/lib/libnccl.so.2 $(EMU)/lib/nccl_218/libnccl.so.2: tests/emulation/libnccl.map $(EMU)/lib/libcudart.so.13
+	@mkdir -p $(@D)
+	$(CC) -shared -Wl,-soname,libnccl.so.2 -Wl,--version-script=tests/emulation/libnccl.map \
+	    -o $@ $(filter %.o,$^) -L$(EMU)/lib -lcudart -pthread
+	ln -sf libnccl.so.2 $(@D)/libnccl.so
+-include $(wildcard $(EMU)/fake/*.d $(EMU)/fake/nccl_218/*.d)
 
 # What a program of a flavour links: $(EMU_LINK_<flavour>).
 EMU_LINK = -L$(EMU)/lib -lcublas -lcudart -Wl,-rpath,$(abspath $(EMU)/lib) -lm -pthread
@@ -75,7 +89,7 @@ endef
 $(foreach f,$(EMU_FLAVOURS),$(eval $(call EMU_FLAVOUR,$(f))))
 
 .PHONY: emulation
-emulation: $(EMU_LIBS)
+emulation: $(EMU_LIBS) $(EMU_NCCL)
 
 # ---- the emulator's own tests -----------------------------------------------------------------------
 
@@ -90,6 +104,11 @@ $(EMU)/$(1)/check_emulator: tests/emulation/check_emulator.c $(EMU)/$(1)/tests/s
     $(if $(filter traffic,$(1)),$(EMU)/traffic/traffic_hooks.o) | check-have-check
 	$$(CC) $$(EMU_HOST_FLAGS) $$(CHECK_CFLAGS) $$< $(EMU)/$(1)/tests/sample.o $$(CHECK_LIBS) \
 	    $$(EMU_LINK_$(1)) -o $$@
+$(EMU)/$(1)/tests/%.o: tests/emulation/%.c | check-have-check
+	@mkdir -p $$(@D)
+	$$(CC) $$(EMU_HOST_FLAGS) $$(if $$(filter traffic,$(1)),,$$(EMU_SAN_$(1))) $$(CHECK_CFLAGS) -MMD -MP -c $$< -o $$@
+$(EMU)/$(1)/check_nccl_%: $(EMU)/$(1)/tests/check_nccl_%.o $(EMU)/$(1)/tests/nccl_case.o $$(EMU_NCCL)
+	$$(CC) $$(filter %.o,$$^) $$(CHECK_LIBS) -L$(EMU)/lib -lnccl $$(EMU_LINK_$(1)) -ldl -o $$@
 -include $(EMU)/$(1)/tests/sample.d $(EMU)/$(1)/tests/planted.d
 endef
 $(foreach f,$(EMU_FLAVOURS),$(eval $(call EMU_OWN_TESTS,$(f))))
@@ -107,9 +126,17 @@ $(EMU)/sample_clang.o: tests/emulation/sample.cu $(wildcard cuda/device*.h src/h
 	@mkdir -p $(@D)
 	clang++ $(filter-out -fno-ipa-icf,$(EMU_KERNEL_FLAGS)) -c $< -o $@
 
+# Ranks of the fake libnccl, as threads and processes, in the flavours that look at host code.
+EMU_NCCL_SUITES := $(if $(EMU_NCCL),check_nccl_fake check_nccl_faults check_nccl_refusals check_nccl_mistakes)
+EMU_NCCL_FLAVOURS := plain asan tsan
+EMU_NCCL_ENV := ASAN_OPTIONS=detect_leaks=0
+
 EMU_SEEDS ?= 1 2 3
 .PHONY: check-emulator
-check-emulator: $(EMU_COMPILED) $(foreach f,$(EMU_FLAVOURS),$(EMU)/$(f)/planted $(EMU)/$(f)/check_emulator)
+check-emulator: $(EMU_COMPILED) $(foreach f,$(EMU_FLAVOURS),$(EMU)/$(f)/planted $(EMU)/$(f)/check_emulator) \
+    $(foreach f,$(EMU_NCCL_FLAVOURS),$(EMU_NCCL_SUITES:%=$(EMU)/$(f)/%))
 	@$(RUN) $(foreach f,$(EMU_FLAVOURS),$(foreach s,$(EMU_SEEDS), \
 	    "env CK_FORK=no MOE_EMULATION_SEED=$(s) $(EMU)/$(f)/check_emulator")) \
+	    $(foreach f,$(EMU_NCCL_FLAVOURS),$(foreach s,$(EMU_SEEDS),$(foreach t,$(EMU_NCCL_SUITES), \
+	    "env CK_FORK=no MOE_EMULATION_QUIET=1 MOE_EMULATION_SEED=$(s) $(EMU_NCCL_ENV) $(EMU)/$(f)/$(t)"))) \
 	    "sh tests/emulation/check_planted.sh $(EMU)"

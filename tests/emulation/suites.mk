@@ -5,11 +5,16 @@
 # variants: its speed is not the point. A flavour's programs are in $(EMU)/<flavour>/suites and kernels.
 
 DEVICE_SUITES := check_layer check_family check_half_layer check_branches check_gate check_gate_kinds check_experts \
-    check_expert_kinds check_expert_config check_drop check_combine check_plan check_pass check_parameter check_preset
+    check_expert_kinds check_expert_config check_drop check_combine check_plan check_pass check_parameter check_preset check_ranks check_ranks_bounds check_ranks_calls \
+    check_ranks_faults
 # Check suites and programs that count themselves; the latter take seeds.
-KERNEL_SUITES := check_row_kernels check_plan_kernels check_mix_kernels
+KERNEL_SUITES := check_row_kernels check_plan_kernels check_mix_kernels check_travel_kernels
 KERNEL_PROGRAMS := check_ffn_kernels check_gate_kernels check_router_gemm
-CALL_PROGRAMS := check_calls check_cuda_context check_cuda_host check_cuda_host_calls
+CALL_PROGRAMS := check_calls check_cuda_context check_cuda_host check_cuda_host_calls check_cuda_ranks
+# Of libmoe_nccl, where there is nccl.h.
+COMM_PROGRAMS := $(if $(EMU_NCCL),check_comm_nccl check_comm_nccl_faults check_comm_nccl_calls)
+# The version that a test changes.
+LINK_check_comm_nccl_faults := -Wl,--wrap=ncclGetVersion
 EMU_MOE := $(EMU)/moe/libmoe.a
 EMU_SUPPORT := $(SUPPORT) $(wildcard tests/support/device/*.c)
 RUNNER_SOURCES := $(wildcard tests/vector_runner/*.c)
@@ -26,12 +31,13 @@ define EMU_SUITES
 $(EMU)/$(1)/suites/%.o: tests/%.c
 	@mkdir -p $$(@D)
 	$$(CC) $$(EMU_SUITE_FLAGS) $$(EMU_SAN_$(1)) -c $$< -o $$@
-$(EMU)/$(1)/suites/support/device/on_device.o: EMU_SUITE_FLAGS += -DMOE_TEST_ON_DEVICE_C
+$(EMU)/$(1)/suites/support/device/on_device.o $(EMU)/$(1)/suites/support/device/device_world.o: \
+    EMU_SUITE_FLAGS += -DMOE_TEST_ON_DEVICE_C
 EMU_SUPPORT_$(1) := $$(EMU_SUPPORT:tests/%.c=$(EMU)/$(1)/suites/%.o)
 EMU_LINKED_$(1) := $$(EMU_CUDA_OBJECTS_$(1)) $(EMU_MOE) $(EMU_LIBS)
 .SECONDARY: $$(EMU_SUPPORT_$(1)) $$(EMU_CUDA_OBJECTS_$(1)) $$(DEVICE_SUITES:%=$(EMU)/$(1)/suites/%.o) \
     $$(patsubst %,$(EMU)/$(1)/kernels/%.o,$$(KERNEL_SUITES) $$(KERNEL_PROGRAMS) $(CALL_PROGRAMS) cuda_host \
-    traffic_table)
+    $(COMM_PROGRAMS) comm_nccl_case traffic_table) $$(EMU_NCCL_OBJECTS_$(1))
 $(EMU)/$(1)/suites/check_%: $(EMU)/$(1)/suites/check_%.o $$(EMU_SUPPORT_$(1)) $$(EMU_LINKED_$(1))
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) $$(EMU_LINK_$(1)) -ldl -o $$@
 $(EMU)/$(1)/suites/run_vectors: $$(RUNNER_SOURCES:tests/%.c=$(EMU)/$(1)/suites/%.o) \
@@ -59,6 +65,27 @@ $(EMU)/$(1)/kernels/check_cuda_context: $(EMU)/$(1)/kernels/check_cuda_context.o
 $(EMU)/$(1)/kernels/check_cuda_host $(EMU)/$(1)/kernels/check_cuda_host_calls: $(EMU)/$(1)/kernels/%: \
     $(EMU)/$(1)/kernels/%.o $(EMU)/$(1)/kernels/cuda_host.o $$(EMU_LINKED_$(1))
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -ldl -o $$@
+# Groups over NCCL.
+$(EMU)/$(1)/comm/%.o: src/comm/%.c
+	@mkdir -p $$(@D)
+	$$(CC) -Isrc $$(EMU_HOST_FLAGS) $$(EMU_SAN_$(1)) -MMD -MP -c $$< -o $$@
+EMU_NCCL_OBJECTS_$(1) := $$(patsubst src/comm/%.c,$(EMU)/$(1)/comm/%.o,$$(wildcard src/comm/nccl*.c))
+# check_ranks over NCCL.
+$(EMU)/$(1)/suites/nccl/%.o: tests/%.c
+	@mkdir -p $$(@D)
+	$$(CC) $$(EMU_SUITE_FLAGS) -DMOE_TEST_NCCL $$(EMU_SAN_$(1)) -c $$< -o $$@
+$(EMU)/$(1)/suites/check_ranks_nccl: $(EMU)/$(1)/suites/nccl/check_ranks.o $(EMU)/$(1)/suites/nccl/support/device/device_nccl.o \
+    $$(filter-out %/device_nccl.o,$$(EMU_SUPPORT_$(1))) $$(EMU_NCCL_OBJECTS_$(1)) $$(EMU_LINKED_$(1)) $(EMU_NCCL)
+	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) -L$(EMU)/lib -lnccl $$(EMU_LINK_$(1)) -ldl -o $$@
+$(COMM_PROGRAMS:%=$(EMU)/$(1)/kernels/%): $(EMU)/$(1)/kernels/%: \
+    $(EMU)/$(1)/kernels/%.o $(EMU)/$(1)/kernels/comm_nccl_case.o $(EMU)/$(1)/tests/nccl_case.o \
+    $$(EMU_NCCL_OBJECTS_$(1)) $$(EMU_LINKED_$(1)) $(EMU_NCCL)
+	$$(CC) $$(LINK_$$(@F)) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) -L$(EMU)/lib -lnccl \
+	    $$(EMU_LINK_$(1)) -ldl -o $$@
+-include $$(EMU_NCCL_OBJECTS_$(1):.o=.d)
+$(EMU)/$(1)/kernels/check_cuda_ranks: $(EMU)/$(1)/kernels/check_cuda_ranks.o $(EMU)/$(1)/kernels/cuda_host.o \
+    $(EMU)/$(1)/suites/support/device/device_world.o $$(EMU_NCCL_OBJECTS_$(1)) $$(EMU_LINKED_$(1)) $(EMU_NCCL)
+	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) -L$(EMU)/lib -lnccl $$(EMU_LINK_$(1)) -ldl -o $$@
 $(EMU)/$(1)/kernels/check_calls: $(EMU)/$(1)/kernels/check_calls.o $$(EMU_LINKED_$(1))
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) $$(EMU_LINK_$(1)) -ldl -o $$@
 $(EMU)/$(1)/kernels/traffic_table: $(EMU)/$(1)/kernels/traffic_table.o $$(EMU_LINKED_$(1)) \
@@ -79,14 +106,21 @@ EMU_LAUNCHED := $(abspath $(EMU))/launched.txt
 EMU_SANITIZED := asan tsan
 EMU_PROGRAMS_plain := $(DEVICE_SUITES:%=$(EMU)/plain/suites/%) $(EMU)/plain/suites/run_vectors \
     $(KERNEL_SUITES:%=$(EMU)/plain/kernels/%) $(KERNEL_PROGRAMS:%=$(EMU)/plain/kernels/%) \
-    $(CALL_PROGRAMS:%=$(EMU)/plain/kernels/%)
+    $(CALL_PROGRAMS:%=$(EMU)/plain/kernels/%) $(COMM_PROGRAMS:%=$(EMU)/plain/kernels/%) \
+    $(EMU_NCCL_SUITES:%=$(EMU)/plain/%)
 EMU_PROGRAMS_SANITIZED := $(EMU)/asan/suites/check_layer $(foreach f,$(EMU_SANITIZED),$(EMU)/$(f)/suites/run_vectors \
-    $(KERNEL_SUITES:%=$(EMU)/$(f)/kernels/%) $(KERNEL_PROGRAMS:%=$(EMU)/$(f)/kernels/%))
+    $(KERNEL_SUITES:%=$(EMU)/$(f)/kernels/%) $(KERNEL_PROGRAMS:%=$(EMU)/$(f)/kernels/%) \
+    $(patsubst %,$(EMU)/$(f)/kernels/%,$(firstword $(COMM_PROGRAMS))) $(EMU_NCCL_SUITES:%=$(EMU)/$(f)/%))
 EMU_ENV = env CK_FORK=no MOE_EMULATION_SEED=$(EMU_SEED) MOE_EMULATION_KERNELS=$(EMU_LAUNCHED) MOE_EMULATION_QUIET=1
 # Arrays of the host in a case of the Check suites below are not freed: no leak is looked for there.
 # $(1) flavour, $(2) random cases of a Check suite, $(3) jobs of the others, $(4) more of the environment
 EMU_KERNEL_RUNS = $(foreach k,$(KERNEL_SUITES),"$(EMU_ENV) $(4) MOE_TEST_CASES=$(2) $(EMU)/$(1)/kernels/$(k)") \
     $(foreach k,$(KERNEL_PROGRAMS),"$(EMU_ENV) $(4) $(EMU)/$(1)/kernels/$(k) $(EMU_SEED) $(3)")
+# $(1) flavour, $(2) programs. Deadlines that pass are not for a slow flavour.
+EMU_COMM_RUNS = $(foreach c,$(2),"$(EMU_ENV) $(EMU)/$(1)/kernels/$(c)")
+EMU_OLD_NCCL = $(if $(EMU_NCCL),"$(EMU_ENV) LD_LIBRARY_PATH=$(abspath $(EMU)/lib/nccl_218) $(EMU)/plain/kernels/check_comm_nccl")
+EMU_NCCL_RUNS = $(foreach t,$(EMU_NCCL_SUITES),"$(EMU_ENV) $(EMU_NCCL_ENV) $(EMU)/$(1)/$(t)")
+EMU_RANKS_NCCL =
 EMU_AFTER = AFTER='sh tests/emulation/kernels_launched.sh $(EMU_LAUNCHED) $(EMU_KERNELS_plain)'
 .PHONY: check-emulation check-emulation-plain
 check-emulation: $(EMU_PROGRAMS_plain) $(EMU_PROGRAMS_SANITIZED)
@@ -94,14 +128,18 @@ check-emulation: $(EMU_PROGRAMS_plain) $(EMU_PROGRAMS_SANITIZED)
 	@$(EMU_AFTER) sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
 	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,500) \
 	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)") \
+	    $(call EMU_COMM_RUNS,plain,$(COMM_PROGRAMS)) $(EMU_OLD_NCCL) $(EMU_RANKS_NCCL) $(call EMU_NCCL_RUNS,plain) \
+	    $(foreach f,$(EMU_SANITIZED),$(call EMU_COMM_RUNS,$(f),$(firstword $(COMM_PROGRAMS)))) \
 	    "$(EMU_ENV) MOE_FEW=1 $(EMU)/asan/suites/check_layer" $(foreach f,$(EMU_SANITIZED), \
 	        "$(EMU_ENV) $(EMU)/$(f)/suites/run_vectors --dtype f32 tests/vectors" \
-	        $(call EMU_KERNEL_RUNS,$(f),2,30,CK_EXCLUDE_TAGS=large ASAN_OPTIONS=detect_leaks=0))
+	        $(call EMU_KERNEL_RUNS,$(f),2,30,CK_EXCLUDE_TAGS=large ASAN_OPTIONS=detect_leaks=0) \
+	        $(call EMU_NCCL_RUNS,$(f)))
 check-emulation-plain: $(EMU_PROGRAMS_plain)
 	@rm -f $(EMU_LAUNCHED); echo "seed $(EMU_SEED) (EMU_SEED=)"
 	@$(EMU_AFTER) sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
 	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,500) \
-	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)")
+	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)") \
+	    $(call EMU_COMM_RUNS,plain,$(COMM_PROGRAMS)) $(EMU_OLD_NCCL) $(EMU_RANKS_NCCL) $(call EMU_NCCL_RUNS,plain)
 
 # Bytes that kernels move, over what they must.
 .PHONY: cuda-traffic

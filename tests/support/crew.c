@@ -1,6 +1,7 @@
 /* crew.c - see crew.h. */
 #include "support/crew.h"
 #include "support/layer_case.h"
+#include "support/real.h"
 #include "support/suite.h"
 
 #include <check.h>
@@ -58,7 +59,7 @@ moe_status member_make(member *m, int64_t experts)
     MUST(moe_forward_args_init(&m->f, sizeof m->f));
     MUST(moe_backward_args_init(&m->b, sizeof m->b));
     m->g.d_model = m->e.d_model = CREW_D, m->e.d_hidden = CREW_F;
-    m->g.dtype = m->e.dtype = MOE_DTYPE_F64;
+    m->g.dtype = m->e.dtype = REAL;
     m->g.num_experts = experts, m->g.top_k = 2;
     m->e.num_experts = own > 0 ? own : MOE_NO_EXPERTS;
     m->l.comm = m->comm;

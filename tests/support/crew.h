@@ -43,7 +43,7 @@ struct member {
 
 /* Runs every rank; members[ranks] keep what the test has put there. */
 void crew_run(crew *c, member *members);
-/* Makes gate, pool, layer (E experts over all ranks in order, K 2, f64, parameters drawn) and pass;
+/* Makes gate, pool, layer (E experts over all ranks in order, K 2, f64 or on a device f32, parameters drawn) and pass;
  * configure changes configs first. Returns the status of moe_layer_create. */
 moe_status member_make(member *m, int64_t experts);
 /* Keeps status and moe_last_error(). */

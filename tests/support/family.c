@@ -139,14 +139,6 @@ void family_draw(family *f, int32_t kind, uint64_t number, int32_t dtype)
 
 /* ---- objects --------------------------------------------------------------------------------- */
 
-static void set(void *data, int64_t i, int32_t dtype, double value)
-{
-    if (dtype == MOE_DTYPE_F64)
-        ((double *)data)[i] = value;
-    else
-        ((float *)data)[i] = (float)value;
-}
-
 /* An opaque parameter by way of dense memory. */
 static void draw_opaque(family *f, const moe_parameter_record *p, double scale)
 {
@@ -157,7 +149,8 @@ static void draw_opaque(family *f, const moe_parameter_record *p, double scale)
     int64_t count = p->shape[0] * p->shape[1] * p->shape[2];
     void *dense = calloc((size_t)count + 1, sizeof(double));
     ck_assert_ptr_nonnull(dense);
-    for (int64_t j = 0; j < count; j++) set(dense, j, f->g.dtype, scale * random_normal(&f->state));
+    for (int64_t j = 0; j < count; j++)
+        number_set(dense, j, f->g.dtype, scale * random_normal(&f->state));
     MUST(moe_experts_import(pool, index, MOE_PARAMETER_DATA, 0, p->shape[0], dense));
     free(dense);
 }
@@ -172,9 +165,9 @@ static void draw_parameters(family *f)
         double scale = p.kind == MOE_KIND_THRESHOLD ? 0.05 : 0.5;
         if (p.opaque) draw_opaque(f, &p, scale);
         for (int64_t j = 0; j < p.element_count && !p.opaque; j++)
-            set(p.data, j, f->g.dtype, scale * random_normal(&f->state));
+            number_set(p.data, j, p.data_dtype, scale * random_normal(&f->state));
         for (int64_t j = 0; j < p.element_count && p.kind == MOE_KIND_THRESHOLD; j++)
-            set(p.data, j, f->g.dtype, 1.0 / (double)f->g.num_experts);
+            number_set(p.data, j, p.data_dtype, 1.0 / (double)f->g.num_experts);
     }
 }
 
@@ -198,28 +191,30 @@ void family_free(family *f)
 
 /* ---- a batch --------------------------------------------------------------------------------- */
 
-static void *normals(family *f, int64_t count)
+static void *normals(family *f, int64_t count, int32_t dtype)
 {
     void *data = calloc((size_t)count + 1, sizeof(double));
     ck_assert_ptr_nonnull(data);
-    for (int64_t i = 0; i < count; i++) set(data, i, f->g.dtype, random_normal(&f->state));
+    for (int64_t i = 0; i < count; i++) number_set(data, i, dtype, random_normal(&f->state));
     return data;
 }
 
 void family_batch_make(family_batch *b, family *f)
 {
     memset(b, 0, sizeof *b);
-    size_t size = f->g.dtype == MOE_DTYPE_F64 ? 8 : 4;
+    int32_t dtype = f->g.dtype;
+    size_t size = number_bytes(dtype);
     int64_t O = f->e.d_out == MOE_SAME ? f->e.d_model : f->e.d_out;
-    b->x = normals(f, f->T * f->e.d_model), b->dx = normals(f, f->T * f->e.d_model);
-    b->dy = normals(f, f->T * O), b->y = normals(f, f->T * O);
+    b->x = normals(f, f->T * f->e.d_model, dtype), b->dx = normals(f, f->T * f->e.d_model, dtype);
+    b->dy = normals(f, f->T * O, dtype), b->y = normals(f, f->T * O, dtype);
     b->x_bytes = f->T * f->e.d_model * (int64_t)size, b->y_bytes = f->T * O * (int64_t)size;
     MUST(moe_forward_args_init(&b->fwd, sizeof b->fwd));
     MUST(moe_backward_args_init(&b->bwd, sizeof b->bwd));
     b->fwd.tokens = f->T, b->fwd.x = b->x, b->fwd.y = b->y, b->fwd.step = 3;
     b->fwd.token_first = 100;
     b->fwd.flags = f->train ? MOE_FORWARD_TRAIN : 0;
-    if (f->g.d_model == 0) b->fwd.logits_in = normals(f, f->T * f->g.num_experts);
+    if (f->g.d_model == 0)
+        b->fwd.logits_in = normals(f, f->T * f->g.num_experts, number_real(dtype));
     for (int64_t g = 0; g <= f->G; g++) b->group_begin[g] = f->T * g / f->G;
     b->fwd.groups = f->G, b->fwd.group_begin = b->group_begin;
     if (f->g.kind == MOE_GATE_HASH) {
@@ -253,7 +248,7 @@ static uint64_t mix(uint64_t hash, const void *data, int64_t bytes)
 uint64_t family_hash(const family *f, const family_batch *b, const moe_pass *pass)
 {
     uint64_t hash = 14695981039346656037u;
-    int64_t size = f->g.dtype == MOE_DTYPE_F64 ? 8 : 4;
+    int64_t size = (int64_t)number_bytes(number_real(f->g.dtype));
     moe_losses losses;
     moe_plan_view plan;
     const moe_plan *handle;
@@ -270,7 +265,7 @@ uint64_t family_hash(const family *f, const family_batch *b, const moe_pass *pas
     hash = mix(hash, b->y, b->y_bytes), hash = mix(hash, b->dx, b->x_bytes);
     for (int64_t i = 0; i < moe_layer_parameter_count(f->layer); i++) {
         MUST(moe_layer_parameter(f->layer, i, &p));
-        if (p.grad) hash = mix(hash, p.grad, p.element_count * size);
+        if (p.grad) hash = mix(hash, p.grad, p.element_count * (int64_t)number_bytes(p.grad_dtype));
     }
     return hash;
 }

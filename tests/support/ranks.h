@@ -39,7 +39,7 @@ typedef struct whole {
     moe_context *context;
     moe_comm *comm; /* of one, where slices need it */
     moe_pass *pass;
-    int64_t D, O, element;
+    int64_t D, O, element, real; /* bytes of an element, and of what is computed with */
     int32_t way;
 } whole;
 
@@ -73,7 +73,9 @@ struct part {
 void parts_share(part *parts, const whole *w, uint64_t number, int32_t ranks);
 /* Makes one rank's layer and runs its tokens through it, forward, backward and the reduction. */
 void part_run(part *p);
-/* y, dx, gradients, norm and what is shared of a part are the bytes of the whole. */
+/* y, dx, gradients, norm and what is shared of a part are the bytes of the whole; on a device those
+ * of y, dx and the experts' matrices, and sums over tokens that are cut by the shape of a batch are
+ * near. */
 void part_compare(const part *p);
 void part_free(part *p);
 

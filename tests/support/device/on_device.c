@@ -159,13 +159,29 @@ moe_status device_context_create(moe_context **context, const moe_context_config
 
 /* ---- calls ----------------------------------------------------------------------------------- */
 
+static _Thread_local cudaStream_t own_stream; /* NULL: the one of all */
+
 void *device_stream(void)
 {
     static cudaStream_t stream;
+    if (own_stream) return own_stream;
     (void)pthread_mutex_lock(&lock);
     if (!stream) must(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "a stream");
     (void)pthread_mutex_unlock(&lock);
     return stream;
+}
+
+void *device_stream_for(void *given) { return given ? given : device_stream(); }
+
+void device_take_stream(void)
+{
+    must(cudaStreamCreateWithFlags(&own_stream, cudaStreamNonBlocking), "a stream");
+}
+
+void device_give_stream(void)
+{
+    must(cudaStreamDestroy(own_stream), "a stream");
+    own_stream = NULL;
 }
 
 /* ---- arrays that are not managed ------------------------------------------------------------- */
@@ -179,9 +195,10 @@ typedef struct shadow {
     size_t bytes;
     int is_output;
 } shadow;
-enum { SHADOWS = 32 };
+enum { SHADOWS = 128 };
 static _Thread_local shadow shadows[SHADOWS];
 static _Thread_local int shadow_count;
+static _Thread_local int open_calls; /* started and not finished: they keep their copies */
 
 typedef struct lasting_shadow {
     const void *here;
@@ -218,18 +235,43 @@ static void *shadow_of(const void *here, size_t bytes, int what)
 
 static void end_shadows(void)
 {
-    while (shadow_count > 0) {
+    for (int i = 0; i < shadow_count && open_calls > 0; i++)
+        if (shadows[i].is_output) memcpy(shadows[i].here, shadows[i].there, shadows[i].bytes);
+    while (shadow_count > 0 && open_calls == 0) {
         shadow *s = &shadows[--shadow_count];
         if (s->is_output) memcpy(s->here, s->there, s->bytes);
         device_free(s->there);
     }
 }
 
+/* A thread with a stream of its own is a rank: what another rank's stream waits for may be its. */
+static void wait_for_streams(void)
+{
+    if (!own_stream) {
+        must(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+        return;
+    }
+    must(cudaStreamSynchronize(own_stream), "cudaStreamSynchronize");
+    must(cudaStreamSynchronize(NULL), "cudaStreamSynchronize");
+}
+
 moe_status device_waited(moe_status status)
 {
-    must(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    wait_for_streams();
     end_shadows();
     return status;
+}
+
+moe_status device_started(moe_status status)
+{
+    open_calls += status == MOE_OK;
+    return status;
+}
+
+moe_status device_finished(moe_status status)
+{
+    open_calls -= open_calls > 0 && status != MOE_ERROR_INVALID_STATE;
+    return device_waited(status);
 }
 
 /* ---- arguments ------------------------------------------------------------------------------- */

@@ -23,8 +23,15 @@ void device_free(void *memory); /* of either of these, or of the C library */
 moe_status device_context_create(moe_context **context, const moe_context_config *config);
 /* The status, once everything on every stream is done. */
 moe_status device_waited(moe_status status);
+/* Of a call that is started, and of its end: what it was given stays until then. */
+moe_status device_started(moe_status status);
+moe_status device_finished(moe_status status);
 /* The stream that calls run on. */
 void *device_stream(void);
+void *device_stream_for(void *given); /* that, or the former for NULL */
+/* From now on this thread has a stream of its own; and again the one of all. */
+void device_take_stream(void);
+void device_give_stream(void);
 
 /* The arguments with that stream, and with copies of arrays that the device could not read, if the
  * caller's struct has a plausible size; in static storage of the thread. One object of the three is
@@ -61,11 +68,11 @@ const int64_t *device_counts(const moe_gate *gate, const int64_t *counts);
 #define moe_experts_backward(o, p, a) \
     device_waited((moe_experts_backward)(o, p, device_backward_args(NULL, NULL, o, p, a)))
 #define moe_layer_forward_start(o, p, a) \
-    (moe_layer_forward_start)(o, p, device_forward_args(o, NULL, NULL, a))
+    device_started((moe_layer_forward_start)(o, p, device_forward_args(o, NULL, NULL, a)))
 #define moe_layer_backward_start(o, p, a) \
-    (moe_layer_backward_start)(o, p, device_backward_args(o, NULL, NULL, p, a))
-#define moe_layer_forward_finish(o, p) device_waited((moe_layer_forward_finish)(o, p))
-#define moe_layer_backward_finish(o, p) device_waited((moe_layer_backward_finish)(o, p))
+    device_started((moe_layer_backward_start)(o, p, device_backward_args(o, NULL, NULL, p, a)))
+#define moe_layer_forward_finish(o, p) device_finished((moe_layer_forward_finish)(o, p))
+#define moe_layer_backward_finish(o, p) device_finished((moe_layer_backward_finish)(o, p))
 #define moe_dispatch_forward(p, a) device_waited((moe_dispatch_forward)(p, device_rows_args(p, a)))
 #define moe_dispatch_backward(p, a) \
     device_waited((moe_dispatch_backward)(p, device_rows_args(p, a)))
@@ -76,13 +83,17 @@ const int64_t *device_counts(const moe_gate *gate, const int64_t *counts);
     device_waited((moe_gate_update_selection_bias)(o, device_counts(o, counts), rate))
 #define moe_gate_zero_gradients(o, s) device_waited((moe_gate_zero_gradients)(o, s))
 #define moe_experts_zero_gradients(o, s) device_waited((moe_experts_zero_gradients)(o, s))
-#define moe_layer_zero_gradients(o, s) device_waited((moe_layer_zero_gradients)(o, s))
+#define moe_layer_zero_gradients(o, s) device_waited((moe_layer_zero_gradients)(o, device_stream()))
 #define moe_experts_zero_touched_gradients(o, s) \
     device_waited((moe_experts_zero_touched_gradients)(o, s))
 #define moe_layer_zero_touched_gradients(o, s) \
     device_waited((moe_layer_zero_touched_gradients)(o, s))
 #define moe_gate_init_parameters(o, s) device_waited((moe_gate_init_parameters)(o, s))
 #define moe_experts_init_parameters(o, s) device_waited((moe_experts_init_parameters)(o, s))
+#define moe_layer_reduce_gradients(o, s) \
+    device_waited((moe_layer_reduce_gradients)(o, device_stream()))
+#define moe_layer_gradient_norm(o, n, s) \
+    device_waited((moe_layer_gradient_norm)(o, n, device_stream_for(s)))
 #define moe_layer_init_parameters(o, s) device_waited((moe_layer_init_parameters)(o, s))
 #endif
 

@@ -1,0 +1,159 @@
+/* ranks_exchange.c - exchanges of a pass: words of the host, and rows of the backend's memory.
+ *
+ *     the host's backend       rows are sent from where they are
+ *     a transport on streams   likewise, behind what is on the stream; nobody waits
+ *     another transport        rows go through memory of the host, which waits for the stream */
+#include "ranks_rows.h"
+
+/* Bytes to and from other ranks, for the report. */
+static void count_bytes(moe_pass *pass, const moe_exchange *e)
+{
+    int32_t P = moe__pass_comm(pass)->size, rank = moe__pass_comm(pass)->rank;
+    int64_t sent = e->to_all ? (P - 1) * e->send_begin[1]
+                             : e->send_begin[P] - e->send_begin[rank + 1] + e->send_begin[rank];
+    int64_t came = e->recv_begin[P] - e->recv_begin[rank + 1] + e->recv_begin[rank];
+    bool back = pass->backward;
+    *(back ? &pass->report.backward_bytes_sent : &pass->report.forward_bytes_sent) += sent *
+                                                                                      e->row_bytes;
+    *(back ? &pass->report.backward_bytes_received
+           : &pass->report.forward_bytes_received) += came * e->row_bytes;
+}
+
+static moe_status exchange(moe_pass *pass, const moe_exchange *e)
+{
+    moe__lap(pass, MOE_TIME_PACK);
+    count_bytes(pass, e);
+    moe_status status = moe_comm_exchange(moe__pass_comm(pass), e);
+    moe__lap(pass, MOE_TIME_EXCHANGE);
+    return status;
+}
+
+moe_status moe__ranks_exchange(moe_pass *pass, void *recv, const int64_t *recv_begin,
+                               const void *send, const int64_t *send_begin, int64_t row_bytes)
+{
+    const moe_exchange e = {.struct_size = sizeof e,
+                            .recv = recv,
+                            .recv_begin = recv_begin,
+                            .send = send,
+                            .send_begin = send_begin,
+                            .row_bytes = row_bytes};
+    return exchange(pass, &e);
+}
+
+/* ---- rows ------------------------------------------------------------------------------------ */
+
+bool moe__comm_takes(const moe_comm *comm, const moe_context *context)
+{
+    const uint64_t all = MOE_COMM_DEVICE_MEMORY | MOE_COMM_STREAM_ORDERED;
+    return context->memory->is_host || (comm->table.capabilities & all) == all;
+}
+
+bool moe__ranks_stages(const moe_pass *pass)
+{
+    return !moe__comm_takes(moe__pass_comm(pass), pass->context);
+}
+
+moe_status moe__ranks_make_stage(moe_pass *pass, int64_t out, int64_t in, const char *function)
+{
+    moe__ranks *k = &pass->ranks;
+    if (!moe__ranks_stages(pass)) return MOE_OK;
+    if (out < 0 || in < 0) return moe__ranks_room(pass, &k->staged, MOE__ON_HOST, -1, function);
+    int64_t most_out = moe__max(out, k->stage_out_bytes), most_in = moe__max(in, k->stage_in_bytes);
+    moe__arena arena = {NULL, 0};
+    (void)moe__arena_take(&arena, most_out, 1), (void)moe__arena_take(&arena, most_in, 1);
+    MOE_TRY(moe__ranks_room(pass, &k->staged, MOE__ON_HOST, arena.used, function));
+    arena = (moe__arena){k->staged.memory, 0};
+    k->stage_out = moe__arena_take(&arena, most_out, 1);
+    k->stage_in = moe__arena_take(&arena, most_in, 1);
+    k->stage_out_bytes = most_out, k->stage_in_bytes = most_in;
+    return MOE_OK;
+}
+
+/* Hands the exchange of the backend's memory to the transport; with a header's words first, where
+ * they are the host's. */
+static moe_status start(moe_pass *pass, moe_exchange *e, const moe__block_header *header)
+{
+    moe__ranks *k = &pass->ranks;
+    const moe__memory *memory = pass->context->memory;
+    int32_t P = moe__pass_comm(pass)->size;
+    int64_t sent = e->send_begin[e->to_all ? 1 : P];
+    k->to_store = NULL;
+    count_bytes(pass, e);
+    if (moe__ranks_stages(pass)) {
+        MOE_TRY(memory->fetch(&pass->workers, k->stage_out, e->send, sent * e->row_bytes));
+        if (header) moe__ranks_write_blocks(pass, header, k->stage_out, e->row_bytes);
+        k->to_store = e->recv;
+        k->store_bytes = e->recv_begin[P] * e->row_bytes;
+        e->send = k->stage_out;
+        e->recv = k->stage_in;
+    } else if (memory->is_host) {
+        if (header) moe__ranks_write_blocks(pass, header, k->here, e->row_bytes);
+    } else {
+        e->memory = MOE_COMM_DEVICE_MEMORY;
+        e->stream = pass->workers.stream;
+        e->ordered = 1;
+    }
+    MOE_TRY(moe_comm_exchange_start(moe__pass_comm(pass), e, &k->request));
+    k->waiting = k->request != MOE_COMM_NO_REQUEST;
+    return MOE_OK;
+}
+
+moe_status moe__ranks_start(moe_pass *pass, void *recv, const void *send, int64_t row_bytes,
+                            bool back, const moe__block_header *header)
+{
+    moe__ranks *k = &pass->ranks;
+    moe_exchange e = {.struct_size = sizeof e,
+                      .recv = recv,
+                      .recv_begin = back ? k->send_begin : k->recv_begin,
+                      .send = send,
+                      .send_begin = back ? k->recv_begin : k->send_begin,
+                      .row_bytes = row_bytes};
+    return start(pass, &e, moe__ranks_padded(pass) ? header : NULL);
+}
+
+moe_status moe__ranks_wait(moe_pass *pass)
+{
+    moe__ranks *k = &pass->ranks;
+    void *to = k->to_store;
+    moe__lap(pass, MOE_TIME_PACK);
+    k->waiting = false;
+    k->to_store = NULL;
+    moe_status status = moe_comm_exchange_finish(moe__pass_comm(pass), k->request);
+    if (status == MOE_OK && to)
+        status = pass->context->memory->store(&pass->workers, to, k->stage_in, k->store_bytes);
+    moe__lap(pass, MOE_TIME_EXCHANGE);
+    return status;
+}
+
+moe_status moe__ranks_move(moe_pass *pass, void *recv, const int64_t *recv_begin, const void *send,
+                           const int64_t *send_begin, int64_t row_bytes)
+{
+    moe_exchange e = {.struct_size = sizeof e,
+                      .recv = recv,
+                      .recv_begin = recv_begin,
+                      .send = send,
+                      .send_begin = send_begin,
+                      .row_bytes = row_bytes};
+    moe__lap(pass, MOE_TIME_PACK);
+    MOE_TRY(start(pass, &e, NULL));
+    return moe__ranks_wait(pass);
+}
+
+moe_status moe__ranks_gather(moe_pass *pass, void *recv, const void *send, int64_t bytes)
+{
+    int64_t *begin = pass->ranks.in_begin;
+    const int64_t once[2] = {0, 1};
+    for (int64_t p = 0; p <= moe__pass_comm(pass)->size; p++) begin[p] = p;
+    moe_exchange e = {.struct_size = sizeof e,
+                      .recv = recv,
+                      .recv_begin = begin,
+                      .send = send,
+                      .send_begin = once,
+                      .row_bytes = bytes,
+                      .to_all = 1};
+    moe__lap(pass, MOE_TIME_PACK);
+    MOE_TRY(moe__ranks_make_stage(pass, bytes, bytes * moe__pass_comm(pass)->size,
+                                  pass->workers.function));
+    MOE_TRY(start(pass, &e, NULL));
+    return moe__ranks_wait(pass);
+}
