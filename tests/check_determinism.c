@@ -9,6 +9,7 @@
 #include <check.h>
 #include <fenv.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #if defined(__x86_64__)
@@ -104,6 +105,8 @@ START_TEST(test_determinism_of_every_configuration)
             ck_assert_msg(step_hash(&c, dtype, &k) == want, "%s: isa %d, dtype %d", c.name,
                           (int)isa, (int)dtype);
         }
+        if (getenv("MOE_VERBOSE")) /* for tests/neon */
+            printf("step %s %d %016llx\n", c.name, (int)dtype, (unsigned long long)want);
     }
     layer_case_free(&c);
 }

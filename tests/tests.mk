@@ -33,7 +33,8 @@ ifeq ($(HAVE_CXX),yes)
 EXAMPLES += $(CXX_EXAMPLES)
 endif
 RPATH = -Wl,-rpath,$(abspath $(LIB))
-TEST_FLAGS = $(COMMON) -O1 $(CFLAGS) -MMD -MP -MF $@.d -MT $@ -Itests -DMOE_SOURCE_DIR='"$(CURDIR)"'
+TEST_FLAGS = $(COMMON) -O1 $(CFLAGS) -MMD -MP -MF $@.d -MT $@ -Itests -DMOE_SOURCE_DIR='"$(CURDIR)"' \
+    $(if $(TWIN),-DMOE_TWIN)
 
 .PHONY: check-examples check-tutorial tutorial check-libtorch check-python check-torch compare-torch check-torch-current \
     check-transformers check-mutants bench-scale bench-ranks
@@ -55,6 +56,11 @@ SUPPORT_OBJECTS := $(SUPPORT:tests/%.c=$(BUILD)/tests/support/%.o)
 $(IO_SUITES): $(LIB)/libmoe_io.a
 $(IO_SUITES): MODULE_LIBS = $(LIB)/libmoe_io.a
 $(IO_SUITES): CHECK_LIBS += $(JANSSON_LIBS)
+# What a build with TWIN=1 has in its library.
+ifeq ($(TWIN),)
+$(BUILD)/tests/check_kernel_twin: $(TWIN_OBJECTS)
+$(BUILD)/tests/check_kernel_twin: MODULE_LIBS = $(TWIN_OBJECTS)
+endif
 $(BUILD)/tests/check_%: tests/check_%.c $(SUPPORT_OBJECTS) $(LIB)/libmoe.a | check-have-check
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) $(MATH) $(CHECK_CFLAGS) $(LINK_$*) $< $(SUPPORT_OBJECTS) $(MODULE_LIBS) $(LIB)/libmoe.a \
@@ -281,6 +287,25 @@ check-tsan:
 	    ISA_FLAGS_plain='$(TSAN_ISA)' $(TSAN_PROGRAMS)
 	@MOE_SANITIZED=1 MOE_FEW=1 $(RUN) $(TSAN_PROGRAMS)
 
+# The whole suite as a test of kernels: each fast one is followed by its plain twin (docs/testing.md). Objects that
+# the ordinary build has are taken from it. MOE_SANITIZED: determinism at the size that is for slow builds.
+.PHONY: check-twin twin-suites
+# Left out: those of files, numbers and products, which call no table, and check_memory, which counts allocations.
+TWIN_SUITES := $(filter-out %/check_memory %/check_gemm %/check_numeric %/check_status %/check_io_file %/check_io_import,\
+    $(SUITES))
+check-twin: $(LIB)/libmoe.a
+	@mkdir -p build-twin
+	test -d build-twin/src || cp -rp $(BUILD)/src $(FLAGS_STAMP) build-twin
+	MOE_SANITIZED=1 CK_DEFAULT_TIMEOUT=120 $(MAKE) TWIN=1 BUILD=build-twin LIB=build-twin/lib twin-suites
+twin-suites: $(TWIN_SUITES) $(HOSTS) $(BUILD)/run_vectors
+	@test -n '$(TWIN)' || { echo 'twin-suites is for TWIN=1: make check-twin'; exit 1; }
+	@$(RUN) $(TWIN_SUITES) $(HOSTS) $(VECTORS) "$(BUILD)/run_vectors --isa avx2 tests/vectors"
+
+# aarch64 in emulation; says what is missing where it cannot run. NEON_CC, NEON_RUN: another compiler, or a machine.
+.PHONY: check-neon
+check-neon: $(BUILD)/tests/check_determinism
+	@JOBS=$(JOBS) MAKE='$(MAKE)' sh tests/neon/check.sh $(BUILD)
+
 VALGRIND := valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite,possible
 NEED = @command -v $(1) >/dev/null || { echo 'This needs $(1): apt-get install $(2)'; exit 1; }
 check-valgrind: $(HOSTS)
@@ -289,7 +314,7 @@ check-valgrind: $(HOSTS)
 
 check-long:
 	MOE_LONG=1 $(MAKE) check
-	$(MAKE) check-asan check-tsan check-valgrind
+	$(MAKE) check-asan check-tsan check-valgrind check-twin check-neon
 	$(MAKE) CC=clang BUILD=build-clang check-suites
 	LONG=1 NUMBERS=12 $(MAKE) check-mpi MPI_TESTED='$(MPIS)' RANKS='2 3 4 8'
 	$(MAKE) check-mutants bench-scale
@@ -298,7 +323,7 @@ check-long:
 
 # ---- format and baselines ---------------------------------------------------------------------------
 
-FORMATTED := $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] src/io/*.[ch] examples/*.[ch] examples/*.cpp \
+FORMATTED := $(wildcard include/moe/*.h src/*.[ch] src/comm/*.[ch] src/cpu/*.[ch] src/cpu/twin/*.[ch] src/io/*.[ch] examples/*.[ch] examples/*.cpp \
     examples/demo/*.[ch] tests/*.c tests/reference/*.[ch] tests/support/*.[ch] tests/hosts/*.[ch] \
     tests/vector_runner/*.[ch] tests/bench/*.[ch] tests/ranks/*.c cuda/*.[ch] cuda/*.cu tests/emulation/*.[ch] \
     tests/emulation/*.cu tests/emulation/*.cpp tests/cuda/*.c tests/support/device/*.[ch])

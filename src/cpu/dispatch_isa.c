@@ -1,6 +1,13 @@
 /* dispatch_isa.c - chooses among the CPU tables by what the machine can do. Compiled once. */
 #include "internal.h"
 
+#ifdef MOE_TWIN
+#include "cpu/twin/twin.h"
+#define FAST(table) moe__kernel_twin_backend(table)
+#else
+#define FAST(table) (table)
+#endif
+
 #define TABLES(isa)                                                                \
     extern const moe__backend moe__cpu_table_f32_##isa, moe__cpu_table_f64_##isa;  \
     extern const moe__backend moe__cpu_table_bf16_##isa, moe__cpu_table_f16_##isa; \
@@ -35,8 +42,8 @@ const moe__backend *moe__cpu_backend(int32_t isa, int32_t dtype)
     if (isa < MOE_ISA_PLAIN || isa > moe__cpu_best_isa()) return NULL;
     if (dtype < MOE_DTYPE_F32 || dtype > MOE_DTYPE_F16) return NULL;
 #ifdef MOE_HAVE_X86
-    if (isa == MOE_ISA_AVX512) return avx512[dtype];
-    if (isa == MOE_ISA_AVX2) return avx2[dtype];
+    if (isa == MOE_ISA_AVX512) return FAST(avx512[dtype]);
+    if (isa == MOE_ISA_AVX2) return FAST(avx2[dtype]);
 #endif
     return plain[dtype];
 }

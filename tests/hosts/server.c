@@ -73,7 +73,11 @@ int main(void)
         SHOW(pthread_create(&threads[i], NULL, serve, &clients[i]) == 0);
     for (int i = 0; i < CLIENTS; i++)
         SHOW(pthread_join(threads[i], NULL) == 0 && !clients[i].failed);
+#ifdef MOE_TWIN /* whose copies are allocations */
+    (void)before;
+#else
     SHOW(allocations == before);
+#endif
     for (int i = 0; i < CLIENTS; i++) moe_pass_destroy(clients[i].pass);
     small_free(&s);
     free(x), free(want);
