@@ -180,7 +180,8 @@ MOE_API moe_status moe_comm_exchange_start(moe_comm *comm, const moe_exchange *e
                                            int32_t *request);
 
 /* Tells whether an exchange is done, without waiting. done: out: MOE_COMM_DONE or MOE_COMM_PENDING.
- * A request that is done is gone. Of MOE_COMM_NO_REQUEST it is always done. Returns as moe_comm_exchange; MOE_ERROR_INVALID_ARGUMENT also for
+ * A request that is done is gone; MOE_COMM_NO_REQUEST is always done. Returns as
+ * moe_comm_exchange; MOE_ERROR_INVALID_ARGUMENT also for
  * a number that is no request. Since 0.1. */
 MOE_API moe_status moe_comm_exchange_test(moe_comm *comm, int32_t request, int32_t *done);
 

@@ -19,7 +19,8 @@
  *               exchanges wait for nothing, except that a non-blocking communicator is asked until
  *               it has put the work on the stream
  *   capture     ordered exchanges may be captured in a graph; capture is a collective property: all
- *               ranks capture the same ones, and connections must have been made. An exchange that would wait is refused with
+ *               ranks capture the same ones, and connections must have been made. An exchange
+ *               that would wait is refused with
  *               MOE_ERROR_INVALID_STATE if its stream is being captured; nothing is sent then and
  *               the group goes on
  *   missing     after the deadline of host memory those ranks are named from which nothing has come.

@@ -78,7 +78,7 @@ static void activate_row(const ffn_run *run, int64_t r, int64_t j, int64_t width
     if (e3) memcpy((element *)job->z3 + at, e3, (size_t)width * sizeof *e3);
 }
 
-/* Columns of a group: of a few rows that read weights by rows as many as its lines have room for. */
+/* Columns of a group: of a few rows that read weights by rows, all that its lines have room for. */
 static int64_t group_width(const ffn_block *b, const weights *w, int64_t rows)
 {
     return few_by_rows(w, rows) ? b->rows / FEW_M * GROUP : GROUP;

@@ -6,7 +6,8 @@
 #include "cpu/real.h"
 
 /* grouped_gemm.c, gemm_dw.c: the three products over all experts of a plan. _plan fills tile_begin
- * and returns the number of tiles; _tile computes one, with `scratch` bytes of gemm_scratch for itself. */
+ * and returns the number of tiles; _tile computes one, with `scratch` bytes of gemm_scratch for
+ * itself. */
 int64_t MOE_KERNEL(gemm_rows_plan)(moe__gemm_rows_job *job);
 int64_t MOE_KERNEL(gemm_dw_plan)(moe__gemm_dw_job *job);
 size_t MOE_KERNEL(gemm_scratch)(void);

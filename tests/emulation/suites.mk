@@ -120,7 +120,6 @@ EMU_KERNEL_RUNS = $(foreach k,$(KERNEL_SUITES),"$(EMU_ENV) $(4) MOE_TEST_CASES=$
 EMU_COMM_RUNS = $(foreach c,$(2),"$(EMU_ENV) $(EMU)/$(1)/kernels/$(c)")
 EMU_OLD_NCCL = $(if $(EMU_NCCL),"$(EMU_ENV) LD_LIBRARY_PATH=$(abspath $(EMU)/lib/nccl_218) $(EMU)/plain/kernels/check_comm_nccl")
 EMU_NCCL_RUNS = $(foreach t,$(EMU_NCCL_SUITES),"$(EMU_ENV) $(EMU_NCCL_ENV) $(EMU)/$(1)/$(t)")
-EMU_RANKS_NCCL =
 EMU_AFTER = AFTER='sh tests/emulation/kernels_launched.sh $(EMU_LAUNCHED) $(EMU_KERNELS_plain)'
 .PHONY: check-emulation check-emulation-plain
 check-emulation: $(EMU_PROGRAMS_plain) $(EMU_PROGRAMS_SANITIZED)
@@ -128,7 +127,7 @@ check-emulation: $(EMU_PROGRAMS_plain) $(EMU_PROGRAMS_SANITIZED)
 	@$(EMU_AFTER) sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
 	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,500) \
 	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)") \
-	    $(call EMU_COMM_RUNS,plain,$(COMM_PROGRAMS)) $(EMU_OLD_NCCL) $(EMU_RANKS_NCCL) $(call EMU_NCCL_RUNS,plain) \
+	    $(call EMU_COMM_RUNS,plain,$(COMM_PROGRAMS)) $(EMU_OLD_NCCL) $(call EMU_NCCL_RUNS,plain) \
 	    $(foreach f,$(EMU_SANITIZED),$(call EMU_COMM_RUNS,$(f),$(firstword $(COMM_PROGRAMS)))) \
 	    "$(EMU_ENV) MOE_FEW=1 $(EMU)/asan/suites/check_layer" $(foreach f,$(EMU_SANITIZED), \
 	        "$(EMU_ENV) $(EMU)/$(f)/suites/run_vectors --dtype f32 tests/vectors" \
@@ -139,7 +138,7 @@ check-emulation-plain: $(EMU_PROGRAMS_plain)
 	@$(EMU_AFTER) sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
 	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,500) \
 	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)") \
-	    $(call EMU_COMM_RUNS,plain,$(COMM_PROGRAMS)) $(EMU_OLD_NCCL) $(EMU_RANKS_NCCL) $(call EMU_NCCL_RUNS,plain)
+	    $(call EMU_COMM_RUNS,plain,$(COMM_PROGRAMS)) $(EMU_OLD_NCCL) $(call EMU_NCCL_RUNS,plain)
 
 # Bytes that kernels move, over what they must.
 .PHONY: cuda-traffic
