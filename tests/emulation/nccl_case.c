@@ -279,41 +279,35 @@ bool all_nan(const float *x, size_t n)
 
 /* ---- mistakes -------------------------------------------------------------------------------- */
 
+enum { MOST_MISTAKES = 64 };
+
 static pthread_mutex_t mistake_mutex = PTHREAD_MUTEX_INITIALIZER;
 static int mistake_count;
-static char mistake_text[1024];
+static char mistake_text[MOST_MISTAKES][1024];
 
 static void on_mistake(const char *message)
 {
     pthread_mutex_lock(&mistake_mutex);
-    snprintf(mistake_text, sizeof mistake_text, "%s", message);
+    if (mistake_count < MOST_MISTAKES)
+        snprintf(mistake_text[mistake_count], sizeof mistake_text[0], "%s", message);
     mistake_count++;
     pthread_mutex_unlock(&mistake_mutex);
 }
 
-void count_mistakes(void)
+void watch_mistakes(void)
 {
     pthread_mutex_lock(&mistake_mutex);
     mistake_count = 0;
-    mistake_text[0] = 0;
     pthread_mutex_unlock(&mistake_mutex);
     emu_on_mistake(on_mistake);
 }
 
-int mistakes(void)
+bool mistaken(const char *words)
 {
+    bool found = false;
     pthread_mutex_lock(&mistake_mutex);
-    int count = mistake_count;
+    for (int i = 0; i < mistake_count && i < MOST_MISTAKES && !found; i++)
+        found = strstr(mistake_text[i], words) != NULL;
     pthread_mutex_unlock(&mistake_mutex);
-    return count;
-}
-
-/* A copy of the thread's own. */
-const char *last_mistake(void)
-{
-    static __thread char text[sizeof mistake_text];
-    pthread_mutex_lock(&mistake_mutex);
-    memcpy(text, mistake_text, sizeof text);
-    pthread_mutex_unlock(&mistake_mutex);
-    return text;
+    return found;
 }

@@ -70,9 +70,8 @@ bool all_nan(const float *x, size_t n);
 void sleep_ms(int milliseconds);
 double seconds(void); /* by a clock that only grows */
 
-/* From then on mistakes are counted; the last is kept. */
-void count_mistakes(void);
-int mistakes(void);
-const char *last_mistake(void);
+/* From then on mistakes are kept, of all ranks that are threads. */
+void watch_mistakes(void);
+bool mistaken(const char *words); /* whether one of them has these words */
 
 #endif
