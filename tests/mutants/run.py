@@ -44,7 +44,7 @@ def make(tree, targets):
 
 def first_failure(tree, file=""):
     """The name of the first program that fails, or None."""
-    ranks = "rank" in file or "share" in file or "second" in file
+    ranks = "rank" in file or "share" in file or "travel" in file or "second" in file
     storage = "storage" in file or "panels" in file or "parameter" in file or file == "src/experts.c"
     order = (OF_RANKS if ranks else OF_STORAGE if storage else []) + SUITES
     suites = [f"out/tests/{suite}" for suite in dict.fromkeys(order)]
