@@ -69,7 +69,7 @@ CORE_OBJECTS += $(if $(TWIN),$(BUILD)/src/cpu/dispatch_isa_twin.o $(TWIN_OBJECTS
 KERNEL_OBJECTS := $(foreach v,$(VARIANTS),$(KERNELS:src/cpu/%.c=$(BUILD)/src/cpu/%.$(v).o))
 OBJECTS := $(CORE_OBJECTS) $(KERNEL_OBJECTS)
 
-.PHONY: all host help clean install uninstall dist demo demo-long demo-mpi
+.PHONY: all host help clean install uninstall dist demo demo-long demo-mpi demo-cuda
 # All but the libraries for GPUs, which take minutes to compile.
 host: $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/pkgconfig/moe.pc mpi io
 all: host cuda nccl
@@ -424,7 +424,7 @@ clean:
 	rm -rf $(BUILD)/src $(BUILD)/cuda $(BUILD)/bench $(BUILD)/tests $(BUILD)/examples $(BUILD)/venv $(BUILD)/venv-current
 	rm -rf $(BUILD)/gpu $(BUILD)/emulation
 	rm -f $(BUILD)/bench_scale $(BUILD)/bench_cuda
-	rm -f $(BUILD)/demo $(BUILD)/demo_mpi_* $(BUILD)/run_vectors $(FLAGS_STAMP) $(OBJECTS_STAMP)
+	rm -f $(BUILD)/demo $(BUILD)/demo_cuda $(BUILD)/demo_mpi_* $(BUILD)/run_vectors $(FLAGS_STAMP) $(OBJECTS_STAMP)
 	rm -f $(LIB)/libmoe.a $(LIB)/libmoe.so $(LIB)/libmoe.so.* $(LIB)/pkgconfig/moe.pc
 	rm -f $(LIB)/libmoe_mpi_* $(LIB)/pkgconfig/moe-mpi*.pc $(LIB)/libmoe_io.* $(LIB)/pkgconfig/moe-io.pc
 	rm -f $(LIB)/libmoe_cuda.* $(LIB)/pkgconfig/moe-cuda.pc $(LIB)/libmoe_nccl.* $(LIB)/pkgconfig/moe-nccl.pc
@@ -433,7 +433,7 @@ clean:
 
 # ---- demo -----------------------------------------------------------------------------------------
 
-DEMO := $(filter-out %/ranks_mpi.c,$(wildcard examples/demo/*.c))
+DEMO := $(filter-out %/ranks_mpi.c %/ranks_nccl.c %/device_cuda.c,$(wildcard examples/demo/*.c))
 DEMO_HEADERS := $(wildcard examples/demo/*.h include/moe/*.h)
 DEMO_FLAGS = -std=c11 -O3 -march=native -Wall -Wextra -Iinclude $(SAN) $(CFLAGS)
 $(BUILD)/demo: $(DEMO) $(DEMO_HEADERS) $(LIB)/libmoe.a
@@ -462,6 +462,21 @@ demo-mpi: $(BUILD)/demo_mpi_$(MPI)
 else
 demo-mpi:
 	@echo 'demo-mpi needs an MPI: apt-get install libopenmpi-dev openmpi-bin' >&2; exit 1
+endif
+
+# The same with its layers on a GPU, or on GPUS of them over NCCL where that is.
+GPUS ?= 1
+DEMO_CUDA := $(subst device_none,device_cuda,$(if $(HAVE_NCCL),$(subst ranks_none,ranks_nccl,$(DEMO)),$(DEMO)))
+$(BUILD)/demo_cuda: $(DEMO_CUDA) $(DEMO_HEADERS) $(LIB)/libmoe.a $(LIB)/libmoe_cuda.a $(if $(HAVE_NCCL),$(LIB)/libmoe_nccl.a)
+	$(CC) $(DEMO_FLAGS) $(if $(HAVE_NCCL),-isystem $(NCCL_INCLUDE)) -isystem $(CUDA_INCLUDE) $(DEMO_CUDA) $(LDFLAGS) \
+	    $(if $(HAVE_NCCL),$(LIB)/libmoe_nccl.a -L$(NCCL_LIB) -lnccl -Wl$(comma)-rpath$(comma)$(NCCL_LIB)) \
+	    $(LIB)/libmoe_cuda.a $(LIB)/libmoe.a -L$(CUDA_LIB) -lcublas -lcudart -Wl,-rpath,$(CUDA_LIB) -lm -ldl -pthread -o $@
+ifneq ($(HAVE_CUDA),)
+demo-cuda: $(BUILD)/demo_cuda
+	$(BUILD)/demo_cuda $(if $(HAVE_NCCL)$(filter-out 1,$(GPUS)),--gpus $(GPUS)) $(DEMO_ARGS)
+else
+demo-cuda:
+	@echo 'demo-cuda needs the CUDA toolkit: $(NO_CUDA_REASON)' >&2; exit 1
 endif
 
 # Both models with three learning rates and three seeds: about half an hour on two cores.
@@ -496,6 +511,7 @@ help:
 #: make check-cuda     the layer's suites, vectors and example on a GPU (GPU_REQUIRED=1 fails without one)
 #: make check-cuda-sanitizer  the same under compute-sanitizer (SANITIZERS="memcheck racecheck initcheck synccheck")
 #: make check-cuda-users      example, Python and benchmark of a GPU in emulation
+#: make check-demo-cuda       the demo on one and two emulated GPUs beside the CPU
 #: make check-abi      map, headers, symbols, layouts, abidiff
 #: make check-format   clang-format
 #: make check-mutants  deliberate mistakes in the numeric code, each of which must fail a test (python3)
@@ -510,6 +526,7 @@ help:
 #: make check-long     everything long
 #: make demo           train a language model and its dense twin (FILE=path, STEPS=n, ARGS=...); demo-long
 #: make demo-mpi       the same on ranks (RANKS=4, MPI=openmpi or mpich, MPIRUN=, and as above)
+#: make demo-cuda      the same on GPUs (GPUS=1; more over NCCL, and as above)
 #: make install        PREFIX=, DESTDIR=, LIBDIR=, INCLUDEDIR=
 #: make uninstall dist clean
 

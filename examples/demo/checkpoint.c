@@ -56,7 +56,7 @@ static void list_fields(const trainer *t, field *fields)
                                 {"embedding", EMBED, WHOLE},
                                 {"width", WIDTH, WHOLE},
                                 {"bytes a step", (uint64_t)o->batch, WHOLE},
-                                {"report every", REPORT_EVERY, WHOLE},
+                                {"--report", (uint64_t)o->report, WHOLE},
                                 {"held-out batches", HELD_BATCHES, WHOLE},
                                 {"--steps", (uint64_t)o->steps, WHOLE},
                                 {"--experts", (uint64_t)o->experts, WHOLE},
@@ -356,7 +356,7 @@ static const uint8_t *get_array(const ranks *r, const uint8_t *from, const weigh
     return from + 4 * all;
 }
 
-static void take(trainer *t, const uint8_t *from)
+static int take(trainer *t, const uint8_t *from)
 {
     trainer_state *s = &t->state;
     s->step = (int64_t)get(from, 8);
@@ -365,13 +365,16 @@ static void take(trainer *t, const uint8_t *from)
     s->bits[DENSE] = real_of(get(from + 24, 8));
     s->balance_loss = real_of(get(from + 32, 8));
     from += 8 * STATE_WORDS;
-    for (int i = 0; i < MODELS; i++)
+    for (int i = 0; i < MODELS; i++) {
         for (int j = 0; j < t->models[i].parameter_count; j++) {
             weights *w = &t->models[i].parameters[j];
             from = get_array(t->ranks, from, w, w->data);
             from = get_array(t->ranks, from, w, w->mean);
             from = get_array(t->ranks, from, w, w->square);
         }
+        if (model_place(&t->models[i]) != 0) return -1;
+    }
+    return 0;
 }
 
 static int check_step(const trainer *t, const char *path, const uint8_t *bytes)
@@ -404,7 +407,7 @@ int checkpoint_load(trainer *t, const char *path)
     if (ranks_agree(t->ranks, first && !bytes ? -1 : 0) != 0) return -1;
     if (!bytes) bytes = malloc(size);
     int bad = bytes ? ranks_broadcast(t->ranks, bytes, (int64_t)size) : out_of_memory(path, size);
-    if (bad == 0) take(t, bytes + HEAD_BYTES + 8 * FIELDS);
+    if (bad == 0) bad = take(t, bytes + HEAD_BYTES + 8 * FIELDS);
     free(bytes);
     return bad;
 }

@@ -57,8 +57,10 @@ static void print_parameters(const trainer *t)
         if (t->used[i])
             printf(" %s %.2f M;", i == MOE ? "MoE" : "dense",
                    (double)model_count_parameters(&t->models[i]) / 1e6);
-    printf(" %d steps of %d bytes, %d bytes of context, %d threads\n\n", (int)t->options->steps,
-           (int)t->options->batch, CONTEXT, (int)moe_context_threads(t->context));
+    printf(" %d steps of %d bytes, %d bytes of context, ", (int)t->options->steps,
+           (int)t->options->batch, CONTEXT);
+    device_print(t->context);
+    printf("\n\n");
 }
 
 /* n things of P ranks, each of which has the smallest or one more. */
@@ -76,7 +78,10 @@ static void print_ranks(const options *o, const ranks *r)
     if (r->size == 1) return;
     printf("%d ranks of ", (int)r->size);
     print_shares(o->experts, r->size, "experts and ");
-    print_shares(o->batch, r->size, "bytes of a step; results are those of one rank");
+    print_shares(o->batch, r->size, "bytes of a step; results are ");
+    /* a GPU sums a gate's gradient over as many bytes as it is given, a rank or all */
+    if (moe_context_backend(r->context) != MOE_BACKEND_CPU) printf("near ");
+    printf("those of one rank");
     printf("\nwith --groups %d\n", (int)r->size);
 }
 

@@ -130,6 +130,12 @@ void model_own_bytes(const model *m, int64_t tokens, int64_t *first, int64_t *co
     *count = ranks_share(tokens, P, rank + 1) - *first;
 }
 
+/* Of a batch on one rank: rank 0's, the most. */
+static int64_t most_tokens(const model *m)
+{
+    return ranks_share(m->options.tokens, m->ranks->size, 1);
+}
+
 static int add_weights(model *m, const weights *new)
 {
     if (m->parameter_count == MODEL_MAX_PARAMETERS) {
@@ -151,6 +157,13 @@ static int add_sum(model *m, weights *w)
     return w->sum ? 0 : out_of_memory();
 }
 
+/* The host's arrays for those of a layer. */
+static int take_home(weights *w)
+{
+    if (device_host(&w->data, w->layer_data, floats_bytes(w->count)) != 0) return -1;
+    return device_host(&w->grad, w->layer_grad, floats_bytes(w->count));
+}
+
 /* Every parameter of a layer joins the list the optimizer walks. */
 static int add_layer(model *m, network *n)
 {
@@ -159,13 +172,19 @@ static int add_layer(model *m, network *n)
         moe_parameter_record p;
         TRY(moe_parameter_record_init(&p, sizeof p));
         TRY(moe_layer_parameter(n->layer, i, &p));
-        weights w = {p.name, p.data, p.grad, .count = p.element_count, .parts = 1, .all_parts = 1};
+        weights w = {.name = p.name,
+                     .layer_data = p.data,
+                     .layer_grad = p.grad,
+                     .count = p.element_count,
+                     .parts = 1,
+                     .all_parts = 1};
         if (n->gate && strncmp(p.name, "experts.", 8) == 0) {
             w.parts = model_experts(m, m->ranks->rank);
             w.all_parts = m->options.experts;
         }
         if (add_weights(m, &w) != 0) return -1;
-        if (!n->gate && add_sum(m, &m->parameters[m->parameter_count - 1]) != 0) return -1;
+        weights *added = &m->parameters[m->parameter_count - 1];
+        if (take_home(added) != 0 || (!n->gate && add_sum(m, added) != 0)) return -1;
     }
     n->weights_count = m->parameter_count - n->first_weights;
     return 0;
@@ -181,6 +200,15 @@ static int make_passes(const model *m, network *n)
     return 0;
 }
 
+static int make_rooms(const model *m, network *n)
+{
+    int64_t T = most_tokens(m);
+    if (device_room(&n->x, floats_bytes(T * n->in)) != 0) return -1;
+    if (device_room(&n->y, floats_bytes(T * n->out)) != 0) return -1;
+    if (device_room(&n->dy, floats_bytes(T * n->out)) != 0) return -1;
+    return device_room(&n->dx, floats_bytes(T * n->in));
+}
+
 /* The layer of a pool, and of a gate if the network has one: then the ranks share its experts, and
  * the losses that spread the load are of the bytes of all ranks, as the paper's are of a batch. */
 static int make_layer(model *m, network *n, uint64_t seed)
@@ -192,7 +220,8 @@ static int make_layer(model *m, network *n, uint64_t seed)
     if (n->gate) l.comm = m->comm, l.loss_batch = MOE_BATCH_GLOBAL;
     TRY(moe_layer_create(&n->layer, &l));
     TRY(moe_layer_init_parameters(n->layer, seed));
-    return make_passes(m, n) != 0 ? -1 : add_layer(m, n);
+    if (make_passes(m, n) != 0 || make_rooms(m, n) != 0) return -1;
+    return add_layer(m, n);
 }
 
 static int make_pool(network *n, moe_context *context, const moe_experts_config *e)
@@ -231,7 +260,7 @@ static float *floats(int64_t count) { return calloc((size_t)count, sizeof(float)
 
 static int make_buffers(model *m)
 {
-    int64_t T = ranks_share(m->options.tokens, m->ranks->size, 1); /* rank 0's, the most */
+    int64_t T = most_tokens(m);
     m->touched = calloc((size_t)m->options.experts, 1);
     m->x = floats(T * CONTEXT * EMBED), m->dx = floats(T * CONTEXT * EMBED);
     m->h = floats(T * WIDTH), m->dh = floats(T * WIDTH);
@@ -279,6 +308,10 @@ static void destroy_network(network *n)
 {
     for (int64_t g = 0; g < n->passes; g++) moe_pass_destroy(n->pass[g]);
     free(n->pass);
+    device_free(n->x);
+    device_free(n->y);
+    device_free(n->dy);
+    device_free(n->dx);
     moe_layer_destroy(n->layer);
     moe_experts_destroy(n->pool);
     moe_gate_destroy(n->gate);
@@ -295,6 +328,9 @@ void model_destroy(model *m)
         free(m->parameters[i].mean);
         free(m->parameters[i].square);
         free(m->parameters[i].sum);
+        if (!m->parameters[i].layer_data) continue;
+        device_host_free(m->parameters[i].data);
+        device_host_free(m->parameters[i].grad);
     }
     destroy_network(&m->input);
     destroy_network(&m->middle);
@@ -332,6 +368,15 @@ int model_update(model *m, int64_t step, double rate)
         int64_t part = w->count / w->parts;
         for (int64_t e = 0; e < w->parts; e++)
             if (w->all_parts == 1 || m->touched[e]) adam(w, e * part, (e + 1) * part, size);
+    }
+    return model_place(m);
+}
+
+int model_place(const model *m)
+{
+    for (int i = 0; i < m->parameter_count; i++) {
+        const weights *w = &m->parameters[i];
+        if (w->layer_data && !device_in(w->layer_data, w->data, floats_bytes(w->count))) return -1;
     }
     return 0;
 }

@@ -18,11 +18,17 @@
 #ifndef DEMO_MODEL_H
 #define DEMO_MODEL_H
 
+#include "device.h"
 #include "ranks.h"
 
 #include <moe/moe.h>
 
-enum { CONTEXT = 16, EMBED = 16, WIDTH = 128, BYTES = 256, TOKENS = 1024, MOST_GROUPS = 1024 };
+#ifndef DEMO_TOKENS
+#define DEMO_TOKENS 1024 /* few in a test on emulated GPUs */
+#endif
+
+enum { CONTEXT = 16, EMBED = 16, WIDTH = 128, BYTES = 256, TOKENS = DEMO_TOKENS };
+enum { MOST_GROUPS = 1024 };
 
 typedef struct model_options {
     int64_t experts, top_k, hidden; /* of the MoE layer */
@@ -33,11 +39,12 @@ typedef struct model_options {
     double balance; /* weight of the losses that spread the load */
 } model_options;
 
-/* One array of parameters with its gradient and Adam's two moments. */
+/* One array of parameters with its gradient and Adam's two moments, of the host. */
 typedef struct weights {
     const char *name;
     float *data, *grad, *mean, *square;
     float *sum; /* of the gradients of groups; NULL where the library sums, or one group */
+    float *layer_data, *layer_grad; /* where the layer has them; NULL: no layer's */
     int64_t count, parts; /* parts: experts, if each can be left untouched by a step; else 1 */
     int64_t all_parts;    /* of all ranks; the rank may have one of several */
 } weights;
@@ -49,6 +56,7 @@ typedef struct network {
     moe_experts *pool;
     moe_layer *layer;
     moe_pass **pass;
+    float *x, *y, *dy, *dx;           /* rooms where it computes, see device.h */
     int64_t passes, in, out;          /* in, out: width of its rows */
     int first_weights, weights_count; /* of the model's parameters */
 } network;
@@ -113,6 +121,11 @@ int model_run(model *m, const batch *b, model_result *result);
 /* One step of Adam (Kingma & Ba 2015). Experts that met no token in the last model_run keep their
  * parameters and their moments. */
 int model_update(model *m, int64_t step, double rate);
+
+/* Hands parameters that the host has changed to the layers. */
+int model_place(const model *m);
+
+static inline int64_t floats_bytes(int64_t count) { return count * (int64_t)sizeof(float); }
 
 /* The message of a library call that failed. */
 int model_failed(const char *call);

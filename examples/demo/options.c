@@ -28,6 +28,7 @@ static const char USAGE[] =
     "  --seed N         of parameters, batches and noise (default 1)\n"
     "  --threads N      of each rank; 0, the default: as many as the machine gives, 1 on ranks\n"
     "  --only moe|dense train one of the two\n"
+    "  --report N       steps between reports (default %d)\n"
     "  --log FILE       write a CSV row at every report\n"
     "  --save FILE      write a checkpoint at the end and when interrupted\n"
     "  --save-every N   and after every N steps\n"
@@ -43,6 +44,7 @@ static const options DEFAULTS = {
     .hidden = 256,
     .batch = TOKENS,
     .seed = 1,
+    .report = 25,
     .rate = 4e-3,
     .balance = 0.02,
 };
@@ -50,7 +52,8 @@ static const options DEFAULTS = {
 static void usage(void)
 {
     printf(USAGE, DEMO_STEPS, SWEEP_STEPS, (int)DEFAULTS.experts, (int)DEFAULTS.top_k,
-           (int)DEFAULTS.hidden, TOKENS, DEFAULTS.rate, DEFAULTS.balance);
+           (int)DEFAULTS.hidden, TOKENS, DEFAULTS.rate, DEFAULTS.balance, (int)DEFAULTS.report);
+    printf("%s", ranks_usage);
 }
 
 /* A whole number in [low, high]. */
@@ -109,6 +112,7 @@ static int read_option(options *o, int which, const char *value)
     case 'u': return read_name("resume", value, &o->resume);
     case 's': return read_number("steps", value, 1, 10000000, &o->steps);
     case 'v': return read_number("save-every", value, 1, 10000000, &o->save_every);
+    case 'i': return read_number("report", value, 1, 10000000, &o->report);
     case 'e': return read_number("experts", value, 1, 4096, &o->experts);
     case 'k': return read_number("top-k", value, 1, 4096, &o->top_k);
     case 'n': return read_number("hidden", value, 1, 65536, &o->hidden);
@@ -181,6 +185,7 @@ int options_read(options *o, const ranks *r, int argc, char **argv)
                                           {"balance", required_argument, NULL, 'a'},
                                           {"no-balance", no_argument, NULL, 'b'},
                                           {"only", required_argument, NULL, 'o'},
+                                          {"report", required_argument, NULL, 'i'},
                                           {"log", required_argument, NULL, 'l'},
                                           {"save", required_argument, NULL, 'w'},
                                           {"save-every", required_argument, NULL, 'v'},

@@ -12,6 +12,7 @@ typedef struct options {
     const char *file;                /* text: a file or a directory */
     const char *log, *save, *resume; /* NULL: not asked for */
     int64_t steps, save_every;       /* save_every 0: at the end only */
+    int64_t report;                  /* steps between reports */
     int64_t experts, top_k, hidden;
     int64_t batch, groups; /* bytes of a step, and in how many groups */
     uint64_t seed;

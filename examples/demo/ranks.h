@@ -1,8 +1,8 @@
 /* ranks.h - the processes that train together. Each holds a share of the experts and of every
  * batch, and all else alike.
  *
- * Two files make ranks_begin, ranks_end and ranks_join: ranks_none.c, for a program of one process,
- * and ranks_mpi.c. Every rank makes every call below in the same order; with one rank they cost
+ * Three files make ranks_begin, ranks_end and ranks_join: ranks_none.c, for a program of one process,
+ * ranks_mpi.c, and ranks_nccl.c for GPUs. Every rank makes every call below in the same order; with one rank they cost
  * nothing. Sums are formed in order of rank, so that they are the bytes of one rank that adds the
  * same parts in the same order. */
 #ifndef DEMO_RANKS_H
@@ -16,10 +16,14 @@ typedef struct ranks {
     moe_context *context;
     moe_comm *comm; /* may be NULL with one rank */
     int32_t rank, size;
+    void *group; /* what the transport calls them; NULL where it needs nothing */
 } ranks;
 
-/* Before the command line is read: MPI may take words from it. Only rank 0 has an output
- * afterwards.
+/* What ranks_begin takes from the command line, as lines of the usage; may be "". */
+extern const char ranks_usage[];
+
+/* Before the command line is read: MPI and `--gpus` are words of it that are taken away. Only rank 0
+ * has an output afterwards. A program that starts its ranks itself returns in them alone.
  * Returns 0, or -1 with a message on stderr. */
 int ranks_begin(ranks *r, int *argc, char ***argv);
 /* `code` is the program's exit code. Where ranks did not fail together this ends them all. */

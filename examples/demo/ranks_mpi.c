@@ -10,6 +10,8 @@
 #include <stdio.h>
 #include <string.h>
 
+const char ranks_usage[] = "";
+
 static int make_group(ranks *r)
 {
     moe_context_config c;

@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+const char ranks_usage[] = "";
+
 int ranks_begin(ranks *r, int *argc, char ***argv)
 {
     (void)argc, (void)argv;

@@ -115,12 +115,23 @@ static void add_group_of(const model *m, const network *n, int64_t group)
         add_group(&m->parameters[n->first_weights + i], group, m->groups);
 }
 
+/* A layer's gradients come to the host. */
+static int fetch_gradients(const model *m, const network *n)
+{
+    for (int i = 0; i < n->weights_count; i++) {
+        const weights *w = &m->parameters[n->first_weights + i];
+        if (device_back(w->grad, w->layer_grad, floats_bytes(w->count)) != 0) return -1;
+    }
+    return 0;
+}
+
 /* Sums over the ranks: those of a layer with a gate by the library, which leaves each rank its own
  * experts. */
 static int reduce(const model *m)
 {
     const network *gated = m->middle.gate ? &m->middle : NULL;
     if (gated) TRY(moe_layer_reduce_gradients(gated->layer, NULL));
+    if (gated && fetch_gradients(m, gated) != 0) return -1;
     for (int i = 0; i < m->parameter_count; i++) {
         const weights *w = &m->parameters[i];
         if (gated && i >= gated->first_weights && i < gated->first_weights + gated->weights_count)
@@ -136,6 +147,9 @@ static int reduce(const model *m)
 static int network_forward(const network *n, const part *p, const float *x, float *y)
 {
     moe_forward_args f;
+    const float *in = device_in(n->x, x, floats_bytes(p->tokens * n->in));
+    float *out = device_out(n->y, y);
+    if (!in) return -1;
     TRY(moe_forward_args_init(&f, sizeof f));
     f.flags = p->batch->train ? MOE_FORWARD_TRAIN : MOE_FORWARD_NO_SAVE;
     f.step = p->batch->step;
@@ -144,30 +158,35 @@ static int network_forward(const network *n, const part *p, const float *x, floa
         int64_t end = n->gate ? p->tokens : p->group_begin[i + 1];
         f.token_first = p->first + begin;
         f.tokens = end - begin;
-        f.x = x + begin * n->in;
-        f.y = y + begin * n->out;
+        f.x = in + begin * n->in;
+        f.y = out + begin * n->out;
         if (n->gate) {
             f.groups = p->groups;
             f.group_begin = p->group_begin;
         }
         TRY(moe_layer_forward(n->layer, n->pass[i], &f));
     }
-    return 0;
+    return device_back(y, out, floats_bytes(p->tokens * n->out));
 }
 
 static int network_backward(const model *m, const network *n, const part *p, const float *dy,
                             float *dx)
 {
     moe_backward_args b;
+    const float *in = device_in(n->dy, dy, floats_bytes(p->tokens * n->out));
+    float *out = device_out(n->dx, dx);
+    if (!in) return -1;
     TRY(moe_backward_args_init(&b, sizeof b));
     b.flags = MOE_BACKWARD_OVERWRITE;
     for (int64_t i = 0; i < n->passes; i++) {
-        b.dy = dy + p->group_begin[i] * n->out;
-        b.dx = dx + p->group_begin[i] * n->in;
+        b.dy = in + p->group_begin[i] * n->out;
+        b.dx = out + p->group_begin[i] * n->in;
         TRY(moe_layer_backward(n->layer, n->pass[i], &b));
+        if (n->gate) continue; /* the library sums */
+        if (fetch_gradients(m, n) != 0) return -1;
         add_group_of(m, n, i);
     }
-    return 0;
+    return device_back(dx, out, floats_bytes(p->tokens * n->in));
 }
 
 /* ---- the whole ------------------------------------------------------------------------------- */
@@ -201,7 +220,7 @@ static int balance_loss(const model *m, double *loss)
     return 0;
 }
 
-int model_run(model *m, const batch *b, model_result *result)
+static int run(model *m, const batch *b, model_result *result)
 {
     part p = {.batch = b, .text = b->text, .groups = m->groups};
     model_own_bytes(m, b->tokens, &p.first, &p.tokens);
@@ -218,4 +237,13 @@ int model_run(model *m, const batch *b, model_result *result)
     if (mean_bits(m, &p, &result->bits) != 0) return -1;
     if (balance_loss(m, &result->balance_loss) != 0) return -1;
     return b->train ? run_backward(m, &p) : 0;
+}
+
+/* A rank that fails here may be the only one: then the group ends, so that no rank, and no GPU,
+ * waits for what will not come. */
+int model_run(model *m, const batch *b, model_result *result)
+{
+    int failed = run(m, b, result);
+    if (failed) moe_comm_abort(m->comm);
+    return failed;
 }

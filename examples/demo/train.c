@@ -22,7 +22,7 @@ static void print_progress(const trainer *t, const held_out *held, const stopwat
     const trainer_state *s = &t->state;
     int64_t done = s->step - watch->step_before, left = t->options->steps - s->step;
     double elapsed = trainer_clock() - watch->begin;
-    int64_t every = REPORT_EVERY * (1 + t->options->steps / (50 * REPORT_EVERY));
+    int64_t often = t->options->report, every = often * (1 + t->options->steps / (50 * often));
     int tty = ranks_terminal(t->ranks),
         seconds = (int)(elapsed / (double)done * (double)left + 0.5);
     if (!tty && s->step % every != 0 && left > 0) return;
@@ -63,7 +63,7 @@ static int run_steps(trainer *t, log_file *log, const stopwatch *watch)
         if (came) return TRAIN_INTERRUPTED;
         if (trainer_step(t) != 0) return TRAIN_FAILED;
         int64_t step = t->state.step;
-        if ((step % REPORT_EVERY == 0 || step == o->steps) && report(t, log, watch) != 0)
+        if ((step % o->report == 0 || step == o->steps) && report(t, log, watch) != 0)
             return TRAIN_FAILED;
         if (o->save_every > 0 && step % o->save_every == 0 && step < o->steps &&
             checkpoint_save(t, o->save) != 0)

@@ -35,15 +35,12 @@ double trainer_clock(void)
 
 int trainer_create(trainer *t, const options *o, const text *corpus, const ranks *r)
 {
-    moe_context_config c;
     memset(t, 0, sizeof *t);
     t->options = o;
     t->text = corpus;
     t->ranks = r;
     t->state.random = o->seed;
-    TRY(moe_context_config_init(&c, sizeof c));
-    c.threads = o->threads;
-    TRY(moe_context_create(&t->context, &c));
+    if (device_context(&t->context, o->threads) != 0) return -1;
     if (ranks_join(r, t->context, &t->comm) != 0) return -1;
     for (int i = 0; i < MODELS; i++) {
         model_options m = {.experts = o->experts,
@@ -117,13 +114,26 @@ int trainer_step(trainer *t)
 
 /* ---- held-out text --------------------------------------------------------------------------- */
 
+/* A copy of what a layer shows, wherever that is; the caller's to free. NULL on failure. */
+static void *copy_of(const void *shown, int64_t bytes)
+{
+    void *copy = malloc((size_t)bytes + 1);
+    if (!copy) fprintf(stderr, "out of memory\n");
+    if (copy && device_back(copy, shown, bytes) == 0) return copy;
+    free(copy);
+    return NULL;
+}
+
 /* Adds how many bytes of the batch each expert had: the layer counts those of all ranks. */
 static int count_entries(const trainer *t, double *counts)
 {
     moe_tensor_view v;
     TRY(moe_tensor_view_init(&v, sizeof v));
     TRY(moe_pass_tensor(t->models[MOE].middle.pass[0], MOE_TENSOR_COUNTS, &v));
-    for (int64_t e = 0; e < v.shape[0]; e++) counts[e] += (double)((const int64_t *)v.data)[e];
+    int64_t *entries = copy_of(v.data, v.shape[0] * (int64_t)sizeof *entries);
+    if (!entries) return -1;
+    for (int64_t e = 0; e < v.shape[0]; e++) counts[e] += (double)entries[e];
+    free(entries);
     return 0;
 }
 
@@ -138,16 +148,20 @@ static int count_classes(const trainer *t, const int64_t *positions, double *by_
     TRY(moe_pass_plan(t->models[MOE].middle.pass[0], &plan));
     TRY(moe_plan_view_init(&v, sizeof v));
     TRY(moe_plan_get(plan, &v));
-    for (int64_t token = 0; token < v.tokens; token++) {
+    int64_t *begin = copy_of(v.token_begin, (v.tokens + 1) * (int64_t)sizeof *begin);
+    int32_t *expert = copy_of(v.expert_of_entry, v.entries * (int64_t)sizeof *expert);
+    for (int64_t token = 0; begin && expert && token < v.tokens; token++) {
         int read = class_of_byte(t->text->bytes[positions[first + token] - 1]);
         int next = class_of_byte(t->text->bytes[positions[first + token]]);
-        for (int64_t i = v.token_begin[token]; i < v.token_begin[token + 1]; i++) {
-            int64_t e = v.expert_of_entry[i];
-            by_read[e * CLASSES + read]++;
-            by_next[e * CLASSES + next]++;
+        for (int64_t i = begin[token]; i < begin[token + 1]; i++) {
+            by_read[expert[i] * CLASSES + read]++;
+            by_next[expert[i] * CLASSES + next]++;
         }
     }
-    return 0;
+    int failed = !begin || !expert;
+    free(begin);
+    free(expert);
+    return failed ? -1 : 0;
 }
 
 /* What the last batch adds to the counts; tables may be NULL. */

@@ -90,6 +90,20 @@ $(EMU_USER)/bench_cuda: $(BENCH_CUDA_SOURCES) tests/bench/cuda.h $(EMU_CUDA_OBJE
 	$(CC) -std=c11 $(EXAMPLE_FLAGS) -O2 -isystem $(CUDA_INCLUDE) $(BENCH_CUDA_SOURCES) $(BENCH_CUDA_WRAP) \
 	    $(EMU_CUDA_OBJECTS_plain) $(LIB)/libmoe.a $(EMU_LINK) -ldl -o $@
 
+# The demo on the host, on a GPU and on several, with little held-out text to measure on.
+EMU_DEMO_FLAGS = $(DEMO_FLAGS) -DDEMO_TOKENS=32 -DDEMO_HELD=1 -isystem $(CUDA_INCLUDE)
+$(EMU_USER)/demo: $(DEMO) $(DEMO_HEADERS) $(EMU_MOE)
+	@mkdir -p $(@D)
+	$(CC) $(EMU_DEMO_FLAGS) $(DEMO) $(EMU_MOE) -lm -pthread -o $@
+EMU_DEMO_CUDA := $(subst device_none,device_cuda,$(subst ranks_none,ranks_nccl,$(DEMO)))
+$(EMU_USER)/demo_cuda: $(EMU_DEMO_CUDA) $(DEMO_HEADERS) $(EMU_NCCL_OBJECTS_plain) $(EMU_LINKED_plain) $(EMU_NCCL)
+	@mkdir -p $(@D)
+	$(CC) $(EMU_DEMO_FLAGS) $(EMU_DEMO_CUDA) $(EMU_NCCL_OBJECTS_plain) $(EMU_CUDA_OBJECTS_plain) $(EMU_MOE) \
+	    -L$(EMU)/lib -lnccl $(EMU_LINK_plain) -ldl -o $@
+.PHONY: check-demo-cuda
+check-demo-cuda: $(if $(EMU_NCCL),$(EMU_USER)/demo $(EMU_USER)/demo_cuda)
+	@$(RUN_ALONE) "sh tests/cuda/check_demo_cuda.sh $(EMU_USER)"
+
 # libmoe_nccl against the real NCCL, the rest emulated: nothing of NCCL's is called without a GPU.
 $(EMU_USER)/libmoe_nccl.so: $(EMU_NCCL_OBJECTS_plain) $(EMU_USER)/libmoe_cuda.so src/comm/libmoe_nccl.map
 	$(CC) -shared -Wl,-soname,$(NCCL_SONAME) -Wl,--version-script=src/comm/libmoe_nccl.map -Wl,-z,defs -o $@ \
