@@ -109,6 +109,12 @@ $(EMU_USER)/libmoe_nccl.so: $(EMU_NCCL_OBJECTS_plain) $(EMU_USER)/libmoe_cuda.so
 	$(CC) -shared -Wl,-soname,$(NCCL_SONAME) -Wl,--version-script=src/comm/libmoe_nccl.map -Wl,-z,defs -o $@ \
 	    $(EMU_NCCL_OBJECTS_plain) -L$(EMU_USER) -lmoe_cuda -L$(LIB) -lmoe -L$(NCCL_LIB) -lnccl -L$(EMU)/lib -lcudart \
 	    -ldl -pthread
+# The same with the fake one, for Python.
+$(EMU_USER)/fake/libmoe_nccl.so: $(EMU_NCCL_OBJECTS_plain) $(EMU_USER)/libmoe_cuda.so $(EMU_NCCL) src/comm/libmoe_nccl.map
+	@mkdir -p $(@D)
+	$(CC) -shared -Wl,-soname,$(NCCL_SONAME) -Wl,--version-script=src/comm/libmoe_nccl.map -Wl,-z,defs -o $@ \
+	    $(EMU_NCCL_OBJECTS_plain) -L$(EMU_USER) -lmoe_cuda -L$(LIB) -lmoe -L$(EMU)/lib -lnccl -lcudart $(EMU_USER_RPATH) \
+	    -ldl -pthread
 .PHONY: check-nccl-links
 ifneq ($(wildcard $(NCCL_LIB)/libnccl.so),)
 check-nccl-links: $(EMU_USER)/libmoe_nccl.so
@@ -119,7 +125,10 @@ check-nccl-links:
 endif
 
 EMU_BENCH := $(EMU_USER)/bench_cuda shape=tiny tokens=24 dtype=f32,bf16 rounds=1
-check-cuda-users: $(EMU_USER)/13_cuda $(EMU_USER)/bench_cuda
+check-cuda-users: $(EMU_USER)/13_cuda $(EMU_USER)/bench_cuda $(if $(EMU_NCCL),$(EMU_USER)/fake/libmoe_nccl.so)
 	@$(RUN) "sh tests/cuda/check_example.sh $(EMU_USER)/13_cuda" "$(EMU_BENCH)" "$(EMU_BENCH) mode=padded" \
 	    "env PYTHONPATH=examples/python MOE_CUDA_LIB=$(abspath $(EMU_USER))/libmoe_cuda.so $(PYTHON) -m pytest -q \
-	        -p no:cacheprovider tests/python/test_cuda.py"
+	        -p no:cacheprovider tests/python/test_cuda.py" \
+	    $(if $(EMU_NCCL),"env PYTHONPATH=examples/python MOE_CUDA_LIB=$(abspath $(EMU_USER))/libmoe_cuda.so \
+	        MOE_NCCL_LIB=$(abspath $(EMU_USER))/fake/libmoe_nccl.so $(PYTHON) -m pytest -q -p no:cacheprovider \
+	        tests/python/test_nccl.py")

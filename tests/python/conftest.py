@@ -65,6 +65,18 @@ def safetensors():
 
 
 @pytest.fixture(scope="session")
+def gpu():
+    """A context on the device, or the reason why there is none."""
+    try:
+        moe.load_cuda(os.environ.get("MOE_CUDA_LIB"))
+        return moe.CudaContext()
+    except (ImportError, moe.DeviceFailed, moe.NotSupported) as error:
+        if os.environ.get("MOE_CUDA_LIB"):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def script():
     """Runs Python source in a process of its own and gives what it printed."""
 

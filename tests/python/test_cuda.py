@@ -11,50 +11,9 @@ import moe
 from moe import _abi, _library
 
 np = pytest.importorskip("numpy")
+from on_device import There  # noqa: E402
+
 T, D, F, E = 12, 8, 6, 4
-
-
-@pytest.fixture(scope="session")
-def gpu():
-    """A context on the device, or the reason why there is none."""
-    try:
-        moe.load_cuda(os.environ.get("MOE_CUDA_LIB"))
-        return moe.CudaContext()
-    except (ImportError, moe.DeviceFailed, moe.NotSupported) as error:
-        if os.environ.get("MOE_CUDA_LIB"):
-            raise
-        pytest.skip(str(error))
-
-
-class There:
-    """An array on the device, made by the runtime that the library has loaded."""
-
-    def __init__(self, values):
-        self.values = np.ascontiguousarray(values)
-        self.shape, self.size = self.values.shape, self.values.nbytes
-        place = ctypes.c_void_p()
-        self.runtime = moe.load_cuda()
-        assert self.runtime.cudaMalloc(ctypes.byref(place), ctypes.c_size_t(self.size)) == 0
-        self.address = place.value
-        self.copy(self.address, self.values.ctypes.data)
-
-    def copy(self, to, source):
-        size = ctypes.c_size_t(self.size)
-        assert self.runtime.cudaDeviceSynchronize() == 0
-        assert self.runtime.cudaMemcpy(ctypes.c_void_p(to), ctypes.c_void_p(source), size, 4) == 0
-
-    def host(self):
-        found = np.empty_like(self.values)
-        self.copy(found.ctypes.data, self.address)
-        return found
-
-    @property
-    def __cuda_array_interface__(self):
-        return {"shape": self.shape, "typestr": self.values.dtype.str, "version": 3,
-                "data": (self.address, False)}  # fmt: skip
-
-    def __del__(self):
-        self.runtime.cudaFree(ctypes.c_void_p(self.address))
 
 
 def numbers(seed, *shape):

@@ -81,6 +81,7 @@ from ._library import (
     library_path,
     load,
     load_cuda,
+    load_nccl,
     version,
 )
 from ._preset import Preset, describe, preset, presets
@@ -117,6 +118,6 @@ __all__ = [
     "Shard", "SizeOverflow", "Stat", "Stats", "Status", "Storage", "SystemRefused", "Tensor",
     "Time", "Values", "WeightLayout", "WeightOn", "World", "check_gradients", "constant",
     "cv_squared", "describe", "experts_config", "flops", "gate_config", "io", "layer_config",
-    "library_path", "load", "load_cuda", "memory", "noise4", "preset", "presets",
+    "library_path", "load", "load_cuda", "load_nccl", "memory", "noise4", "preset", "presets",
     "selection_bias_step", "version",
 ]  # fmt: skip

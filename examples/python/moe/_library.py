@@ -15,7 +15,13 @@ from typing import Any, Dict, List, Mapping, NoReturn, Optional, Tuple, Type, Ty
 
 from . import _abi
 from ._constants import Status
-from ._prototypes import CUDA_PROTOTYPES, IO_PROTOTYPES, MPI_PROTOTYPES, PROTOTYPES
+from ._prototypes import (
+    CUDA_PROTOTYPES,
+    IO_PROTOTYPES,
+    MPI_PROTOTYPES,
+    NCCL_PROTOTYPES,
+    PROTOTYPES,
+)
 
 NEEDED_VERSION = (0, 1, 0)
 SYSTEM_NAME = "libmoe.so.0"
@@ -202,8 +208,6 @@ _io: Optional[ctypes.CDLL] = None
 _io_path = ""
 _mpi: Optional[ctypes.CDLL] = None
 _mpi_path = ""
-_cuda: Optional[ctypes.CDLL] = None
-_cuda_path = ""
 _NO_IO = (
     "It is built where jansson is: install that (Debian: apt-get install libjansson-dev "
     "pkg-config), then run pip install again, or make in the source tree"
@@ -211,6 +215,10 @@ _NO_IO = (
 _NO_MPI = "make builds it in the source tree where that MPI's mpicc is; a path will do as well"
 _NO_CUDA = (
     "make builds it in the source tree where the CUDA toolkit is; give its path to moe.load_cuda()"
+)
+_NO_NCCL = (
+    "make builds it in the source tree where the CUDA toolkit and nccl.h are; give its path to "
+    "moe.load_nccl()"
 )
 
 
@@ -279,33 +287,59 @@ def load_mpi(name: str) -> None:
             raise ImportError(f"{path}: {_mpi_path} is loaded already")
 
 
-def load_cuda(path: Union[str, "os.PathLike[str]", None] = None) -> Any:
+_Path = Union[str, "os.PathLike[str]", None]
+
+
+class _Module:
+    """A module library that is loaded once; a second path is refused."""
+
+    def __init__(self, name: str, prototypes: _Prototypes, advice: str) -> None:
+        self.name, self.prototypes, self.advice = name, prototypes, advice
+        self.loaded: Optional[ctypes.CDLL] = None
+        self.path = ""
+
+    def load(self, path: _Path) -> ctypes.CDLL:
+        if self.loaded is not None and path is None:  # without the lock: finalizers come here
+            return self.loaded
+        library()  # first, so that the module finds this one
+        place = _find_module(self.name) if path is None else os.fspath(path)
+        with _module_lock:
+            if self.loaded is None:
+                self.loaded = _open_module(place, self.prototypes, self.advice)
+                self.path = place
+            elif not _is_at(self.loaded, place):
+                raise ImportError(f"{place}: {self.path} is loaded already")
+            return self.loaded
+
+
+_cuda = _Module("libmoe_cuda", CUDA_PROTOTYPES, _NO_CUDA)
+_nccl = _Module("libmoe_nccl", NCCL_PROTOTYPES, _NO_NCCL)
+
+
+def load_cuda(path: _Path = None) -> Any:
     """Load libmoe_cuda: from `path`, from beside libmoe, or by its soname from the system. Once: a
     second path is refused."""
-    global _cuda, _cuda_path
-    if _cuda is not None and path is None:  # without the lock: finalizers come here
-        return _cuda
-    library()  # first, so that the module finds this one
-    place = _find_module("libmoe_cuda") if path is None else os.fspath(path)
-    with _module_lock:
-        if _cuda is None:
-            _cuda = _open_module(place, CUDA_PROTOTYPES, _NO_CUDA)
-            _cuda_path = place
-        elif not _is_at(_cuda, place):
-            raise ImportError(f"{place}: {_cuda_path} is loaded already")
-        return _cuda
+    return _cuda.load(path)
+
+
+def load_nccl(path: _Path = None) -> Any:
+    """Load libmoe_nccl, and libmoe_cuda before it, in the same way."""
+    load_cuda()
+    return _nccl.load(path)
 
 
 def cuda_library_path() -> str:
     """The file libmoe_cuda was loaded from."""
     load_cuda()
-    return _cuda_path
+    return _cuda.path
 
 
 def function(name: str) -> Any:
     """A function of libmoe or of a module library. Of MPI's after load_mpi()."""
     if name in CUDA_PROTOTYPES:
         return getattr(load_cuda(), name)
+    if name in NCCL_PROTOTYPES:
+        return getattr(load_nccl(), name)
     if name in IO_PROTOTYPES:
         return getattr(io_library(), name)
     return getattr(_mpi if name in MPI_PROTOTYPES else library(), name)

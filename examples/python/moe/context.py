@@ -9,8 +9,9 @@ from typing import Any, Optional, Tuple
 
 from . import _abi, _callbacks, _config
 from ._constants import CUDA_CURRENT, Isa
+from ._device import stream_of
 from ._handle import Handle, Object
-from ._library import check, function, library, load_mpi
+from ._library import check, function, library, load_mpi, load_nccl
 
 
 class Context(Object):
@@ -148,8 +149,8 @@ def _loaded_mpi() -> str:
 
 
 class Comm(Object):
-    """An expert-parallel group: of one rank, one rank of a World, or over MPI. Every rank makes the
-    same calls in the same order."""
+    """An expert-parallel group: of one rank, one rank of a World, over MPI, or of GPUs over NCCL.
+    Every rank makes the same calls in the same order."""
 
     def __init__(
         self, context: Context, world: Optional[World] = None, rank: int = 0, timeout: float = 60
@@ -186,6 +187,44 @@ class Comm(Object):
         made = cls.__new__(cls)
         made._handle = handle.create(
             "moe_comm_create_mpi_f", context.handle.value, number, ctypes.byref(options)
+        )
+        return made
+
+    @classmethod
+    def from_nccl(
+        cls,
+        context: CudaContext,
+        comm: Any,
+        *,
+        duplicate: bool = False,
+        warm_up: bool = True,
+        stream: Any = None,
+        timeout: float = 60,
+    ) -> "Comm":
+        """The ranks of an NCCL communicator, each of which makes this call.
+
+        context    on the device of the communicator
+        comm       the ncclComm_t as a number or a ctypes.c_void_p; stays the caller's, who keeps it
+                   until the group is closed, or with duplicate until this call returns
+        duplicate  True: the group has a communicator of its own, and a failure lets its streams go on
+        warm_up    False: connections are made by the first exchange and not here
+        stream     for exchanges of the host's memory; None: one of the group's own
+        timeout    seconds that any wait may take
+
+        By libmoe_nccl, see load_nccl().
+        """
+        if isinstance(comm, ctypes.c_void_p):
+            comm = comm.value or 0
+        address = _config.number("comm", comm, ctypes.c_uint64)
+        fields = {"timeout": timeout, "duplicate": int(duplicate), "warm_up": int(warm_up)}
+        load_nccl()
+        config = _config.make(_abi.NcclConfig, fields)
+        config.comm, config.stream = address or None, stream_of(stream)
+        handle = Handle("comm")
+        handle.kept.update(context=context.handle, stream=stream)
+        made = cls.__new__(cls)
+        made._handle = handle.create(
+            "moe_comm_create_nccl", context.handle.value, ctypes.byref(config)
         )
         return made
 
