@@ -473,7 +473,8 @@ $(BUILD)/demo_cuda: $(DEMO_CUDA) $(DEMO_HEADERS) $(LIB)/libmoe.a $(LIB)/libmoe_c
 	    $(LIB)/libmoe_cuda.a $(LIB)/libmoe.a -L$(CUDA_LIB) -lcublas -lcudart -Wl,-rpath,$(CUDA_LIB) -lm -ldl -pthread -o $@
 ifneq ($(HAVE_CUDA),)
 demo-cuda: $(BUILD)/demo_cuda
-	$(BUILD)/demo_cuda $(if $(HAVE_NCCL)$(filter-out 1,$(GPUS)),--gpus $(GPUS)) $(DEMO_ARGS)
+	$(if $(HAVE_NCCL),,$(if $(filter-out 1,$(GPUS)),@echo 'GPUS=$(GPUS) needs NCCL: $(NO_NCCL_REASON)' >&2; exit 1))
+	$(BUILD)/demo_cuda $(if $(HAVE_NCCL),--gpus $(GPUS)) $(DEMO_ARGS)
 else
 demo-cuda:
 	@echo 'demo-cuda needs the CUDA toolkit: $(NO_CUDA_REASON)' >&2; exit 1

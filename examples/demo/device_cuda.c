@@ -38,12 +38,13 @@ int device_room(float **room, int64_t bytes)
 
 void device_free(float *room) { cudaFree(room); }
 
-static int wait(void)
+static int wait_for_gpu(void)
 {
     const struct timespec pause = {0, 20000};
     double begin = trainer_clock();
     cudaError_t status;
     while ((status = cudaStreamQuery(NULL)) == cudaErrorNotReady) {
+        cudaGetLastError(); /* being busy is no error of the next call */
         if (trainer_clock() - begin > WAIT_SECONDS) {
             fprintf(stderr, "the GPU did not come to an end in %d s\n", WAIT_SECONDS);
             return -1;
@@ -55,7 +56,7 @@ static int wait(void)
 
 static int copy(void *to, const void *from, int64_t bytes, enum cudaMemcpyKind kind)
 {
-    if (wait() != 0) return -1;
+    if (wait_for_gpu() != 0) return -1;
     cudaError_t status = cudaMemcpy(to, from, (size_t)bytes, kind);
     return status != cudaSuccess ? cuda_failed("a copy", status) : 0;
 }

@@ -2,6 +2,7 @@
 # check_demo_cuda.sh DIRECTORY - the demo on emulated GPUs, one and two, beside the CPU: DIRECTORY has demo and
 # demo_cuda. Two GPUs are one with two groups: of the dense twin to the byte, of the MoE but for the order of its
 # gate's sums over tokens. Any number of GPUs reads a checkpoint, and a rank that dies takes the others with it.
+# LONG=1: so does one that is silent, after two waits of a minute.
 cd "$(dirname "$0")/../.." || exit 1
 programs=$1
 work=$(mktemp -d) || exit 1
@@ -97,6 +98,18 @@ else
     kill -s TERM $pid
     end
     seconds='not tried, /proc has no children: 0'
+fi
+
+if [ -n "$LONG" ] && [ -n "$children" ]; then
+    begin --steps 5000
+    set -- $(cat /proc/$pid/task/$pid/children)
+    kill -s STOP "$2"
+    from=$(date +%s)
+    end
+    [ $status -eq 1 ] || fail "after a rank was silent the exit code is $status"
+    grep -q -e 'did not come to an end in 60 s' -e 'missing ranks: 1' "$work/out" || fail "nobody says what was waited for"
+    grep -q '1 still waited after 5 s' "$work/out" || fail "the silent rank was not ended"
+    [ $(($(date +%s) - from)) -le 180 ] || fail "a rank was silent, and the run ended after 180 s"
 fi
 
 # ---- refusals ----------------------------------------------------------------------------------------
