@@ -1,10 +1,10 @@
 /* ranks.h - the processes that train together. Each holds a share of the experts and of every
  * batch, and all else alike.
  *
- * Three files make ranks_begin, ranks_end and ranks_join: ranks_none.c, for a program of one process,
- * ranks_mpi.c, and ranks_nccl.c for GPUs. Every rank makes every call below in the same order; with one rank they cost
- * nothing. Sums are formed in order of rank, so that they are the bytes of one rank that adds the
- * same parts in the same order. */
+ * Three files make ranks_begin, ranks_end and ranks_join: ranks_none.c, for a program of one
+ * process, ranks_mpi.c, and ranks_nccl.c for GPUs. Every rank makes every call below in the same
+ * order; with one rank they cost nothing. Sums are formed in order of rank, so that they are the
+ * bytes of one rank that adds the same parts in the same order. */
 #ifndef DEMO_RANKS_H
 #define DEMO_RANKS_H
 
@@ -22,9 +22,8 @@ typedef struct ranks {
 /* What ranks_begin takes from the command line, as lines of the usage; may be "". */
 extern const char ranks_usage[];
 
-/* Before the command line is read: MPI and `--gpus` are words of it that are taken away. Only rank 0
- * has an output afterwards. A program that starts its ranks itself returns in them alone.
- * Returns 0, or -1 with a message on stderr. */
+/* Before the command line is read: it may take words from it. Only rank 0 has an output afterwards.
+ * Where the program starts its ranks itself, this returns in them alone. Returns 0, or -1 with a message on stderr. */
 int ranks_begin(ranks *r, int *argc, char ***argv);
 /* `code` is the program's exit code. Where ranks did not fail together this ends them all. */
 void ranks_end(ranks *r, int code);
