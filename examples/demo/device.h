@@ -1,8 +1,8 @@
 /* device.h - where the layers compute, and how numbers get there and back.
  *
  * Embedding, norms, loss and optimizer are the demo's own and compute on the host. So do the layers
- * in build/demo, in the very same arrays. In build/demo_cuda they compute on a GPU, in memory there,
- * and the calls below copy around them. Two files make these calls: device_none.c and
+ * in build/demo, in the very same arrays. In build/demo_cuda they compute on a GPU, in memory of
+ * it, and the calls below copy around them. Two files make these calls: device_none.c and
  * device_cuda.c. */
 #ifndef DEMO_DEVICE_H
 #define DEMO_DEVICE_H

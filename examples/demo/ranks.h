@@ -23,7 +23,8 @@ typedef struct ranks {
 extern const char ranks_usage[];
 
 /* Before the command line is read: it may take words from it. Only rank 0 has an output afterwards.
- * Where the program starts its ranks itself, this returns in them alone. Returns 0, or -1 with a message on stderr. */
+ * Where the program starts its ranks itself, this returns in them alone. Returns 0, or -1 with a
+ * message on stderr. */
 int ranks_begin(ranks *r, int *argc, char ***argv);
 /* `code` is the program's exit code. Where ranks did not fail together this ends them all. */
 void ranks_end(ranks *r, int code);

@@ -1,6 +1,6 @@
 /* ranks_nccl.c - one process for each GPU of this machine: build/demo_cuda --gpus 4. The program
- * starts them itself. It forks before anything of CUDA is called, since a process that has used CUDA
- * cannot be forked, and then only watches: rank q is a child with GPU q. */
+ * starts them itself. It forks before anything of CUDA is called, since a process that has used
+ * CUDA cannot be forked, and then only watches: rank q is a child with GPU q. */
 #define _XOPEN_SOURCE 700
 #include "ranks.h"
 
@@ -22,7 +22,7 @@
 
 enum { MOST_GPUS = 64, GRACE_SECONDS = 5 };
 
-const char ranks_usage[] = "  --gpus N         GPUs of this machine, each with a rank (default 1)\n";
+const char ranks_usage[] = "  --gpus N         GPUs of this machine, a rank on each (default 1)\n";
 
 /* ---- the command line ------------------------------------------------------------------------ */
 

@@ -1,6 +1,6 @@
-"""moe.Comm over NCCL: one rank, and two processes with a GPU each against one that has all. Both run
-where libmoe_nccl and GPUs are, which may be those of tests/emulation: MOE_CUDA_LIB and MOE_NCCL_LIB
-name the libraries."""
+"""moe.Comm over NCCL: one rank, and two processes with a GPU each against one that has all. They
+run where libmoe_nccl and GPUs are, which may be those of tests/emulation: MOE_CUDA_LIB and
+MOE_NCCL_LIB name the libraries."""
 
 import ctypes
 import os

@@ -206,7 +206,7 @@ class Comm(Object):
         context    on the device of the communicator
         comm       the ncclComm_t as a number or a ctypes.c_void_p; stays the caller's, who keeps it
                    until the group is closed, or with duplicate until this call returns
-        duplicate  True: the group has a communicator of its own, and a failure lets its streams go on
+        duplicate  True: the group has a communicator of its own; a failure lets its streams go on
         warm_up    False: connections are made by the first exchange and not here
         stream     for exchanges of the host's memory; None: one of the group's own
         timeout    seconds that any wait may take
