@@ -90,8 +90,9 @@ static int watch(pid_t *child, int32_t size)
             left--;
         }
         if (ended > 0) continue;
-        if (came && child[0] > 0) kill(child[0], came);
+        int number = came;
         came = 0;
+        if (number != 0 && child[0] > 0) kill(child[0], number);
         nanosleep(&pause, NULL);
         if (code != 0 && ++waited == GRACE_SECONDS * 100) {
             fprintf(stderr, "a rank failed, and %d still waited after %d s: they are ended\n",

@@ -45,12 +45,13 @@ static int report(trainer *t, log_file *log, const stopwatch *watch)
     return ranks_agree(t->ranks, log_row(log, t, &held, seconds));
 }
 
-/* Whether a signal came to any rank; then it has come to all. */
+/* Whether a signal came to any rank; then it has come to all. One that comes while the ranks
+ * compare is looked at before the next step. */
 static int look_for_signal(const trainer *t, int *came)
 {
     *came = trainer_signal;
     if (ranks_most(t->ranks, came) != 0) return -1;
-    trainer_signal = *came;
+    if (*came) trainer_signal = *came;
     return 0;
 }
 
