@@ -827,8 +827,10 @@ int main(void)
     tcase_add_test(c, test_rounds_sum_as_one);
     tcase_add_test(c, test_rounds_are_counted);
     if (!ON_DEVICE) tcase_add_test(c, test_rounds_are_not_for_parts); /* which has no parts */
-    tcase_add_test(c, test_padded_rows_that_do_not_fit);
-    tcase_add_test(c, test_padded_backward_that_is_refused);
+    if (!OVER_NCCL) { /* where nobody waits for the word */
+        tcase_add_test(c, test_padded_rows_that_do_not_fit);
+        tcase_add_test(c, test_padded_backward_that_is_refused);
+    }
     tcase_add_test(c, test_replicas_give_the_same_outputs);
     tcase_add_test(c, test_placement_is_checked_on_every_rank);
     tcase_add_test(c, test_slices_are_counted_before_memory_is_asked_for);
@@ -840,7 +842,7 @@ int main(void)
     tcase_add_test(c, test_secondary_gates_on_one_rank);
     tcase_add_test(c, test_fields_that_need_a_comm);
     tcase_add_test(c, test_phases_of_two_passes);
-    tcase_add_test(c, test_phases_abandoned);
+    if (!OVER_NCCL) tcase_add_test(c, test_phases_abandoned); /* the stream waits, not the host */
     tcase_add_test(c, test_phases_on_one_rank);
     tcase_add_test(c, test_report_counts_rows_and_bytes);
     suite_add_tcase(suite, c);

@@ -13,6 +13,8 @@ KERNEL_PROGRAMS := check_ffn_kernels check_gate_kernels check_router_gemm
 CALL_PROGRAMS := check_calls check_cuda_context check_cuda_host check_cuda_host_calls check_cuda_ranks
 # Of libmoe_nccl, where there is nccl.h.
 COMM_PROGRAMS := $(if $(EMU_NCCL),check_comm_nccl check_comm_nccl_faults check_comm_nccl_calls)
+NCCL_SUITES := check_ranks check_ranks_bounds check_ranks_calls
+NCCL_SUPPORT := crew device/device_nccl
 # The version that a test changes.
 LINK_check_comm_nccl_faults := -Wl,--wrap=ncclGetVersion
 EMU_MOE := $(EMU)/moe/libmoe.a
@@ -70,12 +72,14 @@ $(EMU)/$(1)/comm/%.o: src/comm/%.c
 	@mkdir -p $$(@D)
 	$$(CC) -Isrc $$(EMU_HOST_FLAGS) $$(EMU_SAN_$(1)) -MMD -MP -c $$< -o $$@
 EMU_NCCL_OBJECTS_$(1) := $$(patsubst src/comm/%.c,$(EMU)/$(1)/comm/%.o,$$(wildcard src/comm/nccl*.c))
-# check_ranks over NCCL.
+# Suites of ranks over NCCL: what makes their groups is compiled again.
 $(EMU)/$(1)/suites/nccl/%.o: tests/%.c
 	@mkdir -p $$(@D)
 	$$(CC) $$(EMU_SUITE_FLAGS) -DMOE_TEST_NCCL $$(EMU_SAN_$(1)) -c $$< -o $$@
-$(EMU)/$(1)/suites/check_ranks_nccl: $(EMU)/$(1)/suites/nccl/check_ranks.o $(EMU)/$(1)/suites/nccl/support/device/device_nccl.o \
-    $$(filter-out %/device_nccl.o,$$(EMU_SUPPORT_$(1))) $$(EMU_NCCL_OBJECTS_$(1)) $$(EMU_LINKED_$(1)) $(EMU_NCCL)
+$(NCCL_SUITES:%=$(EMU)/$(1)/suites/%_nccl): $(EMU)/$(1)/suites/%_nccl: $(EMU)/$(1)/suites/nccl/%.o \
+    $(NCCL_SUPPORT:%=$(EMU)/$(1)/suites/nccl/support/%.o) \
+    $$(filter-out $(NCCL_SUPPORT:%=$(EMU)/$(1)/suites/support/%.o),$$(EMU_SUPPORT_$(1))) \
+    $$(EMU_NCCL_OBJECTS_$(1)) $$(EMU_LINKED_$(1)) $(EMU_NCCL)
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) -L$(EMU)/lib -lnccl $$(EMU_LINK_$(1)) -ldl -o $$@
 $(COMM_PROGRAMS:%=$(EMU)/$(1)/kernels/%): $(EMU)/$(1)/kernels/%: \
     $(EMU)/$(1)/kernels/%.o $(EMU)/$(1)/kernels/comm_nccl_case.o $(EMU)/$(1)/tests/nccl_case.o \

@@ -21,18 +21,39 @@ moe_status member_note(member *m, moe_status status)
     return status;
 }
 
+static void connect_member(member *m)
+{
+    crew *c = m->crew;
+    double timeout = c->timeout > 0 ? c->timeout : 60;
+    if (OVER_NCCL)
+        m->comm = device_nccl_connect(&c->nccl, m->context, m->rank, timeout);
+    else
+        MUST(moe_comm_create_in_world(&m->comm, c->world, m->context, m->rank, timeout));
+    ck_assert_msg(m->comm != NULL, "%s", moe_last_error());
+}
+
+#ifdef MOE_TEST_NCCL
+static void begin_rank(const member *m) { device_take_stream(m->rank); }
+static void end_rank(void) { device_give_stream(); }
+#else
+static void begin_rank(const member *m) { (void)m; }
+static void end_rank(void) {}
+#endif
+
 static void *member_thread(void *argument)
 {
     member *m = argument;
-    double timeout = m->crew->timeout > 0 ? m->crew->timeout : 60;
+    begin_rank(m);
     if (m->context_config.struct_size == 0) {
         MUST(moe_context_config_init(&m->context_config, sizeof m->context_config));
         m->context_config.threads = 1;
     }
     MUST(moe_context_create(&m->context, &m->context_config));
-    MUST(moe_comm_create_in_world(&m->comm, m->crew->world, m->context, m->rank, timeout));
+    connect_member(m);
     m->crew->run(m);
+    device_nccl_leave(&m->crew->nccl, m->rank, m->comm);
     member_free(m);
+    end_rank();
     return NULL;
 }
 
@@ -42,11 +63,13 @@ void crew_run(crew *c, member *members)
     pthread_t thread[CREW_MOST];
     MUST(moe_context_create(&context, NULL));
     MUST(moe_world_create(&c->world, context, c->ranks));
+    device_nccl_open(&c->nccl, c->ranks);
     for (int32_t r = 0; r < c->ranks; r++) {
         members[r].crew = c, members[r].rank = r;
         ck_assert_int_eq(pthread_create(&thread[r], NULL, member_thread, &members[r]), 0);
     }
     for (int32_t r = 0; r < c->ranks; r++) ck_assert_int_eq(pthread_join(thread[r], NULL), 0);
+    device_nccl_close(&c->nccl);
     moe_world_destroy(c->world), moe_context_destroy(context);
 }
 

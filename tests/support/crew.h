@@ -1,6 +1,9 @@
-/* crew.h - small layers on the ranks of a world of threads, each with a function of the test. */
+/* crew.h - small layers on ranks that are threads, of a world or over NCCL (MOE_TEST_NCCL), each with a
+ * function of the test. */
 #ifndef TESTS_SUPPORT_CREW_H
 #define TESTS_SUPPORT_CREW_H
+
+#include "support/device/device_nccl.h"
 
 #include <moe/moe.h>
 
@@ -19,6 +22,7 @@ typedef struct crew {
     void *test;
     double timeout; /* seconds; 0: 60 */
     moe_world *world;
+    device_nccl nccl;
 } crew;
 
 struct member {

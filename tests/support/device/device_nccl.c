@@ -12,11 +12,31 @@
 
 _Static_assert(sizeof(ncclUniqueId) == sizeof((device_nccl *)0)->id, "an id is an id");
 
+/* Before anything asks how many there are. */
+static void __attribute__((constructor)) have_devices(void)
+{
+    (void)setenv("MOE_EMULATION_DEVICES", "8", 0);
+}
+
+bool nccl_is_asked(int32_t ranks)
+{
+    const char *list = getenv("MOE_TEST_RANKS");
+    bool found = false;
+    char *end = NULL;
+    if (!list) return ranks == 2;
+    for (long number = strtol(list, &end, 10); end != list; number = strtol(list, &end, 10)) {
+        found |= number == ranks;
+        list = end;
+    }
+    return found;
+}
+
 void device_nccl_open(device_nccl *n, int32_t ranks)
 {
     ncclUniqueId id;
     *n = (device_nccl){.ranks = ranks};
-    if (ncclGetUniqueId(&id) != ncclSuccess) abort();
+    if (ranks > DEVICE_NCCL_MOST || ncclGetUniqueId(&id) != ncclSuccess) abort();
+    if (pthread_barrier_init(&n->all, NULL, (unsigned)ranks) != 0) abort();
     memcpy(n->id, &id, sizeof id);
 }
 
@@ -37,8 +57,21 @@ moe_comm *device_nccl_connect(device_nccl *n, moe_context *context, int32_t rank
     return moe_comm_create_nccl(&comm, context, &c) == MOE_OK ? comm : NULL;
 }
 
+void device_nccl_leave(device_nccl *n, int32_t rank, moe_comm *comm)
+{
+    bool broken = false;
+    n->broken[rank] = !comm || moe_comm_poll(comm) != MOE_OK;
+    (void)pthread_barrier_wait(&n->all);
+    for (int32_t r = 0; r < n->ranks; r++) broken |= n->broken[r];
+    if (!broken) return;
+    if (n->nccl[rank] && ncclCommAbort(n->nccl[rank]) != ncclSuccess) abort();
+    n->nccl[rank] = NULL;
+    (void)pthread_barrier_wait(&n->all);
+}
+
 void device_nccl_close(device_nccl *n)
 {
+    (void)pthread_barrier_destroy(&n->all);
     for (int32_t r = 0; r < n->ranks; r++)
         if (n->nccl[r] && ncclCommDestroy(n->nccl[r]) != ncclSuccess) abort();
 }

@@ -173,8 +173,9 @@ void *device_stream(void)
 
 void *device_stream_for(void *given) { return given ? given : device_stream(); }
 
-void device_take_stream(void)
+void device_take_stream(int device)
 {
+    must(cudaSetDevice(device), "cudaSetDevice");
     must(cudaStreamCreateWithFlags(&own_stream, cudaStreamNonBlocking), "a stream");
 }
 
@@ -224,7 +225,7 @@ static void *lasting_copy(const void *here, size_t bytes)
 
 static void *shadow_of(const void *here, size_t bytes, int what)
 {
-    if (!here || bytes == 0 || is_ours(here)) return (void *)(uintptr_t)here;
+    if (!here || is_ours(here)) return (void *)(uintptr_t)here;
     if (what == FOR_PASS) return lasting_copy(here, bytes);
     if (shadow_count == SHADOWS) abort();
     shadow *s = &shadows[shadow_count++];

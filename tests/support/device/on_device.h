@@ -29,8 +29,9 @@ moe_status device_finished(moe_status status);
 /* The stream that calls run on. */
 void *device_stream(void);
 void *device_stream_for(void *given); /* that, or the former for NULL */
-/* From now on this thread has a stream of its own; and again the one of all. */
-void device_take_stream(void);
+/* From now on this thread is a rank: what it makes is on the device, with a stream of its own there;
+ * and again on the one that all have. */
+void device_take_stream(int device);
 void device_give_stream(void);
 
 /* The arguments with that stream, and with copies of arrays that the device could not read, if the
@@ -46,6 +47,10 @@ const moe_rows_args *device_rows_args(const moe_plan *plan, const moe_rows_args 
 const moe_plan_args *device_plan_args(const moe_plan_args *args);
 /* [E] of a gate. */
 const int64_t *device_counts(const moe_gate *gate, const int64_t *counts);
+
+/* What Check calls for an assertion that does not hold, on any thread; declared by check.h, for the
+ * name that it uses is changed. */
+#define _ck_assert_failed device_assert_failed
 
 #ifndef MOE_TEST_ON_DEVICE_C
 #define malloc(bytes) device_malloc(bytes)

@@ -1,0 +1,28 @@
+/* device_assert.c - Check's assertions, also on the threads of ranks.
+ *
+ * Without a process of its own for each test Check leaves a test with a longjmp, which no other
+ * thread may make: there the program ends, for the other ranks wait for this one. */
+#include "support/device/on_device.h"
+
+#undef _ck_assert_failed
+#include <check.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+
+static pthread_t first;
+
+static void __attribute__((constructor)) remember_first(void) { first = pthread_self(); }
+
+void device_assert_failed(const char *file, int line, const char *expr, const char *msg, ...)
+{
+    char text[1024] = "";
+    va_list arguments;
+    va_start(arguments, msg);
+    if (msg) (void)vsnprintf(text, sizeof text, msg, arguments);
+    va_end(arguments);
+    if (pthread_equal(first, pthread_self()))
+        _ck_assert_failed(file, line, expr, msg ? "%s" : NULL, text);
+    (void)fprintf(stderr, "%s:%d: on a rank's thread: %s: %s\n", file, line, expr, text);
+    _Exit(1);
+}
