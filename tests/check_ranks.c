@@ -4,6 +4,7 @@
 #include "support/layer_case.h"
 #include "support/real.h"
 #include "support/ranks.h"
+#include "support/ranks_asked.h"
 #include "support/suite.h"
 
 #include <check.h>
@@ -147,7 +148,7 @@ START_TEST(test_ranks_are_one_rank_with_the_same_groups)
     for (uint64_t number = 0; number < 2 * RANKS_WAYS; number++) {
         if (ON_DEVICE && !OVER_NCCL) run_ranks(_i, number, number % 2 ? 2 : 4);
         for (size_t i = 0; i < COUNT(RANKS); i++)
-            if (OVER_NCCL ? nccl_is_asked(RANKS[i]) : !ON_DEVICE) run_ranks(_i, number, RANKS[i]);
+            if (OVER_NCCL ? ranks_asked(RANKS[i], RANKS[i] == 2) : !ON_DEVICE) run_ranks(_i, number, RANKS[i]);
     }
 }
 END_TEST

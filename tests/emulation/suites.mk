@@ -12,7 +12,9 @@ KERNEL_SUITES := check_row_kernels check_plan_kernels check_mix_kernels check_tr
 KERNEL_PROGRAMS := check_ffn_kernels check_gate_kernels check_router_gemm
 CALL_PROGRAMS := check_calls check_cuda_context check_cuda_host check_cuda_host_calls check_cuda_ranks
 # Of libmoe_nccl, where there is nccl.h.
-COMM_PROGRAMS := $(if $(EMU_NCCL),check_comm_nccl check_comm_nccl_faults check_comm_nccl_calls)
+COMM_PROGRAMS := $(if $(EMU_NCCL),check_comm_nccl check_comm_nccl_faults check_comm_nccl_calls \
+    check_comm_nccl_layers check_comm_nccl_layer_faults)
+COMM_SUPPORT := comm_nccl_case layer_nccl_case
 NCCL_SUITES := check_ranks check_ranks_bounds check_ranks_calls
 NCCL_SUPPORT := crew device/device_nccl
 # The version that a test changes.
@@ -39,7 +41,7 @@ EMU_SUPPORT_$(1) := $$(EMU_SUPPORT:tests/%.c=$(EMU)/$(1)/suites/%.o)
 EMU_LINKED_$(1) := $$(EMU_CUDA_OBJECTS_$(1)) $(EMU_MOE) $(EMU_LIBS)
 .SECONDARY: $$(EMU_SUPPORT_$(1)) $$(EMU_CUDA_OBJECTS_$(1)) $$(DEVICE_SUITES:%=$(EMU)/$(1)/suites/%.o) \
     $$(patsubst %,$(EMU)/$(1)/kernels/%.o,$$(KERNEL_SUITES) $$(KERNEL_PROGRAMS) $(CALL_PROGRAMS) cuda_host \
-    $(COMM_PROGRAMS) comm_nccl_case traffic_table) $$(EMU_NCCL_OBJECTS_$(1))
+    $(COMM_PROGRAMS) $(COMM_SUPPORT) traffic_table) $$(EMU_NCCL_OBJECTS_$(1))
 $(EMU)/$(1)/suites/check_%: $(EMU)/$(1)/suites/check_%.o $$(EMU_SUPPORT_$(1)) $$(EMU_LINKED_$(1))
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) $$(EMU_LINK_$(1)) -ldl -o $$@
 $(EMU)/$(1)/suites/run_vectors: $$(RUNNER_SOURCES:tests/%.c=$(EMU)/$(1)/suites/%.o) \
@@ -82,7 +84,7 @@ $(NCCL_SUITES:%=$(EMU)/$(1)/suites/%_nccl): $(EMU)/$(1)/suites/%_nccl: $(EMU)/$(
     $$(EMU_NCCL_OBJECTS_$(1)) $$(EMU_LINKED_$(1)) $(EMU_NCCL)
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) -L$(EMU)/lib -lnccl $$(EMU_LINK_$(1)) -ldl -o $$@
 $(COMM_PROGRAMS:%=$(EMU)/$(1)/kernels/%): $(EMU)/$(1)/kernels/%: \
-    $(EMU)/$(1)/kernels/%.o $(EMU)/$(1)/kernels/comm_nccl_case.o $(EMU)/$(1)/tests/nccl_case.o \
+    $(EMU)/$(1)/kernels/%.o $(COMM_SUPPORT:%=$(EMU)/$(1)/kernels/%.o) $(EMU)/$(1)/tests/nccl_case.o \
     $$(EMU_NCCL_OBJECTS_$(1)) $$(EMU_LINKED_$(1)) $(EMU_NCCL)
 	$$(CC) $$(LINK_$$(@F)) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) -L$(EMU)/lib -lnccl \
 	    $$(EMU_LINK_$(1)) -ldl -o $$@

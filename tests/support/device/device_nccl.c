@@ -18,19 +18,6 @@ static void __attribute__((constructor)) have_devices(void)
     (void)setenv("MOE_EMULATION_DEVICES", "8", 0);
 }
 
-bool nccl_is_asked(int32_t ranks)
-{
-    const char *list = getenv("MOE_TEST_RANKS");
-    bool found = false;
-    char *end = NULL;
-    if (!list) return ranks == 2;
-    for (long number = strtol(list, &end, 10); end != list; number = strtol(list, &end, 10)) {
-        found |= number == ranks;
-        list = end;
-    }
-    return found;
-}
-
 void device_nccl_open(device_nccl *n, int32_t ranks)
 {
     ncclUniqueId id;

@@ -23,9 +23,6 @@ typedef struct device_nccl {
     pthread_barrier_t all;
 } device_nccl;
 
-/* Whether MOE_TEST_RANKS, a list such as "2 4", has the number; without it 2. */
-bool nccl_is_asked(int32_t ranks);
-
 void device_nccl_open(device_nccl *n, int32_t ranks);
 /* On the rank's thread, with all others: the communicator; NULL on an error. */
 moe_comm *device_nccl_connect(device_nccl *n, moe_context *context, int32_t rank, double timeout);
@@ -38,11 +35,6 @@ void device_nccl_close(device_nccl *n);
 enum { OVER_NCCL = 0 };
 
 typedef int device_nccl;
-static inline bool nccl_is_asked(int32_t ranks)
-{
-    (void)ranks;
-    return false;
-}
 static inline void device_nccl_open(device_nccl *n, int32_t ranks) { (void)n, (void)ranks; }
 static inline moe_comm *device_nccl_connect(device_nccl *n, moe_context *context, int32_t rank,
                                             double timeout)
