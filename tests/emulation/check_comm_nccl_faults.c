@@ -10,8 +10,8 @@
 #include <string.h>
 #include <unistd.h>
 
-static const double SHORT = 2; /* a deadline that passes */
-static int how;                /* of the test, before its ranks start */
+static const double SHORT = 0.3; /* a deadline that passes */
+static int how;                  /* of the test, before its ranks start */
 
 static int version; /* what NCCL says it is; 0: the truth */
 ncclResult_t __real_ncclGetVersion(int *out);
@@ -28,6 +28,12 @@ static void expect_all_gone(int failures, const char *what, int number)
 {
     ck_assert_msg(failures == 0, "%s, %d: %d failures", what, number, failures);
     ck_assert_msg(all_is_gone(), "%s, %d", what, number);
+}
+
+static void join_hasty(struct rank_case *r, rank_comm *c)
+{
+    join(r, c, how, 30);
+    shorten(c->comm, SHORT);
 }
 
 /* ---- refused --------------------------------------------------------------------------------- */
@@ -124,7 +130,7 @@ static void body_absent_at_creation(struct rank_case *r)
     double begin = seconds();
     if (r->rank != 1) {
         REFUSED(MOE_ERROR_TIMEOUT, moe_comm_create_nccl(&c.comm, c.context, &c.config));
-        SAID("waited 2 s for all ranks");
+        SAID("waited 0.3 s for all ranks");
         EXPECT(c.comm == NULL);
         EXPECT(seconds() - begin < 20 && seconds() - begin >= SHORT);
     }
@@ -135,7 +141,7 @@ static void body_absent_at_creation(struct rank_case *r)
 static void body_absent_later(struct rank_case *r)
 {
     rank_comm c;
-    join(r, &c, how, SHORT);
+    join_hasty(r, &c);
     GOOD(moe_comm_barrier(c.comm));
     meet(r);
     double begin = seconds();
@@ -158,7 +164,7 @@ static void body_absent_in_rounds(struct rank_case *r)
     rank_comm c;
     rank_rows m;
     int32_t request;
-    join(r, &c, how, SHORT);
+    join_hasty(r, &c);
     fill_rows(r, &m, 1, 40000);
     meet(r);
     if (r->rank == 1) emu_nccl_absent(1, 2); /* the second round */
@@ -183,7 +189,7 @@ static void body_absent_device(struct rank_case *r)
 {
     rank_comm c;
     rank_rows m;
-    join(r, &c, how, SHORT);
+    join_hasty(r, &c);
     fill_rows(r, &m, 1, NARROW);
     int64_t even[MOST_RANKS + 1] = {0};
     for (int p = 0; p < r->ranks; p++) even[p + 1] = p + 1;
@@ -233,7 +239,7 @@ END_TEST
 static void body_async_error(struct rank_case *r)
 {
     rank_comm c;
-    join(r, &c, how, SHORT);
+    join_hasty(r, &c);
     meet(r);
     if (r->rank == 1) emu_nccl_async_error(1, 1, ncclRemoteError);
     meet(r);
@@ -253,7 +259,7 @@ static void body_async_ordered(struct rank_case *r)
 {
     rank_comm c;
     rank_rows m;
-    join(r, &c, how, SHORT);
+    join_hasty(r, &c);
     fill_rows(r, &m, 4, NARROW);
     rows_to_device(r, &m);
     m.e.ordered = 1;

@@ -41,11 +41,14 @@ void said(struct rank_case *r, const char *text, const char *file, int line);
 
 /* The host's communicator, without any connection. */
 void make_nccl(struct rank_case *r, int how);
-/* A context on the rank's device. */
+/* A context on the rank's device, which waits for it as long. */
+extern double device_seconds;
 moe_context *context_of_rank(struct rank_case *r);
 /* Both, and the config of a group; then the group. */
 void prepare(struct rank_case *r, rank_comm *c, int how, double timeout);
 void join(struct rank_case *r, rank_comm *c, int how, double timeout);
+/* From now on no call of the group waits longer. */
+void shorten(moe_comm *comm, double timeout);
 /* The end of all of it, the host's communicator aborted or destroyed. */
 void leave(struct rank_case *r, rank_comm *c);
 void leave_after_failure(struct rank_case *r, rank_comm *c);

@@ -14,11 +14,13 @@ CALL_PROGRAMS := check_calls check_cuda_context check_cuda_host check_cuda_host_
 # Of libmoe_nccl, where there is nccl.h.
 COMM_PROGRAMS := $(if $(EMU_NCCL),check_comm_nccl check_comm_nccl_faults check_comm_nccl_calls \
     check_comm_nccl_layers check_comm_nccl_layer_faults)
-COMM_SUPPORT := comm_nccl_case layer_nccl_case
+COMM_SUPPORT := comm_nccl_case comm_nccl_deadline layer_nccl_case
 NCCL_SUITES := check_ranks check_ranks_bounds check_ranks_calls
 NCCL_SUPPORT := crew device/device_nccl
 # The version that a test changes.
 LINK_check_comm_nccl_faults := -Wl,--wrap=ncclGetVersion
+# Where a rank dies, and who aborts.
+LINK_check_comm_nccl_layer_faults := -Wl,--wrap=ncclGroupEnd,--wrap=ncclCommAbort
 EMU_MOE := $(EMU)/moe/libmoe.a
 EMU_SUPPORT := $(SUPPORT) $(wildcard tests/support/device/*.c)
 RUNNER_SOURCES := $(wildcard tests/vector_runner/*.c)
@@ -69,6 +71,7 @@ $(EMU)/$(1)/kernels/check_cuda_context: $(EMU)/$(1)/kernels/check_cuda_context.o
 $(EMU)/$(1)/kernels/check_cuda_host $(EMU)/$(1)/kernels/check_cuda_host_calls: $(EMU)/$(1)/kernels/%: \
     $(EMU)/$(1)/kernels/%.o $(EMU)/$(1)/kernels/cuda_host.o $$(EMU_LINKED_$(1))
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(EMU_LINK_$(1)) -ldl -o $$@
+$(EMU)/$(1)/kernels/comm_nccl_deadline.o: EMU_CHECK_FLAGS += -iquote src
 # Groups over NCCL.
 $(EMU)/$(1)/comm/%.o: src/comm/%.c
 	@mkdir -p $$(@D)
