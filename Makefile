@@ -501,6 +501,8 @@ help:
 #: make check-emulator  the emulator of CUDA (docs/emulation.md; CUDA=/usr/local/cuda, EMU_SEEDS="1 2 3")
 #: make check-emulation  suites, vectors and kernels on an emulated GPU, also under sanitizers (EMU_SEED=1, EMU_JOBS=2);
 #:                     check-emulation-plain without the sanitizers
+#: make check-nccl     groups and layers over an emulated NCCL (NCCL_RANKS=2 or 2,4,8, NCCL_JOBS=4); check-nccl-long with more
+#:                     ranks and every call that can fail
 #: make cuda-traffic   bytes that each kernel moves, over what it must
 #: make check-neon     suites and vectors for aarch64, by qemu (NEON_CC=aarch64-linux-gnu-gcc NEON_RUN="qemu-aarch64 -L ...")
 #: make check-headers  each header alone in every language version

@@ -317,6 +317,7 @@ check-long:
 	$(MAKE) check-asan check-tsan check-valgrind check-twin check-neon
 	$(MAKE) CC=clang BUILD=build-clang check-suites
 	LONG=1 NUMBERS=12 $(MAKE) check-mpi MPI_TESTED='$(MPIS)' RANKS='2 3 4 8'
+	$(MAKE) check-nccl check-nccl-long
 	$(MAKE) check-mutants bench-scale
 	$(MAKE) check-libtorch check-python check-torch compare-torch check-torch-current
 	for isa in plain avx2; do $(BUILD)/run_vectors --isa $$isa tests/vectors || exit 1; done

@@ -2,6 +2,8 @@
  * and waited for, in graphs; every kind of communicator; who may be destroyed when. Failures are in
  * check_comm_nccl_faults.c. */
 #include "comm_nccl_case.h"
+#include "support/ranks_asked.h"
+#include "support/suite.h"
 
 #include <check.h>
 #include <stdio.h>
@@ -297,6 +299,7 @@ START_TEST(test_groups)
               kinds[] = {0, NOT_BLOCKING, DUPLICATE, NOT_BLOCKING | DUPLICATE, COLD};
     const struct named_body *b = &bodies[_i];
     for (int i = 0; i < SIZES; i++) {
+        if (!ranks_asked(ranks[i], true)) continue;
         for (int k = 0; k < 5; k++) {
             how = kinds[k];
             emu_set_seed((uint64_t)(i * 5 + k + 1));
@@ -312,6 +315,7 @@ END_TEST
 START_TEST(test_processes)
 {
     for (int ranks = 2; ranks <= 3; ranks++) {
+        if (!ranks_asked(ranks, true)) continue;
         int failures = on_processes(ranks, &bodies[_i]);
         ck_assert_msg(failures == 0, "%s on %d processes: %d failures", bodies[_i].name, ranks,
                       failures);
@@ -321,9 +325,7 @@ END_TEST
 
 int main(int argc, char **argv)
 {
-    setvbuf(stdout, NULL, _IOLBF, 0);
-    setenv("MOE_EMULATION_DEVICES", "8", 1);
-    setenv("MOE_EMULATION_QUIET", "1", 0);
+    begin_program();
     if (argc == 7 && strcmp(argv[1], "--rank") == 0) return run_as_rank(argv, bodies);
     int count = (int)(sizeof bodies / sizeof bodies[0]) - 1;
     Suite *suite = suite_create("comm_nccl");
@@ -332,9 +334,5 @@ int main(int argc, char **argv)
     tcase_add_loop_test(tcase, test_groups, 0, count);
     tcase_add_loop_test(tcase, test_processes, 0, 4);
     suite_add_tcase(suite, tcase);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return run_suite(suite, 1);
 }

@@ -2,6 +2,7 @@
  * ranks that do not come, errors of NCCL and CUDA in every call, giving up from another thread. No
  * wait is longer than the deadline, and in the end nothing is left. */
 #include "comm_nccl_case.h"
+#include "support/suite.h"
 
 #include <check.h>
 #include <math.h>
@@ -405,9 +406,7 @@ END_TEST
 
 int main(void)
 {
-    setvbuf(stdout, NULL, _IOLBF, 0);
-    setenv("MOE_EMULATION_DEVICES", "8", 1);
-    setenv("MOE_EMULATION_QUIET", "1", 0);
+    begin_program();
     Suite *suite = suite_create("comm_nccl_faults");
     TCase *tcase = tcase_create("faults");
     tcase_set_timeout(tcase, 300);
@@ -417,9 +416,5 @@ int main(void)
     tcase_add_test(tcase, test_ranks_that_disagree);
     tcase_add_test(tcase, test_absent_in_progress); /* last: it leaves things */
     suite_add_tcase(suite, tcase);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return run_suite(suite, 1);
 }

@@ -10,22 +10,20 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const layer_kind KINDS[] =
-    {{.name = "exact"},
-     {.name = "exact, bf16", .dtype = MOE_DTYPE_BF16, .last_first = true},
-     {.name = "exact, f16", .dtype = MOE_DTYPE_F16},
-     {.name = "padded", .padded_rows = 44},
-     {.name = "padded, bf16", .dtype = MOE_DTYPE_BF16, .padded_rows = 44, .last_first = true},
-     {.name = "padded, losses of all", .padded_rows = 44, .global = true},
-     {.name = "losses of all", .global = true, .last_first = true},
-     {.name = "slices", .slices = 2},
-     {.name = "slices, f16", .slices = 2, .dtype = MOE_DTYPE_F16, .last_first = true},
-     {.name = "rounds", .received = MOE_RECEIVED_CHUNK, .max_received = 3},
-     {.name = "enough room", .received = MOE_RECEIVED_ERROR, .max_received = 44},
-     {.name = "enough room by position",
-      .received = MOE_RECEIVED_DROP_POSITION,
-      .max_received = 44},
-     {.name = "enough room by score", .received = MOE_RECEIVED_DROP_SCORE, .max_received = 44}};
+static const layer_kind KINDS[] = {
+    {.name = "exact"},
+    {.name = "exact, bf16", .dtype = MOE_DTYPE_BF16, .last_first = true},
+    {.name = "exact, f16", .dtype = MOE_DTYPE_F16},
+    {.name = "padded", .padded_rows = 44},
+    {.name = "padded, bf16", .dtype = MOE_DTYPE_BF16, .padded_rows = 44, .last_first = true},
+    {.name = "padded, losses of all", .padded_rows = 44, .global = true},
+    {.name = "losses of all", .global = true, .last_first = true},
+    {.name = "slices", .slices = 2},
+    {.name = "slices, f16", .slices = 2, .dtype = MOE_DTYPE_F16, .last_first = true},
+    {.name = "rounds", .received = MOE_RECEIVED_CHUNK, .max_received = 3},
+    {.name = "enough room", .received = MOE_RECEIVED_ERROR, .max_received = 44},
+    {.name = "enough room by position", .received = MOE_RECEIVED_DROP_POSITION, .max_received = 44},
+    {.name = "enough room by score", .received = MOE_RECEIVED_DROP_SCORE, .max_received = 44}};
 enum { KIND_COUNT = sizeof KINDS / sizeof *KINDS };
 
 static const layer_kind *kind; /* of the test, before its ranks start */
@@ -220,9 +218,7 @@ END_TEST
 
 int main(int argc, char **argv)
 {
-    setvbuf(stdout, NULL, _IOLBF, 0);
-    setenv("MOE_EMULATION_DEVICES", "8", 1);
-    setenv("MOE_EMULATION_QUIET", "1", 0);
+    begin_program();
     if (argc == 7 && strcmp(argv[1], "--rank") == 0) return run_as_rank(argv, BODIES);
     Suite *suite = suite_create("comm_nccl_layers");
     TCase *tcase = tcase_create("layers");

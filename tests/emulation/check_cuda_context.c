@@ -86,17 +86,13 @@ static void test_context_arguments_are_refused(void)
 /* Every call of CUDA that making a context and a pass makes fails once. */
 static void test_create_any_call_fails(void)
 {
-    static const char *const names[] = {"cudaGetDeviceCount",
-                                        "cudaGetDevice",
-                                        "cudaDeviceGetAttribute",
-                                        "cudaStreamCreateWithFlags",
-                                        "cudaHostAlloc",
-                                        "cudaEventCreateWithFlags",
-                                        "cublasCreate",
-                                        "cublasSetMathMode",
-                                        "cudaMalloc"};
-    int failed = 0;
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+    static const char *const names[] = {
+        "cudaGetDeviceCount", "cudaGetDevice",   "cudaDeviceGetAttribute",
+        "cudaStreamCreate", /* as the emulator calls both */
+        "cudaHostAlloc",      "cudaEventCreate", "cublasCreate",
+        "cublasSetMathMode",  "cudaMalloc"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        int failed = 0;
         for (int n = 1; n < 8; n++) {
             moe_cuda_config c;
             moe_context *context = NULL;
@@ -112,7 +108,8 @@ static void test_create_any_call_fails(void)
             MUST(current() == 0);
             nothing_left();
         }
-    MUST(failed >= 11);
+        MUST(failed > 0);
+    }
 }
 
 typedef struct counter {

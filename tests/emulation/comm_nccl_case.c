@@ -12,6 +12,13 @@ void said(struct rank_case *r, const char *text, const char *file, int line)
     expect(r, found, moe_last_error(), file, line);
 }
 
+void begin_program(void)
+{
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    setenv("MOE_EMULATION_DEVICES", "8", 1);
+    setenv("MOE_EMULATION_QUIET", "1", 0);
+}
+
 /* ---- life ------------------------------------------------------------------------------------ */
 
 void make_nccl(struct rank_case *r, int how)

@@ -39,6 +39,9 @@ typedef struct rank_rows {
 
 void said(struct rank_case *r, const char *text, const char *file, int line);
 
+/* What a program's main begins with. */
+void begin_program(void);
+
 /* The host's communicator, without any connection. */
 void make_nccl(struct rank_case *r, int how);
 /* A context on the rank's device, which waits for it as long. */

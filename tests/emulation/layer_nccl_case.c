@@ -221,8 +221,8 @@ static void compare_gradient(struct rank_case *r, const rank_layer *l, const ran
 }
 
 /* One device with all tokens, a group for each rank. */
-static void make_one(struct rank_case *r, rank_layer *one, rank_comm *alone,
-                     const layer_kind *kind, int64_t *begin)
+static void make_one(struct rank_case *r, rank_layer *one, rank_comm *alone, const layer_kind *kind,
+                     int64_t *begin)
 {
     memset(one, 0, sizeof *one), memset(alone, 0, sizeof *alone);
     for (int p = 0; p <= r->ranks; p++) begin[p] = layer_first(p);

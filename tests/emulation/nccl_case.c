@@ -1,6 +1,7 @@
 /* nccl_case.c - ranks as threads and as processes, and what their bodies share. */
 #include "nccl_case.h"
 #include "support/ranks_asked.h"
+#include "support/suite.h"
 
 #include <check.h>
 #include <errno.h>
@@ -210,11 +211,7 @@ int run_bodies(int argc, char **argv, const char *name, const struct named_body 
     tcase_add_loop_test(tcase, test_threads, 0, count);
     tcase_add_loop_test(tcase, test_processes, 0, count);
     suite_add_tcase(suite, tcase);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return run_suite(suite, 1);
 }
 
 /* ---- what bodies need ------------------------------------------------------------------------ */

@@ -32,8 +32,8 @@ typedef void rank_body(struct rank_case *r);
 struct named_body {
     const char *name;
     rank_body *body;
-    int ranks;               /* as threads; 0: on 2, 4 and 8, or of these MOE_TEST_RANKS; -1: none */
-    bool processes;          /* also as two processes, or of two and four MOE_TEST_RANKS */
+    int ranks;      /* as threads; 0: on 2, 4 and 8, or of these MOE_TEST_RANKS; -1: none */
+    bool processes; /* also as two processes, or of two and four MOE_TEST_RANKS */
     const char *environment; /* MOE_EMULATION_NCCL of these */
     const char *ends_with;   /* what the last process says when it ends with abort() */
 };

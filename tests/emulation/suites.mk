@@ -115,8 +115,7 @@ EMU_LAUNCHED := $(abspath $(EMU))/launched.txt
 EMU_SANITIZED := asan tsan
 EMU_PROGRAMS_plain := $(DEVICE_SUITES:%=$(EMU)/plain/suites/%) $(EMU)/plain/suites/run_vectors \
     $(KERNEL_SUITES:%=$(EMU)/plain/kernels/%) $(KERNEL_PROGRAMS:%=$(EMU)/plain/kernels/%) \
-    $(CALL_PROGRAMS:%=$(EMU)/plain/kernels/%) $(COMM_PROGRAMS:%=$(EMU)/plain/kernels/%) \
-    $(EMU_NCCL_SUITES:%=$(EMU)/plain/%)
+    $(CALL_PROGRAMS:%=$(EMU)/plain/kernels/%) $(EMU_NCCL_SUITES:%=$(EMU)/plain/%)
 EMU_PROGRAMS_SANITIZED := $(EMU)/asan/suites/check_layer $(foreach f,$(EMU_SANITIZED),$(EMU)/$(f)/suites/run_vectors \
     $(KERNEL_SUITES:%=$(EMU)/$(f)/kernels/%) $(KERNEL_PROGRAMS:%=$(EMU)/$(f)/kernels/%) \
     $(patsubst %,$(EMU)/$(f)/kernels/%,$(firstword $(COMM_PROGRAMS))) $(EMU_NCCL_SUITES:%=$(EMU)/$(f)/%))
@@ -125,9 +124,8 @@ EMU_ENV = env CK_FORK=no MOE_EMULATION_SEED=$(EMU_SEED) MOE_EMULATION_KERNELS=$(
 # $(1) flavour, $(2) random cases of a Check suite, $(3) jobs of the others, $(4) more of the environment
 EMU_KERNEL_RUNS = $(foreach k,$(KERNEL_SUITES),"$(EMU_ENV) $(4) MOE_TEST_CASES=$(2) $(EMU)/$(1)/kernels/$(k)") \
     $(foreach k,$(KERNEL_PROGRAMS),"$(EMU_ENV) $(4) $(EMU)/$(1)/kernels/$(k) $(EMU_SEED) $(3)")
-# $(1) flavour, $(2) programs. Deadlines that pass are not for a slow flavour.
-EMU_COMM_RUNS = $(foreach c,$(2),"$(EMU_ENV) $(EMU)/$(1)/kernels/$(c)")
-EMU_OLD_NCCL = $(if $(EMU_NCCL),"$(EMU_ENV) LD_LIBRARY_PATH=$(abspath $(EMU)/lib/nccl_218) $(EMU)/plain/kernels/check_comm_nccl")
+# $(1) flavour, $(2) programs, $(3) more of the environment. Deadlines that pass are not for a slow flavour.
+EMU_COMM_RUNS = $(foreach c,$(2),"$(EMU_ENV) $(if $(3),$(3) )$(EMU)/$(1)/kernels/$(c)")
 EMU_NCCL_RUNS = $(foreach t,$(EMU_NCCL_SUITES),"$(EMU_ENV) $(EMU_NCCL_ENV) $(EMU)/$(1)/$(t)")
 EMU_AFTER = AFTER='sh tests/emulation/kernels_launched.sh $(EMU_LAUNCHED) $(EMU_KERNELS_plain)'
 .PHONY: check-emulation check-emulation-plain
@@ -135,8 +133,7 @@ check-emulation: $(EMU_PROGRAMS_plain) $(EMU_PROGRAMS_SANITIZED)
 	@rm -f $(EMU_LAUNCHED); echo "seed $(EMU_SEED) (EMU_SEED=)"
 	@$(EMU_AFTER) sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
 	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,500) \
-	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)") \
-	    $(call EMU_COMM_RUNS,plain,$(COMM_PROGRAMS)) $(EMU_OLD_NCCL) $(call EMU_NCCL_RUNS,plain) \
+	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)") $(call EMU_NCCL_RUNS,plain) \
 	    $(foreach f,$(EMU_SANITIZED),$(call EMU_COMM_RUNS,$(f),$(firstword $(COMM_PROGRAMS)))) \
 	    "$(EMU_ENV) MOE_FEW=1 $(EMU)/asan/suites/check_layer" $(foreach f,$(EMU_SANITIZED), \
 	        "$(EMU_ENV) $(EMU)/$(f)/suites/run_vectors --dtype f32 tests/vectors" \
@@ -146,8 +143,34 @@ check-emulation-plain: $(EMU_PROGRAMS_plain)
 	@rm -f $(EMU_LAUNCHED); echo "seed $(EMU_SEED) (EMU_SEED=)"
 	@$(EMU_AFTER) sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
 	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,500) \
-	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)") \
-	    $(call EMU_COMM_RUNS,plain,$(COMM_PROGRAMS)) $(EMU_OLD_NCCL) $(call EMU_NCCL_RUNS,plain)
+	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)") $(call EMU_NCCL_RUNS,plain)
+
+# ---- check-nccl -----------------------------------------------------------------------------------------
+
+# libmoe_nccl and layers over the fake NCCL, and the old one: on two ranks, or NCCL_RANKS, and a part of the
+# calls that fail; check-nccl-long on more ranks, every call of a step that fails, a part under AddressSanitizer.
+# They wait for deadlines more than they compute.
+NCCL_RANKS ?= 2
+NCCL_JOBS ?= 4
+NCCL_TESTED_SUITES := $(if $(EMU_NCCL),$(NCCL_SUITES:%=%_nccl))
+NCCL_ASAN := $(if $(EMU_NCCL),check_comm_nccl_layers check_comm_nccl_layer_faults)
+NCCL_PROGRAMS := $(NCCL_TESTED_SUITES:%=$(EMU)/plain/suites/%) $(COMM_PROGRAMS:%=$(EMU)/plain/kernels/%)
+NCCL_OLD = LD_LIBRARY_PATH=$(abspath $(EMU)/lib/nccl_218)
+# $(1) the environment
+NCCL_RUNS = $(foreach t,$(NCCL_TESTED_SUITES),"$(EMU_ENV) $(1) $(EMU)/plain/suites/$(t)") \
+    $(call EMU_COMM_RUNS,plain,$(COMM_PROGRAMS),$(1)) \
+    $(call EMU_COMM_RUNS,plain,$(filter check_comm_nccl check_comm_nccl_layers,$(COMM_PROGRAMS)),$(1) $(NCCL_OLD))
+.PHONY: check-nccl check-nccl-long
+ifneq ($(EMU_NCCL),)
+check-nccl: $(NCCL_PROGRAMS)
+	@sh tests/emulation/run_counted.sh $(NCCL_JOBS) $(call NCCL_RUNS,MOE_TEST_RANKS=$(NCCL_RANKS))
+check-nccl-long: $(NCCL_PROGRAMS) $(NCCL_ASAN:%=$(EMU)/asan/kernels/%)
+	@sh tests/emulation/run_counted.sh $(NCCL_JOBS) $(call NCCL_RUNS,MOE_TEST_RANKS=1$(comma)3$(comma)4$(comma)8 MOE_LONG=1) \
+	    $(call EMU_COMM_RUNS,asan,$(NCCL_ASAN),MOE_TEST_RANKS=2)
+else
+check-nccl check-nccl-long:
+	@echo '$@: no nccl.h in $(CUDA_INCLUDE); nothing was run'
+endif
 
 # Bytes that kernels move, over what they must.
 .PHONY: cuda-traffic

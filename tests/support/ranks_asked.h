@@ -1,4 +1,4 @@
-/* ranks_asked.h - which numbers of ranks a program runs: MOE_TEST_RANKS, a list such as "2 4". */
+/* ranks_asked.h - which numbers of ranks a program runs: MOE_TEST_RANKS, a list such as 2,4. */
 #ifndef TESTS_SUPPORT_RANKS_ASKED_H
 #define TESTS_SUPPORT_RANKS_ASKED_H
 
@@ -14,7 +14,7 @@ static inline bool ranks_asked(int ranks, bool otherwise)
     if (!list) return otherwise;
     for (long number = strtol(list, &end, 10); end != list; number = strtol(list, &end, 10)) {
         found = found || number == ranks;
-        list = end;
+        list = end + (*end == ',');
     }
     return found;
 }
