@@ -225,18 +225,15 @@ int32_t moe__nccl_test(void *user, void *request, int32_t *done)
     return 0;
 }
 
-/* Whether the transport has let go of it; without an event, that is known of the group's own stream
- * alone. A device that failed does nothing any more. */
+/* Whether the transport has let go of rows of the device. One that failed does nothing any more. */
 static bool is_over(const moe__nccl_exchange *x)
 {
-    const moe__nccl_group *g = x->group;
-    if (g->unsettled) return false;
-    if (x->recorded) return cudaEventQuery(x->done) != cudaErrorNotReady;
-    return x->on_host && g->own_stream && cudaStreamQuery(g->stream) != cudaErrorNotReady;
+    return !x->group->unsettled && x->recorded && cudaEventQuery(x->done) != cudaErrorNotReady;
 }
 
 /* An owned communicator has been revoked by now, so that its work ends soon; of one of the host
- * only the host can say. */
+ * only the host can say. Rows of host memory are copies in staging, which is the group's and goes
+ * with it. */
 int64_t moe__nccl_cancel(void *user, void *request)
 {
     moe__nccl_group *g = user;
@@ -245,7 +242,7 @@ int64_t moe__nccl_cancel(void *user, void *request)
     moe__nccl_scope scope;
     double begin = moe__nccl_seconds(), waited = 0;
     x->active = false;
-    if (g->process != getpid() || !moe__nccl_enter(g, &scope)) return 0;
+    if (x->on_host || g->process != getpid() || !moe__nccl_enter(g, &scope)) return 0;
     bool over = is_over(x);
     while (!over && waited < 0.1) {
         moe__nccl_rest(waited);
@@ -254,7 +251,6 @@ int64_t moe__nccl_cancel(void *user, void *request)
     }
     moe__nccl_leave(&scope);
     if (over) return 0;
-    if (x->on_host) return 4 * g->size * g->piece;
     return (e->recv_begin[g->size] + e->send_begin[e->to_all ? 1 : g->size]) * e->row_bytes;
 }
 

@@ -92,9 +92,11 @@ $(COMM_PROGRAMS:%=$(EMU)/$(1)/kernels/%): $(EMU)/$(1)/kernels/%: \
 	$$(CC) $$(LINK_$$(@F)) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) -L$(EMU)/lib -lnccl \
 	    $$(EMU_LINK_$(1)) -ldl -o $$@
 -include $$(EMU_NCCL_OBJECTS_$(1):.o=.d)
+$(EMU)/$(1)/kernels/check_cuda_ranks.o: EMU_CHECK_FLAGS += $(if $(EMU_NCCL),-DEMU_NCCL)
 $(EMU)/$(1)/kernels/check_cuda_ranks: $(EMU)/$(1)/kernels/check_cuda_ranks.o $(EMU)/$(1)/kernels/cuda_host.o \
-    $(EMU)/$(1)/suites/support/device/device_world.o $$(EMU_NCCL_OBJECTS_$(1)) $$(EMU_LINKED_$(1)) $(EMU_NCCL)
-	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) -L$(EMU)/lib -lnccl $$(EMU_LINK_$(1)) -ldl -o $$@
+    $(EMU)/$(1)/suites/support/device/device_world.o $(if $(EMU_NCCL),$$(EMU_NCCL_OBJECTS_$(1)) $(EMU_NCCL)) \
+    $$(EMU_LINKED_$(1))
+	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $(if $(EMU_NCCL),-L$(EMU)/lib -lnccl) $$(EMU_LINK_$(1)) -ldl -o $$@
 $(EMU)/$(1)/kernels/check_calls: $(EMU)/$(1)/kernels/check_calls.o $$(EMU_LINKED_$(1))
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) $$(EMU_LINK_$(1)) -ldl -o $$@
 $(EMU)/$(1)/kernels/traffic_table: $(EMU)/$(1)/kernels/traffic_table.o $$(EMU_LINKED_$(1)) \
