@@ -136,6 +136,7 @@ static moe_status make_group(moe__nccl_group **group, moe_context *context,
     g->warm_up = k->warm_up != 0;
     g->process = getpid();
     *(void **)&g->revoke = dlsym(RTLD_DEFAULT, "ncclCommRevoke");
+    *(void **)&g->all_to_all = dlsym(RTLD_DEFAULT, "ncclAlltoAll");
     atomic_init(&g->wanted, false);
     atomic_init(&g->aborted, false);
     atomic_init(&g->meeting, MOE__NCCL_MEETING);

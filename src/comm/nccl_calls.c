@@ -106,6 +106,17 @@ static bool settles_soon(moe__nccl_group *g)
     return false;
 }
 
+/* Frames of one size to and from every rank, the own one among them. */
+static ncclResult_t post_together(const moe__nccl_exchange *x, cudaStream_t stream,
+                                  const char **call)
+{
+    const moe__nccl_group *g = x->group;
+    *call = "ncclAlltoAll";
+    ncclResult_t result = g->all_to_all(x->send, x->recv, MOE__NCCL_FRAME, ncclUint8, g->nccl,
+                                        stream);
+    return result == ncclInProgress ? ncclSuccess : result;
+}
+
 /* Neighbours first, so that not all ranks send to the same one. */
 static ncclResult_t post_all(const moe__nccl_exchange *x, cudaStream_t stream, const char **call)
 {
@@ -139,7 +150,8 @@ int32_t moe__nccl_post(moe__nccl_exchange *x, cudaStream_t stream)
     if (!moe__nccl_begin(g)) return 1;
     ncclResult_t result = ncclGroupStart();
     if (result == ncclSuccess) {
-        result = post_all(x, stream, &call);
+        result = x->together && x->round == 0 ? post_together(x, stream, &call)
+                                              : post_all(x, stream, &call);
         ncclResult_t end = ncclGroupEnd();
         if (result == ncclSuccess) result = end, call = "ncclGroupEnd";
     }

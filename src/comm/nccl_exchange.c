@@ -171,6 +171,7 @@ static moe__nccl_exchange *take_slot(moe__nccl_group *g, const moe_exchange *e)
     moe__nccl_exchange *x = &g->exchange[i];
     x->e = *e;
     x->on_host = e->memory != MOE_COMM_DEVICE_MEMORY;
+    x->together = x->on_host && g->all_to_all;
     x->number = g->next++;
     x->round = x->last_round = 0;
     x->deadline = moe__nccl_seconds() + g->timeout;
@@ -259,7 +260,8 @@ static bool look(moe__nccl_group *g, const moe__nccl_exchange *x)
 {
     double begin = moe__nccl_seconds(), waited = 0;
     if (cudaStreamQuery(g->side) != cudaSuccess) return false; /* an earlier look */
-    if (cudaMemcpyAsync(g->peek, x->staged_recv, (size_t)(g->size - 1) * MOE__NCCL_FRAME,
+    int32_t frames = x->together ? g->size : g->size - 1;
+    if (cudaMemcpyAsync(g->peek, x->staged_recv, (size_t)frames * MOE__NCCL_FRAME,
                         cudaMemcpyDeviceToHost, g->side) != cudaSuccess)
         return false;
     while (cudaStreamQuery(g->side) == cudaErrorNotReady && waited < 0.1) {
@@ -277,6 +279,9 @@ void moe__nccl_missing(void *user, void *request, uint8_t *missing)
     if (!x->on_host || x->round > 0 || g->size == 1 || !moe__nccl_enter(g, &scope)) return;
     bool seen = look(g, x);
     moe__nccl_leave(&scope);
+    /* An all-to-all that has not even brought this rank its own frame tells nothing of the others. */
+    if (x->together && g->size > 2)
+        seen = seen && moe__nccl_has_come(x, g->peek + x->recv_at[g->rank]);
     for (int32_t p = 0; p < g->size && seen; p++)
         missing[p] = p != g->rank && !moe__nccl_has_come(x, g->peek + x->recv_at[p]);
 }
@@ -295,15 +300,24 @@ int32_t moe__nccl_poll(void *user)
 /* ---- creation -------------------------------------------------------------------------------- */
 
 /* An exchange of no rows: every pair sends its note. */
-int32_t moe__nccl_meet(moe__nccl_group *g, double deadline)
+static int32_t exchange_notes(moe__nccl_group *g, double deadline, bool together)
 {
     moe_exchange e = {.struct_size = sizeof e, .row_bytes = 1};
     e.recv_begin = e.send_begin = g->no_rows;
     moe__nccl_exchange *x = take_slot(g, &e);
     x->deadline = deadline;
+    x->together = together;
     int32_t answer = put_host_rows(x);
     if (answer == 0) answer = wait_round(x);
     if (answer == 0) answer = moe__nccl_unpack(x);
     x->active = false;
+    return answer;
+}
+
+/* In every way that exchanges go later. */
+int32_t moe__nccl_meet(moe__nccl_group *g, double deadline)
+{
+    int32_t answer = exchange_notes(g, deadline, false);
+    if (answer == 0 && g->all_to_all) answer = exchange_notes(g, deadline, true);
     return answer;
 }

@@ -1,7 +1,8 @@
 /* nccl_frames.c - rows of host memory in rounds.
  *
  * In round 0 every rank sends every other a frame of one size: a note of what it sends and expects,
- * and as many bytes of the rows as fit. Only when the notes agree do later rounds follow, whose
+ * and as many bytes of the rows as fit. Where NCCL has an all-to-all that is one, and the rank's own
+ * frame, a note alone, is among them. Only when the notes agree do later rounds follow, whose
  * sizes both sides then know, a piece of each pair at a time:
  *
  *   round 0                 round 1            round 2
@@ -13,7 +14,7 @@
 #include <stdio.h>
 #include <string.h>
 
-static const uint64_t PROTOCOL = 0x6d6f656e63636c31; /* "moenccl1" */
+static const uint64_t PROTOCOL = 0x6d6f656e63636c32; /* "moenccl2" */
 
 static int64_t bytes_to(const moe__nccl_exchange *x, int32_t p)
 {
@@ -49,15 +50,14 @@ static void lay_out(moe__nccl_exchange *x)
 {
     int64_t sent = 0, come = 0, begin;
     for (int32_t p = 0; p < x->group->size; p++) {
-        bool other = p != x->group->rank;
+        bool other = p != x->group->rank, frame = x->round == 0 && (other || x->together);
         x->send_at[p] = sent;
         x->recv_at[p] = come;
-        x->send_bytes[p] = !other          ? 0
-                           : x->round == 0 ? MOE__NCCL_FRAME
-                                           : part_of(x, bytes_to(x, p), &begin);
-        x->recv_bytes[p] = !other          ? 0
-                           : x->round == 0 ? MOE__NCCL_FRAME
-                                           : part_of(x, bytes_from(x, p), &begin);
+        x->send_bytes[p] = x->recv_bytes[p] = frame ? MOE__NCCL_FRAME : 0;
+        if (x->round > 0 && other) {
+            x->send_bytes[p] = part_of(x, bytes_to(x, p), &begin);
+            x->recv_bytes[p] = part_of(x, bytes_from(x, p), &begin);
+        }
         sent += x->send_bytes[p];
         come += x->recv_bytes[p];
     }
@@ -71,9 +71,8 @@ void moe__nccl_pack(moe__nccl_exchange *x)
     for (int32_t p = 0; p < x->group->size; p++) {
         int64_t begin;
         char *to = x->pinned_send + x->send_at[p];
-        if (p == x->group->rank) continue;
-        int64_t bytes = part_of(x, bytes_to(x, p), &begin);
-        if (x->round == 0) {
+        int64_t bytes = p == x->group->rank ? 0 : part_of(x, bytes_to(x, p), &begin);
+        if (x->round == 0 && x->send_bytes[p] > 0) {
             const moe__nccl_note note = {.protocol = PROTOCOL,
                                          .number = x->number,
                                          .rows = moe__nccl_rows_to(&x->e, p),

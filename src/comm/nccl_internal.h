@@ -46,7 +46,8 @@ typedef struct moe__nccl_exchange {
     int64_t *send_at, *send_bytes, *recv_at, *recv_bytes; /* [P] */
     char *pinned_send, *pinned_recv, *staged_send, *staged_recv;
     cudaEvent_t done;
-    bool on_host;  /* rows of host memory */
+    bool on_host; /* rows of host memory */
+    bool together; /* their first round is one ncclAlltoAll, else a send and a receive of each pair */
     bool recorded; /* done tells when the round is over; else nothing was put on the stream */
     bool bad;      /* not all of it could be put there */
     bool active;
@@ -80,6 +81,8 @@ struct moe__nccl_group {
     cudaEvent_t last; /* of all that was put on streams, whichever */
     bool last_recorded;
     ncclResult_t (*revoke)(ncclComm_t comm, int flags); /* NULL before 2.28.7 */
+    ncclResult_t (*all_to_all)(const void *send, void *recv, size_t count, ncclDataType_t type,
+                               ncclComm_t comm, cudaStream_t stream); /* NULL before 2.28.3 */
     /* The thread of the creation. */
     atomic_int meeting; /* whether it or the caller has come to the end first */
     double deadline;

@@ -21,7 +21,7 @@ static struct operation_fault {
 } operation_faults[FAULTS];
 
 static int polls = -1;
-static bool shared_devices, leaks_reported, environment_read;
+static bool shared_devices, leaks_reported, environment_read, whole;
 static uint64_t host_waits;
 
 /* ---- asking ---------------------------------------------------------------------------------- */
@@ -113,6 +113,7 @@ void emu_nccl_delay(int rank, int n, int milliseconds)
 }
 
 void emu_nccl_polls(int n) { LOCKED(polls = n); }
+void emu_nccl_whole(int on) { LOCKED(whole = on != 0); }
 void emu_nccl_share_device(int allowed) { LOCKED(shared_devices = allowed != 0); }
 void emu_nccl_report_leaks(int on) { LOCKED(leaks_reported = on != 0); }
 
@@ -122,7 +123,7 @@ void emu_nccl_heal(void)
     memset(call_faults, 0, sizeof call_faults);
     memset(operation_faults, 0, sizeof operation_faults);
     polls = -1;
-    shared_devices = leaks_reported = false;
+    shared_devices = leaks_reported = whole = false;
     environment_read = true;
     host_waits = 0;
     emu_unlock();
@@ -178,6 +179,8 @@ bool nccl_devices_shared(void)
     read_environment();
     return shared_devices;
 }
+
+bool nccl_whole(void) { return whole; }
 
 void nccl_count_host_wait(void) { host_waits++; }
 

@@ -39,8 +39,9 @@ struct nccl_transfer {
     /* When it begins: its number in the pair, or among collectives; where its bytes are. */
     uint64_t index;
     size_t at;
-    bool done;   /* what is received is there, what is sent was taken */
-    int readers; /* of a collective: ranks that have their result */
+    bool done;      /* what is received is there, what is sent was taken */
+    int readers;    /* of a collective: ranks that have their result */
+    uint64_t taken; /* of an all-to-all: ranks whose block is there */
 };
 
 const char *nccl_call_name(enum nccl_kind kind);
@@ -228,6 +229,7 @@ struct nccl_misfortune nccl_misfortune(int rank);
 /* How many polls a call answers ncclInProgress at least. */
 int nccl_polls(bool waits);
 bool nccl_devices_shared(void);
+bool nccl_whole(void); /* all-to-alls move all at once */
 void nccl_count_host_wait(void);
 
 #endif

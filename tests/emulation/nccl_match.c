@@ -154,12 +154,28 @@ static void write_result(const struct ncclComm *comm, const struct nccl_transfer
     emu_mark_written(out, t->receive_bytes);
 }
 
+/* Blocks of an all-to-all, of the ranks that have begun it. */
+static bool take_blocks(const struct ncclComm *comm, struct nccl_transfer *t,
+                        const unsigned char *const *in)
+{
+    size_t one = t->count * nccl_type_bytes(t->type);
+    uint64_t before = t->taken;
+    for (int r = 0; r < comm->ranks; r++) {
+        unsigned char *to = (unsigned char *)t->receive + (size_t)r * one;
+        if (in[r] == NULL || (t->taken >> r & 1) != 0) continue;
+        memcpy(to, in[r] + (size_t)comm->rank * one, one);
+        emu_mark_written(to, one);
+        t->taken |= (uint64_t)1 << r;
+    }
+    return t->taken != before;
+}
+
 /* When all ranks have begun it; what differs is seen before that. */
 static bool collect(const struct ncclComm *comm, struct nccl_transfer *t)
 {
-    const unsigned char *in[NCCL_RANKS];
+    const unsigned char *in[NCCL_RANKS] = {NULL};
     struct nccl_seat *seats = comm->world->board->seat;
-    bool all = true;
+    bool all = true, moved = false;
     for (int r = 0; r < comm->ranks; r++) {
         const struct nccl_transfer *theirs = collective_at(&seats[r], t->index);
         if (theirs != NULL && !same_call(t, theirs)) {
@@ -169,9 +185,10 @@ static bool collect(const struct ncclComm *comm, struct nccl_transfer *t)
         all &= theirs != NULL;
         if (theirs != NULL) in[r] = nccl_room(comm->world, r) + theirs->at;
     }
-    if (!all) return false;
+    if (t->kind == NCCL_ALL_TO_ALL && !nccl_whole()) moved = take_blocks(comm, t, in);
+    if (!all) return moved;
     check_unchanged(comm->world, comm->rank, t);
-    write_result(comm, t, in);
+    if (t->taken == 0) write_result(comm, t, in);
     for (int r = 0; r < comm->ranks; r++) {
         ((struct nccl_transfer *)collective_at(&seats[r], t->index))->readers++;
     }
