@@ -158,6 +158,21 @@ static void body_absent_later(struct rank_case *r)
     leave_after_failure(r, &c);
 }
 
+/* Where NCCL's all-to-all moves as a whole nothing is known of three ranks, of two it is plain. */
+static void body_absent_whole(struct rank_case *r)
+{
+    rank_comm c;
+    join_hasty(r, &c);
+    emu_nccl_whole(1);
+    if (r->rank == 1) emu_nccl_absent(1, 1);
+    meet(r);
+    if (r->rank != 1) {
+        REFUSED(MOE_ERROR_TIMEOUT, moe_comm_barrier(c.comm));
+        SAID(r->ranks == 2 ? "missing ranks: 1" : "who is missing is not known");
+    }
+    leave_after_failure(r, &c);
+}
+
 /* The same in the middle of an exchange of several rounds, and with device memory. */
 static void body_absent_in_rounds(struct rank_case *r)
 {
@@ -230,6 +245,10 @@ START_TEST(test_absent)
         how = kind;
         if (_i == 0 && how == NOT_BLOCKING) continue;
         expect_all_gone(on_threads(3, body[_i]), "absent", kind * 10 + _i);
+    }
+    for (int ranks = 2; ranks <= 3; ranks++) {
+        how = _i;
+        expect_all_gone(on_threads(ranks, body_absent_whole), "absent as a whole", _i);
     }
 }
 END_TEST

@@ -31,13 +31,29 @@ static void abort_comm(struct rank_case *r)
 
 /* ---- who never comes ------------------------------------------------------------------------- */
 
-/* Rank 1's stream never comes to its second operation. */
-static void body_absent(struct rank_case *r)
+enum { N = 8 };
+
+/* What has come of an all-to-all that is pending: the blocks of the ranks that are there, or of none
+ * where it moves as a whole. */
+static void check_blocks(struct rank_case *r, const float *y, bool whole)
 {
-    enum { N = 8 };
+    float got[16 * N];
+    size_t bytes = (size_t)(N * r->ranks) * sizeof *y;
+    cudaStream_t side;
+    CUDA(cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking));
+    CUDA(cudaMemcpyAsync(got, y, bytes, cudaMemcpyDeviceToHost, side));
+    CUDA(cudaStreamSynchronize(side));
+    for (int p = 0; p < r->ranks; p++) EXPECT(all_nan(got + p * N, N) == (whole || p == 1));
+    CUDA(cudaStreamDestroy(side));
+}
+
+/* Rank 1's stream never comes to its second operation. */
+static void absent(struct rank_case *r, bool whole)
+{
     float got[16 * N];
     size_t n = (size_t)(N * r->ranks);
     make_comm(r);
+    emu_nccl_whole(whole);
     if (r->rank == 1) emu_nccl_absent(1, 2);
     meet(r);
     float *x = floats(r, n, 1.0f), *y = floats(r, n, 0.0f);
@@ -51,12 +67,17 @@ static void body_absent(struct rank_case *r)
     const char *pending = emu_nccl_pending();
     EXPECT(r->rank == 1 || strstr(pending, "ncclAlltoAll, 8 float32") != NULL);
     meet(r);
+    if (r->rank != 1) check_blocks(r, y, whole);
+    meet(r);
     abort_comm(r);
     read_floats(r, got, y, n);
     EXPECT(all_nan(got, n));
     CUDA(cudaFree(x));
     CUDA(cudaFree(y));
 }
+
+static void body_absent(struct rank_case *r) { absent(r, false); }
+static void body_absent_whole(struct rank_case *r) { absent(r, true); }
 
 /* The same by the environment. */
 static void body_absent_by_environment(struct rank_case *r)
@@ -414,6 +435,7 @@ static void body_finalize(struct rank_case *r)
 
 static const struct named_body bodies[] = {
     {.name = "absent", .body = body_absent, .processes = true},
+    {.name = "absent_whole", .body = body_absent_whole, .processes = true},
     {.name = "absent_by_environment",
      .body = body_absent_by_environment,
      .ranks = -1,
