@@ -299,25 +299,17 @@ int32_t moe__nccl_poll(void *user)
 
 /* ---- creation -------------------------------------------------------------------------------- */
 
-/* An exchange of no rows: every pair sends its note. */
-static int32_t exchange_notes(moe__nccl_group *g, double deadline, bool together)
+/* An exchange of no rows: every pair sends its note. An all-to-all is a send and a receive of each
+ * pair, so that it connects them too. */
+int32_t moe__nccl_meet(moe__nccl_group *g, double deadline)
 {
     moe_exchange e = {.struct_size = sizeof e, .row_bytes = 1};
     e.recv_begin = e.send_begin = g->no_rows;
     moe__nccl_exchange *x = take_slot(g, &e);
     x->deadline = deadline;
-    x->together = together;
     int32_t answer = put_host_rows(x);
     if (answer == 0) answer = wait_round(x);
     if (answer == 0) answer = moe__nccl_unpack(x);
     x->active = false;
-    return answer;
-}
-
-/* In every way that exchanges go later. */
-int32_t moe__nccl_meet(moe__nccl_group *g, double deadline)
-{
-    int32_t answer = exchange_notes(g, deadline, false);
-    if (answer == 0 && g->all_to_all) answer = exchange_notes(g, deadline, true);
     return answer;
 }

@@ -39,7 +39,7 @@ static void body_work(struct rank_case *r)
     rank_comm c;
     rank_rows host, device;
     prepare(r, &c, how, SHORT);
-    fill_rows(r, &host, 1, 3000), fill_rows(r, &device, 1, NARROW);
+    fill_rows(r, &host, 3, 3000), fill_rows(r, &device, 3, NARROW); /* two rows of each */
     rows_to_device(r, &device);
     CUDA(cudaStreamSynchronize(r->stream));
     meet(r);
@@ -66,23 +66,16 @@ static void body_work(struct rank_case *r)
     NCCL(ncclCommAbort(r->comm));
     meet(r);
     CUDA(cudaStreamSynchronize(r->stream));
-    if (status == MOE_OK) check_rows(r, &host, 1);
+    if (status == MOE_OK) check_rows(r, &host, 3);
     moe_comm_destroy(c.comm);
     moe_context_destroy(c.context);
     free_rows(r, &host), free_rows(r, &device);
 }
 
-static const char *const NCCL_CALLS[] = {"ncclCommCount",
-                                         "ncclCommUserRank",
-                                         "ncclCommCuDevice",
-                                         "ncclCommSplit",
-                                         "ncclGroupStart",
-                                         "ncclGroupEnd",
-                                         "ncclSend",
-                                         "ncclRecv",
-                                         "ncclCommFinalize",
-                                         "ncclCommDestroy",
-                                         "ncclCommGetAsyncError"};
+static const char *const NCCL_CALLS[] = {
+    "ncclCommCount",  "ncclCommUserRank", "ncclCommCuDevice", "ncclCommSplit",
+    "ncclGroupStart", "ncclGroupEnd",     "ncclSend",         "ncclRecv",
+    "ncclAlltoAll",   "ncclCommFinalize", "ncclCommDestroy",  "ncclCommGetAsyncError"};
 static const char *const CUDA_CALLS[] = {
     "cudaStreamCreate", /* as the emulator calls both */
     "cudaEventCreate",       "cudaHostAlloc",   "cudaMalloc",     "cudaMemsetAsync",

@@ -398,12 +398,9 @@ static void body_stranger(struct rank_case *r)
         SAID("rank 1 has another version of libmoe_nccl");
     } else {
         char *device = NULL;
-        CUDA(cudaMalloc((void **)&device, 2 * FRAME));
-        CUDA(cudaMemset(device, 3, 2 * FRAME));
-        NCCL(ncclGroupStart());
-        NCCL(ncclSend(device, FRAME, ncclUint8, 0, r->comm, r->stream));
-        NCCL(ncclRecv(device + FRAME, FRAME, ncclUint8, 0, r->comm, r->stream));
-        NCCL(ncclGroupEnd());
+        CUDA(cudaMalloc((void **)&device, 4 * FRAME));
+        CUDA(cudaMemset(device, 3, 4 * FRAME));
+        NCCL(ncclAlltoAll(device, device + 2 * FRAME, FRAME, ncclUint8, r->comm, r->stream));
         CUDA(cudaStreamSynchronize(r->stream));
         CUDA(cudaFree(device));
     }

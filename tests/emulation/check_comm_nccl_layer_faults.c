@@ -27,6 +27,7 @@ static const int GROUPS[KIND_COUNT] = {10, 7, 15, 11}; /* of a step */
 enum {
     FAILING_SEND,
     FAILING_RECEIVE,
+    FAILING_FRAMES,
     FAILING_GROUP,
     LATER_ERROR,
     SILENT,
@@ -34,8 +35,8 @@ enum {
     DYING,
     FAULTS
 };
-static const char *const FAULT_NAME[FAULTS] = {"send",   "receive",   "group", "later error",
-                                               "silent", "giving up", "dying"};
+static const char *const FAULT_NAME[FAULTS] = {"send",        "receive", "frames",    "group",
+                                               "later error", "silent",  "giving up", "dying"};
 
 typedef struct trial {
     const layer_kind *kind;
@@ -79,6 +80,7 @@ static void arrange(struct rank_case *r, const rank_comm *c)
     is_rank_1 = true, to_give_up = c->comm;
     if (now.fault == FAILING_SEND) emu_nccl_fail(r->rank, "ncclSend", now.n, ncclSystemError);
     if (now.fault == FAILING_RECEIVE) emu_nccl_fail(r->rank, "ncclRecv", now.n, ncclSystemError);
+    if (now.fault == FAILING_FRAMES) emu_nccl_fail(r->rank, "ncclAlltoAll", now.n, ncclSystemError);
     if (now.fault == FAILING_GROUP) emu_nccl_fail(-1, "ncclGroupEnd", now.n, ncclInternalError);
     if (now.fault == LATER_ERROR) emu_nccl_async_error(r->rank, now.n, ncclRemoteError);
     if (now.fault == SILENT) emu_nccl_absent(r->rank, now.n);
