@@ -94,6 +94,7 @@ moe_status moe__cuda_everyone_forward(const moe__workers *workers, moe__plan_arr
 moe_status moe__cuda_write_results(const moe__losses_job *job, void *losses_out, void *stats_out);
 moe_status moe__cuda_plan_rows(moe__plan_rows_job *job);
 moe_status moe__cuda_travel_pack(const moe__pack_job *job);
+moe_status moe__cuda_travel_unique(const moe__unique_job *job);
 moe_status moe__cuda_travel_order(const moe__order_job *job);
 moe_status moe__cuda_travel_entry_grad(const moe__entry_grad_job *job);
 moe_status moe__cuda_travel_drop(const moe__drop_job *job);

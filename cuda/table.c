@@ -36,7 +36,8 @@ static int64_t scratch_bytes(const moe__pass_shape *shape)
         .output_backward = moe__cuda_output_backward_##type,                                       \
         .second_forward = moe__cuda_second_forward_##type,                                         \
         .second_backward = moe__cuda_second_backward_##type, .travel_pack = moe__cuda_travel_pack, \
-        .travel_order = moe__cuda_travel_order, .travel_merge = moe__cuda_travel_merge_##type,     \
+        .travel_unique = moe__cuda_travel_unique, .travel_order = moe__cuda_travel_order,          \
+        .travel_merge = moe__cuda_travel_merge_##type,                                             \
         .travel_entry_grad = moe__cuda_travel_entry_grad, .travel_drop = moe__cuda_travel_drop,    \
         .travel_write_blocks = moe__cuda_travel_write_blocks,                                      \
         .travel_read_blocks = moe__cuda_travel_read_blocks, .travel_add = moe__cuda_travel_add,    \

@@ -23,6 +23,7 @@ MOE_DEVICE int64_t moe_moved_rows(const moe__moves &m)
 struct moe_packed_column {
     const char *from;
     const int64_t *index;
+    const moe__window *window;
     int64_t stride, bytes, at;
     int32_t by_place, unit;
 };
@@ -43,11 +44,23 @@ MOE_DEVICE void moe_pack_units(char *to, const char *from, int64_t bytes, int mi
     for (int64_t i = mine; i < bytes / (int64_t)sizeof(U); i += threads) out[i] = in[i];
 }
 
-MOE_DEVICE void moe_pack_column(const moe_packed_column &c, char *to, int64_t row, int64_t place,
+/* A number from another rank may be any. */
+MOE_DEVICE int64_t moe_in_window(const moe__window &w, int64_t number)
+{
+    return w.base + (number >= 0 && number < w.rows ? number : 0);
+}
+
+/* Which row it is, where that is written, and the range of the move that it is in. */
+struct moe_packed_row {
+    int64_t row, place, range;
+};
+
+MOE_DEVICE void moe_pack_column(const moe_packed_column &c, char *to, const moe_packed_row &r,
                                 int mine, int threads)
 {
-    int64_t at = c.by_place ? place : row;
+    int64_t at = c.by_place ? r.place : r.row;
     if (c.index) at = c.index[at];
+    if (c.window) at = moe_in_window(c.window[r.range], at);
     const char *from = c.from + at * c.stride;
     to += c.at;
     if (c.unit == 16) {
@@ -65,16 +78,16 @@ MOE_DEVICE void moe_pack_column(const moe_packed_column &c, char *to, int64_t ro
 /* 2^shift threads for a row */
 MOE_GLOBAL(256) moe_travel_pack(moe_packing p, int shift)
 {
-    int64_t i = moe__block_row(shift), row = i, place = i;
+    int64_t i = moe__block_row(shift);
+    moe_packed_row r = {i, i, 0};
     if (i >= moe_moved_rows(p.moves)) return;
     if (p.moves.first) {
         int64_t s = moe_range_of(p.moves.first, p.moves.count, i);
-        row = p.moves.from[s] + i - p.moves.first[s];
-        place = p.moves.to[s] + i - p.moves.first[s];
+        r = {p.moves.from[s] + i - p.moves.first[s], p.moves.to[s] + i - p.moves.first[s], s};
     }
     for (int64_t c = 0; c < p.columns; c++)
-        moe_pack_column(p.column[c], p.to + place * p.row_bytes, row, place,
-                        moe__block_column(shift), 1 << shift);
+        moe_pack_column(p.column[c], p.to + r.place * p.row_bytes, r, moe__block_column(shift),
+                        1 << shift);
 }
 
 static int32_t unit_of(const moe__pack_job *job, const moe__column *c)
@@ -97,7 +110,7 @@ extern "C" moe_status moe__cuda_travel_pack(const moe__pack_job *job)
     for (int64_t i = 0; i < job->columns; i++) {
         const moe__column *c = &job->column[i];
         int32_t unit = unit_of(job, c);
-        p.column[i] = {(const char *)c->from, c->index, c->stride, c->bytes, c->at,
+        p.column[i] = {(const char *)c->from, c->index, c->window, c->stride, c->bytes, c->at,
                        c->by_place,           unit};
         widest = moe__max(widest, c->bytes / unit);
     }

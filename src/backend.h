@@ -492,9 +492,11 @@ typedef struct moe__backend {
     moe_status (*output_backward)(moe__rows_job *job);
     /* NULL: this backend has no panels */
     moe_status (*matrices_copy)(const moe__copy_job *job);
-    /* Rows that travel between ranks: travel.h. order: the plan of what came. merge, entry_grad:
-     * what came back, in the order of this rank's plan. drop: rows that do not stay */
+    /* Rows that travel between ranks: travel.h. unique: the tokens of each node. order: the plan
+     * of what came. merge, entry_grad: what came back, in the order of this rank's plan. drop: rows
+     * that do not stay */
     moe_status (*travel_pack)(const moe__pack_job *job);
+    moe_status (*travel_unique)(const moe__unique_job *job);
     moe_status (*travel_order)(const moe__order_job *job);
     moe_status (*travel_merge)(const moe__merge_job *job);
     moe_status (*travel_entry_grad)(const moe__entry_grad_job *job);

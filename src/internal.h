@@ -351,6 +351,8 @@ double moe__seconds(void);
 void moe__gate_retain(moe_gate *gate);
 void moe__experts_retain(moe_experts *experts);
 void moe__comm_retain(moe_comm *comm);
+/* Whether the transport may still touch this memory, after a failure. comm may be NULL. */
+bool moe__comm_keeps(const moe_comm *comm, const void *memory, int64_t bytes);
 /* Frees memory that exchanges of `comm` (or NULL) may have used, unless the transport may still
  * touch it. */
 void moe__comm_free(const moe_comm *comm, moe_context *context, void *memory, int64_t bytes);
@@ -361,8 +363,8 @@ static inline bool moe__comm_captures(const moe_comm *comm)
 {
     return (comm->table.capabilities & MOE_COMM_CAPTURABLE) != 0;
 }
-/* Whether as many exchanges are in flight as there may be. */
-bool moe__comm_is_full(const moe_comm *comm);
+/* How many exchanges are, at most MOE_COMM_REQUESTS; of NULL none. */
+int32_t moe__comm_in_flight(const moe_comm *comm);
 /* Gives up an exchange that is in flight, which ends the communicator. */
 void moe__comm_give_up(moe_comm *comm, int32_t request);
 /* Makes a communicator over a table of the library's own; release is called if this fails. */

@@ -18,7 +18,11 @@ moe_status moe__pass_check_idle(const moe_pass *pass, const char *function)
 moe_status moe__pass_check_start(const moe_pass *pass, int32_t uses, const char *function)
 {
     MOE_TRY(moe__pass_check_idle(pass, function));
-    if (moe__pass_has_ranks(pass, uses) && moe__comm_is_full(moe__pass_comm(pass)))
+    if (!moe__pass_has_ranks(pass, uses)) return MOE_OK;
+    /* A pass between start and finish has one, of either. */
+    const moe_comm *comm = moe__pass_comm(pass), *rail = pass->layer->config.rail_comm;
+    int32_t passes = moe__comm_in_flight(comm) + (rail != comm ? moe__comm_in_flight(rail) : 0);
+    if (passes >= MOE_COMM_REQUESTS)
         REFUSE(MOE_ERROR_INVALID_STATE, "%d passes of the group are between start and finish",
                MOE_COMM_REQUESTS);
     return MOE_OK;

@@ -47,6 +47,24 @@ static moe_status check_slices(const moe_layer_config *c, const char *function)
     return MOE_OK;
 }
 
+/* Rows in two stages. */
+static moe_status check_rails(const moe_layer_config *c, const char *function)
+{
+    const moe_comm *node = c->node_comm, *rail = c->rail_comm;
+    if (!node && !rail) return MOE_OK;
+    if (!node || !rail)
+        REFUSE_ARGUMENT("%s is given, %s is NULL", node ? "node_comm" : "rail_comm",
+                        node ? "rail_comm" : "node_comm");
+    if (!c->comm) REFUSE_ARGUMENT("node_comm is given, comm is NULL");
+    if (node->context != c->comm->context || rail->context != c->comm->context)
+        REFUSE_ARGUMENT("%s and comm are of different contexts",
+                        node->context != c->comm->context ? "node_comm" : "rail_comm");
+    if (c->exchange != MOE_EXCHANGE_EXACT || c->received != MOE_RECEIVED_ERROR)
+        REFUSE_ARGUMENT("node_comm clashes with %s %d", c->received ? "received" : "exchange",
+                        c->received ? (int)c->received : (int)c->exchange);
+    return MOE_OK;
+}
+
 static moe_status check_objects(const moe_layer_config *c, const char *function)
 {
     const moe_gate *g = c->gate;
@@ -54,6 +72,7 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
     if (!e) REFUSE_ARGUMENT("experts is NULL");
     if (g && g->context != e->context)
         REFUSE_ARGUMENT("gate and experts are of different contexts");
+    MOE_TRY(check_rails(c, function));
     bool host = e->context->memory->is_host;
     if (!c->comm && (c->expert_slices > 1 || c->placement || c->max_received > 0 ||
                      (host && c->exchange == MOE_EXCHANGE_PADDED)))
@@ -266,6 +285,8 @@ moe_status moe_layer_create(moe_layer **layer, const moe_layer_config *config)
     if (l->residual) moe__experts_retain(l->residual);
     if (l->gate) moe__gate_retain(l->gate);
     if (l->comm) moe__comm_retain(l->comm);
+    if (c.node_comm) moe__comm_retain(c.node_comm);
+    if (c.rail_comm) moe__comm_retain(c.rail_comm);
     *layer = l;
     return MOE_OK;
 }
@@ -282,6 +303,8 @@ void moe_layer_destroy(moe_layer *layer)
     moe_experts_destroy(held.shared);
     moe_experts_destroy(held.residual);
     moe_comm_destroy(held.comm);
+    moe_comm_destroy(held.config.node_comm);
+    moe_comm_destroy(held.config.rail_comm);
     moe_context_destroy(held.context);
 }
 

@@ -393,8 +393,8 @@ void moe__pass_free_memory(moe_pass *pass)
 {
     const moe__memory *where = pass->context->memory;
     if (where->is_host)
-        moe__comm_free(pass->layer ? pass->layer->comm : NULL, pass->context, pass->memory,
-                       pass->capacity);
+        moe__layer_free(pass->layer ? &pass->layer->config : NULL, pass->context, pass->memory,
+                        pass->capacity);
     else
         where->free(pass->context, pass->memory, pass->capacity);
     pass->memory = NULL;

@@ -331,6 +331,8 @@ moe_status moe__ranks_receive_backward(moe_pass *pass);
 moe_status moe__ranks_earlier(moe_pass *pass, const char *function);
 moe_status moe__ranks_look(const moe_pass *pass, const char *function);
 int64_t moe__ranks_padding(const moe_pass *pass);
+/* Gives up what is in flight, and ends the waits of the others. */
+void moe__ranks_abort(moe_pass *pass);
 /* After a failure: gives up what is in flight, and ends the waits of the others if they do not know
  * of it. */
 moe_status moe__ranks_stop(moe_pass *pass, moe_status status);
@@ -339,6 +341,10 @@ moe_status moe__ranks_stop(moe_pass *pass, moe_status status);
 void moe__second_hook(moe_pass *pass, int32_t uses);
 
 /* ranks_memory.c */
+/* Frees memory that exchanges of a layer may have used, unless a transport may still touch it.
+ * config: NULL of what is of no layer. */
+void moe__layer_free(const moe_layer_config *config, moe_context *context, void *memory,
+                     int64_t bytes);
 void moe__ranks_free(moe_pass *pass);
 /* With max_received: memory for as many rows as may come, and for this rank's `entries`, if the
  * pass has less; else none. The pass's rows are where they were until it takes it, or forgets
@@ -363,6 +369,14 @@ moe_status moe__share_nothing(moe_pass *pass);
 int32_t moe__share_ranks(const moe_layer *layer);
 /* Makes the job share, if the layer does. */
 void moe__share_losses(moe_pass *pass, int32_t uses);
+
+/* ranks_grid.c */
+/* Arrays of a grid of P ranks; what each rank is in it, `apart` words from one to the next; with
+ * others that disagree it is refused on every rank. */
+void moe__grid_lay_out(moe__grid *grid, moe__arena *arena, int64_t P);
+moe_status moe__grid_find(moe__placement *where, const moe_layer_config *config,
+                          const int64_t *node, const int64_t *number, int64_t apart,
+                          const char *function);
 
 /* ranks_join.c */
 /* Compares the layers of a group and finds where the experts are; on every rank at once. */

@@ -305,6 +305,8 @@ static void keep_layer(moe_layer_config *to, const moe_layer_config *host)
     to->shared = host->shared;
     to->residual = host->residual;
     to->comm = host->comm;
+    to->node_comm = host->node_comm;
+    to->rail_comm = host->rail_comm;
     to->layer_id = host->layer_id;
     to->parameters = host->parameters;
 }

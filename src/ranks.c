@@ -13,13 +13,22 @@
 
 #include <string.h>
 
+/* With a grid the others may wait on any of three. */
+void moe__ranks_abort(moe_pass *pass)
+{
+    moe__ranks *k = &pass->ranks;
+    if (k->waiting) moe__comm_give_up(k->on, k->request);
+    k->waiting = false;
+    moe_comm_abort(moe__pass_comm(pass));
+    moe_comm_abort(pass->layer->config.rail_comm);
+    moe_comm_abort(pass->layer->config.node_comm);
+}
+
 moe_status moe__ranks_stop(moe_pass *pass, moe_status status)
 {
     moe__ranks *k = &pass->ranks;
-    if (k->waiting) moe__comm_give_up(moe__pass_comm(pass), k->request);
-    k->waiting = false;
+    if (k->waiting || !k->agreed) moe__ranks_abort(pass);
     k->to_store = NULL;
-    if (!k->agreed) moe_comm_abort(moe__pass_comm(pass));
     return status;
 }
 
@@ -58,7 +67,16 @@ static moe_status send_forward(moe_pass *pass, int64_t round)
                             &(moe__block_header){false, MOE_OK});
 }
 
-moe_status moe__ranks_send(moe_pass *pass) { return send_forward(pass, 0); }
+moe_status moe__ranks_send(moe_pass *pass)
+{
+    return moe__ranks_relays(pass) ? moe__relay_send(pass) : send_forward(pass, 0);
+}
+
+/* Rows of the round are here. */
+static moe_status arrive(moe_pass *pass)
+{
+    return moe__ranks_relays(pass) ? moe__relay_wait(pass) : moe__ranks_wait(pass);
+}
 
 /* The experts on what came. */
 static moe_status run_experts(moe_pass *pass, const moe__backend *kernels)
@@ -83,7 +101,7 @@ moe_status moe__ranks_work(moe_pass *pass, const moe__backend *kernels, const ch
     int64_t bytes = pass->experts->room.d_out * element_bytes(pass);
     for (int64_t round = 0; round < k->rounds; round++) {
         const moe__column out = {.from = k->job.out, .stride = bytes, .bytes = bytes};
-        MOE_TRY(moe__ranks_wait(pass));
+        MOE_TRY(arrive(pass));
         if (moe__ranks_padded(pass))
             MOE_TRY(moe__ranks_blind(pass)
                         ? moe__blind_read(pass, false)
@@ -118,6 +136,9 @@ static void report_rows(moe_pass *pass)
     for (int64_t p = 0; p < P; p++)
         for (int64_t i = 0; i < own && p != rank; i++)
             pass->report.rows_received += k->in_count[p * own + i];
+    const moe__grid *g = &w->grid;
+    for (int64_t n = 0; n < g->nodes; n++)
+        if (n != g->node) pass->report.rows_to_nodes += k->relay.unique[n + 1] - k->relay.unique[n];
     pass->report.rounds = k->rounds;
 }
 
@@ -164,7 +185,10 @@ static moe_status send_backward(moe_pass *pass, int64_t round)
                             &(moe__block_header){true, MOE_OK});
 }
 
-moe_status moe__ranks_send_backward(moe_pass *pass) { return send_backward(pass, 0); }
+moe_status moe__ranks_send_backward(moe_pass *pass)
+{
+    return moe__ranks_relays(pass) ? moe__relay_send(pass) : send_backward(pass, 0);
+}
 
 /* MOE_EXCHANGE_PADDED: before anything is written it must be known that no rank declined. */
 moe_status moe__ranks_check_backward(moe_pass *pass, const char *function)
@@ -255,13 +279,15 @@ static back_row back_row_of(const moe_pass *pass)
         b.width = pass->experts->room.d_model;
         b.bytes = dx;
     }
-    if (wanted(pass, MOE__WANT_WEIGHTS)) { /* an entry is a position */
+    if (wanted(pass, MOE__WANT_WEIGHTS)) {     /* an entry is a position, of what came */
+        bool relays = moe__ranks_relays(pass); /* and goes back from another */
         b.real_at = b.count ? k->size.grad_at : 0;
         b.columns[b.count++] = (moe__column){.from = k->entry_grad,
+                                             .index = relays ? k->plan.entry_of_row : NULL,
                                              .stride = real,
                                              .bytes = real,
                                              .at = b.real_at,
-                                             .by_place = 1};
+                                             .by_place = !relays};
         b.bytes = b.real_at + real;
     }
     b.bytes = moe__ranks_whole(moe__ranks_on_host(pass), b.bytes);
@@ -273,7 +299,7 @@ moe_status moe__ranks_work_backward(moe_pass *pass, const moe__backend *kernels)
     moe__ranks *k = &pass->ranks;
     int64_t bytes = back_row_of(pass).bytes;
     for (int64_t round = 0; round < k->rounds; round++) {
-        if (!moe__ranks_padded(pass)) MOE_TRY(moe__ranks_wait(pass));
+        if (!moe__ranks_padded(pass)) MOE_TRY(arrive(pass));
         MOE_TRY(run_backward(pass, kernels));
         if (bytes > 0) {
             back_row b = back_row_of(pass);

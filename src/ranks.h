@@ -9,6 +9,7 @@
 #define MOE_RANKS_H
 
 #include "internal.h"
+#include "travel.h"
 
 /* Words that a rank tells every rank in every call; the first is compared modulo CALLS. */
 enum { MOE__RANKS_HEADER = 3, MOE__RANKS_CALLS = 4 };
@@ -17,7 +18,17 @@ enum { MOE__RANKS_HEADER = 3, MOE__RANKS_CALLS = 4 };
  * gates' rows. */
 enum { MOE__WANT_DX = 1, MOE__WANT_WEIGHTS = 2, MOE__WANT_GATE_DX = 4, MOE__WANTS = 8 };
 
-/* Of a layer. ranks_join.c */
+/* Ranks as a grid, with rank l of node n at n L + l: a token's row goes to each node once, from
+ * where it is passed on. ranks_relay.c */
+typedef struct moe__grid {
+    int64_t nodes, width;         /* N, L; 0: rows go straight */
+    int64_t node, number;         /* of this rank; number is its rank in node_comm */
+    int64_t slots;                /* of this rank's node */
+    int64_t *rank_at;             /* [N L] in comm */
+    int64_t *node_of, *number_of; /* [P] of each rank */
+} moe__grid;
+
+/* Of a layer. ranks_join.c; the grid: ranks_grid.c */
 typedef struct moe__placement {
     int64_t slots, numbers;  /* of all ranks; E S */
     int64_t slices;          /* S */
@@ -30,9 +41,10 @@ typedef struct moe__placement {
     int64_t *first_group;    /* [P+1] secondary gates of each rank; NULL: all are replicated */
     int64_t *groups;         /* [A] 0 and on; likewise */
     int64_t header_rows;     /* of a block of MOE_EXCHANGE_PADDED, before its rows */
-    bool replicas;           /* some number is in two slots */
-    bool in_order;           /* slot i holds number i, and there are no slices */
-    int64_t bytes;           /* of all this, one block */
+    moe__grid grid;
+    bool replicas; /* some number is in two slots */
+    bool in_order; /* slot i holds number i, and there are no slices */
+    int64_t bytes; /* of all this, one block */
 } moe__placement;
 
 /* Rows first .. first+rows-1 of those that a rank has for a slot. */
@@ -87,7 +99,17 @@ typedef struct moe__tables {
     int64_t *all_at;         /* [slots+1] the first row of each slot in `results` */
     int64_t *there_first;    /* [own*P+1] of rows of the owner's plan by slot and source, */
     int64_t *there_from;     /* [own*P] rows of the experts' arrays */
-    int64_t *there_to;       /* [own*P] positions in `x` and `there` */
+    int64_t *there_to;       /* [own*P] positions in `x`, and */
+    int64_t *there_back; /* [own*P] in `there`: the same array, unless rows come by way of others */
+    int64_t *node_of_number;    /* [E S] from here on with a grid only */
+    int64_t *block_first;       /* [N+1] of tokens of the blocks for nodes, */
+    int64_t *block_to;          /* [N] rows in `out` */
+    int64_t *record_to;         /* [slots] records in `out` */
+    moe__window *record_window; /* [slots] places of the node's tokens */
+    int64_t *on_first;          /* [slots of the node * N + 1] of rows that go on, by rank of the
+                                   node, source node and slot, */
+    int64_t *on_from;           /* records in `in`, and */
+    moe__window *on_window;     /* the block's rows there */
 } moe__tables;
 
 /* Secondary gates of a hierarchical gate that live with their groups: ranks_second.c. */
@@ -107,6 +129,22 @@ typedef struct moe__second {
     void *here;  /* rows that this rank sends, and gets */
     void *there; /* rows that go back */
 } moe__second;
+
+/* Rows that go to nodes, and those of other ranks that pass through this one. */
+typedef struct moe__relay {
+    moe__room room;         /* the backend's: place, token, begin, scratch */
+    int64_t *place, *token; /* as of moe__unique_job */
+    int64_t *begin, *scratch;
+    int64_t *unique;                /* [N+1] begin on the host */
+    int64_t *in_unique;             /* [N] rows of tokens from each node of the rail, and */
+    int64_t *in_count;              /* [N, slots of the node] rows of experts made of them */
+    int64_t *rail_send, *rail_recv; /* [N+1] positions */
+    int64_t *node_send, *node_recv; /* [L+1] */
+    int64_t passing;                /* the sum of in_count */
+    void *out, *in, *on; /* for nodes; from nodes; rows of experts for this node's ranks */
+    int64_t *index;      /* [passing] which of its block's rows each is; a backward needs it */
+    bool went_on;        /* the second stage of the call has begun */
+} moe__relay;
 
 /* Of a pass. P ranks; `own` slots are this rank's. */
 typedef struct moe__ranks {
@@ -129,6 +167,7 @@ typedef struct moe__ranks {
     int64_t *send_begin, *recv_begin; /* [P+1] positions to and from each rank */
     int64_t *expert_begin;            /* [own+1] of the owner's plan in the round */
     moe__tables tables, there_tables; /* on the host; in the backend's memory */
+    moe_comm *on;                     /* the communicator that the last exchange of rows is on */
     int32_t request;                  /* in flight if `waiting` */
     bool waiting;
     bool routes;           /* the gate runs in this call */
@@ -159,6 +198,7 @@ typedef struct moe__ranks {
     void *to_store; /* in the backend's memory: where the first store_bytes of stage_in go, or */
     int64_t store_bytes; /* NULL */
     moe__second second;
+    moe__relay relay;
     uint8_t *keep_here, *keep_there; /* [rows by slot], [rows that come] whether it stays */
     void *score_here, *score_there;  /* likewise, weights */
     int64_t *order;                  /* [rows that come] scratch */

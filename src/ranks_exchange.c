@@ -6,9 +6,9 @@
 #include "ranks_rows.h"
 
 /* Bytes to and from other ranks, for the report. */
-static void count_bytes(moe_pass *pass, const moe_exchange *e)
+static void count_bytes(moe_pass *pass, const moe_comm *comm, const moe_exchange *e)
 {
-    int32_t P = moe__pass_comm(pass)->size, rank = moe__pass_comm(pass)->rank;
+    int32_t P = comm->size, rank = comm->rank;
     int64_t sent = e->to_all ? (P - 1) * e->send_begin[1]
                              : e->send_begin[P] - e->send_begin[rank + 1] + e->send_begin[rank];
     int64_t came = e->recv_begin[P] - e->recv_begin[rank + 1] + e->recv_begin[rank];
@@ -17,12 +17,15 @@ static void count_bytes(moe_pass *pass, const moe_exchange *e)
                                                                                       e->row_bytes;
     *(back ? &pass->report.backward_bytes_received
            : &pass->report.forward_bytes_received) += came * e->row_bytes;
+    if (comm != pass->layer->config.rail_comm || comm == moe__pass_comm(pass)) return;
+    *(back ? &pass->report.backward_bytes_to_nodes
+           : &pass->report.forward_bytes_to_nodes) += sent * e->row_bytes;
 }
 
 static moe_status exchange(moe_pass *pass, const moe_exchange *e)
 {
     moe__lap(pass, MOE_TIME_PACK);
-    count_bytes(pass, e);
+    count_bytes(pass, moe__pass_comm(pass), e);
     moe_status status = moe_comm_exchange(moe__pass_comm(pass), e);
     moe__lap(pass, MOE_TIME_EXCHANGE);
     return status;
@@ -50,7 +53,11 @@ bool moe__comm_takes(const moe_comm *comm, const moe_context *context)
 
 bool moe__ranks_stages(const moe_pass *pass)
 {
-    return !moe__comm_takes(moe__pass_comm(pass), pass->context);
+    const moe_layer_config *c = &pass->layer->config;
+    const moe_context *context = pass->context;
+    bool relay = !c->rail_comm ||
+                 (moe__comm_takes(c->rail_comm, context) && moe__comm_takes(c->node_comm, context));
+    return !relay || !moe__comm_takes(moe__pass_comm(pass), context);
 }
 
 moe_status moe__ranks_make_stage(moe_pass *pass, int64_t out, int64_t in, const char *function)
@@ -71,15 +78,16 @@ moe_status moe__ranks_make_stage(moe_pass *pass, int64_t out, int64_t in, const 
 
 /* Hands the exchange of the backend's memory to the transport; with a header's words first, where
  * they are the host's. */
-static moe_status start(moe_pass *pass, moe_exchange *e, const moe__block_header *header)
+static moe_status start(moe_pass *pass, moe_comm *comm, moe_exchange *e,
+                        const moe__block_header *header)
 {
     moe__ranks *k = &pass->ranks;
     const moe__memory *memory = pass->context->memory;
-    int32_t P = moe__pass_comm(pass)->size;
+    int32_t P = comm->size;
     int64_t sent = e->send_begin[e->to_all ? 1 : P];
     k->to_store = NULL;
-    count_bytes(pass, e);
-    if (moe__ranks_stages(pass)) {
+    count_bytes(pass, comm, e);
+    if (!moe__comm_takes(comm, pass->context)) {
         MOE_TRY(memory->fetch(&pass->workers, k->stage_out, e->send, sent * e->row_bytes));
         if (header) moe__ranks_write_blocks(pass, header, k->stage_out, e->row_bytes);
         k->to_store = e->recv;
@@ -93,7 +101,8 @@ static moe_status start(moe_pass *pass, moe_exchange *e, const moe__block_header
         e->stream = pass->workers.stream;
         e->ordered = 1;
     }
-    MOE_TRY(moe_comm_exchange_start(moe__pass_comm(pass), e, &k->request));
+    k->on = comm;
+    MOE_TRY(moe_comm_exchange_start(comm, e, &k->request));
     k->waiting = k->request != MOE_COMM_NO_REQUEST;
     return MOE_OK;
 }
@@ -108,7 +117,12 @@ moe_status moe__ranks_start(moe_pass *pass, void *recv, const void *send, int64_
                       .send = send,
                       .send_begin = back ? k->recv_begin : k->send_begin,
                       .row_bytes = row_bytes};
-    return start(pass, &e, moe__ranks_padded(pass) ? header : NULL);
+    return start(pass, moe__pass_comm(pass), &e, moe__ranks_padded(pass) ? header : NULL);
+}
+
+moe_status moe__ranks_start_on(moe_pass *pass, moe_comm *comm, moe_exchange *exchange)
+{
+    return start(pass, comm, exchange, NULL);
 }
 
 moe_status moe__ranks_wait(moe_pass *pass)
@@ -118,7 +132,7 @@ moe_status moe__ranks_wait(moe_pass *pass)
     moe__lap(pass, MOE_TIME_PACK);
     k->waiting = false;
     k->to_store = NULL;
-    moe_status status = moe_comm_exchange_finish(moe__pass_comm(pass), k->request);
+    moe_status status = moe_comm_exchange_finish(k->on, k->request);
     if (status == MOE_OK && to)
         status = pass->context->memory->store(&pass->workers, to, k->stage_in, k->store_bytes);
     moe__lap(pass, MOE_TIME_EXCHANGE);
@@ -135,7 +149,7 @@ moe_status moe__ranks_move(moe_pass *pass, void *recv, const int64_t *recv_begin
                       .send_begin = send_begin,
                       .row_bytes = row_bytes};
     moe__lap(pass, MOE_TIME_PACK);
-    MOE_TRY(start(pass, &e, NULL));
+    MOE_TRY(start(pass, moe__pass_comm(pass), &e, NULL));
     return moe__ranks_wait(pass);
 }
 
@@ -154,6 +168,6 @@ moe_status moe__ranks_gather(moe_pass *pass, void *recv, const void *send, int64
     moe__lap(pass, MOE_TIME_PACK);
     MOE_TRY(moe__ranks_make_stage(pass, bytes, bytes * moe__pass_comm(pass)->size,
                                   pass->workers.function));
-    MOE_TRY(start(pass, &e, NULL));
+    MOE_TRY(start(pass, moe__pass_comm(pass), &e, NULL));
     return moe__ranks_wait(pass);
 }

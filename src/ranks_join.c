@@ -14,7 +14,16 @@ typedef struct field {
 } field;
 
 /* Words of a rank. */
-enum { STATUS = 0, SLOTS = 1, GROUPS = 2, PARAMETERS = 3, COMPARED = 4, FIELDS = 96 };
+enum {
+    STATUS = 0,
+    SLOTS = 1,
+    GROUPS = 2,
+    PARAMETERS = 3,
+    NODE = 4,
+    NUMBER = 5,
+    COMPARED = 6,
+    FIELDS = 96
+};
 
 #define OF_GATE(type, name)                          \
     {                                                \
@@ -97,7 +106,18 @@ static const field LAYER[] = {OF_LAYER('i', output),      OF_LAYER('i', layer_id
                               OF_LAYER('i', received),    OF_LAYER('i', loss_batch)};
 
 /* Rows of a GPU are longer than those of a CPU, and go another way where a transport takes them. */
-static const field MEMORY[] = {{"memory of rows (0 CPU, 1 GPU, 2 GPU sent from there)", 0, 'l'}};
+typedef struct ways {
+    int64_t memory, node_memory, rail_memory, nodes, width;
+} ways;
+#define OF_WAYS(name, member)             \
+    {                                     \
+        name, offsetof(ways, member), 'l' \
+    }
+static const field WAYS[] = {
+    OF_WAYS("memory of rows (0 CPU, 1 GPU, 2 GPU sent from there)", memory),
+    OF_WAYS("the size of node_comm", width), OF_WAYS("the size of rail_comm", nodes),
+    OF_WAYS("memory of rows of node_comm (as of comm)", node_memory),
+    OF_WAYS("memory of rows of rail_comm (as of comm)", rail_memory)};
 
 /* The words of a rank, and what they are called. */
 typedef struct description {
@@ -123,16 +143,26 @@ static void describe(description *d, const field *f, size_t n, const void *from)
 
 _Static_assert(COMPARED + sizeof GATE / sizeof *GATE + sizeof POOL / sizeof *POOL +
                        sizeof SLICE / sizeof *SLICE + 2 * sizeof BRANCH / sizeof *BRANCH +
-                       sizeof LAYER / sizeof *LAYER + sizeof MEMORY / sizeof *MEMORY <=
+                       sizeof LAYER / sizeof *LAYER + sizeof WAYS / sizeof *WAYS <=
                    FIELDS,
                "a rank's words have room for all");
+
+static int64_t memory_of(const moe_context *context, const moe_comm *comm)
+{
+    if (!comm || context->memory->is_host) return 0;
+    return moe__comm_takes(comm, context) ? 2 : 1;
+}
 
 static void describe_layer(description *d, const moe_layer_config *c)
 {
     const moe_experts_config *e = &c->experts->config;
     const moe_context *context = c->experts->context;
-    int64_t memory = context->memory->is_host ? 0 : moe__comm_takes(c->comm, context) ? 2 : 1;
-    DESCRIBE(d, MEMORY, &memory);
+    const ways w = {.memory = memory_of(context, c->comm),
+                    .node_memory = memory_of(context, c->node_comm),
+                    .rail_memory = memory_of(context, c->rail_comm),
+                    .nodes = c->rail_comm ? c->rail_comm->size : 0,
+                    .width = c->node_comm ? c->node_comm->size : 0};
+    DESCRIBE(d, WAYS, &w);
     DESCRIBE(d, GATE, c->gate ? &c->gate->config : NULL);
     DESCRIBE(d, POOL, e);
     DESCRIBE(d, SLICE, c->expert_slices > 1 ? e : NULL);
@@ -179,13 +209,14 @@ static void lay_out(moe__placement *w, moe__arena *arena, int64_t P, int64_t gro
     w->first_holder = moe__arena_take(arena, w->numbers, sizeof *w->first_holder);
     w->first_group = groups ? moe__arena_take(arena, P + 1, sizeof *w->first_group) : NULL;
     w->groups = groups ? moe__arena_take(arena, groups, sizeof *w->groups) : NULL;
+    if (w->grid.nodes) moe__grid_lay_out(&w->grid, arena, P);
 }
 
 /* One block for the struct and its arrays, or NULL. */
 static moe__placement *make(moe_context *context, int64_t slots, int64_t numbers, int64_t P,
-                            int64_t groups)
+                            int64_t groups, bool grid)
 {
-    moe__placement sizes = {.slots = slots, .numbers = numbers};
+    moe__placement sizes = {.slots = slots, .numbers = numbers, .grid.nodes = grid};
     moe__arena arena = {NULL, 0};
     lay_out(&sizes, &arena, P, groups);
     moe__placement *w = moe__alloc(context, arena.used);
@@ -286,7 +317,8 @@ static moe_status find_places(moe_layer *layer, const int64_t *all, const char *
     if (E > slots / c->expert_slices) /* on every rank alike, before memory is asked for */
         REFUSE_ARGUMENT("the gate has %lld experts%s, the pools of all ranks have %lld", (ll)E,
                         c->expert_slices > 1 ? " in slices" : "", (ll)slots);
-    moe__placement *w = make(layer->context, slots, moe__mul(E, c->expert_slices), P, groups);
+    moe__placement *w = make(layer->context, slots, moe__mul(E, c->expert_slices), P, groups,
+                             c->rail_comm != NULL);
     int64_t *numbers = moe__alloc(layer->context, moe__max(own, 1) * (int64_t)sizeof *numbers);
     moe_status status = MOE_OK;
     if (!w || !numbers)
@@ -314,13 +346,15 @@ static moe_status find_places(moe_layer *layer, const int64_t *all, const char *
     if (status == MOE_OK && groups) status = find_groups(w, all, groups, P, function);
     w->in_order = w->slices == 1 && slots == w->numbers;
     for (int64_t s = 0; s < slots && w->in_order; s++) w->in_order = w->number_of_slot[s] == s;
+    if (status == MOE_OK && c->rail_comm)
+        status = moe__grid_find(w, c, all + NODE, all + NUMBER, FIELDS, function);
     w->header_rows = c->exchange == MOE_EXCHANGE_PADDED
                          ? header_rows(w, &c->experts->config, layer->context->memory->is_host)
                          : 0;
 done:
-    moe__comm_free(c->comm, layer->context, numbers, moe__max(own, 1) * (int64_t)sizeof *numbers);
+    moe__layer_free(c, layer->context, numbers, moe__max(own, 1) * (int64_t)sizeof *numbers);
     if (status != MOE_OK) {
-        if (w) moe__comm_free(c->comm, layer->context, w, w->bytes);
+        if (w) moe__layer_free(c, layer->context, w, w->bytes);
         return status;
     }
     layer->where = w;
@@ -332,7 +366,7 @@ done:
 
 bool moe__ranks_travels(const moe_layer_config *c)
 {
-    return c->comm && (c->comm->size > 1 || c->expert_slices > 1 || c->placement ||
+    return c->comm && (c->comm->size > 1 || c->expert_slices > 1 || c->placement || c->rail_comm ||
                        c->max_received > 0 || c->exchange == MOE_EXCHANGE_PADDED);
 }
 
@@ -363,6 +397,8 @@ static moe_status join(moe_comm *comm, moe_context *context, moe_layer *layer, m
         if (layer) words[SLOTS] = layer->config.experts->config.num_experts;
         if (layer) words[PARAMETERS] = layer->config.experts->parameters.count;
         if (layer && layer->gate) words[GROUPS] = layer->gate->config.local_groups;
+        if (layer && layer->config.rail_comm) words[NODE] = layer->config.rail_comm->rank;
+        if (layer && layer->config.rail_comm) words[NUMBER] = layer->config.node_comm->rank;
         d.word = words + COMPARED;
         if (layer) describe_layer(&d, &layer->config);
         moe_status sent = gather(comm, all, begin);

@@ -4,6 +4,13 @@
 
 #include <string.h>
 
+void moe__layer_free(const moe_layer_config *c, moe_context *context, void *memory, int64_t bytes)
+{
+    if (c && moe__comm_keeps(c->rail_comm, memory, bytes)) return;
+    if (c && moe__comm_keeps(c->node_comm, memory, bytes)) return;
+    moe__comm_free(c ? c->comm : NULL, context, memory, bytes);
+}
+
 /* ---- rooms ----------------------------------------------------------------------------------- */
 
 static void free_room(moe_pass *pass, const moe__room *room, int where)
@@ -12,8 +19,8 @@ static void free_room(moe_pass *pass, const moe__room *room, int where)
     if (where == MOE__ON_BACKEND && !memory->is_host)
         memory->free(pass->context, room->memory, room->bytes);
     else
-        moe__comm_free(pass->layer ? pass->layer->comm : NULL, pass->context, room->memory,
-                       room->bytes);
+        moe__layer_free(pass->layer ? &pass->layer->config : NULL, pass->context, room->memory,
+                        room->bytes);
 }
 
 moe_status moe__ranks_room(moe_pass *pass, moe__room *room, int where, int64_t bytes,
@@ -44,6 +51,7 @@ void moe__ranks_trim(moe_pass *pass)
     moe__second_trim(pass);
     moe__ranks_give_back(pass, &k->keep, MOE__ON_HOST);
     moe__ranks_give_back(pass, &k->keep_rows, MOE__ON_BACKEND);
+    moe__ranks_give_back(pass, &k->relay.room, MOE__ON_BACKEND);
     if (pass->layer && pass->layer->where && moe__ranks_padded(pass))
         return; /* needed to take part */
     moe__ranks_give_back(pass, &k->staged, MOE__ON_HOST);
@@ -54,8 +62,9 @@ void moe__ranks_trim(moe_pass *pass)
 void moe__ranks_free(moe_pass *pass)
 {
     moe__ranks *k = &pass->ranks;
-    if (k->waiting) moe__comm_give_up(moe__pass_comm(pass), k->request);
+    if (k->waiting) moe__ranks_abort(pass);
     moe__second_free(pass);
+    moe__ranks_give_back(pass, &k->relay.room, MOE__ON_BACKEND);
     moe__ranks_give_back(pass, &k->keep, MOE__ON_HOST);
     moe__ranks_give_back(pass, &k->keep_rows, MOE__ON_BACKEND);
     moe__ranks_give_back(pass, &k->staged, MOE__ON_HOST);
@@ -69,8 +78,9 @@ int64_t moe__ranks_bytes(const moe_pass *pass)
 {
     const moe__ranks *k = &pass->ranks;
     const moe__room *rooms[] = {
-        &k->counts, &k->tables_room,   &k->rows,          &k->keep,        &k->keep_rows,
-        &k->staged, &k->second.counts, &k->second.device, &k->second.rows, &k->second.index_room};
+        &k->counts,    &k->tables_room,   &k->rows,          &k->keep,        &k->keep_rows,
+        &k->staged,    &k->second.counts, &k->second.device, &k->second.rows, &k->second.index_room,
+        &k->relay.room};
     int64_t bytes = 0;
     for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++) bytes += rooms[i]->bytes;
     return bytes;
@@ -94,6 +104,8 @@ static void lay_out_tables(const moe_pass *pass, moe__tables *t, moe__arena *are
     t->there_first = moe__arena_take(arena, moe__add(from_all, 1), word);
     t->there_from = moe__arena_take(arena, from_all, word);
     t->there_to = moe__arena_take(arena, from_all, word);
+    t->there_back = t->there_to;
+    if (moe__ranks_relays(pass)) moe__relay_lay_out_tables(pass, t, arena);
 }
 
 int64_t moe__ranks_table_bytes(const moe_pass *pass)
@@ -120,6 +132,7 @@ moe_status moe__ranks_make_tables(moe_pass *pass, void *block, const char *funct
     memcpy(k->tables.first_slot, w->first_slot,
            (size_t)(moe__pass_comm(pass)->size + 1) * sizeof *w->first_slot);
     if (moe__ranks_blind(pass)) moe__ranks_place_blocks(pass);
+    if (moe__ranks_relays(pass)) moe__relay_make_tables(pass, &k->tables);
     k->there_tables = k->tables;
     if (memory->is_host) return MOE_OK;
     MOE_TRY(moe__ranks_room(pass, &k->tables_room, MOE__ON_BACKEND, bytes, function));
@@ -238,6 +251,7 @@ static void lay_out_rows(moe_pass *pass, moe__arena *arena, const row_counts *n,
     k->record = blind ? moe__arena_take(arena, 1, sizeof *k->record) : NULL;
     k->no_sums = blind ? moe__arena_take(arena, moe__share_most(pass->layer), sizeof(double))
                        : NULL;
+    if (moe__ranks_relays(pass)) moe__relay_lay_out_rows(pass, arena, save);
 }
 
 /* What goes through the host's memory at once. */
@@ -247,6 +261,7 @@ static moe_status make_stage(moe_pass *pass, const row_counts *n, bool save, con
     int64_t back = widest_back(pass, save);
     int64_t out = moe__max(moe__mul(n->sent, there), moe__mul(n->came, back));
     int64_t in = moe__max(moe__mul(n->came, there), moe__mul(n->sent, back));
+    if (moe__ranks_relays(pass)) moe__relay_stage(pass, save, &out, &in);
     int64_t shared = moe__mul(moe__share_most(pass->layer), (int64_t)sizeof(double));
     return moe__ranks_make_stage(pass, shared < 0 ? -1 : moe__max(out, shared),
                                  shared < 0 ? -1 : moe__max(in, shared), function);

@@ -52,7 +52,7 @@ static void write_there(const moe_pass *pass)
         for (int64_t p = 0; p < P; p++) {
             int64_t at = i * P + p;
             t->there_first[at] = t->there_from[at] = row;
-            t->there_to[at] = k->came_at[p * own + i];
+            t->there_to[at] = t->there_back[at] = k->came_at[p * own + i];
             row += k->come[p * own + i].rows;
         }
     }
@@ -84,6 +84,7 @@ static void find_came(moe_pass *pass, int64_t round)
         k->come[i] = cut(k->in_place[i], k->in_count[i], round, limit);
     moe__ranks_place_rows(pass, k->come, NULL, own, k->came_at, k->recv_begin);
     write_there(pass);
+    if (moe__ranks_relays(pass)) moe__relay_find_came(pass);
 }
 
 /* The tables to where the backend reads them. */
@@ -114,6 +115,7 @@ moe_status moe__ranks_set_round(moe_pass *pass, int64_t round)
     moe__ranks_place_rows(pass, k->send, w->first_slot, 0, k->sent_at, k->send_begin);
     find_came(pass, round);
     write_here(pass);
+    if (moe__ranks_relays(pass)) moe__relay_find_places(pass);
     return put_tables(pass);
 }
 
@@ -208,6 +210,7 @@ moe_status moe__ranks_pack_there(moe_pass *pass, int64_t row_bytes, const moe__c
                                  int64_t count)
 {
     moe__moves moves = moves_there(pass);
+    moves.to = pass->ranks.there_tables.there_back;
     MOE_TRY(moe__ranks_pack(pass, &moves, pass->ranks.there, row_bytes, columns, count));
     moe__lap(pass, MOE_TIME_PACK);
     return MOE_OK;

@@ -13,6 +13,11 @@ static inline bool moe__ranks_padded(const moe_pass *pass)
 {
     return pass->layer->config.exchange == MOE_EXCHANGE_PADDED;
 }
+/* Whether rows go to nodes, and on from there. */
+static inline bool moe__ranks_relays(const moe_pass *pass)
+{
+    return pass->layer->where->grid.nodes > 0;
+}
 static inline bool moe__ranks_on_host(const moe_pass *pass)
 {
     return pass->context->memory->is_host;
@@ -56,6 +61,8 @@ typedef struct moe__block_header {
 moe_status moe__ranks_start(moe_pass *pass, void *recv, const void *send, int64_t row_bytes,
                             bool back, const moe__block_header *header);
 moe_status moe__ranks_wait(moe_pass *pass);
+/* The same on any of the layer's communicators. */
+moe_status moe__ranks_start_on(moe_pass *pass, moe_comm *comm, moe_exchange *exchange);
 /* Whether rows go through the host's memory although the backend's is another. */
 bool moe__ranks_stages(const moe_pass *pass);
 /* Memory for that, of so many bytes out and in; nothing where rows do not. */
@@ -67,6 +74,7 @@ moe_status moe__ranks_make_stage(moe_pass *pass, int64_t out, int64_t in, const 
 typedef struct moe__counts {
     const int64_t *rows, *first;
     int64_t own;
+    bool relayed; /* of experts' rows, with a grid: more words for ranks of the rail */
 } moe__counts;
 /* Exchanges headers with `status`, and counts (NULL: none). Every rank fails if one does: this one
  * with its own status if it has one. Then reads [P,own] of them. */
@@ -95,6 +103,27 @@ moe_status moe__second_prepare(moe_pass *pass, const char *function);
 moe__counts moe__second_counts(const moe_pass *pass);
 void moe__second_free(moe_pass *pass);
 void moe__second_trim(moe_pass *pass);
+
+/* ---- by way of nodes: ranks_relay.c ---------------------------------------------------------- */
+
+/* Arrays of `counts`, of the tables and of the rows, and what goes through the host's memory. */
+void moe__relay_lay_out_counts(moe_pass *pass, moe__arena *arena);
+void moe__relay_lay_out_tables(const moe_pass *pass, moe__tables *t, moe__arena *arena);
+void moe__relay_make_tables(const moe_pass *pass, moe__tables *t);
+void moe__relay_lay_out_rows(moe_pass *pass, moe__arena *arena, bool save);
+void moe__relay_stage(const moe_pass *pass, bool save, int64_t *out, int64_t *in);
+/* Which tokens go to which node. */
+moe_status moe__relay_count(moe_pass *pass, const char *function);
+/* Words after those that every rank is told: how many, and what they are; then those that came. */
+int64_t moe__relay_words(const moe_pass *pass, int64_t rank, int64_t node);
+void moe__relay_say(const moe_pass *pass, int64_t rank, bool rows, int64_t *words);
+moe_status moe__relay_read(moe_pass *pass, const char *function);
+/* Positions of both stages of the call; those at which rows come to their experts. */
+void moe__relay_find_places(moe_pass *pass);
+void moe__relay_find_came(moe_pass *pass);
+/* The first stage; then the second, and its end. */
+moe_status moe__relay_send(moe_pass *pass);
+moe_status moe__relay_wait(moe_pass *pass);
 
 /* ---- rows: ranks_rows.c, ranks_blocks.c ------------------------------------------------------ */
 

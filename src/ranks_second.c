@@ -151,7 +151,7 @@ void moe__second_free(moe_pass *pass)
 moe__counts moe__second_counts(const moe_pass *pass)
 {
     const moe__placement *w = pass->layer->where;
-    return (moe__counts){w->groups, w->first_group, local_groups(pass)};
+    return (moe__counts){w->groups, w->first_group, local_groups(pass), false};
 }
 
 /* Ranges of the primary plan's rows, and of what comes. */
@@ -265,7 +265,7 @@ static moe_status forward_steps(moe_pass *pass, moe__route_job *route, const cha
     int64_t *rows = pass->ranks.place; /* free until the experts' rows are counted */
     MOE_TRY(moe__ranks_plan_counts(pass, route->primary, &begin));
     for (int64_t i = 0; i < groups; i++) rows[i] = begin[i + 1] - begin[i];
-    const moe__counts counts = {rows, pass->layer->where->first_group, own};
+    const moe__counts counts = {rows, pass->layer->where->first_group, own, false};
     moe__lap(pass, MOE_TIME_GATE);
     MOE_TRY(moe__ranks_exchange_words(pass, false, &counts, MOE_OK, function));
     MOE_TRY(moe__ranks_read_counts(pass, own, s->in_count, &came, function));

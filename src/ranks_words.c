@@ -27,10 +27,15 @@ static void *lay_out_counts(moe_pass *pass, moe__arena *arena)
     int64_t P = moe__pass_comm(pass)->size, own = moe__ranks_own(pass),
             word = (int64_t)sizeof(int64_t);
     int64_t from_all = moe__mul(P, own);
+    const moe__grid *g = &w->grid; /* words of the rail: for all nodes, and from all for this one */
+    int64_t to_nodes = g->nodes ? g->nodes + w->slots : 0;
+    int64_t from_nodes = moe__mul(g->nodes, g->slots + 1);
     k->out_begin = moe__arena_take(arena, P + 1, word);
     k->in_begin = moe__arena_take(arena, P + 1, word);
-    k->words_out = moe__arena_take(arena, moe__add(w->slots, P * MOE__RANKS_HEADER), word);
-    k->words_in = moe__arena_take(arena, moe__add(from_all, P * MOE__RANKS_HEADER), word);
+    k->words_out = moe__arena_take(arena, moe__add(w->slots, P * MOE__RANKS_HEADER + to_nodes),
+                                   word);
+    k->words_in = moe__arena_take(
+        arena, moe__add(moe__add(from_all, from_nodes), P * MOE__RANKS_HEADER), word);
     k->answer_out = moe__arena_take(arena, moe__add(from_all, P * ANSWER), word);
     k->answer_in = moe__arena_take(arena, moe__add(w->slots, P * ANSWER), word);
     k->count = moe__arena_take(arena, w->slots, word);
@@ -46,6 +51,7 @@ static void *lay_out_counts(moe_pass *pass, moe__arena *arena)
     k->send_begin = moe__arena_take(arena, P + 1, word);
     k->recv_begin = moe__arena_take(arena, P + 1, word);
     k->expert_begin = moe__arena_take(arena, own + 1, word);
+    if (g->nodes) moe__relay_lay_out_counts(pass, arena);
     return moe__arena_take(arena, moe__ranks_table_bytes(pass), 1);
 }
 
@@ -131,17 +137,24 @@ moe_status moe__ranks_exchange_words(moe_pass *pass, bool backward, const moe__c
                                      moe_status status, const char *function)
 {
     moe__ranks *k = &pass->ranks;
+    const moe__grid *g = &pass->layer->where->grid;
     int64_t P = moe__pass_comm(pass)->size, own = counts ? counts->own : 0;
-    for (int64_t p = 0; p <= P; p++) {
-        k->out_begin[p] = p * MOE__RANKS_HEADER + (counts ? counts->first[p] : 0);
-        k->in_begin[p] = p * (MOE__RANKS_HEADER + own);
+    bool relayed = counts && counts->relayed;
+    k->out_begin[0] = k->in_begin[0] = 0;
+    for (int64_t p = 0; p < P; p++) {
+        int64_t to = counts ? counts->first[p + 1] - counts->first[p] : 0;
+        if (relayed) to += moe__relay_words(pass, p, g->node_of[p]);
+        k->out_begin[p + 1] = k->out_begin[p] + MOE__RANKS_HEADER + to;
+        int64_t from = own + (relayed ? moe__relay_words(pass, p, g->node) : 0);
+        k->in_begin[p + 1] = k->in_begin[p] + MOE__RANKS_HEADER + from;
     }
     for (int64_t p = 0; p < P; p++) {
         int64_t *words = k->words_out + k->out_begin[p];
         moe__ranks_header(pass, backward, status, words);
+        words += MOE__RANKS_HEADER;
         for (int64_t s = counts ? counts->first[p] : 0; counts && s < counts->first[p + 1]; s++)
-            words[MOE__RANKS_HEADER + s - counts->first[p]] = status == MOE_OK ? counts->rows[s]
-                                                                               : 0;
+            *words++ = status == MOE_OK ? counts->rows[s] : 0;
+        if (relayed) moe__relay_say(pass, p, status == MOE_OK, words);
     }
     k->took_part = true;
     MOE_TRY(moe__ranks_exchange(pass, k->words_in, k->in_begin, k->words_out, k->out_begin,
@@ -174,7 +187,8 @@ moe_status moe__ranks_read_counts(moe_pass *pass, int64_t own, int64_t *in_count
 
 static moe__counts slot_counts(const moe_pass *pass)
 {
-    return (moe__counts){pass->ranks.count, pass->layer->where->first_slot, moe__ranks_own(pass)};
+    return (moe__counts){pass->ranks.count, pass->layer->where->first_slot, moe__ranks_own(pass),
+                         moe__ranks_relays(pass)};
 }
 
 /* Where each source's rows are among all of this rank: by slot, then source. */
@@ -287,11 +301,13 @@ moe_status moe__ranks_agree(moe_pass *pass, bool save, bool *dropped, const char
     moe__ranks *k = &pass->ranks;
     *dropped = false;
     if (moe__ranks_blind(pass)) return moe__blind_begin(pass);
+    if (moe__ranks_relays(pass)) MOE_TRY(moe__relay_count(pass, function));
     MOE_TRY(moe__ranks_count(pass));
     if (moe__ranks_padded(pass)) return check_padded(pass, function);
     moe__counts counts = slot_counts(pass);
     MOE_TRY(moe__ranks_exchange_words(pass, false, &counts, MOE_OK, function));
     MOE_TRY(moe__ranks_read_counts(pass, counts.own, k->in_count, &k->in_rows, function));
+    if (counts.relayed) MOE_TRY(moe__relay_read(pass, function));
     find_in_places(pass);
     MOE_TRY(moe__bound_fetch_scores(pass, function));
     moe_status status = moe__bound_rows(pass, function);

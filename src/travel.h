@@ -3,6 +3,7 @@
  *
  *     pack     this rank's rows to the owners' positions; results to the positions of arrival
  *     order    the owner's plan of what came
+ *     unique   tokens of each node, once, where rows go by nodes
  *     blocks   headers of padded blocks that the host does not wait to see
  *     merge    what came back, in the order of this rank's plan; entry_grad, drop: likewise */
 #ifndef MOE_TRAVEL_H
@@ -22,11 +23,18 @@ typedef struct moe__moves {
     const int64_t *from, *to; /* [count] */
 } moe__moves;
 
-/* Columns of a packed row: its bytes at .. at+bytes-1 are those at from + r * stride, r being
- * index[row], the row, or with `by_place` the row that is written. */
+/* Some rows of an array, for numbers that count from the first of them. */
+typedef struct moe__window {
+    int64_t base, rows;
+} moe__window;
+
+/* Columns of a packed row: its bytes at .. at+bytes-1 are those at from + r * stride, r being the
+ * row, or with `by_place` the row that is written; with `index` the number that this has there; and
+ * with `window`, of the range of the move, that row of the window, its first if it has none such. */
 typedef struct moe__column {
     const void *from;
-    const int64_t *index; /* or NULL */
+    const int64_t *index;      /* or NULL */
+    const moe__window *window; /* [ranges] or NULL; only with moves that have `first` */
     int64_t stride, bytes;
     int64_t at;
     int32_t by_place;
@@ -42,6 +50,19 @@ typedef struct moe__pack_job {
     moe__column column[MOE__COLUMNS];
     int64_t columns;
 } moe__pack_job;
+
+/* Which tokens have a row for a node: of node n those in token[begin[n] .. begin[n+1]), ascending. */
+typedef struct moe__unique_job {
+    moe__workers workers;
+    const moe__plan_arrays *plan;
+    int64_t nodes, slices;         /* N, S */
+    const int64_t *node_of_number; /* [E S] of each number of an expert or slice */
+    int64_t *place;                /* out [N T] of a token that has such a row, where it is among
+                                      those of the node; of others unspecified */
+    int64_t *token;                /* out [N T], begin[N] used */
+    int64_t *begin;                /* out [N+1] */
+    int64_t *scratch;              /* [2 N T + 8] where the backend's memory is not the host's */
+} moe__unique_job;
 
 /* The owner's plan of what came: a token is a position and has one entry, or without a row none.
  * Rows go by slot, then source, then order of arrival. */

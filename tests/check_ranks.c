@@ -3,8 +3,8 @@
  * uneven shards and ranks without tokens. And what ends well when a rank disagrees or leaves. */
 #include "support/layer_case.h"
 #include "support/real.h"
-#include "support/ranks.h"
 #include "support/ranks_asked.h"
+#include "support/ranks_rig.h"
 #include "support/suite.h"
 
 #include <check.h>
@@ -16,141 +16,32 @@
 #include <string.h>
 #include <time.h>
 
-#ifdef MOE_TEST_DEVICE
-#include "support/device/device_world.h"
-#endif
-#include "support/device/device_nccl.h"
-
-static moe_comm *connect_in_world(part *p)
-{
-    moe_comm *comm = NULL;
-    MUST(moe_comm_create_in_world(&comm, p->connection, p->context, p->rank, 30));
-    return comm;
-}
-
-#ifdef MOE_TEST_DEVICE
-static moe_comm *connect_devices(part *p)
-{
-    moe_comm *comm = device_world_connect(p->connection, p->context, p->rank, 30);
-    ck_assert_ptr_nonnull(comm);
-    return comm;
-}
-
-#ifdef MOE_TEST_NCCL
-static moe_comm *connect_nccl(part *p)
-{
-    moe_comm *comm = device_nccl_connect(p->connection, p->context, p->rank, 30);
-    ck_assert_ptr_nonnull(comm);
-    return comm;
-}
-#endif
-
-/* Rows go from device to device, in the order of streams, or through the host. Over NCCL a rank has a
- * device of its own: to free memory of one that others share waits for what they wait for. */
-static void *part_thread(void *argument)
-{
-    const part *p = argument;
-    device_take_stream(OVER_NCCL ? p->rank : 0);
-    part_run(argument);
-    device_give_stream();
-    return NULL;
-}
-
-/* What the ranks are connected by. */
-typedef struct transport {
-    moe_world *world;
-    device_world *devices; /* or NULL */
-#ifdef MOE_TEST_NCCL
-    device_nccl nccl;
-#endif
-} transport;
-
-/* A group over NCCL: true where the program has it. */
-static bool open_nccl(transport *t, part *parts, uint64_t number, int32_t ranks)
-{
-#ifdef MOE_TEST_NCCL
-    (void)number;
-    device_nccl_open(&t->nccl, ranks);
-    for (int32_t r = 0; r < ranks; r++)
-        parts[r].connect = connect_nccl, parts[r].connection = &t->nccl;
-    return true;
-#else
-    (void)t, (void)parts, (void)number, (void)ranks;
-    return false;
-#endif
-}
-
-static void transport_open(transport *t, part *parts, const whole *w, uint64_t number,
-                           int32_t ranks)
-{
-    *t = (transport){0};
-    if (open_nccl(t, parts, number, ranks)) return;
-    if (number / 2 % 2)
-        t->devices = device_world_create(w->context, ranks);
-    else
-        MUST(moe_world_create(&t->world, w->context, ranks));
-    for (int32_t r = 0; r < ranks; r++) {
-        parts[r].connect = t->devices ? connect_devices : connect_in_world;
-        parts[r].connection = t->devices ? (void *)t->devices : t->world;
-    }
-}
-
-static void transport_close(transport *t)
-{
-#ifdef MOE_TEST_NCCL
-    device_nccl_close(&t->nccl);
-#endif
-    if (t->devices) device_world_destroy(t->devices);
-    moe_world_destroy(t->world);
-}
-#else
-static void *part_thread(void *argument)
-{
-    part_run(argument);
-    return NULL;
-}
-
-typedef moe_world *transport;
-
-static void transport_open(transport *t, part *parts, const whole *w, uint64_t number,
-                           int32_t ranks)
-{
-    (void)number;
-    MUST(moe_world_create(t, w->context, ranks));
-    for (int32_t r = 0; r < ranks; r++)
-        parts[r].connect = connect_in_world, parts[r].connection = *t;
-}
-
-static void transport_close(transport *t) { moe_world_destroy(*t); }
-#endif
-
-static void run_ranks(int32_t kind, uint64_t number, int32_t ranks)
-{
-    whole w;
-    part parts[RANKS_MOST];
-    pthread_t thread[RANKS_MOST];
-    transport t;
-    whole_make(&w, kind, number, ranks, ranks_way(kind, number));
-    parts_share(parts, &w, number, ranks);
-    transport_open(&t, parts, &w, number, ranks);
-    for (int32_t r = 0; r < ranks; r++)
-        ck_assert_int_eq(pthread_create(&thread[r], NULL, part_thread, &parts[r]), 0);
-    for (int32_t r = 0; r < ranks; r++) ck_assert_int_eq(pthread_join(thread[r], NULL), 0);
-    whole_run(&w);
-    for (int32_t r = 0; r < ranks; r++) part_compare(&parts[r]);
-    for (int32_t r = 0; r < ranks; r++) part_free(&parts[r]);
-    transport_close(&t), whole_free(&w);
-}
-
 START_TEST(test_ranks_are_one_rank_with_the_same_groups)
 {
     static const int32_t RANKS[] = {2, 3, 4, 8, 16};
     uint64_t numbers = OVER_NCCL && !getenv("MOE_LONG") ? RANKS_WAYS : 2 * RANKS_WAYS;
     for (uint64_t number = 0; number < numbers; number++) {
-        if (ON_DEVICE && !OVER_NCCL) run_ranks(_i, number, number % 2 ? 2 : 4);
+        if (ON_DEVICE && !OVER_NCCL) rig_run(_i, number, number % 2 ? 2 : 4, 0);
         for (size_t i = 0; i < COUNT(RANKS); i++)
             if (OVER_NCCL ? ranks_asked(RANKS[i], RANKS[i] == 2) : !ON_DEVICE)
-                run_ranks(_i, number, RANKS[i]);
+                rig_run(_i, number, RANKS[i], 0);
+    }
+}
+END_TEST
+
+/* Rows go to each node once, and on from there: the same bytes for every way that may. */
+START_TEST(test_ranks_by_way_of_nodes_are_one_rank)
+{
+    static const int32_t GRID[][2] = {{4, 2}, {2, 2}, {4, 4}, {4, 1},
+                                      {2, 1}, {8, 2}, {3, 3}, {8, 4}}; /* ranks, nodes */
+    uint64_t run = (uint64_t)_i;
+    for (uint64_t number = 0; number < 2 * RANKS_WAYS; number++) {
+        if (!ranks_way_by_node(ranks_way(_i, number))) continue;
+        for (int i = 0; i < (ON_DEVICE ? 1 : 3); i++, run++) {
+            const int32_t *grid = GRID[run % (ON_DEVICE ? 5 : COUNT(GRID))];
+            if (!OVER_NCCL || ranks_asked(grid[0], grid[0] == 2))
+                rig_run(_i, number, grid[0], grid[1]);
+        }
     }
 }
 END_TEST
@@ -409,6 +300,7 @@ int main(void)
     TCase *c = tcase_create("ranks");
     tcase_set_timeout(c, 300);
     tcase_add_loop_test(c, test_ranks_are_one_rank_with_the_same_groups, 0, RANKS_KINDS);
+    tcase_add_loop_test(c, test_ranks_by_way_of_nodes_are_one_rank, 0, RANKS_KINDS);
     if (!OVER_NCCL) { /* ranks of a world */
         tcase_add_test(c, test_ranks_norm_is_that_of_all_gradients);
         tcase_add_test(c, test_ranks_that_differ_are_found_at_creation);

@@ -107,6 +107,15 @@ typedef struct moe_layer_config {
                                  not with a pool of parts */
     int32_t loss_batch;       /* MOE_BATCH_*; default local. May be global without comm */
     int32_t reserved;         /* 0 */
+    moe_comm *node_comm;      /* the ranks of comm that are on this rank's node, and */
+    moe_comm *rail_comm;      /* those that have this rank's number in their nodes' node_comm, of
+                                 all nodes in the same order: both or neither, default NULL; each
+                                 holds a reference, context as the pool's. Then x and dy of a token
+                                 travel once to each node, over rail_comm, and on from there over
+                                 node_comm; everything else goes over comm, and all results are the
+                                 same bytes. Every node has as many ranks; how comm numbers them
+                                 does not matter. With MOE_EXCHANGE_EXACT and MOE_RECEIVED_ERROR
+                                 only; max_received does not count rows that pass through a rank */
 } moe_layer_config;
 
 /* Writes every default and the caller's size. Returns as moe_context_config_init. Since 0.1. */

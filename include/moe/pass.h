@@ -281,6 +281,10 @@ typedef struct moe_pass_report {
     int64_t backward_bytes_sent;    /* likewise */
     int64_t forward_bytes_received; /* from other ranks */
     int64_t backward_bytes_received; /* likewise */
+    int64_t rows_to_nodes;           /* with rail_comm of the layer: of the forward, rows of tokens
+                                       to other nodes, each node once; else 0, as the next */
+    int64_t forward_bytes_to_nodes;  /* of forward_bytes_sent those over rail_comm */
+    int64_t backward_bytes_to_nodes; /* likewise */
 } moe_pass_report;
 
 /* Writes every default (0) and the caller's size. Returns as moe_context_config_init. Since 0.1. */

@@ -110,15 +110,20 @@ static bool overlap(const void *a, int64_t a_bytes, const void *b, int64_t b_byt
            with < from + (uintptr_t)a_bytes;
 }
 
-void moe__comm_free(const moe_comm *c, moe_context *context, void *memory, int64_t bytes)
+bool moe__comm_keeps(const moe_comm *c, const void *memory, int64_t bytes)
 {
     for (int i = 0; c && memory && i < MOE_COMM_REQUESTS; i++) {
         const moe__request *r = &c->request[i];
         if (r->kept && (overlap(memory, bytes, r->recv, r->recv_bytes) ||
                         overlap(memory, bytes, r->send, r->send_bytes)))
-            return;
+            return true;
     }
-    moe__free(context, memory, bytes);
+    return false;
+}
+
+void moe__comm_free(const moe_comm *c, moe_context *context, void *memory, int64_t bytes)
+{
+    if (!moe__comm_keeps(c, memory, bytes)) moe__free(context, memory, bytes);
 }
 
 void moe_comm_destroy(moe_comm *comm)
@@ -420,11 +425,11 @@ moe_status moe_comm_poll(moe_comm *comm)
     return answer ? fail(comm, MOE_ERROR_TRANSPORT, "poll", answer, __func__) : MOE_OK;
 }
 
-bool moe__comm_is_full(const moe_comm *comm)
+int32_t moe__comm_in_flight(const moe_comm *comm)
 {
-    for (int i = 0; i < MOE_COMM_REQUESTS; i++)
-        if (!comm->request[i].used) return false;
-    return true;
+    int32_t count = 0;
+    for (int i = 0; comm && i < MOE_COMM_REQUESTS; i++) count += comm->request[i].used;
+    return count;
 }
 
 void moe__comm_give_up(moe_comm *comm, int32_t request)

@@ -37,6 +37,7 @@ moe_status MOE_KERNEL(matrices_copy)(const moe__copy_job *job);
 moe_status MOE_KERNEL(experts_forward)(moe__experts_job *job);
 moe_status MOE_KERNEL(experts_backward)(moe__experts_job *job);
 moe_status MOE_KERNEL(travel_pack)(const moe__pack_job *job);
+moe_status MOE_KERNEL(travel_unique)(const moe__unique_job *job);
 moe_status MOE_KERNEL(travel_order)(const moe__order_job *job);
 moe_status MOE_KERNEL(travel_merge)(const moe__merge_job *job);
 moe_status MOE_KERNEL(travel_entry_grad)(const moe__entry_grad_job *job);

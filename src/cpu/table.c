@@ -29,6 +29,7 @@ const moe__backend MOE_KERNEL(table) = {
     .output_backward = MOE_KERNEL(output_backward),
     .matrices_copy = MOE_KERNEL(matrices_copy),
     .travel_pack = MOE_KERNEL(travel_pack),
+    .travel_unique = MOE_KERNEL(travel_unique),
     .travel_order = MOE_KERNEL(travel_order),
     .travel_merge = MOE_KERNEL(travel_merge),
     .travel_entry_grad = MOE_KERNEL(travel_entry_grad),

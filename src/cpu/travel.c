@@ -1,6 +1,7 @@
 /* travel.c - rows that travel between ranks: packing, the owner's plan, what comes back.
  *
  *     pack        columns of rows, one after another in a row that travels
+ *     unique      the tokens that have rows for a node, in order
  *     order       a plan of what came: a token is a position, rows go by (slot, source)
  *     merge       row by row: slice 0, plus slice 1, and so on
  *     entry_grad  gradients by weights, of each entry from its row */
@@ -11,13 +12,20 @@
 
 /* ---- packing --------------------------------------------------------------------------------- */
 
-static void pack_row(const moe__pack_job *job, int64_t from, int64_t place)
+/* A number from another rank may be any. */
+static int64_t in_window(const moe__window *w, int64_t number)
+{
+    return w->base + (number >= 0 && number < w->rows ? number : 0);
+}
+
+static void pack_row(const moe__pack_job *job, int64_t from, int64_t place, int64_t range)
 {
     char *to = (char *)job->to + place * job->row_bytes;
     for (int64_t c = 0; c < job->columns; c++) {
         const moe__column *column = &job->column[c];
         int64_t at = column->by_place ? place : from;
         if (column->index) at = column->index[at];
+        if (column->window) at = in_window(&column->window[range], at);
         memcpy(to + column->at, (const char *)column->from + at * column->stride,
                (size_t)column->bytes);
     }
@@ -28,13 +36,13 @@ static void pack_range(void *argument, int64_t begin, int64_t end)
     const moe__pack_job *job = argument;
     const moe__moves *m = &job->moves;
     if (!m->first) {
-        for (int64_t i = begin; i < end; i++) pack_row(job, i, i);
+        for (int64_t i = begin; i < end; i++) pack_row(job, i, i, 0);
         return;
     }
     int64_t s = run_of(m->first, m->count, begin);
     for (int64_t i = begin; i < end; i++) {
         while (i >= m->first[s + 1]) s++;
-        pack_row(job, m->from[s] + i - m->first[s], m->to[s] + i - m->first[s]);
+        pack_row(job, m->from[s] + i - m->first[s], m->to[s] + i - m->first[s], s);
     }
 }
 
@@ -44,6 +52,31 @@ moe_status MOE_KERNEL(travel_pack)(const moe__pack_job *job)
     int64_t rows = m->first ? m->first[m->count] : m->most;
     return moe__parallel_range(job->workers.context, rows, 64, pack_range, (void *)(uintptr_t)job,
                                job->workers.function);
+}
+
+/* ---- tokens of nodes ------------------------------------------------------------------------- */
+
+/* place first is 1 or 0. */
+moe_status MOE_KERNEL(travel_unique)(const moe__unique_job *job)
+{
+    const moe__plan_arrays *plan = job->plan;
+    int64_t T = plan->tokens, S = job->slices, count = 0;
+    for (int64_t i = 0; i < job->nodes * T; i++) job->place[i] = 0;
+    for (int64_t r = 0; r < plan->rows; r++) {
+        int64_t number = plan->expert_of_entry[plan->entry_of_row[r]] * S;
+        for (int64_t s = 0; s < S; s++)
+            job->place[job->node_of_number[number + s] * T + plan->token_of_row[r]] = 1;
+    }
+    for (int64_t n = 0; n < job->nodes; n++) {
+        job->begin[n] = count;
+        for (int64_t t = 0; t < T; t++) {
+            if (!job->place[n * T + t]) continue;
+            job->place[n * T + t] = count - job->begin[n];
+            job->token[count++] = t;
+        }
+    }
+    job->begin[job->nodes] = count;
+    return MOE_OK;
 }
 
 /* ---- the owner's plan ------------------------------------------------------------------------ */

@@ -86,6 +86,13 @@ static void check_pack(int64_t unit)
     device = host;
     device.moves = m.device;
     void *there = on_device(index, (size_t)rows * 8), *memory[MOE__COLUMNS][2];
+    int64_t ranges = m.host.first ? m.host.count : 0;
+    moe__window *window = host_array(ranges + 1, sizeof *window); /* the index may be outside */
+    for (int64_t s = 0; s < ranges; s++) {
+        window[s].base = draw_below(rows);
+        window[s].rows = draw_in(1, rows - window[s].base);
+    }
+    void *windows = on_device(window, (size_t)(ranges + 1) * sizeof *window);
     for (int64_t c = 0; c < host.columns; c++) {
         int64_t bytes = unit * draw_in(1, 40), stride = bytes + unit * draw_below(3);
         memory[c][0] = random_bytes(rows * stride);
@@ -99,6 +106,8 @@ static void check_pack(int64_t unit)
         device.column[c] = host.column[c];
         device.column[c].from = memory[c][1];
         if (host.column[c].index) device.column[c].index = there;
+        if (ranges && host.column[c].index && draw_chance(40))
+            host.column[c].window = window, device.column[c].window = windows;
         at += bytes + unit * draw_below(2);
     }
     host.row_bytes = device.row_bytes = at;
@@ -110,7 +119,8 @@ static void check_pack(int64_t unit)
     ok(cudaDeviceSynchronize());
     same_bytes(host.to, device.to, (size_t)(rows * at), "to", name);
     for (int64_t c = 0; c < host.columns; c++) free(memory[c][0]), ok(cudaFree(memory[c][1]));
-    free(host.to), free(index), ok(cudaFree(device.to)), ok(cudaFree(there));
+    free(host.to), free(index), free(window), ok(cudaFree(windows)), ok(cudaFree(device.to)),
+        ok(cudaFree(there));
 }
 
 START_TEST(test_pack_as_cpu)
@@ -118,6 +128,76 @@ START_TEST(test_pack_as_cpu)
     static const int64_t UNITS[] = {16, 4, 2, 1};
     draw_state = 7;
     for (int i = 0; i < test_cases(); i++) check_pack(UNITS[i % 4]);
+}
+END_TEST
+
+/* ---- tokens of nodes ------------------------------------------------------------------------- */
+
+/* A plan's rows in any order of token, with tokens that have none. */
+static void check_unique(int64_t T)
+{
+    int64_t nodes = draw_in(1, 5), E = draw_in(1, 9), slices = draw_in(1, 2), rows = 0;
+    int64_t entries = T * draw_in(0, 4), all = nodes * T;
+    moe__plan_arrays host = host_plan(T, entries, E, 1), device;
+    int64_t *node = words(E * slices), *place = words(all), *token = words(all);
+    int64_t *begin = words(nodes + 1);
+    for (int64_t v = 0; v < E * slices; v++) node[v] = draw_below(nodes);
+    for (int64_t e = 0; e < E; e++) {
+        host.expert_begin[e] = rows;
+        while (rows < entries && draw_chance(e + 1 < E ? 70 : 95)) {
+            host.token_of_row[rows] = draw_below(T), host.entry_of_row[rows] = rows;
+            host.expert_of_entry[rows++] = (int32_t)e;
+        }
+    }
+    host.expert_begin[E] = host.rows = rows;
+    device_plan(&device, &host);
+    moe__unique_job h = {.workers = test_workers(context, 0),
+                         .plan = &host,
+                         .nodes = nodes,
+                         .slices = slices,
+                         .node_of_number = node,
+                         .place = place,
+                         .token = token,
+                         .begin = begin};
+    moe__unique_job d = h;
+    device.rows = -1; /* which the host does not know */
+    d.plan = &device, d.node_of_number = on_device(node, (size_t)(E * slices) * 8);
+    d.place = on_device(place, (size_t)(all + 1) * 8),
+    d.token = on_device(token, (size_t)(all + 1) * 8);
+    d.begin = on_device(begin, (size_t)(nodes + 1) * 8);
+    int64_t *scratch = words(2 * all + 8);
+    d.scratch = on_device(scratch, (size_t)(2 * all + 8) * 8);
+    (void)snprintf(name, sizeof name, "tokens %lld nodes %lld rows %lld", (ll)T, (ll)nodes,
+                   (ll)rows);
+    ck_assert_int_eq(cpu_of(MOE_DTYPE_F32)->travel_unique(&h), MOE_OK);
+    ck_assert_int_eq(moe__cuda_travel_unique(&d), MOE_OK);
+    ok(cudaDeviceSynchronize());
+    same_bytes(begin, d.begin, (size_t)(nodes + 1) * 8, "begin", name);
+    same_bytes(token, d.token, (size_t)begin[nodes] * 8, "token", name);
+    same_bytes(place, d.place, (size_t)all * 8, "place", name); /* 0 where there is none, on both */
+    for (int64_t n = 0, i = 0; n < nodes; n++)                  /* and by hand */
+        for (int64_t t = 0; t < T; t++) {
+            bool has = false;
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t s = 0; s < slices; s++)
+                    has |= host.token_of_row[r] == t &&
+                           node[host.expert_of_entry[r] * slices + s] == n;
+            if (!has) continue;
+            ck_assert_msg(token[i] == t && place[n * T + t] == i - begin[n], "%s", name);
+            i++;
+        }
+    int64_t *arrays[] = {node, place, token, begin, scratch};
+    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) free(arrays[i]);
+    ok(cudaFree((void *)(uintptr_t)d.node_of_number)), ok(cudaFree(d.place)), ok(cudaFree(d.token));
+    ok(cudaFree(d.begin)), ok(cudaFree(d.scratch));
+    free_plans(&host, &device);
+}
+
+START_TEST(test_unique_as_cpu)
+{
+    draw_state = 21;
+    check_unique(0), check_unique(1), check_unique(700);
+    for (int i = 0; i < test_cases(); i++) check_unique(draw_in(1, 40));
 }
 END_TEST
 
@@ -522,6 +602,7 @@ int main(int argc, char **argv)
     tcase_set_timeout(tests, 600);
     tcase_add_checked_fixture(tests, setup, teardown);
     tcase_add_test(tests, test_pack_as_cpu);
+    tcase_add_test(tests, test_unique_as_cpu);
     tcase_add_test(tests, test_order_as_cpu);
     tcase_add_loop_test(tests, test_merge_as_cpu, 0, 3);
     tcase_add_test(tests, test_drop_as_cpu);

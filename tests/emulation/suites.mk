@@ -6,7 +6,7 @@
 
 DEVICE_SUITES := check_layer check_family check_half_layer check_branches check_gate check_gate_kinds check_experts \
     check_expert_kinds check_expert_config check_drop check_combine check_plan check_pass check_parameter check_preset check_ranks check_ranks_bounds check_ranks_calls \
-    check_ranks_faults
+    check_ranks_faults check_ranks_nodes
 # Check suites and programs that count themselves; the latter take seeds.
 KERNEL_SUITES := check_row_kernels check_plan_kernels check_mix_kernels check_travel_kernels
 KERNEL_PROGRAMS := check_ffn_kernels check_gate_kernels check_router_gemm

@@ -21,15 +21,22 @@ moe_status member_note(member *m, moe_status status)
     return status;
 }
 
-static void connect_member(member *m)
+static void connect_member(member *m, double timeout)
 {
     crew *c = m->crew;
-    double timeout = c->timeout > 0 ? c->timeout : 60;
     if (OVER_NCCL)
         m->comm = device_nccl_connect(&c->nccl, m->context, m->rank, timeout);
     else
         MUST(moe_comm_create_in_world(&m->comm, c->world, m->context, m->rank, timeout));
     ck_assert_msg(m->comm != NULL, "%s", moe_last_error());
+}
+
+static void join_node(member *m, double timeout)
+{
+    crew *c = m->crew;
+    int32_t node = m->rank % c->nodes, number = m->rank / c->nodes;
+    MUST(moe_comm_create_in_world(&m->node_comm, c->node_world[node], m->context, number, timeout));
+    MUST(moe_comm_create_in_world(&m->rail_comm, c->rail_world[number], m->context, node, timeout));
 }
 
 #ifdef MOE_TEST_NCCL
@@ -43,13 +50,15 @@ static void end_rank(void) {}
 static void *member_thread(void *argument)
 {
     member *m = argument;
+    double timeout = m->crew->timeout > 0 ? m->crew->timeout : 60;
     begin_rank(m);
     if (m->context_config.struct_size == 0) {
         MUST(moe_context_config_init(&m->context_config, sizeof m->context_config));
         m->context_config.threads = 1;
     }
     MUST(moe_context_create(&m->context, &m->context_config));
-    connect_member(m);
+    connect_member(m, timeout);
+    if (m->crew->nodes > 0) join_node(m, timeout);
     m->crew->run(m);
     device_nccl_leave(&m->crew->nccl, m->rank, m->comm);
     member_free(m);
@@ -57,12 +66,22 @@ static void *member_thread(void *argument)
     return NULL;
 }
 
+/* With nodes a world for each, and one for each number in them. */
+static void make_worlds(crew *c, moe_context *context)
+{
+    MUST(moe_world_create(&c->world, context, c->ranks));
+    for (int32_t n = 0; n < c->nodes; n++)
+        MUST(moe_world_create(&c->node_world[n], context, c->ranks / c->nodes));
+    for (int32_t l = 0; c->nodes && l < c->ranks / c->nodes; l++)
+        MUST(moe_world_create(&c->rail_world[l], context, c->nodes));
+}
+
 void crew_run(crew *c, member *members)
 {
     moe_context *context = NULL;
     pthread_t thread[CREW_MOST];
     MUST(moe_context_create(&context, NULL));
-    MUST(moe_world_create(&c->world, context, c->ranks));
+    make_worlds(c, context);
     device_nccl_open(&c->nccl, c->ranks);
     for (int32_t r = 0; r < c->ranks; r++) {
         members[r].crew = c, members[r].rank = r;
@@ -70,6 +89,8 @@ void crew_run(crew *c, member *members)
     }
     for (int32_t r = 0; r < c->ranks; r++) ck_assert_int_eq(pthread_join(thread[r], NULL), 0);
     device_nccl_close(&c->nccl);
+    for (int i = 0; i < CREW_MOST; i++)
+        moe_world_destroy(c->node_world[i]), moe_world_destroy(c->rail_world[i]);
     moe_world_destroy(c->world), moe_context_destroy(context);
 }
 
@@ -85,7 +106,7 @@ moe_status member_make(member *m, int64_t experts)
     m->g.dtype = m->e.dtype = REAL;
     m->g.num_experts = experts, m->g.top_k = 2;
     m->e.num_experts = own > 0 ? own : MOE_NO_EXPERTS;
-    m->l.comm = m->comm;
+    m->l.comm = m->comm, m->l.node_comm = m->node_comm, m->l.rail_comm = m->rail_comm;
     if (m->crew->configure) m->crew->configure(m);
     MUST(moe_gate_create(&m->gate, m->context, &m->g));
     MUST(moe_experts_create(&m->experts, m->context, &m->e));
@@ -99,7 +120,9 @@ moe_status member_make(member *m, int64_t experts)
 void member_free(member *m)
 {
     moe_pass_destroy(m->pass), moe_layer_destroy(m->layer), moe_gate_destroy(m->gate);
-    moe_experts_destroy(m->experts), moe_comm_destroy(m->comm), moe_context_destroy(m->context);
+    moe_experts_destroy(m->experts), moe_comm_destroy(m->comm);
+    moe_comm_destroy(m->node_comm), moe_comm_destroy(m->rail_comm), moe_context_destroy(m->context);
+    m->node_comm = m->rail_comm = NULL;
     m->pass = NULL, m->layer = NULL, m->gate = NULL, m->experts = NULL, m->comm = NULL;
     m->context = NULL;
 }

@@ -21,7 +21,8 @@ typedef struct crew {
     void (*ready)(member *m);     /* before the layer is made; may be NULL */
     void *test;
     double timeout; /* seconds; 0: 60 */
-    moe_world *world;
+    int32_t nodes;  /* 0: rows go straight; else rank r is rank r / nodes of node r % nodes */
+    moe_world *world, *node_world[CREW_MOST], *rail_world[CREW_MOST];
     device_nccl nccl;
 } crew;
 
@@ -30,7 +31,7 @@ struct member {
     int32_t rank;
     moe_context_config context_config;
     moe_context *context;
-    moe_comm *comm;
+    moe_comm *comm, *node_comm, *rail_comm;
     moe_gate_config g;
     moe_experts_config e;
     moe_layer_config l;

@@ -30,6 +30,8 @@ static bool sliced(int32_t way) { return way == WAY_SLICES || way == WAY_ALL_AT_
 static bool chunked(int32_t way) { return way == WAY_CHUNKS || way == WAY_ALL_AT_ONCE; }
 static bool global(int32_t way) { return way == WAY_GLOBAL || way == WAY_ALL_AT_ONCE; }
 
+bool ranks_way_by_node(int32_t way) { return !chunked(way) && way != WAY_PADDED; }
+
 /* ---- the whole ------------------------------------------------------------------------------- */
 
 /* Losses of a rank's own tokens are not those of the whole, so they are off. */
@@ -135,6 +137,7 @@ static void configure(part *p)
     }
     if (way == WAY_PADDED) l->exchange = MOE_EXCHANGE_PADDED, l->padded_rows = 4 * RANKS_TOKENS;
     if (global(way)) l->loss_batch = MOE_BATCH_GLOBAL;
+    l->node_comm = p->node_comm, l->rail_comm = p->rail_comm;
 }
 
 static void make_part(part *p)
@@ -217,6 +220,7 @@ void part_free(part *p)
 {
     free(p->y), free(p->dx);
     family_free(&p->f);
+    moe_comm_destroy(p->node_comm), moe_comm_destroy(p->rail_comm);
     moe_comm_destroy(p->comm), moe_context_destroy(p->context);
 }
 
@@ -394,5 +398,16 @@ void parts_share(part *parts, const whole *w, uint64_t number, int32_t ranks)
         parts[ranks - 1].experts = count;
     } else {
         share_anyhow(parts, count, number, ranks);
+    }
+}
+
+void parts_by_node(part *parts, int32_t ranks, int32_t nodes, uint64_t number)
+{
+    int32_t width = ranks / nodes;
+    bool in_turn = number % 2;
+    for (int32_t r = 0; r < ranks; r++) {
+        parts[r].nodes = nodes;
+        parts[r].node = in_turn ? r % nodes : r / width;
+        parts[r].in_node = in_turn ? r / nodes : r % width;
     }
 }

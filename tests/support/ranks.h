@@ -58,10 +58,12 @@ struct part {
     bool with_group;                         /* secondary gates live with their groups */
     int64_t first_group, groups;
     uint64_t number;
-    moe_comm *(*connect)(part *p); /* makes the communicator, of p->context */
+    int32_t nodes, node,
+        in_node; /* 0: rows go straight; else of so many nodes rank in_node of node */
+    moe_comm *(*connect)(part *p); /* makes the communicator, of p->context; those of nodes too */
     void *connection;              /* for connect */
     moe_context *context;
-    moe_comm *comm;
+    moe_comm *comm, *node_comm, *rail_comm;
     family f; /* its objects */
     void *y, *dx;
     moe_losses losses;
@@ -71,6 +73,10 @@ struct part {
 
 /* The shares of all ranks. */
 void parts_share(part *parts, const whole *w, uint64_t number, int32_t ranks);
+/* Makes the ranks a grid of nodes, one after the other or, by number, in turn. */
+void parts_by_node(part *parts, int32_t ranks, int32_t nodes, uint64_t number);
+/* Whether rows of a way may go by nodes. */
+bool ranks_way_by_node(int32_t way);
 /* Makes one rank's layer and runs its tokens through it, forward, backward and the reduction. */
 void part_run(part *p);
 /* y, dx, gradients, norm and what is shared of a part are the bytes of the whole; on a device those

@@ -116,6 +116,7 @@ moe_status moe__kernel_twin_replay(moe__kernel_twin *t);
  * one runs alone. */
 #define MOE__KERNEL_TWIN_ALONE(X, v)                                                      \
     X(v, travel_pack, (const moe__pack_job *job), (job))                                  \
+    X(v, travel_unique, (const moe__unique_job *job), (job))                              \
     X(v, travel_order, (const moe__order_job *job), (job))                                \
     X(v, travel_merge, (const moe__merge_job *job), (job))                                \
     X(v, travel_entry_grad, (const moe__entry_grad_job *job), (job))                      \
