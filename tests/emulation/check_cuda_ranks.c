@@ -28,8 +28,8 @@ typedef struct seat {
     group *g;
     int rank, device;
     moe_context *context;
-    moe_comm *comm;
-    ncclComm_t nccl;
+    moe_comm *comm, *node_comm, *rail_comm; /* the last two with nodes */
+    ncclComm_t nccl, node_nccl, rail_nccl;
     moe_gate *gate;
     moe_experts *experts;
     moe_layer *layer;
@@ -44,9 +44,10 @@ struct group {
     int ranks, transport;
     int padded_rows; /* 0: exact */
     int global;      /* losses of all ranks */
+    int nodes;       /* 0: rows go straight; else ranks in turn are on so many; not THROUGH_HOST */
     void (*run)(seat *s);
     moe_world *world, *other;
-    device_world *devices;
+    device_world *devices, *node_devices[MOST_RANKS], *rail_devices[MOST_RANKS];
     ncclUniqueId id;
     seat seat[MOST_RANKS];
 };
@@ -56,18 +57,31 @@ static bool is_over_nccl(const group *g) { return HAS_NCCL && g->transport == OV
 #ifdef EMU_NCCL
 static void prepare_nccl(group *g) { MUST(ncclGetUniqueId(&g->id) == ncclSuccess); }
 
-static void connect_over_nccl(seat *s)
+static void group_of(seat *s, moe_comm **comm, ncclComm_t nccl)
 {
     moe_nccl_config c;
-    MUST(ncclCommInitRank(&s->nccl, s->g->ranks, s->g->id, s->rank) == ncclSuccess);
     GOOD(moe_nccl_config_init(&c, sizeof c));
-    c.comm = s->nccl, c.timeout = 20;
-    GOOD(moe_comm_create_nccl(&s->comm, s->context, &c));
+    c.comm = nccl, c.timeout = 20;
+    GOOD(moe_comm_create_nccl(comm, s->context, &c));
+}
+
+static void connect_over_nccl(seat *s)
+{
+    MUST(ncclCommInitRank(&s->nccl, s->g->ranks, s->g->id, s->rank) == ncclSuccess);
+    group_of(s, &s->comm, s->nccl);
+    if (!s->g->nodes) return;
+    int node = s->rank % s->g->nodes, number = s->rank / s->g->nodes;
+    MUST(ncclCommSplit(s->nccl, node, number, &s->node_nccl, NULL) == ncclSuccess);
+    MUST(ncclCommSplit(s->nccl, number, node, &s->rail_nccl, NULL) == ncclSuccess);
+    group_of(s, &s->node_comm, s->node_nccl);
+    group_of(s, &s->rail_comm, s->rail_nccl);
 }
 
 static void leave_nccl(seat *s)
 {
-    if (s->nccl) MUST(ncclCommDestroy(s->nccl) == ncclSuccess);
+    ncclComm_t all[] = {s->node_nccl, s->rail_nccl, s->nccl};
+    for (int i = 0; i < 3; i++)
+        if (all[i]) MUST(ncclCommDestroy(all[i]) == ncclSuccess);
 }
 #else
 static void prepare_nccl(group *g) { (void)g; }
@@ -107,6 +121,7 @@ static void make_layer(seat *s)
     static const int64_t OTHERS[E] = {3, 2, 1, 0}; /* so that rows travel on one rank too */
     if (g->ranks == 1 && s->comm) l.placement = OTHERS;
     if (g->global) l.loss_batch = MOE_BATCH_GLOBAL;
+    l.node_comm = s->node_comm, l.rail_comm = s->rail_comm;
     GOOD(moe_layer_create(&s->layer, &l));
     GOOD(moe_layer_init_parameters(s->layer, 1));
     GOOD(moe_pass_create(&s->pass, s->layer, NULL));
@@ -129,10 +144,21 @@ static void make_arrays(seat *s, int first, int count)
 static void drop_seat(seat *s)
 {
     moe_pass_destroy(s->pass), moe_layer_destroy(s->layer), moe_experts_destroy(s->experts);
+    moe_comm_destroy(s->node_comm), moe_comm_destroy(s->rail_comm);
     moe_gate_destroy(s->gate), moe_comm_destroy(s->comm), moe_context_destroy(s->context);
     free_arrays(&s->a);
     CUDA(cudaStreamDestroy(s->stream));
     leave_nccl(s);
+}
+
+static void connect_devices(seat *s)
+{
+    group *g = s->g;
+    s->comm = device_world_connect(g->devices, s->context, s->rank, 20);
+    if (!g->nodes) return;
+    int node = s->rank % g->nodes, number = s->rank / g->nodes;
+    s->node_comm = device_world_connect(g->node_devices[node], s->context, number, 20);
+    s->rail_comm = device_world_connect(g->rail_devices[number], s->context, node, 20);
 }
 
 static moe_status forward_of(seat *s, int tokens)
@@ -168,7 +194,7 @@ static void *seat_thread(void *argument)
     if (is_over_nccl(g))
         connect_over_nccl(s);
     else if (g->transport == DIRECT)
-        s->comm = device_world_connect(g->devices, s->context, s->rank, 20);
+        connect_devices(s);
     else
         GOOD(moe_comm_create_in_world(&s->comm, g->world, s->context, s->rank, 20));
     MUST(s->comm);
@@ -179,6 +205,15 @@ static void *seat_thread(void *argument)
     return NULL;
 }
 
+static void make_devices(group *g, moe_context *context)
+{
+    g->devices = device_world_create(context, g->ranks);
+    for (int n = 0; n < g->nodes; n++)
+        g->node_devices[n] = device_world_create(context, g->ranks / g->nodes);
+    for (int l = 0; g->nodes && l < g->ranks / g->nodes; l++)
+        g->rail_devices[l] = device_world_create(context, g->nodes);
+}
+
 static void run_group(group *g)
 {
     pthread_t thread[MOST_RANKS];
@@ -186,7 +221,7 @@ static void run_group(group *g)
     GOOD(moe_context_create(&context, NULL));
     if (is_over_nccl(g)) prepare_nccl(g);
     if (g->transport == DIRECT)
-        g->devices = device_world_create(context, g->ranks);
+        make_devices(g, context);
     else
         GOOD(moe_world_create(&g->world, context, g->ranks));
     for (int r = 0; r < g->ranks; r++) {
@@ -203,6 +238,10 @@ static void end_group(group *g)
     for (int r = 0; r < g->ranks; r++) CUDA(cudaStreamSynchronize(g->seat[r].stream));
     for (int r = 0; r < g->ranks; r++) drop_seat(&g->seat[r]);
     if (g->devices) device_world_destroy(g->devices);
+    for (int i = 0; i < MOST_RANKS; i++) {
+        if (g->node_devices[i]) device_world_destroy(g->node_devices[i]);
+        if (g->rail_devices[i]) device_world_destroy(g->rail_devices[i]);
+    }
     moe_world_destroy(g->world);
     nothing_left();
 }
@@ -291,6 +330,22 @@ static void test_ranks_on_their_devices(void)
         }
 }
 
+/* Communicators of nodes and rails are split from that of all. */
+static void test_ranks_by_way_of_nodes(void)
+{
+    for (int i = 0; i < 12; i++) {
+        group g = {.ranks = 4,
+                   .transport = i / 6 ? OVER_NCCL : DIRECT,
+                   .nodes = 1 << i % 3,
+                   .global = i / 3 % 2,
+                   .run = run_step};
+        emu_set_seed((uint64_t)i + 1);
+        run_group(&g);
+        compare(&g);
+        end_group(&g);
+    }
+}
+
 /* ---- calls ----------------------------------------------------------------------------------- */
 
 static pthread_barrier_t all;
@@ -328,6 +383,17 @@ static void test_exact_rows_wait_once(void)
         MUST(emu_count(EMU_CALL_TO_DEVICE) == 2 * (uint64_t)ranks);
         end_group(&g);
     }
+}
+
+/* By way of nodes also the tokens of each node are copied, behind the same work. */
+static void test_rows_by_way_of_nodes_wait_twice(void)
+{
+    group g = {.ranks = 4, .transport = DIRECT, .nodes = 2, .run = run_recorded};
+    record(&g);
+    MUST(emu_count(EMU_CALL_FROM_DEVICE) == 2 * 4);
+    MUST(emu_count_bytes(EMU_CALL_FROM_DEVICE) == 4 * ((E + 1) + (2 + 1)) * 8);
+    MUST(emu_count(EMU_CALL_TO_DEVICE) == 2 * 4);
+    end_group(&g);
 }
 
 /* Nothing is asked of a device but a word of each call, which nobody waits for. */
@@ -591,7 +657,9 @@ int main(int count, char **arguments)
     (void)setenv("MOE_EMULATION_DEVICES", "8", 1);
     static const host_test TESTS[] = {
         {"ranks on their devices", test_ranks_on_their_devices},
+        {"ranks by way of nodes", test_ranks_by_way_of_nodes},
         {"exact rows wait once", test_exact_rows_wait_once},
+        {"rows by way of nodes wait twice", test_rows_by_way_of_nodes_wait_twice},
         {"padded rows do not wait", test_padded_rows_do_not_wait},
         {"padded rows in a graph", test_padded_rows_in_a_graph},
         {"exact rows refuse a capture", test_exact_rows_refuse_a_capture},
