@@ -214,6 +214,40 @@ START_TEST(test_a_row_of_a_token_goes_to_a_node_once)
 }
 END_TEST
 
+/* ---- replicas -------------------------------------------------------------------------------- */
+
+/* Each expert is on two ranks of other nodes, so that what a rank sends to is on some node only. */
+static void place_replicas(member *m)
+{
+    static const int64_t NUMBERS[RANKS][2] = {{0, 1}, {1, 2}, {2, 3}, {3, 0}};
+    m->e.num_experts = 2, m->l.placement = NUMBERS[m->rank];
+}
+
+static void run_replicas(member *m)
+{
+    step *s = (step *)m->own;
+    m->crew->configure = place_replicas;
+    MUST(member_make(m, E));
+    make_step(m, s);
+    m->f.flags = MOE_FORWARD_NO_SAVE;
+    MUST(moe_layer_forward(m->layer, m->pass, &m->f));
+}
+
+START_TEST(test_replicas_by_way_of_nodes)
+{
+    member m[RANKS];
+    step straight[RANKS], by_node[RANKS];
+    memset(straight, 0, sizeof straight), memset(by_node, 0, sizeof by_node);
+    run(RANKS, 0, run_replicas, NULL, m, straight);
+    for (int32_t nodes = 1; nodes <= RANKS; nodes *= 2) {
+        run(RANKS, nodes, run_replicas, NULL, m, by_node);
+        for (int r = 0; r < RANKS; r++)
+            ck_assert_int_eq(memcmp(straight[r].y, by_node[r].y, sizeof by_node[r].y), 0);
+    }
+    ck_assert(straight[0].y[0] != 0);
+}
+END_TEST
+
 /* ---- passes in flight ------------------------------------------------------------------------ */
 
 static void run_too_many(member *m)
@@ -282,6 +316,7 @@ int main(void)
     tcase_add_loop_test(c, test_nodes_that_are_no_grid_are_refused_on_every_rank, 0, MISTAKES);
     tcase_add_test(c, test_two_ranks_in_one_place);
     tcase_add_test(c, test_a_row_of_a_token_goes_to_a_node_once);
+    tcase_add_test(c, test_replicas_by_way_of_nodes);
     tcase_add_test(c, test_a_pass_too_many_is_refused_on_every_rank);
     tcase_add_test(c, test_a_rank_that_leaves_ends_all_three);
     suite_add_tcase(suite, c);

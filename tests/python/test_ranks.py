@@ -271,6 +271,27 @@ def test_losses_of_all_ranks_are_those_of_one(context):
     assert sum(part["stats"].tokens for part in own) == whole["stats"].tokens
 
 
+def test_rows_by_way_of_nodes_are_one_rank(whole):
+    x, dy, rows = tokens_of(COUNTS)
+    rail = moe.World(moe.Context(threads=1), 3)  # three nodes of one rank
+
+    def work(rank, context, comm):
+        place, across = PLACES[rank], rail.comm(context, rank, timeout=20)
+        layer = make(context, len(place), comm, placement=place,
+                     node_comm=moe.Comm(context), rail_comm=across)  # fmt: skip
+        found = train(layer, x[rows[rank]], dy[rows[rank]])
+        with pytest.raises(moe.InvalidArgument, match="node_comm is given, rail_comm is NULL"):
+            make(context, len(place), comm, placement=place, node_comm=moe.Comm(context))
+        return found
+
+    parts = on_ranks(3, work)
+    assert_same(whole, parts)
+    for part in parts:
+        report = part["report"]
+        assert 0 < report.rows_to_nodes <= report.rows_sent
+        assert 0 < report.forward_bytes_to_nodes < report.forward_bytes_sent
+
+
 # ---- report -------------------------------------------------------------------------------------
 
 
@@ -314,7 +335,7 @@ def test_the_report_counts_rows_and_bytes(context):
 
 def test_one_rank_reports_no_rows(context):
     report = train_whole(COUNTS, make(context))["report"]
-    assert report[2:] == (0,) * 7
+    assert report[2:] == (0,) * 10
     assert report.forward_seconds["exchange"] == 0 < report.forward_seconds["experts"]
     assert report.backward_seconds["experts"] > 0
 

@@ -32,40 +32,72 @@ static void must(int good, const char *what)
 }
 #define GOOD(call) must((call) == MOE_OK, #call)
 
-static moe_comm *join(moe_context *context, double timeout)
+static moe_comm *join_some(moe_context *context, MPI_Comm ranks, double timeout)
 {
     moe_comm *comm = NULL;
     moe_mpi_options o;
     GOOD(moe_mpi_options_init(&o, sizeof o));
     o.timeout = timeout;
-    GOOD(moe_comm_create_mpi(&comm, context, MPI_COMM_WORLD, &o));
+    GOOD(moe_comm_create_mpi(&comm, context, ranks, &o));
+    return comm;
+}
+
+static moe_comm *join(moe_context *context, double timeout)
+{
+    moe_comm *comm = join_some(context, MPI_COMM_WORLD, timeout);
     must(moe_comm_rank(comm) == rank && moe_comm_size(comm) == size, "rank and size");
     return comm;
 }
 
 /* ---- equal ----------------------------------------------------------------------------------- */
 
-static moe_comm *connect_mpi(part *p) { return join(p->context, 60); }
+/* The ranks of one color, by key. */
+static moe_comm *join_split(part *p, int color, int key)
+{
+    MPI_Comm some;
+    must(MPI_Comm_split(MPI_COMM_WORLD, color, key, &some) == MPI_SUCCESS, "MPI_Comm_split");
+    moe_comm *comm = join_some(p->context, some, 60);
+    must(MPI_Comm_free(&some) == MPI_SUCCESS, "MPI_Comm_free");
+    return comm;
+}
+
+static moe_comm *connect_mpi(part *p)
+{
+    if (p->nodes > 0) {
+        p->node_comm = join_split(p, p->node, p->in_node);
+        p->rail_comm = join_split(p, p->in_node, p->node);
+    }
+    return join(p->context, 60);
+}
 
 static int64_t numbers;
+
+/* nodes 0: rows go straight */
+static void run_layer(int32_t kind, uint64_t number, int32_t nodes)
+{
+    whole w;
+    part parts[RANKS_MOST];
+    part *own = &parts[rank];
+    whole_make(&w, kind, number, size, ranks_way(kind, number));
+    parts_share(parts, &w, number, size);
+    if (nodes > 0) parts_by_node(parts, size, nodes, number);
+    own->connect = connect_mpi;
+    part_run(own);
+    whole_run(&w);
+    part_compare(own);
+    part_free(own);
+    whole_free(&w);
+}
 
 START_TEST(test_mpi_ranks_are_one_rank_with_the_same_groups)
 {
     int64_t run = 0;
     for (int32_t kind = 0; kind < RANKS_KINDS; kind++)
         for (uint64_t number = 0; number < (uint64_t)numbers; number++) {
-            whole w;
-            part parts[RANKS_MOST];
-            part *own = &parts[rank];
-            whole_make(&w, kind, number, size, ranks_way(kind, number));
-            parts_share(parts, &w, number, size);
-            own->connect = connect_mpi;
-            part_run(own);
-            whole_run(&w);
-            part_compare(own);
-            part_free(own);
-            whole_free(&w);
+            run_layer(kind, number, 0);
             run++;
+            if (!ranks_way_by_node(ranks_way(kind, number))) continue;
+            run_layer(kind, number, size % 2 ? size : number % 3 == 0 ? size : 2);
         }
     ck_assert_int_gt(run, 0);
 }

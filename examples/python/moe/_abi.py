@@ -190,6 +190,8 @@ class LayerConfig(Structure):
         ("received", c_int32),
         ("loss_batch", c_int32),
         ("reserved", c_int32),
+        ("node_comm", c_void_p),
+        ("rail_comm", c_void_p),
     ]
 
 
@@ -344,6 +346,9 @@ class PassReport(Structure):
         ("backward_bytes_sent", c_int64),
         ("forward_bytes_received", c_int64),
         ("backward_bytes_received", c_int64),
+        ("rows_to_nodes", c_int64),
+        ("forward_bytes_to_nodes", c_int64),
+        ("backward_bytes_to_nodes", c_int64),
     ]
 
 

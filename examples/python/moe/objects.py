@@ -234,6 +234,8 @@ class Layer(Phased, ParameterOwner):
     comm       None: one rank; else every rank makes its layer, with some of the experts each
     placement  with a comm: the number of each expert (or slice) of the pool among those of all
                ranks, any sequence of integers; None: in order of rank
+    node_comm  with a comm: the ranks of this rank's node, and
+    rail_comm  those with its number in their nodes: rows go to each node once; None: straight
     """
 
     kind = "layer"
@@ -248,12 +250,14 @@ class Layer(Phased, ParameterOwner):
         residual: Optional[Experts] = None,
         comm: Optional[Comm] = None,
         placement: Optional[Iterable[int]] = None,
+        node_comm: Optional[Comm] = None,
+        rail_comm: Optional[Comm] = None,
         **fields: Any,
     ) -> None:
         if experts is None:
             raise TypeError("a layer needs experts")
         given = {"gate": gate, "experts": experts, "shared": shared, "residual": residual,
-                 "comm": comm}  # fmt: skip
+                 "comm": comm, "node_comm": node_comm, "rail_comm": rail_comm}  # fmt: skip
         config = _config.make(_abi.LayerConfig, fields, [*given, "placement"], config)
         # Another layer's numbers are of its own pool, so a base config's are never taken.
         config.placement = _placement(placement, experts) if placement is not None else None

@@ -56,6 +56,9 @@ class Report(NamedTuple):
     backward_bytes_sent: int
     forward_bytes_received: int
     backward_bytes_received: int
+    rows_to_nodes: int
+    forward_bytes_to_nodes: int
+    backward_bytes_to_nodes: int
 
 
 class Pass(Object):
