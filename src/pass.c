@@ -20,7 +20,7 @@ static void stats_defaults(void *instance) { *(moe_stats *)instance = (moe_stats
 static void report_defaults(void *instance) { *(moe_pass_report *)instance = (moe_pass_report){0}; }
 static void view_defaults(void *instance) { *(moe_tensor_view *)instance = (moe_tensor_view){0}; }
 
-/* What came after the first fields begins at noise_primary, and at x_stride. */
+/* What came after the first fields begins at noise_primary, at x_stride and at rows_to_nodes. */
 const moe__struct_info moe__forward_args_info = {"moe_forward_args", sizeof(moe_forward_args),
                                                  offsetof(moe_forward_args, noise_primary),
                                                  forward_defaults};
@@ -30,7 +30,9 @@ const moe__struct_info moe__backward_args_info = {"moe_backward_args", sizeof(mo
 const moe__struct_info moe__pass_config_info = MOE__STRUCT_INFO(moe_pass_config, config_defaults);
 const moe__struct_info moe__losses_info = MOE__STRUCT_INFO(moe_losses, losses_defaults);
 const moe__struct_info moe__stats_info = MOE__STRUCT_INFO(moe_stats, stats_defaults);
-const moe__struct_info moe__pass_report_info = MOE__STRUCT_INFO(moe_pass_report, report_defaults);
+const moe__struct_info moe__pass_report_info = {"moe_pass_report", sizeof(moe_pass_report),
+                                                offsetof(moe_pass_report, rows_to_nodes),
+                                                report_defaults};
 const moe__struct_info moe__tensor_view_info = MOE__STRUCT_INFO(moe_tensor_view, view_defaults);
 
 moe_status moe_forward_args_init(moe_forward_args *args, size_t size)
