@@ -17,9 +17,6 @@ static void count_bytes(moe_pass *pass, const moe_comm *comm, const moe_exchange
                                                                                       e->row_bytes;
     *(back ? &pass->report.backward_bytes_received
            : &pass->report.forward_bytes_received) += came * e->row_bytes;
-    if (comm != pass->layer->config.rail_comm || comm == moe__pass_comm(pass)) return;
-    *(back ? &pass->report.backward_bytes_to_nodes
-           : &pass->report.forward_bytes_to_nodes) += sent * e->row_bytes;
 }
 
 static moe_status exchange(moe_pass *pass, const moe_exchange *e)

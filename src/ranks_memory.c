@@ -236,7 +236,8 @@ static void lay_out_rows(moe_pass *pass, moe__arena *arena, const row_counts *n,
                      moe__real_dtype(room->dtype));
     k->x = moe__arena_take(arena, n->came, again ? k->size.again : k->size.x);
     k->dy = save ? moe__arena_take(arena, n->came, k->size.dy) : NULL;
-    int64_t out = again ? k->size.again : k->size.x;
+    bool relays = moe__ranks_relays(pass); /* what leaves is elsewhere then */
+    int64_t out = relays ? 0 : again ? k->size.again : k->size.x;
     k->here = moe__arena_take(arena, n->sent, moe__max(out, back));
     k->there = moe__arena_take(arena, n->came, back);
     bool apart = chunked ||
@@ -251,7 +252,7 @@ static void lay_out_rows(moe_pass *pass, moe__arena *arena, const row_counts *n,
     k->record = blind ? moe__arena_take(arena, 1, sizeof *k->record) : NULL;
     k->no_sums = blind ? moe__arena_take(arena, moe__share_most(pass->layer), sizeof(double))
                        : NULL;
-    if (moe__ranks_relays(pass)) moe__relay_lay_out_rows(pass, arena, save);
+    if (relays) moe__relay_lay_out_rows(pass, arena, save);
 }
 
 /* What goes through the host's memory at once. */

@@ -443,6 +443,17 @@ static moe_status go_on(moe_pass *pass)
     return moe__ranks_start_on(pass, pass->layer->config.node_comm, &e);
 }
 
+/* Of bytes sent those to other nodes. */
+static void report_bytes(moe_pass *pass, const moe_exchange *e)
+{
+    const moe__grid *g = grid_of(pass);
+    const int64_t *begin = e->send_begin;
+    int64_t own = begin[g->node + 1] - begin[g->node];
+    *(pass->backward
+          ? &pass->report.backward_bytes_to_nodes
+          : &pass->report.forward_bytes_to_nodes) += (begin[g->nodes] - own) * e->row_bytes;
+}
+
 /* Where nobody waits for an exchange the second stage follows the first on the stream. */
 moe_status moe__relay_send(moe_pass *pass)
 {
@@ -461,6 +472,7 @@ moe_status moe__relay_send(moe_pass *pass)
     if (!pass->backward) MOE_TRY(pack_records(pass));
     moe__lap(pass, MOE_TIME_PACK);
     k->took_part = true;
+    report_bytes(pass, &e);
     MOE_TRY(moe__ranks_start_on(pass, pass->layer->config.rail_comm, &e));
     return k->waiting ? MOE_OK : go_on(pass);
 }

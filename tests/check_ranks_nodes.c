@@ -214,6 +214,34 @@ START_TEST(test_a_row_of_a_token_goes_to_a_node_once)
 }
 END_TEST
 
+/* With one rank on each node comm itself may be the rail. */
+static void use_comm_twice(member *m)
+{
+    if (m->crew->nodes > 0) m->l.rail_comm = m->comm;
+}
+
+static void run_plan_over_comm(member *m)
+{
+    m->crew->configure = use_comm_twice;
+    run_plan(m);
+}
+
+START_TEST(test_comm_itself_may_be_the_rail)
+{
+    member m[RANKS];
+    step straight[RANKS], by_node[RANKS];
+    moe_pass_report a[RANKS], b[RANKS];
+    run(RANKS, 0, run_plan, a, m, straight);
+    run(RANKS, RANKS, run_plan_over_comm, b, m, by_node);
+    for (int r = 0; r < RANKS; r++) {
+        ck_assert_int_eq(memcmp(&straight[r], &by_node[r], sizeof straight[r]), 0);
+        ck_assert_int_eq(b[r].rows_to_nodes, a[r].rows_sent); /* an expert on each of two nodes */
+        ck_assert_int_gt(b[r].forward_bytes_to_nodes, 0);
+        ck_assert_int_lt(b[r].forward_bytes_to_nodes, b[r].forward_bytes_sent);
+    }
+}
+END_TEST
+
 /* ---- replicas -------------------------------------------------------------------------------- */
 
 /* Each expert is on two ranks of other nodes, so that what a rank sends to is on some node only. */
@@ -316,6 +344,7 @@ int main(void)
     tcase_add_loop_test(c, test_nodes_that_are_no_grid_are_refused_on_every_rank, 0, MISTAKES);
     tcase_add_test(c, test_two_ranks_in_one_place);
     tcase_add_test(c, test_a_row_of_a_token_goes_to_a_node_once);
+    tcase_add_test(c, test_comm_itself_may_be_the_rail);
     tcase_add_test(c, test_replicas_by_way_of_nodes);
     tcase_add_test(c, test_a_pass_too_many_is_refused_on_every_rank);
     tcase_add_test(c, test_a_rank_that_leaves_ends_all_three);
