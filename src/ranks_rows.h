@@ -104,8 +104,18 @@ moe__counts moe__second_counts(const moe_pass *pass);
 void moe__second_free(moe_pass *pass);
 void moe__second_trim(moe_pass *pass);
 
-/* ---- by way of nodes: ranks_relay.c ---------------------------------------------------------- */
+/* ---- by way of nodes: ranks_relay.c, ranks_relay_places.c ------------------------------------- */
 
+/* Bytes of a record: the index among its block's rows, then the weight. */
+enum { MOE__RECORD = 16, MOE__RECORD_WEIGHT = 8 };
+static inline const moe__grid *moe__relay_grid(const moe_pass *pass)
+{
+    return &pass->layer->where->grid;
+}
+/* Bytes of a token's row on the rail. */
+int64_t moe__relay_bytes(const moe_pass *pass, bool backward);
+/* Slots of a rank of a node, from *first on; those of the node are rank by rank. */
+int64_t moe__relay_slots(const moe_pass *pass, int64_t node, int64_t number, int64_t *first);
 /* Arrays of `counts`, of the tables and of the rows, and what goes through the host's memory. */
 void moe__relay_lay_out_counts(moe_pass *pass, moe__arena *arena);
 void moe__relay_lay_out_tables(const moe_pass *pass, moe__tables *t, moe__arena *arena);
