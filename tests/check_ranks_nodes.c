@@ -1,6 +1,6 @@
 /* check_ranks_nodes.c - layers whose rows go by way of nodes: what is refused, on every rank alike;
- * that a token's row goes to a node once; passes in flight; and a rank that leaves. That results are
- * the same bytes is in check_ranks.c. */
+ * that a token's row goes to a node once; passes in flight; and a rank that leaves. That results
+ * are the same bytes is in check_ranks.c. */
 #include "support/crew.h"
 #include "support/layer_case.h"
 #include "support/real.h"
@@ -11,7 +11,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
-enum { T = 6, E = 4, K = 2, D = CREW_D, RANKS = 4, NODES = 2 };
+enum { T = 6, E = 4, K = 2, D = CREW_D, RANKS = 4, NODES = 2, MOST = 6 };
 
 typedef struct step {
     scalar x[T * D], y[T * D], dy[T * D], dx[T * D];
@@ -24,12 +24,18 @@ static void make_step(member *m, step *s)
     m->f.tokens = T, m->f.x = s->x, m->f.y = s->y, m->b.dy = s->dy, m->b.dx = s->dx;
 }
 
-static void run(int32_t ranks, int32_t nodes, void (*call)(member *), void *test, member *m,
-                step *s)
+/* On four ranks, or three nodes of two. */
+static void run(int32_t nodes, void (*call)(member *), void (*configure)(member *), void *test,
+                member *m, step *s)
 {
-    crew c = {.ranks = ranks, .run = call, .test = test, .timeout = 5, .nodes = nodes};
-    memset(m, 0, (size_t)ranks * sizeof *m);
-    for (int32_t r = 0; r < ranks; r++) m[r].own = s ? &s[r] : NULL;
+    crew c = {.ranks = nodes == 3 ? MOST : RANKS,
+              .run = call,
+              .configure = configure,
+              .test = test,
+              .timeout = 5,
+              .nodes = nodes};
+    memset(m, 0, (size_t)c.ranks * sizeof *m);
+    for (int32_t r = 0; r < c.ranks; r++) m[r].own = s ? &s[r] : NULL;
     crew_run(&c, m);
 }
 
@@ -105,20 +111,19 @@ static void run_mistake(member *m)
         MUST(moe_comm_create_in_world(&m->node_comm, test->node[number ? 1 - node : node],
                                       m->context, number, 5));
     }
-    m->crew->configure = make_mistake;
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, member_make(m, E));
     moe_context_destroy(other);
 }
 
 START_TEST(test_nodes_that_are_no_grid_are_refused_on_every_rank)
 {
-    member m[6];
+    member m[MOST];
     mistake test = {.what = _i};
     moe_context *context = NULL;
     MUST(moe_context_create(&context, NULL));
     for (int i = 0; i < 2; i++) MUST(moe_world_create(&test.node[i], context, 2));
-    run(6, 3, run_mistake, &test, m, NULL);
-    ck_assert_msg(strstr(m[5].error, SAYS[_i]) != NULL, "%s", m[5].error);
+    run(3, run_mistake, make_mistake, &test, m, NULL);
+    ck_assert_msg(strstr(m[MOST - 1].error, SAYS[_i]) != NULL, "%s", m[MOST - 1].error);
     if (_i == STRANGERS)
         ck_assert_msg(strstr(m[4].error, "rank 0 of rank 4's node_comm is rank 0 of comm, not "
                                          "rank 1") != NULL,
@@ -137,7 +142,6 @@ static void swap_parts(member *m)
 
 static void run_swapped(member *m)
 {
-    m->crew->configure = swap_parts;
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, member_make(m, E));
     ck_assert_msg(strstr(m->error, "ranks 1 and 2 are both rank 1 of node_comm and 0 of rail_comm"),
                   "%s", m->error);
@@ -146,7 +150,7 @@ static void run_swapped(member *m)
 START_TEST(test_two_ranks_in_one_place)
 {
     member m[RANKS];
-    run(RANKS, NODES, run_swapped, NULL, m, NULL);
+    run(NODES, run_swapped, swap_parts, NULL, m, NULL);
 }
 END_TEST
 
@@ -160,7 +164,8 @@ static moe_pass_report report_of(const member *m)
     return report;
 }
 
-/* Every token goes to both experts of node 1, on ranks 1 and 3. Before, the pass had other sizes. */
+/* Every token goes to both experts of node 1, on ranks 1 and 3. Before, the pass had other
+ * sizes. */
 static void run_plan(member *m)
 {
     static const int32_t IDS[T * K] = {1, 3, 3, 1, 1, 3, 1, 3, 3, 1, 1, 3};
@@ -195,8 +200,8 @@ START_TEST(test_a_row_of_a_token_goes_to_a_node_once)
     step straight[RANKS], by_node[RANKS];
     moe_pass_report a[RANKS], b[RANKS];
     int64_t each = (D * (int64_t)sizeof(scalar) + 15) / 16 * 16, word = 8;
-    run(RANKS, 0, run_plan, a, m, straight);
-    run(RANKS, NODES, run_plan, b, m, by_node);
+    run(0, run_plan, NULL, a, m, straight);
+    run(NODES, run_plan, NULL, b, m, by_node);
     ck_assert(straight[0].y[0] != 0 && straight[0].dx[0] != 0);
     for (int r = 0; r < RANKS; r++) {
         bool away = r % NODES == 0; /* from node 1, which has both experts */
@@ -215,24 +220,15 @@ START_TEST(test_a_row_of_a_token_goes_to_a_node_once)
 END_TEST
 
 /* With one rank on each node comm itself may be the rail. */
-static void use_comm_twice(member *m)
-{
-    if (m->crew->nodes > 0) m->l.rail_comm = m->comm;
-}
-
-static void run_plan_over_comm(member *m)
-{
-    m->crew->configure = use_comm_twice;
-    run_plan(m);
-}
+static void use_comm_twice(member *m) { m->l.rail_comm = m->comm; }
 
 START_TEST(test_comm_itself_may_be_the_rail)
 {
     member m[RANKS];
     step straight[RANKS], by_node[RANKS];
     moe_pass_report a[RANKS], b[RANKS];
-    run(RANKS, 0, run_plan, a, m, straight);
-    run(RANKS, RANKS, run_plan_over_comm, b, m, by_node);
+    run(0, run_plan, NULL, a, m, straight);
+    run(RANKS, run_plan, use_comm_twice, b, m, by_node);
     for (int r = 0; r < RANKS; r++) {
         ck_assert_int_eq(memcmp(&straight[r], &by_node[r], sizeof straight[r]), 0);
         ck_assert_int_eq(b[r].rows_to_nodes, a[r].rows_sent); /* an expert on each of two nodes */
@@ -254,7 +250,6 @@ static void place_replicas(member *m)
 static void run_replicas(member *m)
 {
     step *s = (step *)m->own;
-    m->crew->configure = place_replicas;
     MUST(member_make(m, E));
     make_step(m, s);
     m->f.flags = MOE_FORWARD_NO_SAVE;
@@ -266,9 +261,9 @@ START_TEST(test_replicas_by_way_of_nodes)
     member m[RANKS];
     step straight[RANKS], by_node[RANKS];
     memset(straight, 0, sizeof straight), memset(by_node, 0, sizeof by_node);
-    run(RANKS, 0, run_replicas, NULL, m, straight);
+    run(0, run_replicas, place_replicas, NULL, m, straight);
     for (int32_t nodes = 1; nodes <= RANKS; nodes *= 2) {
-        run(RANKS, nodes, run_replicas, NULL, m, by_node);
+        run(nodes, run_replicas, place_replicas, NULL, m, by_node);
         for (int r = 0; r < RANKS; r++)
             ck_assert_int_eq(memcmp(straight[r].y, by_node[r].y, sizeof by_node[r].y), 0);
     }
@@ -300,7 +295,7 @@ START_TEST(test_a_pass_too_many_is_refused_on_every_rank)
 {
     member m[RANKS];
     step s[RANKS];
-    run(RANKS, NODES, run_too_many, NULL, m, s);
+    run(NODES, run_too_many, NULL, NULL, m, s);
 }
 END_TEST
 
@@ -330,7 +325,7 @@ START_TEST(test_a_rank_that_leaves_ends_all_three)
     member m[RANKS];
     step s[RANKS];
     atomic_store(&started, 0);
-    run(RANKS, NODES, run_leaver, NULL, m, s);
+    run(NODES, run_leaver, NULL, NULL, m, s);
     for (int r = 0; r < RANKS; r++)
         if (r != 1) ck_assert_int_eq(m[r].status, MOE_ERROR_TRANSPORT);
 }
