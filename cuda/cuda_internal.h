@@ -89,6 +89,10 @@ typedef struct moe__cuda_pass {
     int64_t group_bytes;
     void *matrix; /* of the device: one matrix whose own strides no product takes */
     int64_t matrix_bytes;
+    cudaEvent_t forked;                   /* of the host's exchange_stream; NULL: it has given */
+    cudaEvent_t ended[MOE_COMM_REQUESTS]; /* none yet. Ends of exchanges there, in turn: */
+    uint32_t ends, joined;                /* those recorded, and those that were joined */
+    bool fork_open;                       /* an exchange may be there whose end is not recorded */
 } moe__cuda_pass;
 
 static inline moe__cuda_context *moe__cuda_of(const moe__workers *workers)
@@ -129,6 +133,8 @@ void moe__cuda_memory_free(moe_context *context, void *memory, int64_t bytes);
 cudaError_t moe__cuda_staging_create(moe__cuda_staging *staging, int64_t bytes);
 void moe__cuda_staging_destroy(moe__cuda_staging *staging);
 extern const moe__memory moe__cuda_memory;
+/* Refuses the stream of a field `name` that is of another device than the context. */
+moe_status moe__cuda_check_stream(const moe__workers *workers, const char *name, void *stream);
 
 /* ---- pass.c ---------------------------------------------------------------------------------- */
 
@@ -147,6 +153,21 @@ moe_status moe__cuda_group_room(const moe__workers *workers, int64_t count,
 
 /* Memory of the device for one matrix, until the next call; kept, so that later calls find it. */
 moe_status moe__cuda_matrix_room(const moe__workers *workers, int64_t bytes, void **matrix);
+
+/* ---- exchange_stream.c ----------------------------------------------------------------------- */
+
+/* Refuses what cannot be an exchange_stream; makes what is needed for one. */
+moe_status moe__cuda_take_stream(const moe__workers *workers, void *stream);
+moe_status moe__cuda_fork(const moe__workers *workers, void **stream);
+moe_status moe__cuda_end_fork(const moe__workers *workers);
+moe_status moe__cuda_join(const moe__workers *workers, bool all);
+/* Whether the exchange_stream has what was not joined. */
+static inline bool moe__cuda_is_forked(const moe__cuda_pass *pass)
+{
+    return pass->fork_open || pass->ends != pass->joined;
+}
+/* The events of a pass that goes. */
+void moe__cuda_drop_events(moe__cuda_pass *pass);
 
 /* ---- table.c --------------------------------------------------------------------------------- */
 

@@ -85,10 +85,10 @@ void moe__cuda_memory_free(moe_context *context, void *memory, int64_t bytes)
 }
 
 /* Remembers that the stream has work of the library; the oldest use makes room. */
-static void note_use(const moe__workers *workers, moe__cuda_context *c)
+static void note_use(void *used, const moe__workers *workers, moe__cuda_context *c)
 {
     enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    cudaStream_t stream = (cudaStream_t)workers->stream;
+    cudaStream_t stream = (cudaStream_t)used;
     moe__cuda_use *use = NULL;
     if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess ||
         capture != cudaStreamCaptureStatusNone) {
@@ -97,14 +97,14 @@ static void note_use(const moe__workers *workers, moe__cuda_context *c)
     }
     (void)pthread_mutex_lock(&c->mutex);
     for (int i = 0; i < MOE__CUDA_STREAMS && !use; i++)
-        if (c->use[i].used && c->use[i].stream == workers->stream) use = &c->use[i];
+        if (c->use[i].used && c->use[i].stream == used) use = &c->use[i];
     for (int i = 0; i < MOE__CUDA_STREAMS && !use; i++)
         if (!c->use[i].used || cudaEventQuery(c->use[i].done) == cudaSuccess) use = &c->use[i];
     if (!use) {
         use = &c->use[0];
         (void)moe__cuda_wait(workers, use->done, "the work of earlier calls");
     }
-    use->stream = workers->stream;
+    use->stream = used;
     use->used = cudaEventRecord(use->done, stream) == cudaSuccess;
     (void)pthread_mutex_unlock(&c->mutex);
     moe__cuda_forget_error();
@@ -123,7 +123,7 @@ static moe_status zero(const moe__workers *workers, void *to, int64_t bytes)
     moe_status status = moe__cuda_status(
         cudaMemsetAsync(to, 0, (size_t)bytes, (cudaStream_t)workers->stream), workers,
         "cudaMemsetAsync");
-    if (c->free && scope.outer != c) note_use(workers, c);
+    if (c->free && scope.outer != c) note_use(workers->stream, workers, c);
     moe__cuda_leave(&scope);
     return status;
 }
@@ -138,7 +138,7 @@ static moe_status copy(const moe__workers *workers, void *to, const void *from, 
                                                          cudaMemcpyDeviceToDevice,
                                                          (cudaStream_t)workers->stream),
                                          workers, "cudaMemcpyAsync");
-    if (c->free) note_use(workers, c); /* memory may go back in the same call */
+    if (c->free) note_use(workers->stream, workers, c); /* memory may go back in the same call */
     moe__cuda_leave(&scope);
     return status;
 }
@@ -287,19 +287,19 @@ static moe_status check_pointer(const moe__workers *workers, const char *name, c
 /* Of the phase that this thread is in. */
 static _Thread_local moe__cuda_scope phase;
 
-static moe_status check_stream(const moe__workers *workers, int32_t device)
+moe_status moe__cuda_check_stream(const moe__workers *workers, const char *name, void *of_host)
 {
 #if CUDART_VERSION >= 12080
-    int of_stream = device;
-    cudaStream_t stream = (cudaStream_t)workers->stream;
+    int device = moe__cuda_of(workers)->device, of_stream = device;
+    cudaStream_t stream = (cudaStream_t)of_host;
     if (!stream || stream == cudaStreamLegacy || stream == cudaStreamPerThread) return MOE_OK;
-    MOE_TRY(moe__cuda_status(cudaStreamGetDevice(stream, &of_stream), workers, "stream"));
+    MOE_TRY(moe__cuda_status(cudaStreamGetDevice(stream, &of_stream), workers, name));
     if (of_stream != device)
         return moe__cuda_fail(MOE_ERROR_INVALID_ARGUMENT, workers,
-                              "stream is of device %d, the context is on device %d", of_stream,
-                              (int)device);
+                              "%s is of device %d, the context is on device %d", name, of_stream,
+                              device);
 #else
-    (void)workers, (void)device;
+    (void)workers, (void)name, (void)of_host;
 #endif
     return MOE_OK;
 }
@@ -307,7 +307,7 @@ static moe_status check_stream(const moe__workers *workers, int32_t device)
 static moe_status begin(const moe__workers *workers)
 {
     MOE_TRY(moe__cuda_enter_call(workers, &phase));
-    moe_status status = check_stream(workers, moe__cuda_of(workers)->device);
+    moe_status status = moe__cuda_check_stream(workers, "stream", workers->stream);
     if (status != MOE_OK) moe__cuda_leave(&phase);
     return status;
 }
@@ -315,7 +315,10 @@ static moe_status begin(const moe__workers *workers)
 static void end(const moe__workers *workers)
 {
     moe__cuda_context *c = moe__cuda_of(workers);
-    if (c->free) note_use(workers, c);
+    const moe__cuda_pass *pass = workers->of_pass;
+    if (c->free) note_use(workers->stream, workers, c);
+    if (c->free && pass && moe__cuda_is_forked(pass))
+        note_use(pass->host.exchange_stream, workers, c);
     moe__cuda_leave(&phase);
 }
 
@@ -341,4 +344,7 @@ const moe__memory moe__cuda_memory = {.name = "cuda",
                                       .noted = moe__cuda_noted,
                                       .context_destroy = moe__cuda_context_destroy,
                                       .check_pointer = check_pointer,
-                                      .may_wait = moe__cuda_may_wait};
+                                      .may_wait = moe__cuda_may_wait,
+                                      .fork = moe__cuda_fork,
+                                      .end_fork = moe__cuda_end_fork,
+                                      .join = moe__cuda_join};

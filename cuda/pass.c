@@ -74,6 +74,7 @@ void moe__cuda_pass_destroy(moe_context *context, void *of_pass)
         moe__cuda_staging_destroy(&p->staging);
         for (int i = 0; i < MOE__CUDA_PUTS; i++) moe__cuda_staging_destroy(&p->put[i]);
         if (p->noted) (void)cudaFreeHost(p->noted);
+        moe__cuda_drop_events(p);
         for (int i = 0; i < MOE__CUDA_PLANS; i++) {
             if (p->plan[i].done) (void)cudaEventDestroy(p->plan[i].done);
             if (p->plan[i].pinned) (void)cudaFreeHost(p->plan[i].pinned);
@@ -92,8 +93,10 @@ static void pass_config_defaults(void *instance)
 {
     *(moe_cuda_pass_config *)instance = (moe_cuda_pass_config){0};
 }
-static const moe__struct_info pass_config_info = MOE__STRUCT_INFO(moe_cuda_pass_config,
-                                                                  pass_config_defaults);
+/* What came after the first fields begins at exchange_stream. */
+static const moe__struct_info pass_config_info = {
+    "moe_cuda_pass_config", sizeof(moe_cuda_pass_config),
+    offsetof(moe_cuda_pass_config, exchange_stream), pass_config_defaults};
 
 moe_status moe_cuda_pass_config_init(moe_cuda_pass_config *config, size_t size)
 {
@@ -116,7 +119,12 @@ moe_status moe_cuda_pass_set(moe_pass *pass, const moe_cuda_pass_config *config)
         return moe__module_fail(MOE_ERROR_INVALID_ARGUMENT, __func__,
                                 "workspace is not aligned to 256 bytes");
     moe__workers w = {.context = p->context, .function = __func__};
+    if (moe__cuda_is_forked(p))
+        return moe__module_fail(MOE_ERROR_INVALID_STATE, __func__,
+                                "the pass is in a call, and rows are on exchange_stream");
     MOE_TRY(moe__cuda_memory.check_pointer(&w, "workspace", k.workspace));
+    w.of_pass = p;
+    MOE_TRY(moe__cuda_take_stream(&w, k.exchange_stream));
     p->host = k;
     p->on_stream = false;
     return MOE_OK;
@@ -248,6 +256,10 @@ moe_status moe__cuda_counts(const moe__workers *workers, const moe__plan_arrays 
     moe__cuda_pass *p = workers->of_pass;
     if (!p) return moe__cuda_fail(MOE_ERROR_INTERNAL, workers, "rows of experts outside of a pass");
     moe__cuda_plan_counts *r = find_plan(p, plan->expert_begin, plan->num_experts);
+    if (!r && plan->entries == 0) {
+        MOE_TRY(moe__cuda_plan_known(workers, plan, NULL));
+        r = find_plan(p, plan->expert_begin, plan->num_experts);
+    }
     if (!r || r->under_way) MOE_TRY(moe__cuda_may_wait(workers));
     if (!r) MOE_TRY(start_copy(workers, plan, &r));
     MOE_TRY(wait_for_plan(workers, r));
@@ -267,7 +279,8 @@ moe_status moe__cuda_plan_known(const moe__workers *workers, const moe__plan_arr
     forget_plans(p, plan);
     r->expert_begin = NULL;
     MOE_TRY(make_room(workers, r, plan->num_experts + 1));
-    memcpy(r->pinned, expert_begin, bytes);
+    memset(r->pinned, 0, bytes); /* of a plan without entries nobody needs to tell */
+    if (expert_begin) memcpy(r->pinned, expert_begin, bytes);
     r->expert_begin = plan->expert_begin;
     r->experts = plan->num_experts;
     r->turn = ++p->turn;

@@ -11,7 +11,8 @@
 
 static dim3 threads_for(int64_t count) { return dim3((unsigned)((count + 255) / 256)); }
 
-/* Rows of all ranges. */
+/* The first row of all ranges, and the end of the last. */
+MOE_DEVICE int64_t moe_first_moved(const moe__moves &m) { return m.first ? m.first[0] : 0; }
 MOE_DEVICE int64_t moe_moved_rows(const moe__moves &m)
 {
     return m.first ? m.first[m.count] : m.most;
@@ -78,7 +79,7 @@ MOE_DEVICE void moe_pack_column(const moe_packed_column &c, char *to, const moe_
 /* 2^shift threads for a row */
 MOE_GLOBAL(256) moe_travel_pack(moe_packing p, int shift)
 {
-    int64_t i = moe__block_row(shift);
+    int64_t i = moe__block_row(shift) + moe_first_moved(p.moves);
     moe_packed_row r = {i, i, 0};
     if (i >= moe_moved_rows(p.moves)) return;
     if (p.moves.first) {
@@ -144,7 +145,7 @@ MOE_GLOBAL(256) moe_travel_positions(moe_ordering o)
 
 MOE_GLOBAL(256) moe_travel_order(moe_ordering o)
 {
-    int64_t row = (int64_t)blockIdx.x * 256 + threadIdx.x;
+    int64_t row = (int64_t)blockIdx.x * 256 + threadIdx.x + moe_first_moved(o.moves);
     const moe__plan_arrays &p = o.plan;
     if (row >= moe_moved_rows(o.moves)) return;
     int64_t s = moe_range_of(o.moves.first, o.moves.count, row);

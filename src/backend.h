@@ -118,6 +118,14 @@ typedef struct moe__memory {
     /* Refuses a stream that the host cannot wait for: one that is being captured. Before a call
      * that will wait launches anything. NULL: it can. */
     moe_status (*may_wait)(const moe__workers *workers);
+    /* An exchange beside the stream of the call. fork: where to put it, behind what is on the
+     * call's stream now; that stream itself if the host gave the pass none. end_fork: it has been
+     * put there. join: what is put on the call's stream later runs behind the first one that was
+     * not joined, of MOE_COMM_REQUESTS at most; all: behind all of them, also if end_fork was not
+     * reached. Without a fork nothing. NULL where is_host. */
+    moe_status (*fork)(const moe__workers *workers, void **stream);
+    moe_status (*end_fork)(const moe__workers *workers);
+    moe_status (*join)(const moe__workers *workers, bool all);
 } moe__memory;
 
 /* ---- jobs of the steps ----------------------------------------------------------------------- */
@@ -420,6 +428,8 @@ typedef struct moe__experts_job {
     const moe__plan_arrays *plan;     /* num_experts and expert_begin are the part's */
     const void *x;                    /* [T,D] */
     int64_t x_stride;
+    int64_t first_expert;                       /* of the plan's, in the pool: a plan may be of some
+                                                   of its experts. Operands begin there */
     int64_t padded_rows;                        /* as of moe__rows_job: all arrays of rows */
     moe__matrices w1, b1, w3, b3, w2, b2;       /* NULL: not there */
     moe__matrices dw1, db1, dw3, db3, dw2, db2; /* NULL: not wanted */

@@ -312,8 +312,10 @@ static void print_ranks(moe__printer *p, const moe_layer_config *c)
         moe__print(p, "  exchange  %d rows from each rank to each expert, used or not\n",
                    c->padded_rows);
     if (c->rail_comm)
-        moe__print(p, "  nodes     %d, to each of which a token's row goes once\n",
-                   (int64_t)c->rail_comm->size);
+        moe__print(p, "  nodes     a token's row goes to each once, and on from there\n");
+    if (c->exchange_chunks > 1)
+        moe__print(p, "  exchange  in %d parts, each while the experts of another are computed\n",
+                   c->exchange_chunks);
     if (c->max_received > 0)
         moe__print(p, "  received  at most %d rows of all ranks at once: %s\n", c->max_received,
                    RECEIVED[c->received]);

@@ -279,10 +279,13 @@ moe_status moe__experts_forget_touched(moe_experts *experts, const moe__workers 
     return MOE_OK;
 }
 
-static void note_part(moe_experts *part, const int64_t *begin, bool overwrite)
+/* Experts first .. first+count-1 of a part. */
+static void note_part(moe_experts *part, int64_t first, int64_t count, const int64_t *begin,
+                      bool overwrite)
 {
-    if (overwrite) forget_part(part);
-    for (int64_t e = 0; e < part->config.num_experts; e++) {
+    if (overwrite && first == 0) forget_part(part);
+    begin -= first;
+    for (int64_t e = first; e < first + count; e++) {
         if (part->touched[e] || begin[e + 1] == begin[e]) continue;
         part->touched[e] = 1;
         part->touched_list[part->touched_count++] = (int32_t)e;
@@ -295,10 +298,12 @@ moe_status moe__experts_note_touched(moe_experts *experts, const moe__experts_jo
     const int64_t *begin = job->plan->expert_begin;
     bool overwrite = job->overwrite != 0;
     if (!memory->is_host)
-        return memory->note_touched(&job->workers, experts->touched, job->plan, overwrite);
+        return memory->note_touched(&job->workers, experts->touched + job->first_expert, job->plan,
+                                    overwrite);
     for (int64_t i = 0; i < experts->parts; i++) {
-        note_part(experts->part[i], begin, overwrite);
-        begin += experts->part[i]->config.num_experts;
+        int64_t count = moe__min(experts->part[i]->config.num_experts, job->plan->num_experts);
+        note_part(experts->part[i], job->first_expert, count, begin, overwrite);
+        begin += count;
     }
     return MOE_OK;
 }

@@ -22,7 +22,7 @@ static moe__experts_job job_of_part(const moe__experts_job *all, const moe__expe
     bool gated = part->room.gated, workspace = part->room.workspace_per_row > 0;
     moe__experts_job job = *all;
     *view = *all->plan;
-    view->num_experts = c->num_experts;
+    view->num_experts = moe__min(c->num_experts, all->plan->num_experts);
     view->expert_begin = all->plan->expert_begin + first;
     job.config = c;
     job.plan = view;
@@ -96,7 +96,7 @@ moe_status moe__experts_rows_backward(moe_experts *experts, moe__experts_job *jo
     const moe__plan_arrays *plan = job->plan;
     moe__plan_arrays view;
     int64_t first = 0;
-    if (job->entry_weight_grad) /* of those without a row it stays 0 */
+    if (job->entry_weight_grad && job->first_expert == 0) /* of those without a row it stays 0 */
         MOE_TRY(experts->context->memory->zero(&job->workers, job->entry_weight_grad,
                                                plan->entries * moe__dtype_size(plan->dtype)));
     for (int64_t i = 0; i < experts->parts; i++) {

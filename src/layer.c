@@ -19,13 +19,16 @@ moe_status moe__pass_check_start(const moe_pass *pass, int32_t uses, const char 
 {
     MOE_TRY(moe__pass_check_idle(pass, function));
     if (!moe__pass_has_ranks(pass, uses)) return MOE_OK;
-    /* A pass between start and finish has one, of either. */
     const moe_comm *comm = moe__pass_comm(pass), *rail = pass->layer->config.rail_comm;
-    int32_t passes = moe__comm_in_flight(comm) + (rail != comm ? moe__comm_in_flight(rail) : 0);
-    if (passes >= MOE_COMM_REQUESTS)
-        REFUSE(MOE_ERROR_INVALID_STATE, "%d passes of the group are between start and finish",
-               MOE_COMM_REQUESTS);
-    return MOE_OK;
+    int32_t held = moe__comm_in_flight(comm) + (rail != comm ? moe__comm_in_flight(rail) : 0);
+    int64_t chunks = moe__ranks_chunks(pass);
+    if (held + chunks <= MOE_COMM_REQUESTS) return MOE_OK;
+    if (chunks > 1)
+        REFUSE(MOE_ERROR_INVALID_STATE,
+               "%d exchanges of the group are in flight, a call has %lld", (int)held, (ll)chunks);
+    /* A pass between start and finish has one, of either. */
+    REFUSE(MOE_ERROR_INVALID_STATE, "%d passes of the group are between start and finish",
+           MOE_COMM_REQUESTS);
 }
 
 void moe__set_workers(moe_pass *pass, const char *function, void *stream)

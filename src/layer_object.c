@@ -5,7 +5,7 @@
 
 static void layer_defaults(void *instance)
 {
-    *(moe_layer_config *)instance = (moe_layer_config){.expert_slices = 1};
+    *(moe_layer_config *)instance = (moe_layer_config){.expert_slices = 1, .exchange_chunks = 1};
 }
 
 const moe__struct_info moe__layer_config_info = {"moe_layer_config", sizeof(moe_layer_config),
@@ -47,21 +47,15 @@ static moe_status check_slices(const moe_layer_config *c, const char *function)
     return MOE_OK;
 }
 
-/* Rows in two stages. */
+/* Rows by way of nodes. */
 static moe_status check_rails(const moe_layer_config *c, const char *function)
 {
     const moe_comm *node = c->node_comm, *rail = c->rail_comm;
-    if (!node && !rail) return MOE_OK;
-    if (!node || !rail)
-        REFUSE_ARGUMENT("%s is given, %s is NULL", node ? "node_comm" : "rail_comm",
-                        node ? "rail_comm" : "node_comm");
+    if (!node) return MOE_OK;
     if (!c->comm) REFUSE_ARGUMENT("node_comm is given, comm is NULL");
     if (node->context != c->comm->context || rail->context != c->comm->context)
         REFUSE_ARGUMENT("%s and comm are of different contexts",
                         node->context != c->comm->context ? "node_comm" : "rail_comm");
-    if (c->exchange != MOE_EXCHANGE_EXACT || c->received != MOE_RECEIVED_ERROR)
-        REFUSE_ARGUMENT("node_comm clashes with %s %d", c->received ? "received" : "exchange",
-                        c->received ? (int)c->received : (int)c->exchange);
     return MOE_OK;
 }
 
@@ -75,11 +69,12 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
     MOE_TRY(check_rails(c, function));
     bool host = e->context->memory->is_host;
     if (!c->comm && (c->expert_slices > 1 || c->placement || c->max_received > 0 ||
-                     (host && c->exchange == MOE_EXCHANGE_PADDED)))
-        REFUSE_ARGUMENT("%s is given, comm is NULL", c->expert_slices > 1  ? "expert_slices"
-                                                     : c->placement        ? "placement"
-                                                     : c->max_received > 0 ? "max_received"
-                                                                           : "exchange");
+                     c->exchange_chunks > 1 || (host && c->exchange == MOE_EXCHANGE_PADDED)))
+        REFUSE_ARGUMENT("%s is given, comm is NULL", c->expert_slices > 1     ? "expert_slices"
+                                                     : c->placement           ? "placement"
+                                                     : c->max_received > 0    ? "max_received"
+                                                     : c->exchange_chunks > 1 ? "exchange_chunks"
+                                                                              : "exchange");
     if (!c->comm && e->config.num_experts == 0)
         REFUSE_ARGUMENT("experts has no experts, and comm is NULL");
     bool alone = !c->comm || (c->comm->size == 1 && c->expert_slices == 1 && !c->placement);
@@ -99,6 +94,10 @@ static moe_status check_objects(const moe_layer_config *c, const char *function)
     if (c->comm && c->comm->size > 1 && e->made_of_parts)
         REFUSE(MOE_ERROR_NOT_SUPPORTED, "a pool of parts on %d ranks is not available",
                (int)c->comm->size);
+    if (c->exchange_chunks > 1 && e->made_of_parts)
+        REFUSE(MOE_ERROR_NOT_SUPPORTED,
+               "a pool of parts with exchange_chunks %lld is not available",
+               (ll)c->exchange_chunks);
     if (c->received == MOE_RECEIVED_CHUNK && e->made_of_parts)
         REFUSE(MOE_ERROR_NOT_SUPPORTED,
                "a pool of parts with received MOE_RECEIVED_CHUNK is not available");
@@ -167,6 +166,25 @@ static moe_status check_branches(const moe_layer_config *c, const char *function
     return MOE_OK;
 }
 
+/* In which parts, and by which way, rows travel. */
+static moe_status check_travel(const moe_layer_config *c, bool padded, const char *function)
+{
+    MOE_TRY(
+        moe__check_range("exchange_chunks", c->exchange_chunks, 1, MOE_COMM_REQUESTS, function));
+    if (c->exchange_chunks > 1 && (padded || c->received == MOE_RECEIVED_CHUNK))
+        REFUSE_ARGUMENT("exchange_chunks %lld clashes with %s", (ll)c->exchange_chunks,
+                        padded ? "exchange MOE_EXCHANGE_PADDED" : "received MOE_RECEIVED_CHUNK");
+    if (!c->node_comm != !c->rail_comm)
+        REFUSE_ARGUMENT("%s is given, %s is NULL", c->node_comm ? "node_comm" : "rail_comm",
+                        c->node_comm ? "rail_comm" : "node_comm");
+    if (c->node_comm && (padded || c->received))
+        REFUSE_ARGUMENT("node_comm clashes with %s %d", c->received ? "received" : "exchange",
+                        c->received ? (int)c->received : (int)c->exchange);
+    if (c->node_comm && c->exchange_chunks > 1)
+        REFUSE_ARGUMENT("node_comm clashes with exchange_chunks %lld", (ll)c->exchange_chunks);
+    return MOE_OK;
+}
+
 /* The fields that are for several ranks. */
 static moe_status check_ranks(const moe_layer_config *c, const char *function)
 {
@@ -183,6 +201,7 @@ static moe_status check_ranks(const moe_layer_config *c, const char *function)
         REFUSE_ARGUMENT("exchange MOE_EXCHANGE_PADDED clashes with %s %lld",
                         c->received ? "received" : "max_received",
                         c->received ? (ll)c->received : (ll)c->max_received);
+    MOE_TRY(check_travel(c, padded, function));
     bool drops = c->received == MOE_RECEIVED_DROP_POSITION ||
                  c->received == MOE_RECEIVED_DROP_SCORE;
     if (drops && c->expert_slices > 1)

@@ -9,7 +9,7 @@
 #include <stdbool.h>
 
 /* The number of this interface; a module and libmoe must have the same. */
-enum { MOE__MODULE_VERSION = 4 };
+enum { MOE__MODULE_VERSION = 5 };
 
 /* MOE__MODULE_VERSION of libmoe. */
 MOE_API int32_t moe__module_version(void);

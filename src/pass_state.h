@@ -337,6 +337,9 @@ void moe__ranks_abort(moe_pass *pass);
  * of it. */
 moe_status moe__ranks_stop(moe_pass *pass, moe_status status);
 
+/* ranks_exchange.c: chunks that rows travel in; 1 where they go through the host's memory. */
+int64_t moe__ranks_chunks(const moe_pass *pass);
+
 /* ranks_second.c: makes the gate's jobs ask other ranks for what secondary gates there do. */
 void moe__second_hook(moe_pass *pass, int32_t uses);
 

@@ -16,9 +16,6 @@
 /* With a grid the others may wait on any of three. */
 void moe__ranks_abort(moe_pass *pass)
 {
-    moe__ranks *k = &pass->ranks;
-    if (k->waiting) moe__comm_give_up(k->on, k->request);
-    k->waiting = false;
     moe_comm_abort(moe__pass_comm(pass));
     moe_comm_abort(pass->layer->config.rail_comm);
     moe_comm_abort(pass->layer->config.node_comm);
@@ -27,8 +24,10 @@ void moe__ranks_abort(moe_pass *pass)
 moe_status moe__ranks_stop(moe_pass *pass, moe_status status)
 {
     moe__ranks *k = &pass->ranks;
-    if (k->waiting || !k->agreed) moe__ranks_abort(pass);
+    bool held = moe__ranks_give_up(pass);
     k->to_store = NULL;
+    status = moe__ranks_rejoin(pass, status);
+    if (held || !k->agreed) moe__ranks_abort(pass);
     return status;
 }
 
@@ -39,6 +38,18 @@ static int64_t element_bytes(const moe_pass *pass)
 static int64_t real_bytes(const moe_pass *pass)
 {
     return moe__dtype_size(moe__real_dtype(pass->experts->room.dtype));
+}
+
+/* All rows of this rank, packed in `here`, to their owners. */
+static moe_status start_all(moe_pass *pass, void *to, int64_t row_bytes, bool backward)
+{
+    moe__ranks *k = &pass->ranks;
+    k->took_part = true;
+    for (k->chunk = 0; k->chunk < moe__ranks_chunks(pass); k->chunk++)
+        MOE_TRY(moe__ranks_start(pass, to, k->here, row_bytes, false,
+                                 &(moe__block_header){backward, MOE_OK}));
+    k->chunk = 0;
+    return MOE_OK;
 }
 
 /* ---- forward --------------------------------------------------------------------------------- */
@@ -62,9 +73,7 @@ static moe_status send_forward(moe_pass *pass, int64_t round)
                                    : moe__ranks_set_round(pass, round));
     k->x_bytes = k->size.x;
     MOE_TRY(moe__ranks_pack_here(pass, k->x_bytes, columns, 2));
-    k->took_part = true;
-    return moe__ranks_start(pass, k->x, k->here, k->x_bytes, false,
-                            &(moe__block_header){false, MOE_OK});
+    return start_all(pass, k->x, k->x_bytes, false);
 }
 
 moe_status moe__ranks_send(moe_pass *pass)
@@ -85,7 +94,6 @@ static moe_status run_experts(moe_pass *pass, const moe__backend *kernels)
     MOE_TRY(moe__ranks_order(pass));
     k->job.workers = pass->workers;
     if (k->scratch) k->job.workers.scratch = k->scratch;
-    k->job.plan = &k->plan;
     k->job.x = k->x;
     k->job.x_stride = k->x_bytes / element_bytes(pass);
     k->job.padded_rows = moe__ranks_padding(pass) * moe__pass_comm(pass)->size;
@@ -95,20 +103,29 @@ static moe_status run_experts(moe_pass *pass, const moe__backend *kernels)
     return MOE_OK;
 }
 
-moe_status moe__ranks_work(moe_pass *pass, const moe__backend *kernels, const char *function)
+/* One chunk, when it has come; what becomes of it leaves. */
+static moe_status work_chunk(moe_pass *pass, const moe__backend *kernels, const char *function)
 {
     moe__ranks *k = &pass->ranks;
     int64_t bytes = pass->experts->room.d_out * element_bytes(pass);
+    const moe__column out = {.from = k->job.out, .stride = bytes, .bytes = bytes};
+    MOE_TRY(arrive(pass));
+    if (moe__ranks_padded(pass))
+        MOE_TRY(moe__ranks_blind(pass)
+                    ? moe__blind_read(pass, false)
+                    : moe__ranks_read_blocks(pass, false, k->x, k->x_bytes, function));
+    MOE_TRY(run_experts(pass, kernels));
+    MOE_TRY(moe__ranks_pack_there(pass, k->size.out, &out, 1));
+    return moe__ranks_start(pass, k->home, k->there, k->size.out, true, NULL);
+}
+
+moe_status moe__ranks_work(moe_pass *pass, const moe__backend *kernels, const char *function)
+{
+    moe__ranks *k = &pass->ranks;
     for (int64_t round = 0; round < k->rounds; round++) {
-        const moe__column out = {.from = k->job.out, .stride = bytes, .bytes = bytes};
-        MOE_TRY(arrive(pass));
-        if (moe__ranks_padded(pass))
-            MOE_TRY(moe__ranks_blind(pass)
-                        ? moe__blind_read(pass, false)
-                        : moe__ranks_read_blocks(pass, false, k->x, k->x_bytes, function));
-        MOE_TRY(run_experts(pass, kernels));
-        MOE_TRY(moe__ranks_pack_there(pass, k->size.out, &out, 1));
-        MOE_TRY(moe__ranks_start(pass, k->here, k->there, k->size.out, true, NULL));
+        for (k->chunk = 0; k->chunk < moe__ranks_chunks(pass); k->chunk++)
+            MOE_TRY(work_chunk(pass, kernels, function));
+        k->chunk = 0;
         if (round + 1 == k->rounds) break;
         MOE_TRY(moe__ranks_wait(pass));
         MOE_TRY(moe__ranks_collect(pass, k->size.out));
@@ -145,7 +162,7 @@ static void report_rows(moe_pass *pass)
 moe_status moe__ranks_receive(moe_pass *pass)
 {
     int64_t bytes = pass->ranks.size.out;
-    MOE_TRY(moe__ranks_wait(pass));
+    MOE_TRY(moe__ranks_wait_for(pass, moe__ranks_chunks(pass)));
     MOE_TRY(moe__ranks_collect(pass, bytes));
     MOE_TRY(note_record(pass));
     report_rows(pass);
@@ -180,9 +197,7 @@ static moe_status send_backward(moe_pass *pass, int64_t round)
                                    : moe__ranks_set_round(pass, round));
     if (again(pass)) k->x_bytes = bytes;
     MOE_TRY(moe__ranks_pack_here(pass, bytes, columns, again(pass) ? 3 : 1));
-    k->took_part = true;
-    return moe__ranks_start(pass, again(pass) ? k->x : k->dy, k->here, bytes, false,
-                            &(moe__block_header){true, MOE_OK});
+    return start_all(pass, again(pass) ? k->x : k->dy, bytes, true);
 }
 
 moe_status moe__ranks_send_backward(moe_pass *pass)
@@ -193,9 +208,8 @@ moe_status moe__ranks_send_backward(moe_pass *pass)
 /* MOE_EXCHANGE_PADDED: before anything is written it must be known that no rank declined. */
 moe_status moe__ranks_check_backward(moe_pass *pass, const char *function)
 {
-    if (!moe__ranks_padded(pass)) return MOE_OK;
+    if (!moe__ranks_padded(pass) || moe__ranks_blind(pass)) return MOE_OK;
     MOE_TRY(moe__ranks_wait(pass));
-    if (moe__ranks_blind(pass)) return moe__blind_read(pass, true);
     return moe__ranks_read_blocks(pass, true, pass->ranks.dy, pass->ranks.size.dy, function);
 }
 
@@ -254,6 +268,7 @@ static moe_status run_backward(moe_pass *pass, const moe__backend *kernels)
     k->job.dy = k->dy;
     k->job.dy_stride = k->size.dy / element_bytes(pass);
     k->job.entry_weight_grad = wanted(pass, MOE__WANT_WEIGHTS) ? k->entry_grad : NULL;
+    moe__ranks_set_view(pass);
     if (again(pass)) MOE_TRY(run_experts_again(pass, kernels));
     bool dx = wanted(pass, MOE__WANT_DX);
     MOE_TRY(moe__experts_rows_backward(pass->experts, &k->job, dx, kernels));
@@ -294,18 +309,26 @@ static back_row back_row_of(const moe_pass *pass)
     return b;
 }
 
+static moe_status work_chunk_backward(moe_pass *pass, const moe__backend *kernels)
+{
+    moe__ranks *k = &pass->ranks;
+    if (!moe__ranks_padded(pass) || moe__ranks_blind(pass)) MOE_TRY(arrive(pass));
+    if (moe__ranks_blind(pass)) MOE_TRY(moe__blind_read(pass, true));
+    MOE_TRY(run_backward(pass, kernels));
+    back_row b = back_row_of(pass);
+    if (b.bytes == 0) return MOE_OK;
+    MOE_TRY(moe__ranks_pack_there(pass, b.bytes, b.columns, b.count));
+    return moe__ranks_start(pass, k->home, k->there, b.bytes, true, NULL);
+}
+
 moe_status moe__ranks_work_backward(moe_pass *pass, const moe__backend *kernels)
 {
     moe__ranks *k = &pass->ranks;
     int64_t bytes = back_row_of(pass).bytes;
     for (int64_t round = 0; round < k->rounds; round++) {
-        if (!moe__ranks_padded(pass)) MOE_TRY(arrive(pass));
-        MOE_TRY(run_backward(pass, kernels));
-        if (bytes > 0) {
-            back_row b = back_row_of(pass);
-            MOE_TRY(moe__ranks_pack_there(pass, bytes, b.columns, b.count));
-            MOE_TRY(moe__ranks_start(pass, k->here, k->there, bytes, true, NULL));
-        }
+        for (k->chunk = 0; k->chunk < moe__ranks_chunks(pass); k->chunk++)
+            MOE_TRY(work_chunk_backward(pass, kernels));
+        k->chunk = 0;
         if (round + 1 == k->rounds) break;
         if (bytes > 0) MOE_TRY(moe__ranks_wait(pass));
         MOE_TRY(moe__ranks_collect(pass, bytes));
@@ -331,7 +354,7 @@ moe_status moe__ranks_receive_backward(moe_pass *pass)
 {
     back_row b = back_row_of(pass);
     if (b.bytes == 0) return MOE_OK;
-    MOE_TRY(moe__ranks_wait(pass));
+    MOE_TRY(moe__ranks_wait_for(pass, moe__ranks_chunks(pass)));
     MOE_TRY(moe__ranks_collect(pass, b.bytes));
     MOE_TRY(note_record(pass));
     MOE_TRY(moe__ranks_merge(pass, b.bytes, b.width, b.real_at));

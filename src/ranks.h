@@ -100,11 +100,11 @@ typedef struct moe__tables {
     int64_t *there_first;    /* [own*P+1] of rows of the owner's plan by slot and source, */
     int64_t *there_from;     /* [own*P] rows of the experts' arrays */
     int64_t *there_to;       /* [own*P] positions in `x`, and */
-    int64_t *there_back; /* [own*P] in `there`: the same array, unless rows come by way of others */
-    int64_t *node_of_number;    /* [E S] from here on with a grid only */
-    int64_t *block_first;       /* [N+1] of tokens of the blocks for nodes, */
-    int64_t *block_to;          /* [N] rows in `out` */
-    int64_t *record_to;         /* [slots] records in `out` */
+    int64_t *there_back;     /* [own*P] in `there`: the same, unless rows come by way of others */
+    int64_t *node_of_number; /* [E S] from here on with a grid only */
+    int64_t *block_first;    /* [N+1] of tokens of the blocks for nodes, */
+    int64_t *block_to;       /* [N] rows in `out` */
+    int64_t *record_to;      /* [slots] records in `out` */
     moe__window *record_window; /* [slots] places of the node's tokens */
     int64_t *on_first;          /* [slots of the node * N + 1] of rows that go on, by rank of the
                                    node, source node and slot, */
@@ -143,7 +143,6 @@ typedef struct moe__relay {
     int64_t passing;                /* the sum of in_count */
     void *out, *in, *on; /* for nodes; from nodes; rows of experts for this node's ranks */
     int64_t *index;      /* [passing] which of its block's rows each is; a backward needs it */
-    bool went_on;        /* the second stage of the call has begun */
 } moe__relay;
 
 /* Of a pass. P ranks; `own` slots are this rank's. */
@@ -164,17 +163,19 @@ typedef struct moe__ranks {
     int64_t rounds, round;            /* of all ranks; the present one */
     moe__range *send, *come;          /* [slots], [P,own] of the round */
     int64_t *sent_at, *came_at;       /* [slots], [P,own] position of the first row */
-    int64_t *send_begin, *recv_begin; /* [P+1] positions to and from each rank */
+    int64_t chunk;                    /* the present one of exchange_chunks */
+    int64_t *send_begin, *recv_begin; /* [C,P+1] positions in each chunk to and from each rank */
     int64_t *expert_begin;            /* [own+1] of the owner's plan in the round */
     moe__tables tables, there_tables; /* on the host; in the backend's memory */
-    moe_comm *on;                     /* the communicator that the last exchange of rows is on */
-    int32_t request;                  /* in flight if `waiting` */
-    bool waiting;
+    int32_t request[MOE_COMM_REQUESTS]; /* of rows: started - finished are in flight, in turn */
+    moe_comm *on[MOE_COMM_REQUESTS];    /* and the communicators they are on */
+    uint32_t started, finished;
     bool routes;           /* the gate runs in this call */
     bool took_part;        /* in this call: the others know how it went here */
     bool agreed;           /* the failure is known to all ranks */
     int32_t wants, wanted; /* MOE__WANT_* of this rank's backward; of any rank's: it travels */
     moe__plan_arrays plan; /* of what came: a token is a position */
+    moe__plan_arrays view; /* the chunk's part of it, with the plan's numbers of rows */
     moe__experts_job job;
     moe__dw_carry carry[3];     /* of w1, w3, w2 */
     moe__dw_sums sums[2][3];    /* what they go between */
@@ -182,7 +183,9 @@ typedef struct moe__ranks {
     void *x;                    /* [positions] rows that came: x, weight, and dy if they came
                                 together */
     void *dy;                   /* [positions] those that came by themselves */
-    void *here, *there;         /* rows that this rank sends, then gets back; that go back */
+    void *here, *there;         /* rows that this rank sends; that go back */
+    void *home;                 /* those that came back: `here`, or beside it where some may still
+                                   leave, as those of a later chunk without a stream's order */
     void *results;              /* by slot, what came back; here, or where all rounds' meet */
     void *merged;               /* in the order of the plan; NULL: results are */
     void *entry_grad;           /* [positions] */

@@ -99,9 +99,12 @@ moe_status moe__blind_decline(moe_pass *pass, bool backward, moe_status status)
     k->took_part = true;
     if (!backward) MOE_TRY(moe__share_nothing(pass));
     MOE_TRY(moe__blind_write(pass, backward, false, status));
-    MOE_TRY(moe__ranks_start(pass, backward ? k->dy : k->there, k->here, bytes, false, NULL));
-    MOE_TRY(moe__ranks_start(pass, k->here, k->there, backward ? k->size.back : k->size.out, true,
-                             NULL));
+    moe_status sent = moe__ranks_start(pass, backward ? k->dy : k->there, k->here, bytes, false,
+                                       NULL);
+    if (sent == MOE_OK)
+        sent = moe__ranks_start(pass, k->here, k->there, backward ? k->size.back : k->size.out,
+                                true, NULL);
+    MOE_TRY(moe__ranks_rejoin(pass, sent));
     k->agreed = true;
     return status;
 }

@@ -5,6 +5,8 @@
  *     another transport        rows go through memory of the host, which waits for the stream */
 #include "ranks_rows.h"
 
+#include <string.h>
+
 /* Bytes to and from other ranks, for the report. */
 static void count_bytes(moe_pass *pass, const moe_comm *comm, const moe_exchange *e)
 {
@@ -74,9 +76,9 @@ moe_status moe__ranks_make_stage(moe_pass *pass, int64_t out, int64_t in, const 
 }
 
 /* Hands the exchange of the backend's memory to the transport; with a header's words first, where
- * they are the host's. */
+ * they are the host's. beside: it may be on another stream than the call's until the wait. */
 static moe_status start(moe_pass *pass, moe_comm *comm, moe_exchange *e,
-                        const moe__block_header *header)
+                        const moe__block_header *header, bool beside)
 {
     moe__ranks *k = &pass->ranks;
     const moe__memory *memory = pass->context->memory;
@@ -97,43 +99,87 @@ static moe_status start(moe_pass *pass, moe_comm *comm, moe_exchange *e,
         e->memory = MOE_COMM_DEVICE_MEMORY;
         e->stream = pass->workers.stream;
         e->ordered = 1;
+        if (beside) MOE_TRY(memory->fork(&pass->workers, &e->stream));
     }
-    k->on = comm;
-    MOE_TRY(moe_comm_exchange_start(comm, e, &k->request));
-    k->waiting = k->request != MOE_COMM_NO_REQUEST;
-    return MOE_OK;
+    k->on[k->started % MOE_COMM_REQUESTS] = comm;
+    MOE_TRY(moe_comm_exchange_start(comm, e, &k->request[k->started % MOE_COMM_REQUESTS]));
+    k->started++;
+    return e->ordered && beside ? memory->end_fork(&pass->workers) : MOE_OK;
+}
+
+moe_status moe__ranks_rejoin(moe_pass *pass, moe_status status)
+{
+    const moe__memory *memory = pass->context->memory;
+    char message[MOE__MESSAGE_SIZE];
+    pass->ranks.finished = pass->ranks.started;
+    if (!memory->join) return status;
+    if (status == MOE_OK) return memory->join(&pass->workers, true);
+    memcpy(message, moe_last_error(), sizeof message);
+    (void)memory->join(&pass->workers, true);
+    moe__restore_message(message);
+    return status;
+}
+
+bool moe__ranks_give_up(moe_pass *pass)
+{
+    moe__ranks *k = &pass->ranks;
+    bool held = false;
+    for (; k->finished != k->started; k->finished++) {
+        uint32_t i = k->finished % MOE_COMM_REQUESTS;
+        if (k->request[i] == MOE_COMM_NO_REQUEST) continue;
+        moe__comm_give_up(k->on[i], k->request[i]);
+        held = true;
+    }
+    return held;
+}
+
+int64_t moe__ranks_chunks(const moe_pass *pass)
+{
+    return moe__ranks_stages(pass) ? 1 : pass->layer->config.exchange_chunks;
 }
 
 moe_status moe__ranks_start(moe_pass *pass, void *recv, const void *send, int64_t row_bytes,
                             bool back, const moe__block_header *header)
 {
     moe__ranks *k = &pass->ranks;
+    int64_t P = moe__pass_comm(pass)->size;
+    const int64_t *in = back ? k->send_begin : k->recv_begin;
+    const int64_t *out = back ? k->recv_begin : k->send_begin;
     moe_exchange e = {.struct_size = sizeof e,
-                      .recv = recv,
-                      .recv_begin = back ? k->send_begin : k->recv_begin,
-                      .send = send,
-                      .send_begin = back ? k->recv_begin : k->send_begin,
+                      .recv = (char *)recv + moe__chunk_position(in, P, k->chunk) * row_bytes,
+                      .recv_begin = moe__chunk_begin(in, P, k->chunk),
+                      .send = (const char *)send +
+                              moe__chunk_position(out, P, k->chunk) * row_bytes,
+                      .send_begin = moe__chunk_begin(out, P, k->chunk),
                       .row_bytes = row_bytes};
-    return start(pass, moe__pass_comm(pass), &e, moe__ranks_padded(pass) ? header : NULL);
+    return start(pass, moe__pass_comm(pass), &e, moe__ranks_padded(pass) ? header : NULL, true);
 }
 
 moe_status moe__ranks_start_on(moe_pass *pass, moe_comm *comm, moe_exchange *exchange)
 {
-    return start(pass, comm, exchange, NULL);
+    return start(pass, comm, exchange, NULL, true);
 }
 
 moe_status moe__ranks_wait(moe_pass *pass)
 {
     moe__ranks *k = &pass->ranks;
     void *to = k->to_store;
+    const moe__memory *memory = pass->context->memory;
+    uint32_t i = k->finished++ % MOE_COMM_REQUESTS;
     moe__lap(pass, MOE_TIME_PACK);
-    k->waiting = false;
     k->to_store = NULL;
-    moe_status status = moe_comm_exchange_finish(k->on, k->request);
+    moe_status status = moe_comm_exchange_finish(k->on[i], k->request[i]);
+    if (status == MOE_OK && memory->join) status = memory->join(&pass->workers, false);
     if (status == MOE_OK && to)
-        status = pass->context->memory->store(&pass->workers, to, k->stage_in, k->store_bytes);
+        status = memory->store(&pass->workers, to, k->stage_in, k->store_bytes);
     moe__lap(pass, MOE_TIME_EXCHANGE);
     return status;
+}
+
+moe_status moe__ranks_wait_for(moe_pass *pass, int64_t exchanges)
+{
+    for (int64_t i = 0; i < exchanges; i++) MOE_TRY(moe__ranks_wait(pass));
+    return MOE_OK;
 }
 
 moe_status moe__ranks_move(moe_pass *pass, void *recv, const int64_t *recv_begin, const void *send,
@@ -146,7 +192,7 @@ moe_status moe__ranks_move(moe_pass *pass, void *recv, const int64_t *recv_begin
                       .send_begin = send_begin,
                       .row_bytes = row_bytes};
     moe__lap(pass, MOE_TIME_PACK);
-    MOE_TRY(start(pass, moe__pass_comm(pass), &e, NULL));
+    MOE_TRY(start(pass, moe__pass_comm(pass), &e, NULL, false));
     return moe__ranks_wait(pass);
 }
 
@@ -165,6 +211,6 @@ moe_status moe__ranks_gather(moe_pass *pass, void *recv, const void *send, int64
     moe__lap(pass, MOE_TIME_PACK);
     MOE_TRY(moe__ranks_make_stage(pass, bytes, bytes * moe__pass_comm(pass)->size,
                                   pass->workers.function));
-    MOE_TRY(start(pass, moe__pass_comm(pass), &e, NULL));
+    MOE_TRY(start(pass, moe__pass_comm(pass), &e, NULL, false));
     return moe__ranks_wait(pass);
 }

@@ -99,11 +99,11 @@ static const field BRANCH[] = {OF_BRANCH('l', num_experts),     OF_BRANCH('l', d
     {                                                 \
 #name, offsetof(moe_layer_config, name), type \
     }
-static const field LAYER[] = {OF_LAYER('i', output),      OF_LAYER('i', layer_id),
-                              OF_LAYER('i', shared_gate), OF_LAYER('i', residual_mix),
-                              OF_LAYER('i', dropped),     OF_LAYER('l', expert_slices),
-                              OF_LAYER('l', padded_rows), OF_LAYER('i', exchange),
-                              OF_LAYER('i', received),    OF_LAYER('i', loss_batch)};
+static const field LAYER[] = {
+    OF_LAYER('i', output),       OF_LAYER('i', layer_id),       OF_LAYER('i', shared_gate),
+    OF_LAYER('i', residual_mix), OF_LAYER('i', dropped),        OF_LAYER('l', expert_slices),
+    OF_LAYER('l', padded_rows),  OF_LAYER('i', exchange),       OF_LAYER('i', received),
+    OF_LAYER('i', loss_batch),   OF_LAYER('l', exchange_chunks)};
 
 /* Rows of a GPU are longer than those of a CPU, and go another way where a transport takes them. */
 typedef struct ways {

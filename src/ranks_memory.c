@@ -62,7 +62,7 @@ void moe__ranks_trim(moe_pass *pass)
 void moe__ranks_free(moe_pass *pass)
 {
     moe__ranks *k = &pass->ranks;
-    if (k->waiting) moe__ranks_abort(pass);
+    if (moe__ranks_give_up(pass)) moe__ranks_abort(pass);
     moe__second_free(pass);
     moe__ranks_give_back(pass, &k->relay.room, MOE__ON_BACKEND);
     moe__ranks_give_back(pass, &k->keep, MOE__ON_HOST);
@@ -239,10 +239,12 @@ static void lay_out_rows(moe_pass *pass, moe__arena *arena, const row_counts *n,
     bool relays = moe__ranks_relays(pass); /* what leaves is elsewhere then */
     int64_t out = relays ? 0 : again ? k->size.again : k->size.x;
     k->here = moe__arena_take(arena, n->sent, moe__max(out, back));
+    bool beside = moe__ranks_chunks(pass) > 1 && moe__ranks_on_host(pass);
+    k->home = beside ? moe__arena_take(arena, n->sent, back) : k->here;
     k->there = moe__arena_take(arena, n->came, back);
-    bool apart = chunked ||
-                 moe__ranks_padded(pass); /* results do not come back as `results` has them */
-    k->results = apart ? moe__arena_take(arena, n->mine, back) : k->here;
+    bool apart = chunked || moe__ranks_padded(pass) ||
+                 moe__ranks_chunks(pass) > 1; /* results do not come back as `results` has them */
+    k->results = apart ? moe__arena_take(arena, n->mine, back) : k->home;
     k->merged = pass->layer->where->in_order ? NULL : moe__arena_take(arena, n->plan, back);
     k->entry_grad = save ? moe__arena_take(arena, n->came, real_size) : NULL;
     if (again && moe__ranks_on_host(pass)) lay_out_carry(k, arena, room);

@@ -214,7 +214,6 @@ static moe_status go_on(moe_pass *pass)
                       .send = y->on,
                       .send_begin = y->node_send,
                       .row_bytes = backward ? k->size.dy : k->size.x};
-    y->went_on = true;
     if (!backward) MOE_TRY(keep_index(pass));
     MOE_TRY(pack_on(pass));
     moe__lap(pass, MOE_TIME_PACK);
@@ -232,14 +231,12 @@ static void report_bytes(moe_pass *pass, const moe_exchange *e)
           : &pass->report.forward_bytes_to_nodes) += (begin[g->nodes] - own) * e->row_bytes;
 }
 
-/* Where nobody waits for an exchange the second stage follows the first on the stream. */
 moe_status moe__relay_send(moe_pass *pass)
 {
     moe__ranks *k = &pass->ranks;
     moe__relay *y = &k->relay;
     MOE_TRY(moe__ranks_set_round(pass, 0));
     if (!pass->backward) k->x_bytes = k->size.x;
-    y->went_on = false;
     moe_exchange e = {.struct_size = sizeof e,
                       .recv = y->in,
                       .recv_begin = y->rail_recv,
@@ -251,15 +248,12 @@ moe_status moe__relay_send(moe_pass *pass)
     moe__lap(pass, MOE_TIME_PACK);
     k->took_part = true;
     report_bytes(pass, &e);
-    MOE_TRY(moe__ranks_start_on(pass, pass->layer->config.rail_comm, &e));
-    return k->waiting ? MOE_OK : go_on(pass);
+    return moe__ranks_start_on(pass, pass->layer->config.rail_comm, &e);
 }
 
 moe_status moe__relay_wait(moe_pass *pass)
 {
-    if (!pass->ranks.relay.went_on) {
-        MOE_TRY(moe__ranks_wait(pass));
-        MOE_TRY(go_on(pass));
-    }
+    MOE_TRY(moe__ranks_wait(pass));
+    MOE_TRY(go_on(pass));
     return moe__ranks_wait(pass);
 }

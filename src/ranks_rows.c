@@ -5,9 +5,9 @@
  *     there     what goes back, at the positions at which it came
  *     results   what came back, by slot; merged: in the order of the plan
  *
- * EXACT: positions are consecutive. PADDED: of each (source, owner) a block of header_rows rows and
- * padded_rows for each slot. A round takes the rows whose place among all rows of their owner is in
- * its window of `limit`. What moves rows is the backend's; where they go is found here, on the host. */
+ * EXACT: positions are consecutive, chunk by chunk. PADDED: of each (source, owner) a block of
+ * header_rows rows and padded_rows for each slot. A round takes the rows whose place among all rows of their owner is
+ * in its window of `limit`. What moves rows is the backend's; where they go is found here, on the host. */
 #include "ranks_rows.h"
 
 /* ---- positions ------------------------------------------------------------------------------- */
@@ -22,23 +22,34 @@ static moe__range cut(int64_t place, int64_t rows, int64_t round, int64_t limit)
     return (moe__range){begin, end - begin};
 }
 
-/* Where rows by (rank, slot) are: begin[P+1], at[slots]. */
-void moe__ranks_place_rows(const moe_pass *pass, const moe__range *range, const int64_t *first_slot,
-                           int64_t own, int64_t *at, int64_t *begin)
+/* Where rows of a chunk by (rank, slot) are: begin[P+1] from 0, at[slots] from `base`. */
+static void place_chunk(const moe_pass *pass, int64_t chunk, int64_t base, const moe__range *range,
+                        const int64_t *first_slot, int64_t own, int64_t *at, int64_t *begin)
 {
-    int64_t P = moe__pass_comm(pass)->size, next = 0;
+    int64_t P = moe__pass_comm(pass)->size, C = moe__ranks_chunks(pass), next = 0;
     for (int64_t p = 0; p < P; p++) {
         int64_t first = first_slot ? first_slot[p] : p * own;
-        int64_t last = first_slot ? first_slot[p + 1] : first + own;
+        int64_t slots = first_slot ? first_slot[p + 1] - first : own;
+        int64_t last = first + moe__chunk_slot(slots, C, chunk + 1);
         begin[p] = next;
         if (moe__ranks_padded(pass)) next += pass->layer->where->header_rows;
-        for (int64_t s = first; s < last; s++) {
-            at[s] = next;
+        for (int64_t s = first + moe__chunk_slot(slots, C, chunk); s < last; s++) {
+            at[s] = base + next;
             next += moe__ranks_padded(pass) ? pass->layer->config.padded_rows : range[s].rows;
         }
         if (moe__ranks_padded(pass)) next = begin[p] + moe__ranks_block_rows(pass);
     }
     begin[P] = next;
+}
+
+void moe__ranks_place_rows(const moe_pass *pass, const moe__range *range, const int64_t *first_slot,
+                           int64_t own, int64_t *at, int64_t *begin)
+{
+    int64_t P = moe__pass_comm(pass)->size, base = 0;
+    for (int64_t c = 0; c < moe__ranks_chunks(pass); c++, begin += P + 1) {
+        place_chunk(pass, c, base, range, first_slot, own, at, begin);
+        base += begin[P];
+    }
 }
 
 /* The owner's rows by slot and source. */
@@ -150,35 +161,57 @@ moe_status moe__ranks_all_moves(moe_pass *pass, const int64_t *numbers, moe__mov
     return put_tables(pass);
 }
 
+/* The first of this rank's slots that travel in a chunk. */
+static int64_t own_slot(const moe_pass *pass, int64_t chunk)
+{
+    return moe__chunk_slot(moe__ranks_own(pass), moe__ranks_chunks(pass), chunk);
+}
+
 static moe__moves moves_there(const moe_pass *pass)
 {
     const moe__ranks *k = &pass->ranks;
     const moe__tables *t = &k->there_tables;
-    int64_t ranges = moe__ranks_own(pass) * moe__pass_comm(pass)->size;
-    int64_t most = ranges * moe__ranks_padding(pass);
-    return (moe__moves){.count = ranges,
-                        .most = most > 0 ? most : k->tables.there_first[ranges],
-                        .first = t->there_first,
-                        .from = t->there_from,
-                        .to = t->there_to};
+    int64_t P = moe__pass_comm(pass)->size;
+    int64_t first = own_slot(pass, k->chunk) * P, end = own_slot(pass, k->chunk + 1) * P;
+    int64_t most = (end - first) * moe__ranks_padding(pass);
+    const int64_t *row = k->tables.there_first;
+    return (moe__moves){.count = end - first,
+                        .most = most > 0 ? most : row[end] - row[first],
+                        .first = t->there_first + first,
+                        .from = t->there_from + first,
+                        .to = t->there_to + first};
+}
+
+void moe__ranks_set_view(moe_pass *pass)
+{
+    moe__ranks *k = &pass->ranks;
+    int64_t first = own_slot(pass, k->chunk);
+    k->view = k->plan;
+    k->view.expert_begin += first;
+    k->view.num_experts = own_slot(pass, k->chunk + 1) - first;
+    k->job.plan = &k->view;
+    k->job.first_expert = first;
 }
 
 moe_status moe__ranks_order(moe_pass *pass)
 {
     moe__ranks *k = &pass->ranks;
     const moe__memory *memory = pass->context->memory;
+    int64_t P = moe__pass_comm(pass)->size;
     moe__order_job job = {.workers = pass->workers,
-                          .plan = &k->plan,
-                          .sources = moe__pass_comm(pass)->size,
+                          .plan = &k->view,
+                          .sources = P,
                           .moves = moves_there(pass),
                           .holes = moe__ranks_padded(pass),
                           .x = k->x,
                           .row_bytes = k->x_bytes,
                           .weight_at = k->size.weight_at};
-    k->plan.tokens = k->plan.entries = k->recv_begin[job.sources];
+    k->plan.tokens = k->plan.entries = moe__chunk_position(k->recv_begin, P,
+                                                           moe__ranks_chunks(pass));
+    k->plan.rows = moe__ranks_blind(pass) ? -1 : k->tables.there_first[moe__ranks_own(pass) * P];
+    moe__ranks_set_view(pass);
     MOE_TRY(pass->call.kernels->travel_order(&job));
-    if (memory->is_host) return MOE_OK;
-    k->plan.rows = moe__ranks_blind(pass) ? -1 : job.moves.most;
+    if (memory->is_host || k->chunk > 0) return MOE_OK;
     if (moe__ranks_blind(pass)) return memory->plan_ready(&pass->workers, &k->plan, false);
     return memory->plan_known(&pass->workers, &k->plan, k->expert_begin);
 }
@@ -210,7 +243,8 @@ moe_status moe__ranks_pack_there(moe_pass *pass, int64_t row_bytes, const moe__c
                                  int64_t count)
 {
     moe__moves moves = moves_there(pass);
-    moves.to = pass->ranks.there_tables.there_back;
+    moves.to = pass->ranks.there_tables.there_back +
+               own_slot(pass, pass->ranks.chunk) * moe__pass_comm(pass)->size;
     MOE_TRY(moe__ranks_pack(pass, &moves, pass->ranks.there, row_bytes, columns, count));
     moe__lap(pass, MOE_TIME_PACK);
     return MOE_OK;
@@ -219,9 +253,9 @@ moe_status moe__ranks_pack_there(moe_pass *pass, int64_t row_bytes, const moe__c
 moe_status moe__ranks_collect(moe_pass *pass, int64_t row_bytes)
 {
     moe__ranks *k = &pass->ranks;
-    const moe__column row = {.from = k->here, .stride = row_bytes, .bytes = row_bytes};
+    const moe__column row = {.from = k->home, .stride = row_bytes, .bytes = row_bytes};
     moe__moves moves = moe__ranks_moves_here(pass);
-    if (k->results == k->here || row_bytes == 0) return MOE_OK;
+    if (k->results == k->home || row_bytes == 0) return MOE_OK;
     moves.from = moves.to;
     moves.to = k->there_tables.back_to;
     MOE_TRY(moe__ranks_pack(pass, &moves, k->results, row_bytes, &row, 1));

@@ -23,6 +23,23 @@ static inline bool moe__ranks_on_host(const moe_pass *pass)
     return pass->context->memory->is_host;
 }
 
+/* The first slot of a chunk among a rank's. */
+static inline int64_t moe__chunk_slot(int64_t slots, int64_t chunks, int64_t chunk)
+{
+    return slots * chunk / chunks; /* slots * MOE_COMM_REQUESTS fits: each has words */
+}
+/* Its begins, and the position that they count from. */
+static inline const int64_t *moe__chunk_begin(const int64_t *begin, int64_t P, int64_t chunk)
+{
+    return begin + chunk * (P + 1);
+}
+static inline int64_t moe__chunk_position(const int64_t *begin, int64_t P, int64_t chunk)
+{
+    int64_t position = 0;
+    for (int64_t c = 0; c < chunk; c++) position += moe__chunk_begin(begin, P, c)[P];
+    return position;
+}
+
 /* ---- memory: ranks_memory.c ------------------------------------------------------------------ */
 
 /* Where a room is. */
@@ -56,13 +73,20 @@ typedef struct moe__block_header {
     bool backward;
     moe_status status;
 } moe__block_header;
-/* Rows of the experts, started, and waited for later. header: of blocks from `here`; NULL: what goes
- * back has none. */
+/* Rows of the experts in the present chunk, started, and waited for later. recv, send: where those
+ * of the first chunk begin. header: of blocks from `here`; NULL: what goes back has none. */
 moe_status moe__ranks_start(moe_pass *pass, void *recv, const void *send, int64_t row_bytes,
                             bool back, const moe__block_header *header);
+/* For the exchange that was started first of those not waited for; for so many. */
 moe_status moe__ranks_wait(moe_pass *pass);
-/* The same on any of the layer's communicators. */
+moe_status moe__ranks_wait_for(moe_pass *pass, int64_t exchanges);
+/* An exchange on any of the layer's communicators, waited for likewise. */
 moe_status moe__ranks_start_on(moe_pass *pass, moe_comm *comm, moe_exchange *exchange);
+/* Gives up what is in flight: whether something was. */
+bool moe__ranks_give_up(moe_pass *pass);
+/* After a start without a wait: what is put on the stream of the call later runs behind it. Returns
+ * `status`, or if that is MOE_OK why it does not. */
+moe_status moe__ranks_rejoin(moe_pass *pass, moe_status status);
 /* Whether rows go through the host's memory although the backend's is another. */
 bool moe__ranks_stages(const moe_pass *pass);
 /* Memory for that, of so many bytes out and in; nothing where rows do not. */
@@ -139,7 +163,7 @@ moe_status moe__relay_wait(moe_pass *pass);
 
 /* Finds ranges and positions of a round, and tells the backend. */
 moe_status moe__ranks_set_round(moe_pass *pass, int64_t round);
-/* Positions of blocks, or of ranges: at[slots], begin[P+1]. */
+/* Positions of blocks, or of ranges by chunk: at[slots], begin[C,P+1]. */
 void moe__ranks_place_rows(const moe_pass *pass, const moe__range *range, const int64_t *first_slot,
                            int64_t own, int64_t *at, int64_t *begin);
 /* The same for what comes, whose counts are known later. */
@@ -158,7 +182,9 @@ moe_status moe__blind_begin(moe_pass *pass);
 moe_status moe__blind_write(moe_pass *pass, bool backward, bool rows, moe_status status);
 moe_status moe__blind_read(moe_pass *pass, bool backward);
 moe_status moe__blind_decline(moe_pass *pass, bool backward, moe_status status);
-/* The owner's plan of what came in the round. */
+/* Makes the job's plan that of the present chunk; the owner's plan of what came there in the
+ * round. */
+void moe__ranks_set_view(moe_pass *pass);
 moe_status moe__ranks_order(moe_pass *pass);
 
 /* Packs columns into rows of row_bytes. */
@@ -167,7 +193,7 @@ moe_status moe__ranks_pack(moe_pass *pass, const moe__moves *moves, void *to, in
 /* Rows of this rank's plan in the round to their positions in `here`. */
 moe_status moe__ranks_pack_here(moe_pass *pass, int64_t row_bytes, const moe__column *columns,
                                 int64_t count);
-/* Rows of the owner's plan to their positions in `there`. */
+/* Rows of the owner's plan in the present chunk to their positions in `there`. */
 moe_status moe__ranks_pack_there(moe_pass *pass, int64_t row_bytes, const moe__column *columns,
                                  int64_t count);
 /* Rows of this rank's plan by slot. */

@@ -48,8 +48,9 @@ static void *lay_out_counts(moe_pass *pass, moe__arena *arena)
     k->come = moe__arena_take(arena, from_all, sizeof *k->come);
     k->sent_at = moe__arena_take(arena, w->slots, word);
     k->came_at = moe__arena_take(arena, from_all, word);
-    k->send_begin = moe__arena_take(arena, P + 1, word);
-    k->recv_begin = moe__arena_take(arena, P + 1, word);
+    int64_t begins = pass->layer->config.exchange_chunks * (P + 1);
+    k->send_begin = moe__arena_take(arena, begins, word);
+    k->recv_begin = moe__arena_take(arena, begins, word);
     k->expert_begin = moe__arena_take(arena, own + 1, word);
     if (g->nodes) moe__relay_lay_out_counts(pass, arena);
     return moe__arena_take(arena, moe__ranks_table_bytes(pass), 1);

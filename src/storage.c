@@ -158,11 +158,23 @@ static void use_copy(const moe_experts *e, moe__matrices m[6])
     m[4] = of_copy(e, 1, 0);
 }
 
+/* Operands that begin at a later expert. */
+static void skip_experts(moe__matrices m[6], int64_t experts)
+{
+    for (int i = 0; i < 6; i++) {
+        if (m[i].each)
+            m[i].each += experts;
+        else
+            m[i].offset += experts * m[i].stride_expert;
+    }
+}
+
 void moe__experts_operands(const moe_experts *experts, moe__experts_job *job, bool packed)
 {
     moe__matrices m[6];
     operands(experts, false, m);
     if (packed) use_copy(experts, m);
+    skip_experts(m, job->first_expert);
     job->w1 = m[0], job->b1 = m[1], job->w3 = m[2];
     job->b3 = m[3], job->w2 = m[4], job->b2 = m[5];
 }
@@ -172,6 +184,7 @@ void moe__experts_gradients(const moe_experts *experts, moe__experts_job *job, b
     moe__matrices m[6];
     memset(m, 0, sizeof m);
     if (wanted) operands(experts, true, m);
+    skip_experts(m, job->first_expert);
     job->dw1 = m[0], job->db1 = m[1], job->dw3 = m[2];
     job->db3 = m[3], job->dw2 = m[4], job->db2 = m[5];
 }

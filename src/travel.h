@@ -14,11 +14,11 @@
 MOE_BEGIN_DECLS
 
 /* Which rows move. Row i of all, first[s] <= i < first[s+1], is row from[s] + i - first[s] of what
- * is read, and row to[s] + i - first[s] of what is written. The arrays are in backend memory; first
- * NULL: row i is row i, for i < most. */
+ * is read, and row to[s] + i - first[s] of what is written; i begins at first[0]. The arrays are in
+ * backend memory; first NULL: row i is row i, for i < most. */
 typedef struct moe__moves {
     int64_t count;            /* ranges */
-    int64_t most;             /* rows, or where the host does not know more than them */
+    int64_t most;             /* rows from first[0] on, or where the host does not know more */
     const int64_t *first;     /* [count+1] */
     const int64_t *from, *to; /* [count] */
 } moe__moves;

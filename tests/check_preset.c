@@ -488,6 +488,9 @@ START_TEST(test_describe_says_what_is_configured)
     says(NULL, NULL, &l, "the sum of 2 networks");
     says(NULL, NULL, &l, "at most 100 rows of all ranks at once: in rounds\n");
     says(NULL, NULL, &l, "of the tokens of all ranks\n");
+    l.received = MOE_RECEIVED_ERROR;
+    l.node_comm = l.rail_comm = (moe_comm *)(void *)&g; /* which is not looked at */
+    says(NULL, NULL, &l, "a token's row goes to each once");
     MUST(moe_preset("hierarchical2017", &g, &e, &l));
     g.expert_groups = 16, g.secondary = MOE_SECONDARY_WITH_GROUP, g.local_groups = 4;
     says(&g, NULL, NULL, "\"weight\" [4,64,16], on the rank of the group's experts");

@@ -449,7 +449,8 @@ static const char *const OTHER[] = {"capacity_factor is 1.5 on rank 2 and 1.25 o
                                     "loss_batch is 1 on rank 2 and 0 on rank 0",
                                     "weight_position is 1 on rank 2 and 0 on rank 0",
                                     "gate kind is 1 on rank 2 and 0 on rank 0",
-                                    "drop_policy is 3 on rank 2 and 0 on rank 0"};
+                                    "drop_policy is 3 on rank 2 and 0 on rank 0",
+                                    "exchange_chunks is 3 on rank 2 and 1 on rank 0"};
 
 static void differ(member *m)
 {
@@ -465,7 +466,8 @@ static void differ(member *m)
     case 6: m->l.loss_batch = MOE_BATCH_GLOBAL; break;
     case 7: m->e.weight_position = MOE_WEIGHT_ON_HIDDEN; break;
     case 8: m->g.kind = MOE_GATE_NOISY_TOP_K; break;
-    default: m->g.drop_policy = MOE_DROP_SCORE; break;
+    case 9: m->g.drop_policy = MOE_DROP_SCORE; break;
+    default: m->l.exchange_chunks = 3; break;
     }
 }
 
@@ -477,6 +479,31 @@ START_TEST(test_layer_fields_are_compared)
     for (int r = 0; r < 3; r++) {
         ck_assert_int_eq(m[r].status, MOE_ERROR_INVALID_ARGUMENT);
         ck_assert_msg(strstr(m[r].error, OTHER[_i]) != NULL, "%s", m[r].error);
+    }
+}
+END_TEST
+
+/* What cannot be with it, on every rank. */
+static const char *const CLASH[] = {"exchange_chunks is 0", "exchange_chunks is 9",
+                                    "exchange_chunks 2 clashes with exchange MOE_EXCHANGE_PADDED",
+                                    "exchange_chunks 2 clashes with received MOE_RECEIVED_CHUNK"};
+
+static void clash(member *m)
+{
+    int what = *(const int *)m->crew->test;
+    m->l.exchange_chunks = what == 0 ? 0 : what == 1 ? MOE_COMM_REQUESTS + 1 : 2;
+    if (what == 2) m->l.exchange = MOE_EXCHANGE_PADDED, m->l.padded_rows = 2 * T;
+    if (what == 3) m->l.received = MOE_RECEIVED_CHUNK, m->l.max_received = 3;
+}
+
+START_TEST(test_what_clashes_with_chunks)
+{
+    member m[2];
+    step s[2];
+    run_as((crew){.ranks = 2, .run = run_step, .configure = clash, .test = &_i}, m, s);
+    for (int r = 0; r < 2; r++) {
+        ck_assert_int_eq(m[r].status, MOE_ERROR_INVALID_ARGUMENT);
+        ck_assert_msg(strstr(m[r].error, CLASH[_i]) != NULL, "%s", m[r].error);
     }
 }
 END_TEST
@@ -605,7 +632,7 @@ START_TEST(test_fields_that_need_a_comm)
     MUST(moe_experts_config_init(&e, sizeof e));
     e.d_model = D, e.d_hidden = 2, e.num_experts = 1;
     MUST(moe_experts_create(&experts, context, &e));
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 9; i++) {
         if (ON_DEVICE && i == 3) continue; /* padded rows without a comm are a device's */
         moe_layer_config c;
         MUST(moe_layer_config_init(&c, sizeof c));
@@ -618,6 +645,7 @@ START_TEST(test_fields_that_need_a_comm)
         case 4: c.exchange = 2; break;
         case 5: c.received = -1; break;
         case 6: c.padded_rows = 1; break;
+        case 7: c.exchange_chunks = 2; break;
         default: c.loss_batch = 2; break;
         }
         REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_layer_create(&layer, &c));
@@ -644,8 +672,9 @@ START_TEST(test_fields_that_need_a_comm)
 }
 END_TEST
 
-/* Rounds of a pool of parts would carry sums from one part to another. */
-START_TEST(test_rounds_are_not_for_parts)
+/* Rounds of a pool of parts would carry sums from one part to another, and a chunk is a range of
+ * one pool's experts. */
+START_TEST(test_rounds_and_chunks_are_not_for_parts)
 {
     moe_context *context = new_context();
     moe_comm *comm = NULL;
@@ -665,7 +694,9 @@ START_TEST(test_rounds_are_not_for_parts)
     c.experts = pool, c.comm = comm, c.max_received = 2;
     c.received = MOE_RECEIVED_CHUNK;
     REFUSED(MOE_ERROR_NOT_SUPPORTED, moe_layer_create(&layer, &c));
-    c.received = MOE_RECEIVED_ERROR;
+    c.received = MOE_RECEIVED_ERROR, c.exchange_chunks = 2;
+    REFUSED(MOE_ERROR_NOT_SUPPORTED, moe_layer_create(&layer, &c));
+    c.exchange_chunks = 1;
     MUST(moe_layer_create(&layer, &c));
     moe_layer_destroy(layer), moe_experts_destroy(pool), moe_comm_destroy(comm);
     moe_experts_destroy(part[0]), moe_experts_destroy(part[1]), moe_context_destroy(context);
@@ -826,7 +857,8 @@ int main(void)
     tcase_add_test(c, test_bound_dropped_rows_are_gone);
     tcase_add_test(c, test_rounds_sum_as_one);
     tcase_add_test(c, test_rounds_are_counted);
-    if (!ON_DEVICE) tcase_add_test(c, test_rounds_are_not_for_parts); /* which has no parts */
+    if (!ON_DEVICE)
+        tcase_add_test(c, test_rounds_and_chunks_are_not_for_parts); /* which has no parts */
     if (!OVER_NCCL) { /* where nobody waits for the word */
         tcase_add_test(c, test_padded_rows_that_do_not_fit);
         tcase_add_test(c, test_padded_backward_that_is_refused);
@@ -836,6 +868,7 @@ int main(void)
     tcase_add_test(c, test_slices_are_counted_before_memory_is_asked_for);
     tcase_add_test(c, test_layer_refused_on_one_rank_is_refused_on_all);
     tcase_add_loop_test(c, test_layer_fields_are_compared, 0, (int)COUNT(OTHER));
+    tcase_add_loop_test(c, test_what_clashes_with_chunks, 0, (int)COUNT(CLASH));
     tcase_add_test(c, test_shared_experts_are_compared);
     tcase_add_test(c, test_secondary_gates_are_where_their_experts_are);
     tcase_add_test(c, test_secondary_gate_alone);

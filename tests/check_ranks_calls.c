@@ -376,6 +376,34 @@ START_TEST(test_a_pass_too_many_is_refused_on_every_rank)
 }
 END_TEST
 
+static void in_three(member *m) { m->l.exchange_chunks = 3; }
+
+/* Two passes have three exchanges each. */
+static void run_too_many_chunks(member *m)
+{
+    moe_pass *pass[3];
+    step *s = (step *)m->own;
+    MUST(member_make(m, E));
+    make_step(m, s);
+    for (int i = 0; i < 3; i++) MUST(moe_pass_create(&pass[i], m->layer, NULL));
+    for (int i = 0; i < 2; i++) MUST(moe_layer_forward_start(m->layer, pass[i], &m->f));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_forward_start(m->layer, pass[2], &m->f));
+    ck_assert_ptr_nonnull(strstr(moe_last_error(), "6 exchanges of the group are in flight"));
+    for (int i = 0; i < 2; i++) MUST(moe_layer_forward_finish(m->layer, pass[i]));
+    MUST(moe_layer_forward(m->layer, pass[2], &m->f));
+    (void)moe_layer_forward_start(m->layer, pass[0], &m->f); /* and goes, or another rank has */
+    for (int i = 0; i < 3; i++) moe_pass_destroy(pass[i]);
+}
+
+START_TEST(test_chunks_of_a_pass_too_many)
+{
+    member m[RANKS];
+    step s[RANKS];
+    int32_t way = _i;
+    run(RANKS, run_too_many_chunks, in_three, &way, m, s);
+}
+END_TEST
+
 /* ---- losses of all ranks --------------------------------------------------------------------- */
 
 /* A gate by hash whose logits are the host's. */
@@ -566,6 +594,7 @@ int main(void)
     tcase_add_test(c, test_backwards_of_a_plan_may_want_different_things);
     tcase_add_loop_test(c, test_no_rank_has_tokens, 0, WAYS + 2);
     tcase_add_loop_test(c, test_every_token_visits_the_only_expert, 1, 3);
+    if (!ON_DEVICE) tcase_add_test(c, test_chunks_of_a_pass_too_many); /* one exchange there */
     if (!OVER_NCCL) /* where started passes are ordered on the stream, without requests */
         tcase_add_loop_test(c, test_a_pass_too_many_is_refused_on_every_rank, 0, WAYS);
     tcase_add_test(c, test_losses_of_all_need_no_logits_of_a_rank_without_tokens);

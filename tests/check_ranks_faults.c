@@ -152,7 +152,7 @@ static void use_heap(member *m, heap *h, long n)
 
 /* The last three by way of nodes; what fails is comm of them, rail_comm with a node for each rank,
  * or node_comm with one node. */
-enum { PLAIN, CHUNKS, PADDED, BY_SCORE, GLOBAL, BY_GROUP, NODES, RAIL, NODE, WAYS };
+enum { PLAIN, CHUNKS, PADDED, BY_SCORE, GLOBAL, BY_GROUP, IN_PARTS, NODES, RAIL, NODE, WAYS };
 
 static int32_t nodes_of(int32_t way) { return way < NODES ? 0 : way == NODE ? 1 : RANKS; }
 /* Exchanges of what fails, of a trial in which nothing does, are more than: */
@@ -170,6 +170,7 @@ static void configure(member *m)
 {
     const trial *t = (const trial *)m->own;
     if (t->way == CHUNKS) m->l.received = MOE_RECEIVED_CHUNK, m->l.max_received = 3 + m->rank;
+    if (t->way == IN_PARTS) m->l.exchange_chunks = 2;
     if (t->way == PADDED) m->l.exchange = MOE_EXCHANGE_PADDED, m->l.padded_rows = 2 * T;
     if (t->way == BY_SCORE) m->l.received = MOE_RECEIVED_DROP_SCORE, m->l.max_received = 8;
     if (t->way == BY_GROUP) {

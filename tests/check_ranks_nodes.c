@@ -47,6 +47,7 @@ enum {
     NO_NODE,
     NO_COMM,
     PADDED,
+    ROUNDS,
     CHUNKS,
     OTHER_CONTEXT,
     ONE_RANK_ALONE,
@@ -62,6 +63,7 @@ static const char *const SAYS[MISTAKES] = {"node_comm is given, rail_comm is NUL
                                            "node_comm is given, comm is NULL",
                                            "node_comm clashes with exchange 1",
                                            "node_comm clashes with received 3",
+                                           "node_comm clashes with exchange_chunks 2",
                                            "node_comm and comm are of different contexts",
                                            "the size of node_comm is 2 on rank 1 and 0 on rank 0",
                                            "node_comm has 2 ranks and rail_comm 6, comm has 6",
@@ -83,7 +85,8 @@ static void make_mistake(member *m)
     case NO_NODE: l->node_comm = NULL; break;
     case NO_COMM: l->comm = NULL; break;
     case PADDED: l->exchange = MOE_EXCHANGE_PADDED, l->padded_rows = T; break;
-    case CHUNKS: l->received = MOE_RECEIVED_CHUNK, l->max_received = 3; break;
+    case ROUNDS: l->received = MOE_RECEIVED_CHUNK, l->max_received = 3; break;
+    case CHUNKS: l->exchange_chunks = 2; break;
     case ONE_RANK_ALONE:
         if (m->rank != 1) l->node_comm = l->rail_comm = NULL;
         break;

@@ -105,16 +105,37 @@ typedef struct moe_cuda_pass_config {
     void *workspace; /* device memory for cuBLAS, aligned to 256 bytes, the host's; default
                                 NULL: the pass's own */
     int64_t workspace_bytes; /* its size; default 0 */
+    void *exchange_stream;   /* cudaStream_t of the context's device, the host's: rows that travel
+                                in the order of streams do so on it, behind what they need, and
+                                the stream of the call waits for them where it needs them, so that
+                                shared experts and residual branch, and with exchange_chunks of the
+                                layer the experts of another part, run beside them. Every call ends
+                                with the stream of the call behind all of it: that one is waited
+                                for, or captured. Several passes may have the same one, and ranks
+                                may differ in it. Default NULL: all is on the stream of the call. It
+                                has no effect on a layer of one rank and with transports of host
+                                memory */
 } moe_cuda_pass_config;
 
 /* Writes every default and the caller's size. Returns as moe_context_config_init. Since 0.1. */
 MOE_API moe_status moe_cuda_pass_config_init(moe_cuda_pass_config *config, size_t size);
 
-/* Gives a pass a cuBLAS handle or workspace of the host, until the next moe_cuda_pass_set; both
- * must outlive the pass or that call. Not in the middle of a call of the pass.
+/* Gives a pass a cuBLAS handle, workspace or stream of the host, until the next moe_cuda_pass_set;
+ * they must outlive the pass or that call. Not in the middle of a call of the pass.
+ *
+ * An exchange_stream is none of CUDA's default streams, which are ordered with others or belong to
+ * a thread. Make it with cudaStreamNonBlocking if calls are on the default stream: others wait for
+ * that one, and nothing overlaps. It must not be in a capture of its own; a capture of the call's
+ * stream takes it in until the call ends.
+ *
  *   pass    of a context on a GPU
  *   config  NULL: the pass uses its own again
- * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT or an error of the struct's size. Since 0.1. */
+ * Returns MOE_OK, an error of the struct's size or
+ *   MOE_ERROR_INVALID_ARGUMENT  also for an exchange_stream that is a default stream, or with CUDA
+ *                               12.8 and later one of another device
+ *   MOE_ERROR_INVALID_STATE     rows of a call of the pass are on the exchange_stream
+ *   MOE_ERROR_DEVICE            there are no events for the exchange_stream
+ * and the pass keeps what it had. Since 0.1. */
 MOE_API moe_status moe_cuda_pass_set(moe_pass *pass, const moe_cuda_pass_config *config);
 
 MOE_END_DECLS

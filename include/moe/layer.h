@@ -116,6 +116,14 @@ typedef struct moe_layer_config {
                                  same bytes. Every node has as many ranks; how comm numbers them
                                  does not matter. With MOE_EXCHANGE_EXACT and MOE_RECEIVED_ERROR
                                  only; max_received does not count rows that pass through a rank */
+    int64_t exchange_chunks;  /* C, parts in which rows travel, 1 to MOE_COMM_REQUESTS; default 1:
+                                 at once. Part c has the rows of a rank's experts (slices) c n / C
+                                 to (c + 1) n / C - 1 of n, in the order of its pool, and travels
+                                 while the experts of another are computed, there and back: the
+                                 same bytes. A call has as many exchanges in flight. As 1 where rows
+                                 of a GPU go through the host's memory. Above 1 not with
+                                 MOE_EXCHANGE_PADDED, MOE_RECEIVED_CHUNK, node_comm or a pool of
+                                 parts */
 } moe_layer_config;
 
 /* Writes every default and the caller's size. Returns as moe_context_config_init. Since 0.1. */
@@ -125,7 +133,8 @@ MOE_API moe_status moe_layer_config_init(moe_layer_config *config, size_t size);
  *   layer   out: the new layer; untouched on error
  *   config  copied; its objects are referenced, never copied
  * On several ranks all make this call at once: what must be alike is compared, and a difference is
- * MOE_ERROR_INVALID_ARGUMENT on every rank with the field, the rank and both values.
+ * MOE_ERROR_INVALID_ARGUMENT on every rank with the field, the rank and both values; so is a
+ * node_comm or rail_comm whose ranks do not make comm a grid of nodes.
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OUT_OF_MEMORY,
  * MOE_ERROR_TIMEOUT, MOE_ERROR_TRANSPORT or an error of the struct's size. Since 0.1. */
 MOE_API moe_status moe_layer_create(moe_layer **layer, const moe_layer_config *config);
@@ -181,10 +190,10 @@ MOE_API moe_status moe_layer_backward(moe_layer *layer, moe_pass *pass,
  * valid and unchanged until finish; work may be left out, then finish does it. Between start and
  * finish the pass takes no other call but these and moe_pass_destroy, which ends the group as a
  * failure does. All ranks make the calls of all passes in the same order; at most MOE_COMM_REQUESTS
- * passes of a group are between start and finish. With MOE_RECEIVED_CHUNK work waits for all rounds
- * but the last's results. On one rank the calls work likewise. Errors are those of
- * moe_layer_forward; after one the call is over; MOE_ERROR_INVALID_STATE also without a start.
- * Since 0.1. */
+ * passes of a group are between start and finish, with exchange_chunks C a C-th of that. With
+ * MOE_RECEIVED_CHUNK work waits for all rounds but the last's results. On one rank the calls work
+ * likewise. Errors are those of moe_layer_forward; after one the call is over;
+ * MOE_ERROR_INVALID_STATE also without a start. Since 0.1. */
 MOE_API moe_status moe_layer_forward_start(moe_layer *layer, moe_pass *pass,
                                            const moe_forward_args *args);
 /* As above: the experts. Since 0.1. */

@@ -83,7 +83,7 @@ static moe_status call_host(const moe__experts_job *job, moe_expert_fn function,
         if (begin[e + 1] == r) continue;
         moe_expert_call call = {
             .struct_size = sizeof call,
-            .expert = e,
+            .expert = job->first_expert + e,
             .rows = begin[e + 1] - r,
             .x = row_of(job->x_rows, r, x_bytes),
             .out = row_of(job->out, r, out_bytes),
@@ -99,7 +99,7 @@ static moe_status call_host(const moe__experts_job *job, moe_expert_fn function,
         if (answer != 0)
             return moe__fail(MOE_ERROR_CALLBACK, job->workers.function,
                              "the %s of expert %lld returned %d", backward ? "backward" : "forward",
-                             (ll)e, (int)answer);
+                             (ll)call.expert, (int)answer);
     }
     return MOE_OK;
 }

@@ -39,6 +39,7 @@ static void pack_range(void *argument, int64_t begin, int64_t end)
         for (int64_t i = begin; i < end; i++) pack_row(job, i, i, 0);
         return;
     }
+    begin += m->first[0], end += m->first[0];
     int64_t s = run_of(m->first, m->count, begin);
     for (int64_t i = begin; i < end; i++) {
         while (i >= m->first[s + 1]) s++;
@@ -49,7 +50,7 @@ static void pack_range(void *argument, int64_t begin, int64_t end)
 moe_status MOE_KERNEL(travel_pack)(const moe__pack_job *job)
 {
     const moe__moves *m = &job->moves;
-    int64_t rows = m->first ? m->first[m->count] : m->most;
+    int64_t rows = m->first ? m->first[m->count] - m->first[0] : m->most;
     return moe__parallel_range(job->workers.context, rows, 64, pack_range, (void *)(uintptr_t)job,
                                job->workers.function);
 }

@@ -88,11 +88,12 @@ OFFSET(moe_cuda_config, alloc, 40);
 OFFSET(moe_cuda_config, free, 48);
 OFFSET(moe_cuda_config, alloc_user, 56);
 OFFSET(moe_cuda_config, host, 64);
-SIZE(moe_cuda_pass_config, 32);
+SIZE(moe_cuda_pass_config, 40);
 OFFSET(moe_cuda_pass_config, struct_size, 0);
 OFFSET(moe_cuda_pass_config, cublas, 8);
 OFFSET(moe_cuda_pass_config, workspace, 16);
 OFFSET(moe_cuda_pass_config, workspace_bytes, 24);
+OFFSET(moe_cuda_pass_config, exchange_stream, 32);
 SIZE(moe_expert_call, 72);
 OFFSET(moe_expert_call, struct_size, 0);
 OFFSET(moe_expert_call, expert, 8);
@@ -276,7 +277,11 @@ OFFSET(moe_upcycle_args, dtype, 152);
 OFFSET(moe_upcycle_args, weight_layout, 156);
 OFFSET(moe_upcycle_args, write_bound, 160);
 OFFSET(moe_upcycle_args, reserved, 164);
+<<<<<<< HEAD
 SIZE(moe_layer_config, 136);
+=======
+SIZE(moe_layer_config, 128);
+>>>>>>> overlap
 OFFSET(moe_layer_config, struct_size, 0);
 OFFSET(moe_layer_config, gate, 8);
 OFFSET(moe_layer_config, experts, 16);
@@ -297,8 +302,12 @@ OFFSET(moe_layer_config, exchange, 104);
 OFFSET(moe_layer_config, received, 108);
 OFFSET(moe_layer_config, loss_batch, 112);
 OFFSET(moe_layer_config, reserved, 116);
+<<<<<<< HEAD
 OFFSET(moe_layer_config, node_comm, 120);
 OFFSET(moe_layer_config, rail_comm, 128);
+=======
+OFFSET(moe_layer_config, exchange_chunks, 120);
+>>>>>>> overlap
 SIZE(moe_cost_query, 96);
 OFFSET(moe_cost_query, struct_size, 0);
 OFFSET(moe_cost_query, gate, 8);

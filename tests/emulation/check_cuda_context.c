@@ -301,15 +301,18 @@ static void test_counts_of_several_plans(void)
     for (int i = 0; i < 6; i++) begin[i] = plan_on_device(context, 3 + i, i + 1);
     for (int turn = 0; turn < 3; turn++)
         for (int i = 0; i < 6; i++) {
-            moe__plan_arrays plan = {.num_experts = 3 + i, .expert_begin = begin[i], .rows = -1};
+            moe__plan_arrays plan = {.entries = 1,
+                                     .num_experts = 3 + i,
+                                     .expert_begin = begin[i],
+                                     .rows = -1};
             if (i != 4) MUST(memory->plan_ready(&w, &plan, true) == MOE_OK); /* 4: asked without */
             MUST(find_rows(&w, &plan) == MOE_OK && plan.rows == (3 + i) * (i + 1));
-            moe__plan_arrays part = {.num_experts = 2, .expert_begin = begin[i] + 1};
+            moe__plan_arrays part = {.entries = 1, .num_experts = 2, .expert_begin = begin[i] + 1};
             MUST(moe__cuda_counts(&w, &part, &rows) == MOE_OK && rows[0] == i + 1 &&
                  rows[2] == 3 * (i + 1));
         }
     w.of_pass = NULL;
-    moe__plan_arrays plan = {.num_experts = 3, .expert_begin = begin[0], .rows = -1};
+    moe__plan_arrays plan = {.entries = 1, .num_experts = 3, .expert_begin = begin[0], .rows = -1};
     MUST(find_rows(&w, &plan) == MOE_ERROR_INTERNAL && SAID("outside of a pass"));
     for (int i = 0; i < 6; i++) memory->free(context, begin[i], (4 + i) * 8);
     memory->pass_destroy(context, of_pass);
@@ -327,8 +330,8 @@ static void test_counts_of_a_plan_where_another_lay(void)
     int64_t *begin = plan_on_device(context, 40, 1), later[4] = {0, 5, 7, 9};
     MUST(memory->pass_create(context, &of_pass, "check") == MOE_OK);
     moe__workers w = workers_of(context, NULL, of_pass);
-    moe__plan_arrays old = {.num_experts = 40, .expert_begin = begin};
-    moe__plan_arrays plan = {.num_experts = 3, .expert_begin = begin + 8};
+    moe__plan_arrays old = {.entries = 1, .num_experts = 40, .expert_begin = begin};
+    moe__plan_arrays plan = {.entries = 1, .num_experts = 3, .expert_begin = begin + 8};
     MUST(memory->plan_ready(&w, &old, true) == MOE_OK && find_rows(&w, &old) == MOE_OK);
     MUST(memory->store(&w, begin + 8, later, sizeof later) == MOE_OK);
     MUST(memory->plan_ready(&w, &plan, true) == MOE_OK &&
@@ -354,7 +357,7 @@ static void test_wait_ends_at_its_time(void)
     MUST(memory->pass_create(context, &of_pass, "check") == MOE_OK &&
          cudaStreamCreate(&stream) == cudaSuccess);
     moe__workers w = workers_of(context, stream, of_pass);
-    moe__plan_arrays plan = {.num_experts = 3, .expert_begin = begin, .rows = -1};
+    moe__plan_arrays plan = {.entries = 1, .num_experts = 3, .expert_begin = begin, .rows = -1};
     MUST(memory->plan_ready(&w, &plan, true) == MOE_OK && find_rows(&w, &plan) == MOE_OK);
     plan.rows = -1;
     for (int i = 0; i < 80; i++)
@@ -385,7 +388,7 @@ static void test_capture_refuses_what_waits(void)
     MUST(memory->pass_create(context, &of_pass, "check") == MOE_OK &&
          cudaStreamCreate(&stream) == cudaSuccess);
     moe__workers w = workers_of(context, stream, of_pass);
-    moe__plan_arrays plan = {.num_experts = 3, .expert_begin = begin, .rows = -1};
+    moe__plan_arrays plan = {.entries = 1, .num_experts = 3, .expert_begin = begin, .rows = -1};
     MUST(memory->may_wait(&w) == MOE_OK);
     MUST(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
     MUST(memory->begin(&w) == MOE_OK);

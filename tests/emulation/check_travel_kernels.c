@@ -72,6 +72,14 @@ static void free_moves(both_moves *b)
     ok(cudaFree((void *)(uintptr_t)b->device.to));
 }
 
+/* The same from range `n` on. */
+static moe__moves from_range(moe__moves m, const moe__moves *host, int64_t n)
+{
+    m.count -= n, m.most -= host->first[n] - host->first[0];
+    m.first += n, m.from += n, m.to += n;
+    return m;
+}
+
 /* ---- packing --------------------------------------------------------------------------------- */
 
 /* Widths that are moved 16, 4, 2 bytes at once, or one. */
@@ -85,6 +93,11 @@ static void check_pack(int64_t unit)
     host.moves = m.host;
     device = host;
     device.moves = m.device;
+    if (m.host.first && draw_chance(50)) {
+        int64_t n = draw_below(m.host.count);
+        host.moves = from_range(m.host, &m.host, n);
+        device.moves = from_range(m.device, &m.host, n);
+    }
     void *there = on_device(index, (size_t)rows * 8), *memory[MOE__COLUMNS][2];
     int64_t ranges = m.host.first ? m.host.count : 0;
     moe__window *window = host_array(ranges + 1, sizeof *window); /* the index may be outside */
@@ -203,6 +216,7 @@ END_TEST
 
 /* ---- the owner's plan ------------------------------------------------------------------------ */
 
+/* Of all experts, or without holes of those from `lo` on. */
 static void check_order(int holes)
 {
     int64_t sources = draw_in(1, 6), own = draw_in(1, 9);
@@ -214,19 +228,24 @@ static void check_order(int holes)
     T = holes ? m.most_to + draw_below(4) : rows;
     moe__plan_arrays host = host_plan(T, T, own, 1), device;
     device_plan(&device, &host);
+    int64_t lo = holes ? 0 : draw_below(own);
+    moe__plan_arrays host_view = host, device_view = device;
+    host_view.num_experts = device_view.num_experts = own - lo;
+    host_view.expert_begin += lo, device_view.expert_begin += lo;
     int64_t weight_at = 4 * draw_below(4), row_bytes = 16 + 16 * draw_below(3);
     void *x = host_array(T * row_bytes / 4, sizeof(float));
     draw_elements(x, T * row_bytes / 4, MOE_DTYPE_F32);
     moe__order_job h = {.workers = test_workers(context, 0),
-                        .plan = &host,
+                        .plan = &host_view,
                         .sources = sources,
-                        .moves = m.host,
+                        .moves = from_range(m.host, &m.host, lo * sources),
                         .holes = holes,
                         .x = x,
                         .row_bytes = row_bytes,
                         .weight_at = weight_at};
     moe__order_job d = h;
-    d.plan = &device, d.moves = m.device, d.x = on_device(x, (size_t)(T * row_bytes));
+    d.plan = &device_view, d.moves = from_range(m.device, &m.host, lo * sources),
+    d.x = on_device(x, (size_t)(T * row_bytes));
     (void)snprintf(name, sizeof name, "own %lld sources %lld holes %d", (ll)own, (ll)sources,
                    holes);
     ck_assert_int_eq(cpu_of(MOE_DTYPE_F32)->travel_order(&h), MOE_OK);

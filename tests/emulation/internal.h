@@ -278,6 +278,7 @@ cudaError_t emu_capture_legacy(struct CUstream_st *stream);
 
 void emu_record(enum emu_kind kind, const char *name, const void *stream, size_t bytes,
                 const void *to, const void *from);
+void emu_record_ran(const char *name, const void *stream);
 void emu_record_call(const struct emu_call *call);
 cudaError_t emu_fault(const char *name);
 bool emu_take_kernel_fault(void);

@@ -60,6 +60,7 @@ static void pop(struct CUstream_st *stream)
         item->record->stream = NULL;
         item->record->time = (double)now.tv_sec * 1e3 + (double)now.tv_nsec * 1e-6;
     }
+    if (item->work != NULL) emu_record_ran(item->work->name, stream);
     emu_mark_drop(item->record);
     emu_mark_drop(item->wait);
     emu_work_drop(item->work);

@@ -12,6 +12,11 @@ static struct {
     size_t count, room;
     uint64_t calls[EMU_CALL_KINDS], bytes[EMU_CALL_KINDS];
     bool on;
+    struct ran {
+        const void *stream;
+        const char *name;
+    } * ran;
+    size_t ran_count, ran_room;
 } record;
 
 static struct fault {
@@ -48,7 +53,7 @@ void emu_record_call(const struct emu_call *call)
 void emu_record_start(void)
 {
     emu_lock();
-    record.count = 0;
+    record.count = record.ran_count = 0;
     memset(record.calls, 0, sizeof record.calls);
     memset(record.bytes, 0, sizeof record.bytes);
     record.on = true;
@@ -79,6 +84,33 @@ const char *emu_kind_name(enum emu_kind kind)
         "wait",    "allocate", "free",          "allocate host", "free host",
         "object",  "graph",    "host function", "nccl"};
     return (unsigned)kind < EMU_CALL_KINDS ? names[kind] : "?";
+}
+
+/* ---- what was done ---------------------------------------------------------------------------- */
+
+void emu_record_ran(const char *name, const void *stream)
+{
+    if (!record.on) return;
+    if (record.ran_count == record.ran_room) {
+        size_t room = record.ran_room > 0 ? 2 * record.ran_room : 256;
+        struct ran *list = realloc(record.ran, room * sizeof *list);
+        if (list == NULL) abort();
+        record.ran = list;
+        record.ran_room = room;
+    }
+    record.ran[record.ran_count++] = (struct ran){stream, name};
+}
+
+size_t emu_ran(const void *stream, const char *name)
+{
+    size_t count = 0;
+    emu_lock();
+    for (size_t i = 0; i < record.ran_count; i++) {
+        const struct ran *r = &record.ran[i];
+        count += r->stream == stream && (name == NULL || strcmp(r->name, name) == 0);
+    }
+    emu_unlock();
+    return count;
 }
 
 /* ---- faults ---------------------------------------------------------------------------------- */

@@ -62,6 +62,10 @@ uint64_t emu_count(enum emu_kind kind);
 uint64_t emu_count_bytes(enum emu_kind kind);
 const char *emu_kind_name(enum emu_kind kind);
 
+/* What the stream has done since emu_record_start: kernels, products, copies and NCCL's operations,
+ * which are "nccl", with this name; NULL: all of them. */
+size_t emu_ran(const void *stream, const char *name);
+
 /* ---- faults ---------------------------------------------------------------------------------- */
 
 /* The n-th call from now (1 is the next) of the function fails with the error, a cudaError_t or

@@ -10,7 +10,8 @@ DEVICE_SUITES := check_layer check_family check_half_layer check_branches check_
 # Check suites and programs that count themselves; the latter take seeds.
 KERNEL_SUITES := check_row_kernels check_plan_kernels check_mix_kernels check_travel_kernels
 KERNEL_PROGRAMS := check_ffn_kernels check_gate_kernels check_router_gemm
-CALL_PROGRAMS := check_calls check_cuda_context check_cuda_host check_cuda_host_calls check_cuda_ranks
+CUDA_RANKS_PROGRAMS := check_cuda_ranks check_cuda_overlap check_cuda_chunks
+CALL_PROGRAMS := check_calls check_cuda_context check_cuda_host check_cuda_host_calls $(CUDA_RANKS_PROGRAMS)
 # Of libmoe_nccl, where there is nccl.h.
 COMM_PROGRAMS := $(if $(EMU_NCCL),check_comm_nccl check_comm_nccl_faults check_comm_nccl_calls \
     check_comm_nccl_layers check_comm_nccl_layer_faults)
@@ -42,7 +43,7 @@ $(EMU)/$(1)/suites/support/device/on_device.o $(EMU)/$(1)/suites/support/device/
 EMU_SUPPORT_$(1) := $$(EMU_SUPPORT:tests/%.c=$(EMU)/$(1)/suites/%.o)
 EMU_LINKED_$(1) := $$(EMU_CUDA_OBJECTS_$(1)) $(EMU_MOE) $(EMU_LIBS)
 .SECONDARY: $$(EMU_SUPPORT_$(1)) $$(EMU_CUDA_OBJECTS_$(1)) $$(DEVICE_SUITES:%=$(EMU)/$(1)/suites/%.o) \
-    $$(patsubst %,$(EMU)/$(1)/kernels/%.o,$$(KERNEL_SUITES) $$(KERNEL_PROGRAMS) $(CALL_PROGRAMS) cuda_host \
+    $$(patsubst %,$(EMU)/$(1)/kernels/%.o,$$(KERNEL_SUITES) $$(KERNEL_PROGRAMS) $(CALL_PROGRAMS) cuda_host cuda_ranks_case \
     $(COMM_PROGRAMS) $(COMM_SUPPORT) traffic_table) $$(EMU_NCCL_OBJECTS_$(1))
 $(EMU)/$(1)/suites/check_%: $(EMU)/$(1)/suites/check_%.o $$(EMU_SUPPORT_$(1)) $$(EMU_LINKED_$(1))
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) $$(EMU_LINK_$(1)) -ldl -o $$@
@@ -92,8 +93,10 @@ $(COMM_PROGRAMS:%=$(EMU)/$(1)/kernels/%): $(EMU)/$(1)/kernels/%: \
 	$$(CC) $$(LINK_$$(@F)) $$(filter %.o,$$^) $(EMU_MOE) $$(CHECK_LIBS) -L$(EMU)/lib -lnccl \
 	    $$(EMU_LINK_$(1)) -ldl -o $$@
 -include $$(EMU_NCCL_OBJECTS_$(1):.o=.d)
-$(EMU)/$(1)/kernels/check_cuda_ranks.o: EMU_CHECK_FLAGS += $(if $(EMU_NCCL),-DEMU_NCCL)
-$(EMU)/$(1)/kernels/check_cuda_ranks: $(EMU)/$(1)/kernels/check_cuda_ranks.o $(EMU)/$(1)/kernels/cuda_host.o \
+$(patsubst %,$(EMU)/$(1)/kernels/%.o,$(CUDA_RANKS_PROGRAMS) cuda_ranks_case): \
+    EMU_CHECK_FLAGS += $(if $(EMU_NCCL),-DEMU_NCCL)
+$(CUDA_RANKS_PROGRAMS:%=$(EMU)/$(1)/kernels/%): $(EMU)/$(1)/kernels/%: \
+    $(EMU)/$(1)/kernels/%.o $(EMU)/$(1)/kernels/cuda_ranks_case.o $(EMU)/$(1)/kernels/cuda_host.o \
     $(EMU)/$(1)/suites/support/device/device_world.o $(if $(EMU_NCCL),$$(EMU_NCCL_OBJECTS_$(1)) $(EMU_NCCL)) \
     $$(EMU_LINKED_$(1))
 	$$(CC) $$(filter %.o,$$^) $(EMU_MOE) $(if $(EMU_NCCL),-L$(EMU)/lib -lnccl) $$(EMU_LINK_$(1)) -ldl -o $$@

@@ -57,6 +57,8 @@ void whole_make(whole *w, int32_t kind, uint64_t number, int32_t ranks, int32_t 
     family *f = &w->f;
     family_draw(f, kind, number, dtype_of(number));
     if (!global(way)) losses_off(&f->g);
+    if (!ON_DEVICE && f->e.kind == MOE_EXPERTS_FEED_FORWARD && number % 5 == 2)
+        f->e.storage = MOE_STORAGE_PREPACKED;
     if (sliced(way)) {
         MUST(moe_comm_create_self(&w->comm, w->context));
         f->l.comm = w->comm, f->l.expert_slices = 2;
@@ -136,6 +138,9 @@ static void configure(part *p)
         l->max_received = 1 + (int64_t)(p->number + (uint64_t)p->rank) % 7;
     }
     if (way == WAY_PADDED) l->exchange = MOE_EXCHANGE_PADDED, l->padded_rows = 4 * RANKS_TOKENS;
+    static const int64_t PARTS[] = {1, 2, 3, MOE_COMM_REQUESTS};
+    if (!chunked(way) && way != WAY_PADDED && !p->node_comm)
+        l->exchange_chunks = PARTS[p->number % COUNT(PARTS)];
     if (global(way)) l->loss_batch = MOE_BATCH_GLOBAL;
     l->node_comm = p->node_comm, l->rail_comm = p->rail_comm;
 }

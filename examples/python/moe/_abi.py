@@ -192,6 +192,7 @@ class LayerConfig(Structure):
         ("reserved", c_int32),
         ("node_comm", c_void_p),
         ("rail_comm", c_void_p),
+        ("exchange_chunks", c_int64),
     ]
 
 
@@ -643,6 +644,7 @@ class CudaPassConfig(Structure):
         ("cublas", c_void_p),
         ("workspace", c_void_p),
         ("workspace_bytes", c_int64),
+        ("exchange_stream", c_void_p),
     ]
 
 

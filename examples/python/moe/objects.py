@@ -224,7 +224,7 @@ class Experts(Computing, ParameterOwner):
 class Layer(Phased, ParameterOwner):
     """Gate, experts and what surrounds them. Keywords are the fields of moe_layer_config: output,
     layer_id, shared_gate, residual_mix, dropped, parameters, and with a comm expert_slices,
-    max_received, padded_rows, exchange, received, loss_batch.
+    max_received, padded_rows, exchange, received, loss_batch, exchange_chunks.
 
     gate       None: every forward brings a plan with weights
     experts    the pool; may serve several layers
