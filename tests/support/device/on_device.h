@@ -48,9 +48,9 @@ const moe_plan_args *device_plan_args(const moe_plan_args *args);
 /* [E] of a gate. */
 const int64_t *device_counts(const moe_gate *gate, const int64_t *counts);
 
-/* What Check calls for an assertion that does not hold, on any thread; declared by check.h, for the
- * name that it uses is changed. */
-#define _ck_assert_failed device_assert_failed
+/* What Check calls for an assertion that does not hold is this program's own, on any thread. */
+void _ck_assert_failed(const char *file, int line, const char *expr, const char *msg,
+                       ...) __asm__("device_assert_failed");
 
 #ifndef MOE_TEST_ON_DEVICE_C
 #define malloc(bytes) device_malloc(bytes)
