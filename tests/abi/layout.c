@@ -277,11 +277,7 @@ OFFSET(moe_upcycle_args, dtype, 152);
 OFFSET(moe_upcycle_args, weight_layout, 156);
 OFFSET(moe_upcycle_args, write_bound, 160);
 OFFSET(moe_upcycle_args, reserved, 164);
-<<<<<<< HEAD
-SIZE(moe_layer_config, 136);
-=======
-SIZE(moe_layer_config, 128);
->>>>>>> overlap
+SIZE(moe_layer_config, 144);
 OFFSET(moe_layer_config, struct_size, 0);
 OFFSET(moe_layer_config, gate, 8);
 OFFSET(moe_layer_config, experts, 16);
@@ -302,12 +298,9 @@ OFFSET(moe_layer_config, exchange, 104);
 OFFSET(moe_layer_config, received, 108);
 OFFSET(moe_layer_config, loss_batch, 112);
 OFFSET(moe_layer_config, reserved, 116);
-<<<<<<< HEAD
 OFFSET(moe_layer_config, node_comm, 120);
 OFFSET(moe_layer_config, rail_comm, 128);
-=======
-OFFSET(moe_layer_config, exchange_chunks, 120);
->>>>>>> overlap
+OFFSET(moe_layer_config, exchange_chunks, 136);
 SIZE(moe_cost_query, 96);
 OFFSET(moe_cost_query, struct_size, 0);
 OFFSET(moe_cost_query, gate, 8);
