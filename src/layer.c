@@ -24,8 +24,8 @@ moe_status moe__pass_check_start(const moe_pass *pass, int32_t uses, const char 
     int64_t chunks = moe__ranks_chunks(pass);
     if (held + chunks <= MOE_COMM_REQUESTS) return MOE_OK;
     if (chunks > 1)
-        REFUSE(MOE_ERROR_INVALID_STATE,
-               "%d exchanges of the group are in flight, a call has %lld", (int)held, (ll)chunks);
+        REFUSE(MOE_ERROR_INVALID_STATE, "%d exchanges of the group are in flight, a call has %lld",
+               (int)held, (ll)chunks);
     /* A pass between start and finish has one, of either. */
     REFUSE(MOE_ERROR_INVALID_STATE, "%d passes of the group are between start and finish",
            MOE_COMM_REQUESTS);

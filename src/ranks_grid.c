@@ -1,8 +1,8 @@
 /* ranks_grid.c - ranks as a grid of nodes: node_comm and rail_comm of a layer, when it is made.
  *
- * Every rank has told all its number in its node (its rank in node_comm) and its node's (its rank in
- * rail_comm). These must be N L pairs, each once; and each communicator must have, at each of its
- * ranks, the rank that the grid has there, which is asked over it. */
+ * Every rank has told all its number in its node (its rank in node_comm) and its node's (its rank
+ * in rail_comm). These must be N L pairs, each once; and each communicator must have, at each of
+ * its ranks, the rank that the grid has there, which is asked over it. */
 #include "pass_state.h"
 
 #include <string.h>

@@ -1,5 +1,5 @@
-/* ranks_relay_places.c - where rows that go by way of nodes are: memory, and positions of both stages
- * (ranks_relay.c). */
+/* ranks_relay_places.c - where rows that go by way of nodes are: memory, and positions of both
+ * stages (ranks_relay.c). */
 #include "ranks_rows.h"
 
 #include <string.h>

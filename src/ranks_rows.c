@@ -6,8 +6,9 @@
  *     results   what came back, by slot; merged: in the order of the plan
  *
  * EXACT: positions are consecutive, chunk by chunk. PADDED: of each (source, owner) a block of
- * header_rows rows and padded_rows for each slot. A round takes the rows whose place among all rows of their owner is
- * in its window of `limit`. What moves rows is the backend's; where they go is found here, on the host. */
+ * header_rows rows and padded_rows for each slot. A round takes the rows whose place among all rows
+ * of their owner is in its window of `limit`. What moves rows is the backend's; where they go is
+ * found here, on the host. */
 #include "ranks_rows.h"
 
 /* ---- positions ------------------------------------------------------------------------------- */

@@ -128,7 +128,7 @@ moe__counts moe__second_counts(const moe_pass *pass);
 void moe__second_free(moe_pass *pass);
 void moe__second_trim(moe_pass *pass);
 
-/* ---- by way of nodes: ranks_relay.c, ranks_relay_places.c ------------------------------------- */
+/* ---- by way of nodes: ranks_relay.c, ranks_relay_places.c ------------------------------------ */
 
 /* Bytes of a record: the index among its block's rows, then the weight. */
 enum { MOE__RECORD = 16, MOE__RECORD_WEIGHT = 8 };
@@ -203,8 +203,8 @@ moe__moves moe__ranks_moves_here(const moe_pass *pass);
 moe_status moe__ranks_all_moves(moe_pass *pass, const int64_t *numbers, moe__moves *moves);
 /* What came back in the round, to where all of it meets. */
 moe_status moe__ranks_collect(moe_pass *pass, int64_t row_bytes);
-/* Makes `back_rows`, in the order of the plan, of what has been collected: slices are added. `width`
- * elements of a row, and a real at real_at or -1. */
+/* Makes `back_rows`, in the order of the plan, of what has been collected: slices are added.
+ * `width` elements of a row, and a real at real_at or -1. */
 moe_status moe__ranks_merge(moe_pass *pass, int64_t row_bytes, int64_t width, int64_t real_at);
 
 #endif

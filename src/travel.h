@@ -1,5 +1,5 @@
-/* travel.h - jobs of rows that travel between ranks. As of all jobs, plain fields are the host's and
- * arrays are in the backend's memory. src/cpu/travel.c, cuda/travel.cu
+/* travel.h - jobs of rows that travel between ranks. As of all jobs, plain fields are the host's
+ * and arrays are in the backend's memory. src/cpu/travel.c, cuda/travel.cu
  *
  *     pack     this rank's rows to the owners' positions; results to the positions of arrival
  *     order    the owner's plan of what came

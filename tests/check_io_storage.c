@@ -1,5 +1,5 @@
-/* check_io_storage.c - files of layers in every storage mode: the same bytes, and what comes back is
- * the same; values of an optimizer in opaque order. */
+/* check_io_storage.c - files of layers in every storage mode: the same bytes, and what comes back
+ * is the same; values of an optimizer in opaque order. */
 #include "support/files.h"
 #include "support/storage_unit.h"
 #include "support/suite.h"

@@ -1,8 +1,9 @@
 /* moe/nccl.h - a group of ranks over NCCL.
  *
- * In the library libmoe_nccl (pkg-config moe-nccl), which needs NCCL 2.18 or newer, the CUDA runtime
- * and libmoe_cuda; this header needs none of them: handles are void *. What newer versions of NCCL
- * have is looked up when a communicator is made, so that the host decides which one is loaded.
+ * In the library libmoe_nccl (pkg-config moe-nccl), which needs NCCL 2.18 or newer, the CUDA
+ * runtime and libmoe_cuda; this header needs none of them: handles are void *. What newer versions
+ * of NCCL have is looked up when a communicator is made, so that the host decides which one is
+ * loaded.
  *
  *   ranks       those of an ncclComm_t of the host, in its order; its device is the context's. The
  *               host's communicator is never aborted, revoked, finalised or destroyed: with

@@ -194,8 +194,8 @@ MOE_API void moe_pass_destroy(moe_pass *pass);
  * experts a token (MOE_FROM_CONFIG: the gate's; a pass without a gate needs the K of the plans, or
  * 1 where there are none), so that no forward or backward up to that size allocates; on several
  * ranks without max_received, with rail_comm, with MOE_RECEIVED_DROP_SCORE and for
- * MOE_SECONDARY_WITH_GROUP, memory for other ranks' rows is allocated when they come. Memory shrinks
- * by moe_pass_trim only. What the pass held is lost: a backward needs a new forward.
+ * MOE_SECONDARY_WITH_GROUP, memory for other ranks' rows is allocated when they come. Memory
+ * shrinks by moe_pass_trim only. What the pass held is lost: a backward needs a new forward.
  * Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_OVERFLOW, MOE_ERROR_OUT_OF_MEMORY or
  * MOE_ERROR_BUFFER_TOO_SMALL; on error the pass is as it was. Since 0.1. */
 MOE_API moe_status moe_pass_reserve(moe_pass *pass, int64_t max_tokens, int64_t max_groups,

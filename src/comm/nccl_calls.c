@@ -89,8 +89,8 @@ int32_t moe__nccl_settle(moe__nccl_group *g, double deadline)
     }
 }
 
-/* After a wait that ended early: between ranks that have met, what is in progress is over soon, and an
- * owned communicator is when it is revoked or gone. */
+/* After a wait that ended early: between ranks that have met, what is in progress is over soon, and
+ * an owned communicator is when it is revoked or gone. */
 static bool settles_soon(moe__nccl_group *g)
 {
     double begin = moe__nccl_seconds(), waited = 0;

@@ -152,8 +152,9 @@ void moe__nccl_unequip(moe__nccl_group *g)
 
 /* ---- what is under way ----------------------------------------------------------------------- */
 
-/* A device that failed does nothing any more. Later exchanges run after earlier ones, whatever their
- * streams, so that one event stands for all. The host's stream is not asked: it may be captured. */
+/* A device that failed does nothing any more. Later exchanges run after earlier ones, whatever
+ * their streams, so that one event stands for all. The host's stream is not asked: it may be
+ * captured. */
 static bool is_idle(const moe__nccl_group *g)
 {
     bool own = g->own_stream && g->stream;

@@ -1,8 +1,8 @@
 /* nccl_frames.c - rows of host memory in rounds.
  *
  * In round 0 every rank sends every other a frame of one size: a note of what it sends and expects,
- * and as many bytes of the rows as fit. Where NCCL has an all-to-all that is one, and the rank's own
- * frame, a note alone, is among them. Only when the notes agree do later rounds follow, whose
+ * and as many bytes of the rows as fit. Where NCCL has an all-to-all that is one, and the rank's
+ * own frame, a note alone, is among them. Only when the notes agree do later rounds follow, whose
  * sizes both sides then know, a piece of each pair at a time:
  *
  *   round 0                 round 1            round 2

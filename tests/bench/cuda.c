@@ -6,8 +6,8 @@
  * Every round times, one after the other on one stream: the layer's forward, its backward (dx and
  * all gradients), the dense forward x W1 W2 with a hidden width of K F and the dense backward (two
  * products for each). Medians of the rounds are printed: milliseconds, TFLOP/s by the products that
- * a layer of this shape has, and time over dense time. Then every kernel of one step by itself. Of a
- * model that does not fit the memory, experts are left out. Numbers of one run compare with each
+ * a layer of this shape has, and time over dense time. Then every kernel of one step by itself. Of
+ * a model that does not fit the memory, experts are left out. Numbers of one run compare with each
  * other; nothing is asserted. */
 #include "cuda.h"
 
@@ -234,7 +234,8 @@ static void backward(sparse *l)
 
 /* ---- the dense chain ------------------------------------------------------------------------- */
 
-/* x [T,D], W1 [D,Z], z [T,Z], W2 [H,D], y [T,D]; H = K F, Z = H or, gated, 2 H; h is the front of z. */
+/* x [T,D], W1 [D,Z], z [T,Z], W2 [H,D], y [T,D]; H = K F, Z = H or, gated, 2 H; h is the front of
+ * z. */
 typedef struct dense {
     cublasHandle_t handle;
     void *x, *w1, *z, *w2, *y, *dw1, *dw2, *dz, *workspace;
@@ -267,8 +268,8 @@ static void drop_dense(dense *d)
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) CUDA(cudaFree(memory[i]));
 }
 
-/* c [rows,cols] = a b, row-major: cuBLAS, which counts by columns, gets them exchanged. With ta, a is
- * stored [depth,rows]; with tb, b is stored [cols,depth]. */
+/* c [rows,cols] = a b, row-major: cuBLAS, which counts by columns, gets them exchanged. With ta, a
+ * is stored [depth,rows]; with tb, b is stored [cols,depth]. */
 static void multiply(const dense *d, int rows, int cols, int depth, const void *a, int ld_a, int ta,
                      const void *b, int ld_b, int tb, void *c, int ld_c)
 {

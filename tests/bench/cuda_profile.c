@@ -1,8 +1,8 @@
 /* cuda_profile.c - the time of each kernel of a step, with the bytes it cannot do without.
  *
- * The program is linked with -Wl,--wrap for the launch of the runtime and the products of cuBLAS, so
- * that libmoe_cuda.a is measured as it is. Bytes are floors: every array that a kernel needs, once,
- * whatever it reads twice. Of a product they are its operands and its result. */
+ * The program is linked with -Wl,--wrap for the launch of the runtime and the products of cuBLAS,
+ * so that libmoe_cuda.a is measured as it is. Bytes are floors: every array that a kernel needs,
+ * once, whatever it reads twice. Of a product they are its operands and its result. */
 #include "cuda.h"
 
 #include <cublas_v2.h>

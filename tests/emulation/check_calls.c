@@ -1,6 +1,7 @@
-/* check_calls.c - what a layer on a GPU calls of CUDA, and when: no wait and no copy in padded mode,
- * one wait in exact mode, nothing allocated once it runs, the caller's stream and device, capture,
- * failures of any call, memory that the host may not touch, two devices, destruction in mid-work.
+/* check_calls.c - what a layer on a GPU calls of CUDA, and when: no wait and no copy in padded
+ * mode, one wait in exact mode, nothing allocated once it runs, the caller's stream and device,
+ * capture, failures of any call, memory that the host may not touch, two devices, destruction in
+ * mid-work.
  *
  * Memory is cudaMalloc's and shut for the host throughout: no alloc callbacks, nothing managed. It
  * ends with a table of launches. */

@@ -1,6 +1,6 @@
-/* check_comm_nccl.c - groups over the fake NCCL: the collectives with host and device memory, ordered
- * and waited for, in graphs; every kind of communicator; who may be destroyed when. Failures are in
- * check_comm_nccl_faults.c. */
+/* check_comm_nccl.c - groups over the fake NCCL: the collectives with host and device memory,
+ * ordered and waited for, in graphs; every kind of communicator; who may be destroyed when.
+ * Failures are in check_comm_nccl_faults.c. */
 #include "comm_nccl_case.h"
 #include "support/ranks_asked.h"
 #include "support/suite.h"

@@ -1,5 +1,5 @@
-/* check_comm_nccl_calls.c - every call of NCCL and of CUDA that a group makes fails in turn, and groups
- * are given up from another thread: all waits end, nothing is left. */
+/* check_comm_nccl_calls.c - every call of NCCL and of CUDA that a group makes fails in turn, and
+ * groups are given up from another thread: all waits end, nothing is left. */
 #include "comm_nccl_case.h"
 #include "support/suite.h"
 
@@ -13,7 +13,7 @@
 static const double SHORT = 0.25;
 static int how; /* of the test, before its ranks start */
 
-/* ---- calls that fail in turn ------------------------------------------------------------------ */
+/* ---- calls that fail in turn ----------------------------------------------------------------- */
 
 static const char *function; /* whose n-th call fails */
 static int number;

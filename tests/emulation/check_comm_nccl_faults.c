@@ -225,8 +225,8 @@ static void body_absent_device(struct rank_case *r)
     free_rows(r, &m);
 }
 
-/* Of a communicator of the host that is still in progress it is never known when NCCL has let go: the
- * memory, streams and events of both ranks stay. */
+/* Of a communicator of the host that is still in progress it is never known when NCCL has let go:
+ * the memory, streams and events of both ranks stay. */
 START_TEST(test_absent_in_progress)
 {
     how = NOT_BLOCKING;
@@ -253,7 +253,7 @@ START_TEST(test_absent)
 }
 END_TEST
 
-/* ---- errors of NCCL that come later ----------------------------------------------------------- */
+/* ---- errors of NCCL that come later ---------------------------------------------------------- */
 
 static void body_async_error(struct rank_case *r)
 {
@@ -334,7 +334,7 @@ START_TEST(test_errors_that_come_later)
 }
 END_TEST
 
-/* ---- ranks that disagree ---------------------------------------------------------------------- */
+/* ---- ranks that disagree --------------------------------------------------------------------- */
 
 /* One row for each rank, but rank 1 has two for rank 0, or wider ones for all. */
 static void disagree(struct rank_case *r, int64_t row_bytes, int64_t wider, int64_t more)

@@ -1,7 +1,7 @@
-/* check_comm_nccl_layer_faults.c - whole layers over the fake NCCL when one rank fails, at every call of
- * a step in turn: a call that fails, an error that comes later, a rank that stays silent, gives up or
- * dies. Every call returns, nothing is left when the host has aborted its communicator, and only the
- * host does that. */
+/* check_comm_nccl_layer_faults.c - whole layers over the fake NCCL when one rank fails, at every
+ * call of a step in turn: a call that fails, an error that comes later, a rank that stays silent,
+ * gives up or dies. Every call returns, nothing is left when the host has aborted its communicator,
+ * and only the host does that. */
 #include "layer_nccl_case.h"
 #include "support/suite.h"
 

@@ -1,6 +1,6 @@
-/* check_comm_nccl_layers.c - layers over the fake NCCL, ranks as threads and as processes: the bytes of
- * one device, and what all ranks ask of NCCL: every send has its receive, in the same order, and all
- * have the same collectives. Failures are in check_comm_nccl_layer_faults.c. */
+/* check_comm_nccl_layers.c - layers over the fake NCCL, ranks as threads and as processes: the
+ * bytes of one device, and what all ranks ask of NCCL: every send has its receive, in the same
+ * order, and all have the same collectives. Failures are in check_comm_nccl_layer_faults.c. */
 #include "layer_nccl_case.h"
 #include "support/ranks_asked.h"
 #include "support/suite.h"
@@ -97,8 +97,8 @@ static bool is(const struct emu_call *call, const char *name)
     return strcmp(call->name, name) == 0;
 }
 
-/* What is of a pair: what `rank` sends to `peer` or receives from it, and its collectives, which are
- * everybody's. The next from *at on; NULL at the end. */
+/* What is of a pair: what `rank` sends to `peer` or receives from it, and its collectives, which
+ * are everybody's. The next from *at on; NULL at the end. */
 static const struct emu_call *next_of(const struct emu_call *list, size_t count, size_t *at,
                                       int rank, int peer, bool sends)
 {

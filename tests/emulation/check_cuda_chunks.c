@@ -23,7 +23,7 @@ static void test_the_same_bytes_in_chunks(void)
         }
 }
 
-/* ---- what runs meanwhile ---------------------------------------------------------------------- */
+/* ---- what runs meanwhile --------------------------------------------------------------------- */
 
 /* Up to the n-th wait of the stream from call number `from` on: work of any kind, and products
  * after the wait before that. */

@@ -1,10 +1,10 @@
-/* check_cuda_host_calls.c - what a call on a GPU can be given, against the CPU: plans of every kind, gates
- * that count, bound parameters, cuBLAS and memory of the host. */
+/* check_cuda_host_calls.c - what a call on a GPU can be given, against the CPU: plans of every
+ * kind, gates that count, bound parameters, cuBLAS and memory of the host. */
 #include "cuda_host.h"
 
 #include <unistd.h>
 
-/* ---- everything a call can be given, against the CPU ------------------------------------------ */
+/* ---- everything a call can be given, against the CPU ----------------------------------------- */
 
 /* Arrays in the memory of a context. */
 typedef struct place {

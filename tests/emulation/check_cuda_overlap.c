@@ -82,7 +82,8 @@ static void test_branches_run_while_rows_travel(void)
 }
 
 /* Exact rows need words of all ranks first, so that what CUDA was told has to do: the rows' own
- * stream, work on the call's, a wait there. Waits of rank s's streams, and work between the exchanges and the next wait of its stream. */
+ * stream, work on the call's, a wait there. Waits of rank s's streams, and work between the
+ * exchanges and the next wait of its stream. */
 static void read_order(const seat *s, int waits[2], int *exchanges, int *between)
 {
     const struct emu_call *list;

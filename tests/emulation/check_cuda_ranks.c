@@ -1,6 +1,6 @@
-/* check_cuda_ranks.c - a layer whose ranks are on devices of their own: the bytes of one device that
- * has all, in memory that the host may not touch; what it calls and waits for; captures; calls that
- * are refused, that do not fit, and transports that fail. */
+/* check_cuda_ranks.c - a layer whose ranks are on devices of their own: the bytes of one device
+ * that has all, in memory that the host may not touch; what it calls and waits for; captures; calls
+ * that are refused, that do not fit, and transports that fail. */
 #include "cuda_ranks_case.h"
 
 #include <time.h>

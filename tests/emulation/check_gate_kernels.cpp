@@ -1,8 +1,8 @@
 /* check_gate_kernels.cpp - the gate's CUDA slots against the CPU's plain ones, on random jobs.
  *
- * A job is laid out three times with the same offsets: for the CPU, on the device, and for what comes
- * back. Routing is compared bit for bit, losses to 1e-12 and gradients to 1e-5 of the largest. Rows
- * of plans and the sum of a hierarchical gate's rows are the CPU's here too.
+ * A job is laid out three times with the same offsets: for the CPU, on the device, and for what
+ * comes back. Routing is compared bit for bit, losses to 1e-12 and gradients to 1e-5 of the
+ * largest. Rows of plans and the sum of a hierarchical gate's rows are the CPU's here too.
  *   check_gate_kernels [first seed] [number of jobs] */
 #include "backend_cuda.h"
 #include "route.h"

@@ -33,8 +33,8 @@ static void abort_comm(struct rank_case *r)
 
 enum { N = 8 };
 
-/* What has come of an all-to-all that is pending: the blocks of the ranks that are there, or of none
- * where it moves as a whole. */
+/* What has come of an all-to-all that is pending: the blocks of the ranks that are there, or of
+ * none where it moves as a whole. */
 static void check_blocks(struct rank_case *r, const float *y, bool whole)
 {
     float got[16 * N];

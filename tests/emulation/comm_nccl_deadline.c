@@ -1,5 +1,5 @@
-/* comm_nccl_deadline.c - a shorter deadline than a group was made with, which a busy machine may need
- * to make it. The only file of the tests that looks into a group. */
+/* comm_nccl_deadline.c - a shorter deadline than a group was made with, which a busy machine may
+ * need to make it. The only file of the tests that looks into a group. */
 #include "comm/nccl_internal.h"
 
 void shorten(moe_comm *comm, double timeout);

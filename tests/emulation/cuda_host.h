@@ -1,5 +1,5 @@
-/* cuda_host.h - what the suites of a host on a GPU share: a small layer, arrays in plain device memory,
- * the same step on the CPU, cases by name. */
+/* cuda_host.h - what the suites of a host on a GPU share: a small layer, arrays in plain device
+ * memory, the same step on the CPU, cases by name. */
 #ifndef MOE_TEST_CUDA_HOST_H
 #define MOE_TEST_CUDA_HOST_H
 

@@ -294,7 +294,7 @@ void run_step(seat *s)
     GOOD(losses_at(s));
 }
 
-/* ---- calls in turn, and what was done ---------------------------------------------------------- */
+/* ---- calls in turn, and what was done -------------------------------------------------------- */
 
 pthread_barrier_t meeting;
 

@@ -84,7 +84,7 @@ void compare(group *g);
 /* Numbers of devices are the same bytes. */
 void same(const float *a, const float *b, size_t count);
 
-/* ---- calls in turn, and what was done ---------------------------------------------------------- */
+/* ---- calls in turn, and what was done -------------------------------------------------------- */
 
 /* For g->run, where all ranks meet. */
 extern pthread_barrier_t meeting;

@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- what kernels need of other files; weak, for those may be linked too ---------------------- */
+/* ---- what kernels need of other files; weak, for those may be linked too --------------------- */
 
 __attribute__((weak)) moe_status moe__cuda_status(cudaError_t error, const moe__workers *workers,
                                                   const char *what)

@@ -42,8 +42,8 @@ struct named_body {
  * list ends with a NULL. MOE_VERBOSE=1 prints how long each took. The program's status. */
 int run_bodies(int argc, char **argv, const char *suite, const struct named_body *bodies);
 
-/* What run_bodies is made of: the failures of all ranks; the status of a program that was called with
- * "--rank" and five arguments more. */
+/* What run_bodies is made of: the failures of all ranks; the status of a program that was called
+ * with "--rank" and five arguments more. */
 int on_threads(int ranks, rank_body *body);
 int on_processes(int ranks, const struct named_body *body);
 int run_as_rank(char **argv, const struct named_body *bodies);

@@ -40,8 +40,8 @@ void emu_nccl_delay(int rank, int n, int milliseconds);
  * asked n times; -1, as it is at the start: a call that waits for others once, others now and then
  * by the seed; 0: only as long as it waits for others. */
 void emu_nccl_polls(int n);
-/* An all-to-all moves nothing before all ranks have begun it; else, as with NCCL, whose all-to-all is a
- * send and a receive of each pair, what two ranks have for each other once both have. */
+/* An all-to-all moves nothing before all ranks have begun it; else, as with NCCL, whose all-to-all
+ * is a send and a receive of each pair, what two ranks have for each other once both have. */
 void emu_nccl_whole(int on);
 /* Several ranks may have one device, as on several nodes. */
 void emu_nccl_share_device(int allowed);

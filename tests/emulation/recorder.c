@@ -86,7 +86,7 @@ const char *emu_kind_name(enum emu_kind kind)
     return (unsigned)kind < EMU_CALL_KINDS ? names[kind] : "?";
 }
 
-/* ---- what was done ---------------------------------------------------------------------------- */
+/* ---- what was done --------------------------------------------------------------------------- */
 
 void emu_record_ran(const char *name, const void *stream)
 {

@@ -1,10 +1,10 @@
 /* traffic_table.c - what each kernel of a layer's step moves, over what it must: make cuda-traffic.
  *
  * Moved are the distinct 32-byte sectors of a launch, read and written. The floor of a kernel is a
- * formula of its arrays in the shape: T tokens, K entries of each, N = T K, R = N rows, E experts, D
- * and F widths, s bytes of an element; index arrays have 8 bytes a number, ids 4, floats of the
- * router 4. Kernels without a formula, which touch arrays of [E] or [N] alone, are listed with their
- * bytes. */
+ * formula of its arrays in the shape: T tokens, K entries of each, N = T K, R = N rows, E experts,
+ * D and F widths, s bytes of an element; index arrays have 8 bytes a number, ids 4, floats of the
+ * router 4. Kernels without a formula, which touch arrays of [E] or [N] alone, are listed with
+ * their bytes. */
 #include "recorder.h"
 
 #include <moe/cuda.h>

@@ -1,5 +1,5 @@
-/* crew.h - small layers on ranks that are threads, of a world or over NCCL (MOE_TEST_NCCL), each with a
- * function of the test. */
+/* crew.h - small layers on ranks that are threads, of a world or over NCCL (MOE_TEST_NCCL), each
+ * with a function of the test. */
 #ifndef TESTS_SUPPORT_CREW_H
 #define TESTS_SUPPORT_CREW_H
 
@@ -48,8 +48,9 @@ struct member {
 
 /* Runs every rank; members[ranks] keep what the test has put there. */
 void crew_run(crew *c, member *members);
-/* Makes gate, pool, layer (E experts over all ranks in order, K 2, f64 or on a device f32, parameters drawn) and pass;
- * configure changes configs first. Returns the status of moe_layer_create. */
+/* Makes gate, pool, layer (E experts over all ranks in order, K 2, f64 or on a device f32,
+ * parameters drawn) and pass; configure changes configs first. Returns the status of
+ * moe_layer_create. */
 moe_status member_make(member *m, int64_t experts);
 /* Keeps status and moe_last_error(). */
 moe_status member_note(member *m, moe_status status);

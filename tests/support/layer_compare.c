@@ -61,8 +61,8 @@ static int complain(const layer_run *r, const char *name, int64_t i, double got,
 
 /* Largest allowed error of a layer of 16 bits against the reference on the same rounded inputs, in
  * units u, half an ulp of 1: 2^-8 in bf16, 2^-11 in f16. Of the tensor as a whole, the root of the
- * sum of squares against that of the reference; of one element, 4 times as much of its magnitude and
- * the tensor's root mean square together.
+ * sum of squares against that of the reference; of one element, 4 times as much of its magnitude
+ * and the tensor's root mean square together.
  *
  * An element of y has been rounded four or five times on its way (z1, z3, h, out, y), in random
  * directions; a gradient twice as often, and it multiplies what was rounded. What is f32 in such a

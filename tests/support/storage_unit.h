@@ -45,8 +45,8 @@ typedef struct storage_unit {
 /* A small pool of odd sizes: E 4, D 37, F 45, O 70, with biases; T 33 tokens of 2 experts each. */
 moe_experts_config storage_config(int32_t activation, int32_t storage, int32_t dtype);
 
-/* Makes pool (parameters drawn from `seed`), pass and batch; context NULL: the defaults. e->parameters
- * is set by `where`. */
+/* Makes pool (parameters drawn from `seed`), pass and batch; context NULL: the defaults.
+ * e->parameters is set by `where`. */
 void storage_unit_make(storage_unit *u, const moe_context_config *context,
                        const moe_experts_config *e, int32_t where, uint64_t seed);
 void storage_unit_free(storage_unit *u);

@@ -131,8 +131,8 @@ moe_status moe__kernel_twin_replay(moe__kernel_twin *t);
 #define MOE__KERNEL_TWIN_OPEN(...) __VA_ARGS__
 #define MOE__KERNEL_TWIN_ONE(v, slot, parameters, arguments) +1
 
-/* A slot that is forgotten above is found here: all are there but `name`, `worker_bytes`, and the two
- * of blocks, which the host's memory does not need. */
+/* A slot that is forgotten above is found here: all are there but `name`, `worker_bytes`, and the
+ * two of blocks, which the host's memory does not need. */
 _Static_assert(sizeof(moe__backend) == (4 MOE__KERNEL_TWIN_SLOTS(MOE__KERNEL_TWIN_ONE, unused)
                                             MOE__KERNEL_TWIN_ALONE(MOE__KERNEL_TWIN_ONE, unused)) *
                                            sizeof(const char *),

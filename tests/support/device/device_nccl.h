@@ -26,8 +26,8 @@ typedef struct device_nccl {
 void device_nccl_open(device_nccl *n, int32_t ranks);
 /* On the rank's thread, with all others: the communicator; NULL on an error. */
 moe_comm *device_nccl_connect(device_nccl *n, moe_context *context, int32_t rank, double timeout);
-/* On every rank's thread, before its objects go: after a failure of any rank NCCL's communicators are
- * aborted, so that nothing is under way. */
+/* On every rank's thread, before its objects go: after a failure of any rank NCCL's communicators
+ * are aborted, so that nothing is under way. */
 void device_nccl_leave(device_nccl *n, int32_t rank, moe_comm *comm);
 /* When the groups are gone. */
 void device_nccl_close(device_nccl *n);

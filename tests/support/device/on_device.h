@@ -29,8 +29,8 @@ moe_status device_finished(moe_status status);
 /* The stream that calls run on. */
 void *device_stream(void);
 void *device_stream_for(void *given); /* that, or the former for NULL */
-/* From now on this thread is a rank: what it makes is on the device, with a stream of its own there;
- * and again on the one that all have. */
+/* From now on this thread is a rank: what it makes is on the device, with a stream of its own
+ * there; and again on the one that all have. */
 void device_take_stream(int device);
 void device_give_stream(void);
 
