@@ -35,9 +35,9 @@
  *               a stream waits until the host aborts its communicator
  *   memory      4 to 8 MiB of device memory by cudaMalloc and as much pinned memory, up to 1024
  *               ranks or so; allocated at creation, nothing after that. After a failure none is
- *               freed before the work that may touch it is known to be done: until then it stays. Rows
- *               of device memory that are under way are counted in moe_comm_pending_bytes; rows of
- *               host memory are copies in the group's own. If a non-blocking communicator of the
+ *               freed before the work that may touch it is known to be done: until then it stays.
+ *               Rows of device memory that are under way are counted in moe_comm_pending_bytes;
+ *               rows of host memory are copies in the group's own. If a non-blocking communicator of the
  *               host is still in progress at a deadline, the end is never known, and it stays for
  *               good
  *   ending      moe_comm_destroy waits for what this rank has put on streams, and with `duplicate`

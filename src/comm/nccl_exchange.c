@@ -279,7 +279,7 @@ void moe__nccl_missing(void *user, void *request, uint8_t *missing)
     if (!x->on_host || x->round > 0 || g->size == 1 || !moe__nccl_enter(g, &scope)) return;
     bool seen = look(g, x);
     moe__nccl_leave(&scope);
-    /* An all-to-all that has not even brought this rank its own frame tells nothing of the others. */
+    /* An all-to-all that has not even brought this rank its own frame tells nothing of others. */
     if (x->together && g->size > 2)
         seen = seen && moe__nccl_has_come(x, g->peek + x->recv_at[g->rank]);
     for (int32_t p = 0; p < g->size && seen; p++)

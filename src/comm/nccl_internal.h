@@ -46,8 +46,8 @@ typedef struct moe__nccl_exchange {
     int64_t *send_at, *send_bytes, *recv_at, *recv_bytes; /* [P] */
     char *pinned_send, *pinned_recv, *staged_send, *staged_recv;
     cudaEvent_t done;
-    bool on_host; /* rows of host memory */
-    bool together; /* their first round is one ncclAlltoAll, else a send and a receive of each pair */
+    bool on_host;  /* rows of host memory */
+    bool together; /* their first round is one ncclAlltoAll, else sends and receives */
     bool recorded; /* done tells when the round is over; else nothing was put on the stream */
     bool bad;      /* not all of it could be put there */
     bool active;

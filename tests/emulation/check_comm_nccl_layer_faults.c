@@ -261,7 +261,6 @@ END_TEST
 int main(int argc, char **argv)
 {
     begin_program();
-    device_seconds = 2 * SHORT;
     if (argc == 7 && strcmp(argv[1], "--rank") == 0) return run_told(argv);
     Suite *suite = suite_create("comm_nccl_layer_faults");
     TCase *tcase = tcase_create("faults"), *dying = tcase_create("dying");

@@ -34,15 +34,13 @@ void make_nccl(struct rank_case *r, int how)
     }
 }
 
-double device_seconds = 20;
-
 moe_context *context_of_rank(struct rank_case *r)
 {
     moe_cuda_config config;
     moe_context *context = NULL;
     GOOD(moe_cuda_config_init(&config, sizeof config));
     config.device = r->rank % 8;
-    config.wait_seconds = device_seconds;
+    config.wait_seconds = 20;
     config.cublas_workspace_bytes = 1 << 18; /* the emulator fills it */
     GOOD(moe_cuda_context_create(&context, &config));
     return context;

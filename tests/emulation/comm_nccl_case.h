@@ -44,13 +44,12 @@ void begin_program(void);
 
 /* The host's communicator, without any connection. */
 void make_nccl(struct rank_case *r, int how);
-/* A context on the rank's device, which waits for it as long. */
-extern double device_seconds;
+/* A context on the rank's device. */
 moe_context *context_of_rank(struct rank_case *r);
 /* Both, and the config of a group; then the group. */
 void prepare(struct rank_case *r, rank_comm *c, int how, double timeout);
 void join(struct rank_case *r, rank_comm *c, int how, double timeout);
-/* From now on no call of the group waits longer. */
+/* From now on no call of the group waits longer, and twice as long for the device. */
 void shorten(moe_comm *comm, double timeout);
 /* The end of all of it, the host's communicator aborted or destroyed. */
 void leave(struct rank_case *r, rank_comm *c);

@@ -43,7 +43,8 @@ double layer_step(struct rank_case *r, rank_layer *l);
 /* Not the group. Nothing is under way. */
 void free_layer(struct rank_case *r, rank_layer *l);
 
-/* y, dx, the gradients of experts and of the gate and the norm of a step are those of one device. */
+/* y, dx, the gradients of experts and of the gate and the norm of a step are those of one
+ * device. */
 void compare_with_one(struct rank_case *r, const rank_layer *l, double squared);
 
 #endif
