@@ -10,39 +10,38 @@
  *               `duplicate` the group has a communicator of its own, split off it
  *   rows        device memory is sent by grouped ncclSend and ncclRecv on the exchange's stream,
  *               without a copy, and to itself by cudaMemcpyAsync; pairs of ranks without rows send
- *               nothing. Host memory goes through staging of the group, on a stream of its own, with
- *               a note of what is sent and expected: another number of rows or bytes than expected
- *               is found on both sides, and every pair of ranks meets in it. Rows of device memory
- *               have no note: counts must have been agreed on before
- *   waiting     on the host by asking an event and ncclCommGetAsyncError until the deadline; nothing
- *               is synchronised. Host memory of more than about 256 KiB / P for one rank goes in
- *               rounds, and all but the last are waited for where the exchange is started. Ordered
- *               exchanges wait for nothing, except that a non-blocking communicator is asked until
- *               it has put the work on the stream
- *   capture     ordered exchanges may be captured in a graph; capture is a collective property: all
- *               ranks capture the same ones, and connections must have been made. An exchange
- *               that would wait is refused with
- *               MOE_ERROR_INVALID_STATE if its stream is being captured; nothing is sent then and
- *               the group goes on
- *   missing     after the deadline of host memory those ranks are named from which nothing has come.
- *               The silent ones are among them; since NCCL serves peers in turns, one that waits
- *               behind a silent rank may be named as well. Of device memory and of rounds after the
- *               first they are not known
- *   failure     is not symmetric: NCCL tells no other rank that one gave up. The others find out at
- *               their own deadline, or by an error of NCCL. moe_comm_abort ends the waits of this
- *               rank alone. With `duplicate` it also revokes the group's communicator (aborts it,
- *               before NCCL 2.28.7), so that streams go on, with rows that are undefined; without,
- *               a stream waits until the host aborts its communicator
+ *               nothing. Host memory goes through staging of the group, on a stream of its own,
+ *               with a note of what is sent and expected: another number of rows or bytes than
+ *               expected is found on both sides, and every pair of ranks meets in it. Rows of
+ *               device memory have no note: counts must have been agreed on before
+ *   waiting     on the host by asking an event and ncclCommGetAsyncError until the deadline;
+ *               nothing is synchronised. Host memory of more than about 256 KiB / P for one rank
+ *               goes in rounds, and all but the last are waited for where the exchange is started.
+ *               Ordered exchanges wait for nothing, except that a non-blocking communicator is
+ *               asked until it has put the work on the stream
+ *   capture     ordered exchanges may be captured in a graph; capture is a collective property:
+ *               all ranks capture the same ones, and connections must have been made. An exchange
+ *               that would wait is refused with MOE_ERROR_INVALID_STATE if its stream is being
+ *               captured; nothing is sent then and the group goes on
+ *   missing     after the deadline of host memory those ranks are named from which nothing has
+ *               come. The silent ones are among them; since NCCL serves peers in turns, one that
+ *               waits behind a silent rank may be named as well. Of device memory and of rounds
+ *               after the first they are not known
+ *   failure     is not symmetric: NCCL tells no other rank that one gave up. The others find out
+ *               at their own deadline, or by an error of NCCL. moe_comm_abort ends the waits of
+ *               this rank alone. With `duplicate` it also revokes the group's communicator (aborts
+ *               it, before NCCL 2.28.7), so that streams go on, with rows that are undefined;
+ *               without, a stream waits until the host aborts its communicator
  *   memory      4 to 8 MiB of device memory by cudaMalloc and as much pinned memory, up to 1024
  *               ranks or so; allocated at creation, nothing after that. After a failure none is
  *               freed before the work that may touch it is known to be done: until then it stays.
  *               Rows of device memory that are under way are counted in moe_comm_pending_bytes;
- *               rows of host memory are copies in the group's own. If a non-blocking communicator of the
- *               host is still in progress at a deadline, the end is never known, and it stays for
- *               good
+ *               rows of host memory are copies in the group's own. If a non-blocking communicator
+ *               of the host is still in progress at a deadline, the end is never known, and it
+ *               stays for good
  *   ending      moe_comm_destroy waits for what this rank has put on streams, and with `duplicate`
- *               for the other ranks to destroy theirs, since NCCL finalises together; no longer than
- *               the timeout. Graphs that have been captured must not run any more
+ *               for the other ranks to destroy theirs, since NCCL finalises together; no longer
+ *               than the timeout. Graphs that have been captured must not run any more
  *   order       NCCL serves exchanges of a communicator in the order of the calls, whatever their
  *               streams; the host's own calls on a borrowed communicator are between them, in the
  *               same places on every rank
@@ -70,8 +69,9 @@ typedef struct moe_nccl_config {
     int32_t duplicate; /* 1: a communicator of the group's own (ncclCommSplit of all ranks, without
                           shared resources, non-blocking); default 0 */
     int32_t warm_up;   /* 1 (default): every rank meets every other at creation. 0: the first
-                          exchange makes the connections, and on a blocking communicator it blocks in
-                          NCCL, whatever the deadline, for as long as a rank does not come */
+                          exchange makes the connections, and on a blocking communicator it
+                          blocks in NCCL, whatever the deadline, for as long as a rank does not
+                          come */
 } moe_nccl_config;
 
 /* Writes every default and the caller's size. Returns as moe_context_config_init. Since 0.1. */
@@ -94,8 +94,8 @@ MOE_API moe_status moe_nccl_config_init(moe_nccl_config *config, size_t size);
  *   MOE_ERROR_TRANSPORT         NCCL failed, with its words, or another rank has another version of
  *                               this library
  *   MOE_ERROR_DEVICE            CUDA failed; the message has its words
- *   MOE_ERROR_NOT_SUPPORTED     NCCL is older than moe_nccl_oldest_version: the message has both; or
- *                               libmoe is of another version
+ *   MOE_ERROR_NOT_SUPPORTED     NCCL is older than moe_nccl_oldest_version: the message has both;
+ *                               or libmoe is of another version
  *   MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_SYSTEM (no thread) or an error of the struct's size
  * A rank that fails before the ranks meet does not tell the others. Since 0.1. */
 MOE_API moe_status moe_comm_create_nccl(moe_comm **comm, moe_context *context,
