@@ -30,7 +30,7 @@ typedef struct moe__window {
 
 /* Columns of a packed row: its bytes at .. at+bytes-1 are those at from + r * stride, r being the
  * row, or with `by_place` the row that is written; with `index` the number that this has there; and
- * with `window`, of the range of the move, that row of the window, its first if it has none such. */
+ * with `window`, of the range of the move, that row of the window, the first if there is none. */
 typedef struct moe__column {
     const void *from;
     const int64_t *index;      /* or NULL */
@@ -51,7 +51,7 @@ typedef struct moe__pack_job {
     int64_t columns;
 } moe__pack_job;
 
-/* Which tokens have a row for a node: of node n those in token[begin[n] .. begin[n+1]), ascending. */
+/* Which tokens have a row for a node: of node n token[begin[n]] to token[begin[n+1] - 1]. */
 typedef struct moe__unique_job {
     moe__workers workers;
     const moe__plan_arrays *plan;

@@ -1,4 +1,4 @@
-/* cuda.h - what the two halves of the benchmark on a GPU share: a shape, and the profile of a step. */
+/* cuda.h - what both halves of the benchmark on a GPU share: a shape, and the profile of a step. */
 #ifndef BENCH_CUDA_H
 #define BENCH_CUDA_H
 

@@ -137,7 +137,7 @@ static void *give_up(void *argument)
     return NULL;
 }
 
-/* Another thread of rank 0 ends its wait for rank 1; with a duplicate the stream goes on as well. */
+/* Another thread of rank 0 ends its wait for rank 1; with a duplicate the stream goes on too. */
 static void body_abort(struct rank_case *r)
 {
     rank_comm c;
