@@ -59,7 +59,7 @@ typedef struct moe__unique_job {
     const int64_t *node_of_number; /* [E S] of each number of an expert or slice */
     int64_t *place;                /* out [N T] of a token that has such a row, where it is among
                                       those of the node; of others unspecified */
-    int64_t *token;                /* out [N T], begin[N] used */
+    int64_t *token;                /* out [N T], of each node ascending, begin[N] used */
     int64_t *begin;                /* out [N+1] */
     int64_t *scratch;              /* [2 N T + 8] where the backend's memory is not the host's */
 } moe__unique_job;
