@@ -143,18 +143,24 @@ static void abort_own(struct rank_case *r)
     r->comm = NULL;
 }
 
+/* A layer that has made a step, and what goes wrong in rank 1's next one. */
+static void begin_case(struct rank_case *r, rank_comm *c, rank_layer *l)
+{
+    join(r, c, now.how, 30);
+    make_layer(r, l, c, now.kind);
+    (void)layer_step(r, l);
+    CUDA(cudaStreamSynchronize(r->stream));
+    borrowed[r->rank] = r->comm;
+    shorten(c->comm, SHORT);
+    meet(r);
+    if (r->rank == 1) arrange(r, c);
+}
+
 static void body_step(struct rank_case *r)
 {
     rank_comm c;
     rank_layer l;
-    join(r, &c, now.how, 30);
-    make_layer(r, &l, &c, now.kind);
-    (void)layer_step(r, &l);
-    CUDA(cudaStreamSynchronize(r->stream));
-    borrowed[r->rank] = r->comm;
-    shorten(c.comm, SHORT);
-    meet(r);
-    if (r->rank == 1) arrange(r, &c);
+    begin_case(r, &c, &l);
     meet(r);
     run_calls(r, &l);
     is_rank_1 = false;
@@ -172,14 +178,7 @@ static void body_dying(struct rank_case *r)
 {
     rank_comm c;
     rank_layer l;
-    join(r, &c, now.how, 30);
-    make_layer(r, &l, &c, now.kind);
-    (void)layer_step(r, &l);
-    CUDA(cudaStreamSynchronize(r->stream));
-    borrowed[r->rank] = r->comm;
-    shorten(c.comm, SHORT);
-    meet(r);
-    if (r->rank == 1) arrange(r, &c);
+    begin_case(r, &c, &l);
     run_calls(r, &l);
     EXPECT(r->rank != 1 && atomic_load(&noticed) == 1 && atomic_load(&aborted_by_library) == 0);
     abort_own(r);

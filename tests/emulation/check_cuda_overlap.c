@@ -191,26 +191,6 @@ static void test_padded_rows_do_not_wait(void)
     }
 }
 
-static void run_captured(seat *s)
-{
-    cudaGraph_t graph;
-    cudaGraphExec_t made;
-    run_step(s);
-    GOOD(moe_pass_reserve(s->pass, TOKENS[0], 1, K));
-    (void)pthread_barrier_wait(&meeting);
-    CUDA(cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeGlobal));
-    GOOD(forward_of(s, TOKENS[s->rank]));
-    GOOD(backward_of(s));
-    CUDA(cudaStreamEndCapture(s->stream, &graph));
-    (void)pthread_barrier_wait(&meeting);
-    CUDA(cudaGraphInstantiate(&made, graph, 0));
-    for (int i = 0; i < 2; i++) CUDA(cudaGraphLaunch(made, s->stream));
-    CUDA(cudaStreamSynchronize(s->stream));
-    GOOD(losses_at(s));
-    CUDA(cudaGraphExecDestroy(made));
-    CUDA(cudaGraphDestroy(graph));
-}
-
 static void test_graphs(void)
 {
     for (uint64_t seed = 1; seed <= SEEDS; seed++)

@@ -43,26 +43,9 @@ static void test_ranks_by_way_of_nodes(void)
 
 /* ---- calls ----------------------------------------------------------------------------------- */
 
-static pthread_barrier_t all;
-
-/* The second step of all ranks between start and stop of the recorder. */
-static void run_recorded(seat *s)
-{
-    run_step(s);
-    (void)pthread_barrier_wait(&all);
-    if (s->rank == 0) emu_record_start();
-    (void)pthread_barrier_wait(&all);
-    GOOD(forward_of(s, TOKENS[s->rank]));
-    GOOD(backward_of(s));
-    (void)pthread_barrier_wait(&all);
-    if (s->rank == 0) emu_record_stop();
-}
-
 static void record(group *g)
 {
-    MUST(pthread_barrier_init(&all, NULL, (unsigned)g->ranks) == 0);
-    run_group(g);
-    (void)pthread_barrier_destroy(&all);
+    run_with_barrier(g);
     MUST(emu_count(EMU_CALL_SYNCHRONIZE) == 0 && emu_count(EMU_CALL_ALLOCATE) == 0);
     MUST(emu_count(EMU_CALL_ALLOCATE_HOST) == 0 && emu_count(EMU_CALL_FREE) == 0);
 }
@@ -71,7 +54,7 @@ static void record(group *g)
 static void test_exact_rows_wait_once(void)
 {
     for (int ranks = 1; ranks <= 4; ranks *= 2) {
-        group g = {.ranks = ranks, .transport = DIRECT, .run = run_recorded};
+        group g = {.ranks = ranks, .transport = DIRECT, .run = run_in_order};
         record(&g);
         MUST(emu_count(EMU_CALL_FROM_DEVICE) == (uint64_t)ranks);
         MUST(emu_count_bytes(EMU_CALL_FROM_DEVICE) == (uint64_t)ranks * (E + 1) * 8);
@@ -83,7 +66,7 @@ static void test_exact_rows_wait_once(void)
 /* By way of nodes also the tokens of each node are copied, behind the same work. */
 static void test_rows_by_way_of_nodes_wait_twice(void)
 {
-    group g = {.ranks = 4, .transport = DIRECT, .nodes = 2, .run = run_recorded};
+    group g = {.ranks = 4, .transport = DIRECT, .nodes = 2, .run = run_in_order};
     record(&g);
     MUST(emu_count(EMU_CALL_FROM_DEVICE) == 2 * 4);
     MUST(emu_count_bytes(EMU_CALL_FROM_DEVICE) == 4 * ((E + 1) + (2 + 1)) * 8);
@@ -99,7 +82,7 @@ static void test_padded_rows_do_not_wait(void)
                    .transport = i / 6 ? OVER_NCCL : DIRECT,
                    .padded_rows = 26,
                    .global = i / 3 % 2,
-                   .run = run_recorded};
+                   .run = run_in_order};
         record(&g);
         MUST(emu_count(EMU_CALL_QUERY) == 0 && emu_count(EMU_CALL_TO_DEVICE) == 0);
         MUST(emu_count(EMU_CALL_FROM_DEVICE) == 2 * (uint64_t)g.ranks);
@@ -110,26 +93,6 @@ static void test_padded_rows_do_not_wait(void)
 
 /* ---- captures -------------------------------------------------------------------------------- */
 
-static void run_captured(seat *s)
-{
-    cudaGraph_t graph;
-    cudaGraphExec_t made;
-    run_step(s); /* makes connections */
-    GOOD(moe_pass_reserve(s->pass, TOKENS[0], 1, K));
-    (void)pthread_barrier_wait(&all);
-    CUDA(cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeGlobal));
-    GOOD(forward_of(s, TOKENS[s->rank]));
-    GOOD(backward_of(s));
-    CUDA(cudaStreamEndCapture(s->stream, &graph));
-    (void)pthread_barrier_wait(&all);
-    CUDA(cudaGraphInstantiate(&made, graph, 0));
-    for (int i = 0; i < 2; i++) CUDA(cudaGraphLaunch(made, s->stream));
-    CUDA(cudaStreamSynchronize(s->stream));
-    GOOD(losses_at(s));
-    CUDA(cudaGraphExecDestroy(made));
-    CUDA(cudaGraphDestroy(graph));
-}
-
 static void test_padded_rows_in_a_graph(void)
 {
     for (int i = 0; i < 6; i++) {
@@ -139,9 +102,7 @@ static void test_padded_rows_in_a_graph(void)
                    .padded_rows = 26,
                    .global = i / 3,
                    .run = run_captured};
-        MUST(pthread_barrier_init(&all, NULL, (unsigned)g.ranks) == 0);
-        run_group(&g);
-        (void)pthread_barrier_destroy(&all);
+        run_with_barrier(&g);
         compare(&g);
         end_group(&g);
     }
@@ -276,9 +237,9 @@ static void test_rank_on_a_cpu(void)
 static void run_failing(seat *s)
 {
     run_step(s);
-    (void)pthread_barrier_wait(&all);
+    (void)pthread_barrier_wait(&meeting);
     if (s->rank == 1) device_world_fail(s->g->devices, 1);
-    (void)pthread_barrier_wait(&all);
+    (void)pthread_barrier_wait(&meeting);
     (void)note(s, 0, forward_of(s, TOKENS[s->rank]));
     (void)note(s, 1, backward_of(s));
 }
@@ -287,9 +248,7 @@ static void test_exchange_that_fails(void)
 {
     for (int padded = 0; padded < 2; padded++) {
         group g = {.ranks = 2, .transport = DIRECT, .padded_rows = padded * 26, .run = run_failing};
-        MUST(pthread_barrier_init(&all, NULL, 2) == 0);
-        run_group(&g);
-        (void)pthread_barrier_destroy(&all);
+        run_with_barrier(&g);
         for (int r = 0; r < g.ranks; r++) {
             MUST(g.seat[r].status[0] == MOE_ERROR_TRANSPORT);
             MUST(g.seat[r].status[1] == MOE_ERROR_INVALID_STATE ||
@@ -307,15 +266,15 @@ static int failing_number;
 /* Some rank's n-th call fails; every rank returns long before the timeout. */
 static void run_with_a_failure(seat *s)
 {
-    (void)pthread_barrier_wait(&all);
+    (void)pthread_barrier_wait(&meeting);
     if (s->rank == 0) emu_fail(failing_call, failing_number, cudaErrorInvalidValue);
-    (void)pthread_barrier_wait(&all);
+    (void)pthread_barrier_wait(&meeting);
     time_t begin = time(NULL);
     (void)note(s, 0, forward_of(s, TOKENS[s->rank]));
     (void)note(s, 1, backward_of(s));
     (void)note(s, 2, moe_layer_reduce_gradients(s->layer, s->stream));
     MUST(time(NULL) - begin < 15);
-    (void)pthread_barrier_wait(&all);
+    (void)pthread_barrier_wait(&meeting);
     if (s->rank == 0) emu_fail(failing_call, 0, 0);
 }
 
@@ -328,9 +287,7 @@ static void fail_at(const char *call, int number, int transport, int padded)
                .run = run_with_a_failure};
     int failed = 0;
     failing_call = call, failing_number = number;
-    MUST(pthread_barrier_init(&all, NULL, 2) == 0);
-    run_group(&g);
-    (void)pthread_barrier_destroy(&all);
+    run_with_barrier(&g);
     for (int i = 0; i < 6; i++) failed += g.seat[i % 2].status[i / 2] != MOE_OK;
     MUST(failed > 0 || number > 1);
     end_group(&g);

@@ -99,8 +99,10 @@ moe_status finish_call(seat *s, int backward);
  * `from` on; to_wait: up to its next wait for another stream. No other thread calls anything. */
 size_t given(const void *stream, size_t from, int to_wait);
 size_t calls_so_far(void);
-/* For g->run: two steps; a step, and a forward and backward that are recorded. */
+/* For g->run: two steps; a step, and a forward and backward that are recorded, or captured in a
+ * graph that runs twice. */
 void run_twice(seat *s);
 void run_in_order(seat *s);
+void run_captured(seat *s);
 
 #endif
