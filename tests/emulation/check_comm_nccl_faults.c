@@ -399,7 +399,7 @@ static void body_stranger(struct rank_case *r)
     } else {
         char *device = NULL;
         CUDA(cudaMalloc((void **)&device, 4 * FRAME));
-        CUDA(cudaMemset(device, 3, 4 * FRAME));
+        CUDA(cudaMemsetAsync(device, 3, 4 * FRAME, r->stream));
         NCCL(ncclAlltoAll(device, device + 2 * FRAME, FRAME, ncclUint8, r->comm, r->stream));
         CUDA(cudaStreamSynchronize(r->stream));
         CUDA(cudaFree(device));
