@@ -530,7 +530,7 @@ static const int64_t sizes[] = {0, 1, 3, 31, 33, 257};
 enum { SIZES = 6 };
 
 /* One of so many cases: fewer in builds that are slow. */
-static int apart(void) { return getenv("MOE_SANITIZED") ? 2 : 1; }
+static int apart(void) { return getenv("MOE_SANITIZED") ? 3 : 1; }
 
 START_TEST(test_gemm_rows_all_sizes)
 {
@@ -557,7 +557,7 @@ END_TEST
 
 START_TEST(test_gemm_rows_many_blocks)
 {
-    if ((_i + _i / 2) % apart() != 0) return;
+    if (_i % apart() != 0) return; /* an odd number: both values of `add` */
     gemm_case c = {.k = 520, .n = 530, .experts = 1, .rows = {17}, .bias = 1, .add = _i % 2};
     c.form = _i / 2;
     check_rows(c, 1);
