@@ -817,5 +817,6 @@ int main(int count, char **arguments)
         {"comm_of_one_rank", test_comm_of_one_rank},
         {"device_that_failed_is_refused", test_device_that_failed_is_refused},
     };
+    (void)setenv("MOE_EMULATION_PROTECT", "1", 1);
     return run_host_tests(test, sizeof test / sizeof *test, count, arguments);
 }

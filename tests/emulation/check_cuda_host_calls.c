@@ -532,5 +532,6 @@ int main(int count, char **arguments)
         {"workspace_of_the_host", test_workspace_of_the_host},
         {"routing_in_any_memory", test_routing_in_any_memory},
     };
+    (void)setenv("MOE_EMULATION_PROTECT", "1", 1);
     return run_host_tests(test, sizeof test / sizeof *test, count, arguments);
 }

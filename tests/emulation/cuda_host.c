@@ -188,7 +188,6 @@ void build_plan(moe_plan *plan, const void *ids, int tokens)
 
 int run_host_tests(const host_test *test, size_t tests, int count, char **arguments)
 {
-    (void)setenv("MOE_EMULATION_PROTECT", "1", 1);
     (void)setenv("MOE_EMULATION_QUIET", "1", 0);
     for (size_t i = 0; i < tests; i++)
         if (count < 2 || strcmp(arguments[1], test[i].name) == 0) test[i].run();

@@ -75,8 +75,9 @@ typedef struct host_test {
     const char *name;
     void (*run)(void);
 } host_test;
-/* Runs all, or the one that the command line names. Device memory is shut for the host's code all
- * the time, so that a read of it in a test or in src/ ends the program. */
+/* Runs all, or the one that the command line names. Programs of one device shut its memory for the
+ * host's code all the time (MOE_EMULATION_PROTECT=1), so that a read of it in a test or in src/ ends
+ * the program; those of several ranks by chance, for there it takes most of their time. */
 int run_host_tests(const host_test *test, size_t tests, int count, char **arguments);
 
 #endif

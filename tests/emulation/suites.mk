@@ -138,7 +138,8 @@ check-emulation: $(EMU_PROGRAMS_plain) $(EMU_PROGRAMS_SANITIZED)
 	@rm -f $(EMU_LAUNCHED); echo "seed $(EMU_SEED) (EMU_SEED=)"
 	@$(EMU_AFTER) sh tests/emulation/run_counted.sh $(EMU_JOBS) $(foreach s,$(DEVICE_SUITES),"$(EMU_ENV) $(EMU)/plain/suites/$(s)") \
 	    "$(EMU_ENV) $(EMU)/plain/suites/run_vectors --dtype f32 tests/vectors" $(call EMU_KERNEL_RUNS,plain,12,500) \
-	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) $(EMU)/plain/kernels/$(c)") $(call EMU_NCCL_RUNS,plain) \
+	    $(foreach c,$(CALL_PROGRAMS),"$(EMU_ENV) MOE_EMULATION_PROTECT=1 $(EMU)/plain/kernels/$(c)") \
+	    $(call EMU_NCCL_RUNS,plain) \
 	    $(foreach f,$(EMU_SANITIZED),$(call EMU_COMM_RUNS,$(f),$(firstword $(COMM_PROGRAMS)))) \
 	    "$(EMU_ENV) MOE_FEW=1 $(EMU)/asan/suites/check_layer" $(foreach f,$(EMU_SANITIZED), \
 	        "$(EMU_ENV) $(EMU)/$(f)/suites/run_vectors --dtype f32 tests/vectors" \
