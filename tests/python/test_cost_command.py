@@ -103,6 +103,19 @@ def test_options_of_the_cluster_are_heeded(command):
     assert float(row["forward_gemm_us"]) == pytest.approx(6 * 8192 * 4096 * 14336 / 50e6)
 
 
+def test_the_slowest_and_the_fastest_cluster_have_finite_times(command):
+    speeds = ("peak-tflops", "memory-gbs", "node-gbs", "network-gbs")
+    for speed, micro in (("0.001", "1e6"), ("1e6", "0")):
+        arguments = [word for name in speeds for word in (f"--{name}", speed)]
+        for name in ("latency-us", "message-us", "launch-us"):
+            arguments += [f"--{name}", micro]
+        arguments += ["--model", "deepseek_v3", "--tokens", "16777216", "--efficiency", "0.001"]
+        row = next(csv.DictReader(io.StringIO(printed(command(*arguments, "--csv")))))
+        words = ("model", "cluster", "activation", "gradient_dtype", "dedup", "visits", "bound_by")
+        numbers = [float(v) for name, v in row.items() if name not in words and v != ""]
+        assert len(numbers) > 40 and all(0 <= number < 1e300 for number in numbers)
+
+
 def test_help_list_and_published(command):
     text = printed(command("--help"))
     for flag in (
@@ -119,6 +132,9 @@ def test_help_list_and_published(command):
     assert all(name in names for name in (*moe.presets(), "a100", "h100"))
     figures = printed(command("--published"))
     assert all(s in figures for s in ("DeepEP", "Tutel", "DeepSpeed-MoE", "Megatron-Core", "0.74"))
+    # Each line says where its figure is to be found.
+    where = re.compile(r"arXiv \d{4}\.\d{5}|DeepEP docs/legacy\.md")
+    assert all(where.search(line) for line in figures.splitlines()[1:])
 
 
 @pytest.mark.parametrize(
@@ -150,10 +166,13 @@ def test_help_list_and_published(command):
         ("--node-limit 2", "--node-limit 2: a group of 8 ranks has 1 nodes"),
         ("--ranks-per-node 1 --node-limit 1", "--node-limit 1: has fewer experts"),
         ("--node-limit 1 --route-groups 1 --route-top 1", "--node-limit does not go with"),
-        ("--dispatch-bytes 0", "--dispatch-bytes: '0': a number above 0"),
+        ("--dispatch-bytes 0", "--dispatch-bytes: '0': a number from 0.0625 to 8 is needed"),
         ("--combine-bytes inf", "--combine-bytes: 'inf'"),
         ("--efficiency 1.5", "--efficiency: '1.5'"),
         ("--network-gbs nan", "--network-gbs: 'nan'"),
+        ("--memory-gbs 1e-320", "--memory-gbs: '1e-320': a number from 0.001"),
+        ("--peak-tflops -1", "--peak-tflops: '-1'"),
+        ("--experts 131072 --d-hidden 16777216 --d-model 16777216", "does not fit in 63 bits"),
         ("--latency-us -1", "--latency-us"),
         ("--cluster v100", "'v100'"),
         ("--dedup all", "'all'"),
@@ -163,6 +182,10 @@ def test_help_list_and_published(command):
         ("--nonsense", "--nonsense"),
         ("--token 8", "--token"),
         ("more", "more"),
+        ("--list --csv", "--csv: not allowed with argument --list"),
+        ("--plot r.svg --published", "--published: not allowed with argument --plot"),
+        ("--plot r.svg --model qwen3", "--model does not go with --plot"),
+        ("--plot r.svg --gpus 8", "--gpus does not go with --plot"),
         ("--plot run.pdf", "--plot run.pdf: a name that ends in .svg or .png is needed"),
     ],
 )
@@ -201,7 +224,9 @@ def test_the_page_has_what_the_command_says(command, root):
     page = (root / "docs/cost-model.md").read_text(encoding="utf-8")
     for line in printed(command("--published")).splitlines()[1:]:
         cells = re.split(r"  +", line)
-        assert f"| {cells[2]} | {cells[3]} |" in page, cells
+        assert f"{cells[1]} | {cells[2]} | {cells[3]} |" in page, cells
+        number = re.search(r"arXiv [0-9.]+|docs/legacy.md", cells[0])[0]
+        assert number in page.split("## Sources")[1], number
     for name in ("a100", "h100", "h800"):
         listed = next(
             line for line in printed(command("--list")).splitlines() if f"  {name} " in line

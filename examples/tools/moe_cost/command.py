@@ -2,15 +2,16 @@
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import moe
 
 from . import bounds, cost, picture, published, report
-from .clusters import CLUSTERS
+from .clusters import CLUSTERS, Cluster
 from .models import GRADIENT_BYTES, MODELS, Sizes, resolve
 
 MOST_GPUS = 4096
+CLUSTER_FIELDS = tuple(field.name for field in fields(Cluster) if field.name != "name")
 
 
 def whole(low, high):
@@ -24,20 +25,17 @@ def whole(low, high):
     return read
 
 
-def real(low, high, above=True):
-    """A number in (low, high], or from low on."""
+def real(low, high):
+    """A number in [low, high]; low is so large that no time becomes infinite."""
 
     def read(text):
         try:
             number = float(text)
         except ValueError:
             number = float("nan")
-        if low <= number <= high and (number > low or not above):
+        if low <= number <= high:
             return number
-        words = "above" if above else "from"
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: a number {words} {low:g} and at most {high:g} is needed"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r}: a number from {low:g} to {high:g} is needed")
 
     return read
 
@@ -83,9 +81,10 @@ def add_setup(parser):
         help="of a group of P; default: as many as a node has")  # fmt: skip
     add("--tokens", type=several(whole(1, 1 << 24)), default=[4096], metavar="T[,T]",
         help="tokens of a GPU and micro-batch (default: 4096)")  # fmt: skip
-    add("--dispatch-bytes", type=real(0, 8), default=2.0, metavar="B",
+    add("--dispatch-bytes", type=real(1 / 16, 8), default=2.0, metavar="B",
         help="of an element on its way to the expert (default: 2; fp8: 1)")  # fmt: skip
-    add("--combine-bytes", type=real(0, 8), default=2.0, metavar="B", help="and back (default: 2)")
+    add("--combine-bytes", type=real(1 / 16, 8), default=2.0, metavar="B",
+        help="and back (default: 2)")  # fmt: skip
     add("--gradient-dtype", choices=sorted(GRADIENT_BYTES), default="float32",
         help="of sums of gradients (default: float32)")  # fmt: skip
     add("--accumulate", type=whole(1, 1 << 20), default=1, metavar="N",
@@ -109,14 +108,15 @@ def add_cluster(parser):
         "cluster", "a name of --list, and numbers that differ"
     ).add_argument
     add("--cluster", choices=sorted(CLUSTERS), default="h100", help="default: h100")
-    add("--peak-tflops", type=real(0, 1e6), metavar="X", help="dense, of a GPU")
-    add("--efficiency", type=real(0, 1), metavar="X", help="what of it a GEMM reaches")
-    add("--memory-gbs", type=real(0, 1e6), metavar="X", help="GB/s of a GPU's memory")
-    add("--node-gbs", type=real(0, 1e6), metavar="X", help="GB/s of a GPU inside its node, one way")
-    add("--network-gbs", type=real(0, 1e6), metavar="X", help="and to other nodes")
-    add("--latency-us", type=real(0, 1e6, False), metavar="X", help="of an exchange")
-    add("--message-us", type=real(0, 1e6, False), metavar="X", help="of each message of it")
-    add("--launch-us", type=real(0, 1e6, False), metavar="X", help="the least time of a kernel")
+    speed, micro = real(1e-3, 1e6), real(0, 1e6)
+    add("--peak-tflops", type=speed, metavar="X", help="dense, of a GPU")
+    add("--efficiency", type=real(1e-3, 1), metavar="X", help="what of it a GEMM reaches")
+    add("--memory-gbs", type=speed, metavar="X", help="GB/s of a GPU's memory")
+    add("--node-gbs", type=speed, metavar="X", help="GB/s of a GPU inside its node, one way")
+    add("--network-gbs", type=speed, metavar="X", help="and to other nodes")
+    add("--latency-us", type=micro, metavar="X", help="of an exchange")
+    add("--message-us", type=micro, metavar="X", help="of each message of it")
+    add("--launch-us", type=micro, metavar="X", help="the least time of a kernel")
 
 
 def make_parser():
@@ -128,21 +128,26 @@ def make_parser():
     add_model(parser)
     add_setup(parser)
     add_cluster(parser)
-    add = parser.add_argument_group("output").add_argument
+    group = parser.add_argument_group("output", "one of these in place of a report or a table")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--csv", action="store_true", help="a row for each case; all options are columns")
     add("--plot", metavar="FILE", help="communication over GEMM time of mixtral and deepseek_v3 "
-        "against the number of GPUs, .svg or .png (needs matplotlib)")  # fmt: skip
+        "against the number of GPUs on the cluster, .svg or .png (needs matplotlib)")  # fmt: skip
     add("--published", action="store_true", help="all published figures, and the model's")
     add("--list", action="store_true", help="models and clusters by name")
     return parser
 
 
+def chosen(names, options):
+    """Those of the options that were given, by name."""
+    values = {option: getattr(names, option) for option in options}
+    return {option: value for option, value in values.items() if value is not None}
+
+
 def read_model(names):
     known = MODELS.get(names.model)
     sizes = known or Sizes(names.model)
-    fields = ("d_model", "d_hidden", "experts", "top_k", "activation", "shared", "shared_hidden",
-              "layers")  # fmt: skip
-    given = {field: getattr(names, field) for field in fields if getattr(names, field) is not None}
+    given = chosen(names, (field.name for field in fields(Sizes) if field.name != "preset"))
     groups, top = names.route_groups, names.route_top
     if (groups is None) != (top is None):
         raise ValueError("--route-groups and --route-top go together")
@@ -161,10 +166,7 @@ def read_model(names):
 
 
 def read_cluster(names):
-    fields = ("peak_tflops", "efficiency", "memory_gbs", "node_gbs", "network_gbs", "latency_us",
-              "message_us", "launch_us")  # fmt: skip
-    given = {field: getattr(names, field) for field in fields if getattr(names, field) is not None}
-    return replace(CLUSTERS[names.cluster], **given)
+    return replace(CLUSTERS[names.cluster], **chosen(names, CLUSTER_FIELDS))
 
 
 def read_setup(names, model, gpus, ep, tokens):
@@ -234,12 +236,22 @@ def listing():
     return "\n".join(lines) + "\n"
 
 
-def run(names):
+def refuse_what_no_plot_has(parser, names):
+    """A picture has models and setups of its own: what would be ignored is refused."""
+    for option, value in vars(names).items():
+        known = option in ("plot", "cluster", *CLUSTER_FIELDS)
+        if not known and value != parser.get_default(option):
+            flag = option.replace("_", "-")
+            raise ValueError(f"--{flag} does not go with --plot, which draws models of its own")
+
+
+def run(parser, names):
     if names.list:
         sys.stdout.write(listing())
     elif names.published:
         sys.stdout.write("\n".join(published.lines(published.FIGURES)) + "\n")
     elif names.plot is not None:
+        refuse_what_no_plot_has(parser, names)
         picture.save(names.plot, read_cluster(names))
     else:
         found = cases(names)
@@ -254,7 +266,7 @@ def main(arguments=None):
     parser = make_parser()
     names = parser.parse_args(arguments)
     try:
-        run(names)
+        run(parser, names)
     except (ValueError, moe.Error) as error:
         parser.error(str(error))
     except OSError as error:

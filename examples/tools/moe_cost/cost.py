@@ -157,10 +157,10 @@ def gradients(model, cluster, setup):
     everywhere, mine = model.parameters(setup.ep)
     inside = min(setup.gpus, setup.gpus_per_node)
     nodes = setup.gpus // inside
-    size = sum(part.parameter_count for part in everywhere) * setup.gradient_bytes
+    size = everywhere.count * setup.gradient_bytes
     replicas = setup.gpus // setup.ep
     beside = min(replicas, max(1, inside // setup.ranks_per_node))
-    experts = mine.parameter_count * setup.gradient_bytes
+    experts = mine.count * setup.gradient_bytes
     return (
         all_reduce(cluster, size, inside, nodes),
         all_reduce(cluster, experts, beside, replicas // beside),
@@ -180,12 +180,11 @@ class Memory:
 
 def memory(model, setup):
     everywhere, mine = model.parameters(setup.ep)
-    parts = [*everywhere, mine]
     row = (2 * model.d_model + model.matrices * model.d_hidden) * ELEMENT
     most = min(model.top_k, model.experts // setup.ep)
     return Memory(
-        sum(part.parameter_bytes for part in parts),
-        sum(part.parameter_count for part in parts) * setup.gradient_bytes * setup.training,
+        everywhere.bytes + mine.bytes,
+        (everywhere.count + mine.count) * setup.gradient_bytes * setup.training,
         model.pass_bytes(setup.tokens, setup.training),
         setup.tokens * model.top_k * row,
         setup.tokens * setup.ep * most * row,

@@ -49,6 +49,12 @@ MODELS = {
 
 
 @dataclass(frozen=True)
+class Parameters:
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Model:
     """A layer whose every number is known."""
 
@@ -84,12 +90,15 @@ class Model:
         return counted - 2 * tokens * top_k * self.d_model
 
     def parameters(self, ranks):
-        """moe.Memory of what every rank has (gate, shared experts), and of one rank's experts."""
-        everywhere = [moe.memory(self.gate)]
-        if self.shared:
-            everywhere.append(moe.memory(None, self.branch, top_k=0))
+        """Count and bytes of what every rank has (all but routed experts), and of its experts."""
+        whole = moe.memory(self.gate, self.pool, self.layer, shared=self.branch)
+        routed = moe.memory(None, self.pool, top_k=0)
         mine = moe.memory(None, self._pool(self.experts // ranks), top_k=0)
-        return everywhere, mine
+        everywhere = Parameters(
+            whole.parameter_count - routed.parameter_count,
+            whole.parameter_bytes - routed.parameter_bytes,
+        )
+        return everywhere, Parameters(mine.parameter_count, mine.parameter_bytes)
 
     def pass_bytes(self, tokens, training):
         """Of a pass in which as many rows come as leave."""

@@ -1,6 +1,7 @@
 """R of the forward against the number of GPUs, for Mixtral and DeepSeek-V3. Needs matplotlib."""
 
 from dataclasses import replace
+from math import ceil, floor, log10
 
 from . import bounds, cost
 from .models import MODELS, resolve
@@ -57,6 +58,16 @@ def deepseek_curves(cluster):
     ]
 
 
+def heights(curves):
+    """Limits and ticks of the axis of R that show all curves, and at least 0.05 to 5."""
+    values = [value for _, _, _, one in curves for value in one]
+    low, high = 0.8 * min(0.05, *values), 1.6 * max(5, *values)
+    decades = range(floor(log10(low)), ceil(log10(high)))
+    steps = (1, 2, 5) if len(decades) < 5 else (1,)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    return low, high, [tick for tick in ticks if low <= tick <= high]
+
+
 def _draw(axes, title, curves, labelled=()):
     for label, gpus, above in labelled:
         values = next(values for name, _, _, values in curves if name == label)
@@ -67,17 +78,17 @@ def _draw(axes, title, curves, labelled=()):
         axes.plot(GPUS, values, style, color=colour, linewidth=1.8, marker="o", markersize=3.5,
                   label=label)  # fmt: skip
     axes.axhline(1, color="#222222", linewidth=1)
-    axes.text(GPUS[-1], 0.94, "above R = 1: communication-bound", ha="right", va="top", fontsize=8)
+    axes.annotate("above R = 1: communication-bound", (GPUS[-1], 1), textcoords="offset points",
+                  xytext=(0, -4), ha="right", va="top", fontsize=8)  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_ylim(0.04, 9)
     axes.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
-    ticks = (0.05, 0.1, 0.2, 0.5, 1, 2, 5)
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("GPUs")
     axes.grid(alpha=0.25)
     axes.set_title(title, fontsize=11)
+    axes.legend(frameon=False, handlelength=2.4, columnspacing=1, fontsize=8, loc="upper left",
+                ncols=1 + (len(curves) > 3), bbox_to_anchor=(0, -0.11))  # fmt: skip
 
 
 def save(path, cluster):
@@ -93,17 +104,19 @@ def save(path, cluster):
         raise ValueError(f"--plot needs matplotlib: {error}") from error
 
     with plt.rc_context({"svg.hashsalt": "moe-cost", "svg.fonttype": "none", "font.size": 9}):
-        figure, axes = plt.subplots(1, 2, figsize=(10.4, 5.0), sharey=True)
-        _draw(axes[0], "Mixtral 8x7B: 8 ranks a group", mixtral_curves(cluster),
+        figure, axes = plt.subplots(1, 2, figsize=(10.4, 5.4), sharey=True)
+        mixtral, deepseek = mixtral_curves(cluster), deepseek_curves(cluster)
+        _draw(axes[0], "Mixtral 8x7B: 8 ranks a group", mixtral,
               [("8 ranks in one node (NVLink)", 64, True)])  # fmt: skip
-        _draw(axes[1], "DeepSeek-V3: min(GPUs, 256) ranks a group", deepseek_curves(cluster),
+        _draw(axes[1], "DeepSeek-V3: min(GPUs, 256) ranks a group", deepseek,
               [("nodes of 8, each copy alone", 64, True),
                ("nodes of 8, once to each node", 64, True),
                ("the same, to 4 nodes, fp8 dispatch", 64, True),
                ("all NVLink, each copy alone", 64, False)])  # fmt: skip
+        low, high, ticks = heights(mixtral + deepseek)
+        axes[0].set_ylim(low, high)
+        axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes[0].set_ylabel("R: communication over GEMM time, forward")
-        axes[0].legend(frameon=False, handlelength=3.4, fontsize=8, loc="upper left")
-        axes[1].legend(frameon=False, handlelength=3.4, fontsize=8, loc="lower right")
         figure.suptitle(
             f"{cluster.name}: {cluster.peak_tflops:g} TFLOP/s x {cluster.efficiency:g}, "
             f"{cluster.node_gbs:g} GB/s in a node, {cluster.network_gbs:g} GB/s between nodes; "
