@@ -450,7 +450,7 @@ $(BUILD)/demo_mpi_$(1): $(DEMO_MPI) $(DEMO_HEADERS) $(LIB)/libmoe.a $(LIB)/libmo
 endef
 $(foreach f,$(MPIS),$(eval $(call DEMO_MPI_RULE,$(f))))
 
-DEMO_ARGS = $(if $(FILE),--file '$(FILE)') $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+DEMO_ARGS = $(if $(FILE),--file '$(subst ','\'',$(FILE))') $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 demo:
 	+@$(AT_ONCE) $(BUILD)/demo
 	$(BUILD)/demo $(DEMO_ARGS)

@@ -224,12 +224,24 @@ static int open_temporary(const char *path, char temporary[PATH_MAX])
     return -1;
 }
 
+/* Whether the file begins as a checkpoint does, however damaged it is, or is empty. */
+static int may_be_replaced(const char *path)
+{
+    char begin[8];
+    FILE *file = fopen(path, "rb");
+    if (!file) return 0;
+    size_t got = fread(begin, 1, sizeof begin, file);
+    int bad = ferror(file);
+    fclose(file);
+    return !bad && memcmp(begin, MAGIC, got) == 0;
+}
+
 int checkpoint_probe(const char *path)
 {
     char temporary[PATH_MAX];
     struct stat old;
-    if (stat(path, &old) == 0 && !S_ISREG(old.st_mode)) {
-        fprintf(stderr, "%s: cannot save: it is there and no regular file\n", path);
+    if (stat(path, &old) == 0 && (!S_ISREG(old.st_mode) || !may_be_replaced(path))) {
+        fprintf(stderr, "%s: cannot save: it is there and no checkpoint\n", path);
         return -1;
     }
     int file = open_temporary(path, temporary);

@@ -17,11 +17,20 @@
 
 static const size_t TEXT_LIMIT = (size_t)8 << 20;
 
+static void print_bytes(size_t bytes, const char *what)
+{
+    if (bytes < 100000)
+        printf("%zu bytes %s", bytes, what);
+    else
+        printf("%.2f MB %s", (double)bytes / 1e6, what);
+}
+
 static void print_text(const options *o, const text *t)
 {
-    printf("text: %s, %zu files (%zu left out), %.2f MB to train on, %.2f MB held out\n", o->file,
-           t->files, t->skipped, (double)t->train_size / 1e6,
-           (double)(t->size - t->train_size) / 1e6);
+    printf("text: %s, %zu file%s (%zu left out), ", o->file, t->files, t->files == 1 ? "" : "s",
+           t->skipped);
+    print_bytes(t->train_size, "to train on, ");
+    print_bytes(t->size - t->train_size, "held out\n");
 }
 
 /* What both models are and cost, so that a reader can check that the comparison is fair. */
@@ -85,15 +94,16 @@ static void print_ranks(const options *o, const ranks *r)
     printf("\nwith --groups %d\n", (int)r->size);
 }
 
-/* The losses exist to prevent this, so it is said aloud. */
+/* The losses exist to prevent this, so it is said aloud. A short run gives them no time, and bytes
+ * that are all alike cannot be spread. */
 static void print_balance(const options *o, const sharing *s)
 {
     if (4 * s->idle < s->experts && s->busiest < 4) return;
     printf(
-        "\nWARNING: the load has collapsed: the busiest expert takes %.2f times the mean, %lld of "
-        "%lld experts\ntake less than a quarter of it%s\n",
+        "\nWARNING: the load is uneven: the busiest expert takes %.2f times the mean, %lld of %lld "
+        "experts\ntake less than a quarter of it%s\n",
         s->busiest, (long long)s->idle, (long long)s->experts,
-        o->balance > 0 ? "; a larger --balance would spread it"
+        o->balance > 0 ? "; more steps or a larger --balance may spread it"
                        : ", as was to be expected with --no-balance");
 }
 
@@ -148,9 +158,10 @@ static int train_once(const options *o, const text *corpus, const ranks *r)
     int result = trainer_create(&t, o, corpus, r) != 0 ? TRAIN_FAILED : TRAIN_DONE;
     if (result == TRAIN_DONE && !o->quiet) print_parameters(&t);
     if (result == TRAIN_DONE) result = train(&t);
-    if (result == TRAIN_DONE) result = print_end(&t);
+    int saved = result != TRAIN_UNSAVED;
+    if (result == TRAIN_DONE || !saved) result = print_end(&t);
     trainer_destroy(&t);
-    return result;
+    return saved ? result : TRAIN_FAILED;
 }
 
 /* Rank 0 reads, and says what is wrong; the others have the same command line. */
@@ -199,6 +210,7 @@ static int run(const ranks *r, int argc, char **argv)
 int main(int argc, char **argv)
 {
     ranks r;
+    setvbuf(stdout, NULL, _IOLBF, 0); /* in a file too an error stands behind what was before it */
     if (ranks_begin(&r, &argc, &argv) != 0) return 1;
     int code = run(&r, argc, argv);
     ranks_end(&r, code);

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 enum { DEMO_STEPS = 4500, SWEEP_STEPS = 2000 };
 
@@ -134,6 +135,33 @@ static int read_option(options *o, int which, const char *value)
     }
 }
 
+/* Whether two names are of one file; NULL is the name of none. */
+static int same_file(const char *a, const char *b)
+{
+    struct stat x, y;
+    if (!a || !b) return 0;
+    if (strcmp(a, b) == 0) return 1;
+    return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+/* What is written must not take the place of what is read, nor of one another. A run may save where
+ * it resumed from: the old checkpoint stays until the new one is whole. */
+static int check_files(const options *o)
+{
+    const struct {
+        const char *name, *file, *other, *other_file;
+    } pairs[] = {{"--log", o->log, "--file", o->file},
+                 {"--log", o->log, "--resume", o->resume},
+                 {"--save", o->save, "--file", o->file},
+                 {"--save", o->save, "--log", o->log}};
+    for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++) {
+        if (!same_file(pairs[i].file, pairs[i].other_file)) continue;
+        fprintf(stderr, "%s %s: the file of %s\n", pairs[i].name, pairs[i].file, pairs[i].other);
+        return -1;
+    }
+    return 0;
+}
+
 static int check(const options *o)
 {
     if (o->top_k > o->experts) {
@@ -149,7 +177,7 @@ static int check(const options *o)
         fprintf(stderr, "--sweep goes with none of --log, --save, --resume, --only\n");
         return -1;
     }
-    return 0;
+    return check_files(o);
 }
 
 /* What the number of ranks decides. */

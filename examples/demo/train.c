@@ -114,7 +114,8 @@ int train(trainer *t)
     int closed = log_close(&log);
     if (result == TRAIN_FAILED) return result;
     if (ranks_agree(t->ranks, closed) != 0) return TRAIN_FAILED;
-    if (o->save && checkpoint_save(t, o->save) != 0) return TRAIN_FAILED;
+    if (o->save && checkpoint_save(t, o->save) != 0)
+        return result == TRAIN_DONE ? TRAIN_UNSAVED : TRAIN_FAILED;
     if (result == TRAIN_INTERRUPTED) tell_interruption(t);
     return result;
 }

@@ -4,7 +4,8 @@
 
 #include "trainer.h"
 
-enum { TRAIN_DONE = 0, TRAIN_INTERRUPTED = 1, TRAIN_FAILED = -1 };
+/* TRAIN_UNSAVED: all steps are done, and the last checkpoint could not be saved. */
+enum { TRAIN_DONE = 0, TRAIN_INTERRUPTED = 1, TRAIN_UNSAVED = 2, TRAIN_FAILED = -1 };
 
 /* Trains to the last step, or to the step in which a signal came. */
 int train(trainer *t);

@@ -126,6 +126,25 @@ refused '--log' --sweep --log "$work/x.csv"
 refused 'not a log' $run --resume "$work/first" --log README.md
 refused 'cannot save' --save "$work/no/such/checkpoint"
 refused 'cannot save' --save "$work"
+cp README.md "$work/notes"
+ln "$work/notes" "$work/notes_too"
+refused '--save .*: the file of --file' --file "$work/notes" --save "$work/notes"
+refused '--log .*: the file of --file' --file "$work/notes" --log "$work/notes_too"
+refused '--save .*: the file of --log' --log "$work/new" --save "$work/new"
+refused '--log .*: the file of --resume' --resume "$work/first" --log "$work/first"
+refused 'no checkpoint' --save "$work/notes"
+cmp README.md "$work/notes" || fail "a text was overwritten"
+"$demo" $run --steps 1 --quiet --save "$work/short" >"$work/out" 2>&1 ||
+    fail "a checkpoint cut short was not replaced"
+# No room for the last checkpoint: what was found is said all the same.
+(
+    trap '' XFSZ
+    ulimit -f 64
+    "$demo" $run --steps 1 --save "$work/large"
+) >"$work/out" 2>&1 && fail "a checkpoint that could not be saved is no failure"
+grep -q 'cannot save: File too large' "$work/out" || fail "nobody says why nothing was saved"
+grep -q '^held-out bits per byte: MoE' "$work/out" || fail "what a run found is lost with its checkpoint"
+[ ! -e "$work/large" ] && [ ! -e "$work/large.new" ] || fail "half a checkpoint is left"
 refused 'cannot open' --log "$work/no/such/directory.csv"
 
 printf '%s\n' "demo: $verdict; resumed runs end in the same bytes; ok"
