@@ -456,12 +456,12 @@ demo:
 	$(BUILD)/demo $(DEMO_ARGS)
 
 demo-mpi: RANKS = 4
-ifneq ($(MPI),)
+ifneq ($(filter $(MPI),$(MPIS)),)
 demo-mpi: $(BUILD)/demo_mpi_$(MPI)
 	$(LAUNCH) $(RANKS) $(BUILD)/demo_mpi_$(MPI) $(DEMO_ARGS)
 else
 demo-mpi:
-	@echo 'demo-mpi needs an MPI: apt-get install libopenmpi-dev openmpi-bin' >&2; exit 1
+	@echo '$(if $(MPIS),MPI=$(MPI): here it can be $(strip $(MPIS)),demo-mpi needs an MPI: apt-get install libopenmpi-dev openmpi-bin)' >&2; exit 1
 endif
 
 # The same with its layers on a GPU, or on GPUS of them over NCCL where that is.

@@ -356,6 +356,11 @@ def test_a_step_adds_micro_batches(mixtral):
     sums = one.everywhere + one.experts
     assert four.step - sums == pytest.approx(4 * (one.step - sums))
     assert one.utilisation < four.utilisation < H100.efficiency
+    # 64 GPUs with 8 replicas: sums of f32 gradients take most of a step of one micro-batch.
+    many = cost.cost(mixtral, H100, placed(64, 8, accumulate=64))
+    assert (one.bound_by, many.bound_by) == ("gradients", "arithmetic")
+    for c in (one, four, many):
+        assert sum(c.limits().values()) == pytest.approx(c.step)
 
 
 def test_more_of_anything_that_costs_takes_longer(deepseek, free):

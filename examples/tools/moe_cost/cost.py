@@ -230,13 +230,17 @@ class Cost:
         return self.setup.accumulate * work / (self.step * self.cluster.peak_tflops * 1e12)
 
     def limits(self):
-        """Seconds by what they are spent on: the exposed exchanges, and LIMITS of the kernels."""
+        """Seconds of a step by what they are spent on.
+
+        The exposed exchanges, LIMITS of the kernels, and sums of gradients that nothing hides.
+        """
         spent = dict.fromkeys(("communication", *kernels.LIMITS), 0.0)
         for one in self.passes:
             spent["communication"] += one.communication - one.hidden
             for kernel, seconds in one.kernels:
                 spent[kernel.limit(self.cluster)] += seconds
-        return spent
+        step = {name: self.setup.accumulate * seconds for name, seconds in spent.items()}
+        return {**step, "gradients": self.gradients} if self.backward else step
 
     @property
     def bound_by(self):
