@@ -87,13 +87,20 @@ def main():
     parser.add_argument("png", help="picture to write")
     names = parser.parse_args()
     log = read_log(names.csv)
+    if not trained(log, "moe") and not trained(log, "dense"):
+        sys.exit(f"{names.csv}: no bits of any model")
     panels = 3 if trained(log, "moe") else 2
     figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 4.4))
     draw_bits(axes[0], log, "step", "steps")
     draw_bits(axes[1], log, "{}_seconds", "seconds in its own training steps")
     if panels == 3:
         draw_balance(axes[2], log)
-    figure.suptitle("The MoE language model and its dense twin of equal multiply-adds per byte")
+    titles = {
+        (True, True): "The MoE language model and its dense twin of equal multiply-adds per byte",
+        (True, False): "The MoE language model",
+        (False, True): "The dense language model",
+    }
+    figure.suptitle(titles[trained(log, "moe"), trained(log, "dense")])
     figure.tight_layout()
     try:
         figure.savefig(names.png, dpi=110)

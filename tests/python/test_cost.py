@@ -398,8 +398,8 @@ def test_it_turns_communication_bound_where_it_says(free):
     assert (below.limit(H100), above.limit(H100)) == ("memory", "arithmetic")
 
 
-def test_the_picture_has_the_anchors():
-    curves = {label: values for label, _, _, values in picture.deepseek_curves(H100)}
+def test_the_picture_has_the_anchors(deepseek):
+    curves = {label: values for label, _, _, values in picture.model_curves(deepseek, H100)}
     at = picture.GPUS.index(64)
     assert curves["nodes of 8, each copy alone"][at] == pytest.approx(3.44, abs=0.01)
     assert curves["nodes of 8, once to each node"][at] == pytest.approx(2.28, abs=0.01)
@@ -410,10 +410,25 @@ def test_the_picture_has_the_anchors():
     assert far[0] == near[0] and far[3:] == pytest.approx([0.492] * 7, abs=1e-3)
 
 
-def test_the_picture_shows_whatever_the_cluster_gives():
+def test_a_picture_of_each_model_is_the_ratios_of_its_widest_groups():
+    for name in models.MODELS:
+        one = model(name)
+        curves = picture.model_curves(one, H100)
+        assert [len(values) for *_, values in curves] == [len(picture.GPUS)] * 5
+        for gpus, r in zip(picture.GPUS, curves[0][3]):
+            widest = max(p for p in range(1, gpus + 1)
+                         if one.experts % p == gpus % p == 0 and (8 % p == 0 or p % 8 == 0))  # fmt: skip
+            assert r == bounds.ratios(one, H100, placed(gpus, widest)).slowest, (name, gpus)
+        # Each remedy is one: no row travels more often, or with more bytes.
+        flat, node, limited, near, near_dedup = (values for *_, values in curves)
+        for worse, better in ((flat, node), (node, limited), (near, near_dedup)):
+            assert all(a >= b - 1e-12 for a, b in zip(worse, better)), name
+
+
+def test_the_picture_shows_whatever_the_cluster_gives(deepseek):
     for network, node in ((45, 337), (0.001, 0.001), (1e6, 1e6), (1e6, 0.001)):
         cluster = replace(H100, network_gbs=network, node_gbs=node)
-        curves = picture.mixtral_curves(cluster) + picture.deepseek_curves(cluster)
+        curves = picture.mixtral_curves(cluster) + picture.model_curves(deepseek, cluster)
         low, high, ticks = picture.heights(curves)
         assert all(low < value < high for _, _, _, values in curves for value in values)
         assert low < 1 < high and 1 in ticks and 3 <= len(ticks) <= 16

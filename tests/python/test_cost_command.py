@@ -184,7 +184,9 @@ def test_help_list_and_published(command):
         ("more", "more"),
         ("--list --csv", "--csv: not allowed with argument --list"),
         ("--plot r.svg --published", "--published: not allowed with argument --plot"),
-        ("--plot r.svg --model qwen3", "--model does not go with --plot"),
+        ("--plot r.svg --model gpt5", "--model gpt5: not a model or a preset"),
+        ("--plot r.svg --experts 64", "--experts with --plot needs --model too"),
+        ("--plot r.svg --model qwen3 --node-limit 2", "--node-limit does not go with --plot"),
         ("--plot r.svg --gpus 8", "--gpus does not go with --plot"),
         ("--plot run.pdf", "--plot run.pdf: a name that ends in .svg or .png is needed"),
     ],
@@ -208,6 +210,9 @@ def test_the_picture(command, tmp_path):
     once = svg.read_bytes()
     printed(command("--plot", svg))
     assert svg.read_bytes() == once and b"communication-bound" in once
+    printed(command("--plot", svg, "--model", "qwen3", "--top-k", "4", "--network-gbs", "20"))
+    own = svg.read_text(encoding="utf-8")
+    assert "qwen3: D 2048, F 768, E 128, K 4" in own and "20 GB/s between nodes" in own
     done = command("--plot", tmp_path / "absent" / "r.svg")
     assert done.returncode == 2 and "absent" in done.stderr
 

@@ -38,3 +38,24 @@ def test_what_is_no_log_is_refused(root, tmp_path):
         done = plot(root, source, png)
         assert done.returncode != 0 and says in done.stdout and "Traceback" not in done.stdout
         assert not png.exists()
+
+
+def test_the_title_names_the_models_that_were_trained(root, tmp_path):
+    header = ("step,seconds,moe_seconds,dense_seconds,moe_train_bits,moe_held_bits,"
+              "dense_train_bits,dense_held_bits,balance_loss,busiest_over_mean,"
+              "load_entropy_nats,idle_experts,learning_rate\n")  # fmt: skip
+    log, picture = tmp_path / "run.csv", tmp_path / "run.svg"
+    moe, dense, load = ("5,4", ","), ("6,5", ","), ("0.1,1.2,2.7,0", ",,,")
+    for with_moe, with_dense, title in (
+        (1, 1, "The MoE language model and its dense twin"),
+        (1, 0, "<!-- The MoE language model -->"),
+        (0, 1, "<!-- The dense language model -->"),
+    ):
+        cells = f"{moe[1 - with_moe]},{dense[1 - with_dense]},{load[1 - with_moe]},0.004\n"
+        log.write_text(header + f"25,1,1,1,{cells}" + f"50,2,2,2,{cells}")
+        done = plot(root, log, picture)
+        assert done.returncode == 0, done.stdout
+        assert title in picture.read_text(encoding="utf-8"), title
+    log.write_text(header + "25,1,1,1,,,,,,,,,0.004\n")
+    done = plot(root, log, picture)
+    assert done.returncode != 0 and "no bits of any model" in done.stdout

@@ -12,6 +12,7 @@ from .models import GRADIENT_BYTES, MODELS, Sizes, resolve
 
 MOST_GPUS = 4096
 CLUSTER_FIELDS = tuple(field.name for field in fields(Cluster) if field.name != "name")
+MODEL_FIELDS = tuple(field.name for field in fields(Sizes) if field.name != "preset")
 
 
 def whole(low, high):
@@ -54,7 +55,7 @@ def add_model(parser):
         "model", "a name of --list, and numbers that differ"
     ).add_argument
     size = whole(1, 1 << 24)
-    add("--model", default="mixtral", metavar="NAME", help="default: mixtral")
+    add("--model", metavar="NAME", help="default: mixtral")
     add("--d-model", type=size, metavar="D")
     add("--d-hidden", type=size, metavar="F", help="hidden width of an expert")
     add("--experts", type=whole(1, 1 << 17), metavar="E")
@@ -131,8 +132,9 @@ def make_parser():
     group = parser.add_argument_group("output", "one of these in place of a report or a table")
     add = group.add_mutually_exclusive_group().add_argument
     add("--csv", action="store_true", help="a row for each case; all options are columns")
-    add("--plot", metavar="FILE", help="communication over GEMM time of mixtral and deepseek_v3 "
-        "against the number of GPUs on the cluster, .svg or .png (needs matplotlib)")  # fmt: skip
+    add("--plot", metavar="FILE", help="communication over GEMM time against the number of GPUs, "
+        "of --model, or without it of mixtral and deepseek_v3; .svg or .png (needs "
+        "matplotlib)")  # fmt: skip
     add("--published", action="store_true", help="all published figures, and the model's")
     add("--list", action="store_true", help="models and clusters by name")
     return parser
@@ -145,16 +147,17 @@ def chosen(names, options):
 
 
 def read_model(names):
-    known = MODELS.get(names.model)
-    sizes = known or Sizes(names.model)
-    given = chosen(names, (field.name for field in fields(Sizes) if field.name != "preset"))
+    name = names.model or "mixtral"
+    known = MODELS.get(name)
+    sizes = known or Sizes(name)
+    given = chosen(names, MODEL_FIELDS)
     groups, top = names.route_groups, names.route_top
     if (groups is None) != (top is None):
         raise ValueError("--route-groups and --route-top go together")
     if groups is not None and names.node_limit is not None:
         raise ValueError("--node-limit does not go with --route-groups")
-    if not known and names.model not in moe.presets():
-        raise ValueError(f"--model {names.model}: not a model or a preset; --list has them")
+    if not known and name not in moe.presets():
+        raise ValueError(f"--model {name}: not a model or a preset; --list has them")
     if given.get("activation", "relu").upper() not in moe.Activation.__members__:
         raise ValueError(
             f"--activation {names.activation}: it can be "
@@ -162,7 +165,7 @@ def read_model(names):
         )
     if names.node_limit is not None:
         groups = top = 1  # each setup has its own
-    return resolve(names.model, replace(sizes, **given), groups, top)
+    return resolve(name, replace(sizes, **given), groups, top)
 
 
 def read_cluster(names):
@@ -236,13 +239,19 @@ def listing():
     return "\n".join(lines) + "\n"
 
 
-def refuse_what_no_plot_has(parser, names):
-    """A picture has models and setups of its own: what would be ignored is refused."""
+def read_plotted(parser, names):
+    """The model to draw, or None. What would be ignored is refused: a picture has its own setups."""
+    free = ("plot", "cluster", "model", "route_groups", "route_top")
     for option, value in vars(names).items():
-        known = option in ("plot", "cluster", *CLUSTER_FIELDS)
+        known = option in (*free, *CLUSTER_FIELDS, *MODEL_FIELDS)
         if not known and value != parser.get_default(option):
-            flag = option.replace("_", "-")
-            raise ValueError(f"--{flag} does not go with --plot, which draws models of its own")
+            raise ValueError(f"--{option.replace('_', '-')} does not go with --plot")
+    if names.model:
+        return read_model(names)
+    given = chosen(names, (*MODEL_FIELDS, "route_groups"))
+    if given:
+        raise ValueError(f"--{min(given).replace('_', '-')} with --plot needs --model too")
+    return None
 
 
 def run(parser, names):
@@ -251,8 +260,7 @@ def run(parser, names):
     elif names.published:
         sys.stdout.write("\n".join(published.lines(published.FIGURES)) + "\n")
     elif names.plot is not None:
-        refuse_what_no_plot_has(parser, names)
-        picture.save(names.plot, read_cluster(names))
+        picture.save(names.plot, read_cluster(names), read_plotted(parser, names))
     else:
         found = cases(names)
         if names.csv:

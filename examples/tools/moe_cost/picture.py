@@ -1,4 +1,7 @@
-"""R of the forward against the number of GPUs, for Mixtral and DeepSeek-V3. Needs matplotlib."""
+"""R of the forward against the number of GPUs, of Mixtral and DeepSeek-V3 or of a model of one's own.
+
+Needs matplotlib.
+"""
 
 from dataclasses import replace
 from math import ceil, floor, log10
@@ -11,8 +14,8 @@ NODE = 8
 NVLINK, NETWORK, LIMITED = "#2a7f62", "#b03a2e", "#1f5a99"
 
 
-def _model(name, *groups):
-    return resolve(name, MODELS[name], *(groups or (None, None)))
+def _model(name):
+    return resolve(name, MODELS[name], None, None)
 
 
 def mixtral_curves(cluster):
@@ -31,31 +34,45 @@ def mixtral_curves(cluster):
     ]  # fmt: skip
 
 
-def deepseek_curves(cluster):
-    """The widest expert parallelism, up to an expert a rank from 256 GPUs on."""
-    model = _model("deepseek_v3", 1, 1)
-    curves = {name: [] for name in ("near", "near_dedup", "flat", "node", "limited")}
+def _widest(model, gpus, node):
+    return bounds.widths(model, cost.Setup(gpus, node, 1, 1, 4096))[-1]
+
+
+def _most_nodes(model, setup):
+    """The model with a token on as many nodes as it may choose groups, or as its experts need."""
+    needed = ceil(model.top_k * setup.nodes / model.experts)
+    return cost.limited(model, setup, min(setup.nodes, max(model.top_groups, needed)))
+
+
+def model_curves(model, cluster):
+    """The widest expert parallelism that fits, up to an expert a rank."""
+    free = replace(model, groups=1, top_groups=1)
+    curves = {name: [] for name in ("flat", "node", "limited", "near", "near_dedup")}
     for gpus in GPUS:
-        p = min(gpus, model.experts)
+        p, q = _widest(model, gpus, gpus), _widest(model, gpus, NODE)
         whole = cost.Setup(gpus, gpus, p, p, 4096)  # as if all GPUs were one node
-        nodes = cost.Setup(gpus, NODE, p, NODE, 4096)
-        few = cost.limited(model, nodes, min(4, nodes.nodes))
+        nodes = cost.Setup(gpus, NODE, q, min(q, NODE), 4096)
         cases = {
-            "near": (model, whole),
-            "near_dedup": (model, replace(whole, dedup="rank")),
-            "flat": (model, nodes),
-            "node": (model, replace(nodes, dedup="node")),
-            "limited": (few, replace(nodes, dedup="node", dispatch_bytes=1, visits="most")),
+            "flat": (free, nodes),
+            "node": (free, replace(nodes, dedup="node")),
+            "limited": (
+                _most_nodes(model, nodes),
+                replace(nodes, dedup="node", dispatch_bytes=1, visits="most"),
+            ),
+            "near": (free, whole),
+            "near_dedup": (free, replace(whole, dedup="rank")),
         }
         for name, (one, setup) in cases.items():
             curves[name].append(bounds.ratios(one, cluster, setup).slowest)
-    return [
-        ("nodes of 8, each copy alone", NETWORK, "-", curves["flat"]),
-        ("nodes of 8, once to each node", NETWORK, "--", curves["node"]),
-        ("the same, to 4 nodes, fp8 dispatch", LIMITED, "--", curves["limited"]),
-        ("all NVLink, each copy alone", NVLINK, "-", curves["near"]),
-        ("all NVLink, once to each GPU", NVLINK, "--", curves["near_dedup"]),
-    ]
+    limit = f"to {model.top_groups} nodes, " if model.top_groups < model.groups else ""
+    labels = {
+        "flat": ("nodes of 8, each copy alone", NETWORK, "-"),
+        "node": ("nodes of 8, once to each node", NETWORK, "--"),
+        "limited": (f"the same, {limit}fp8 dispatch", LIMITED, "--"),
+        "near": ("all NVLink, each copy alone", NVLINK, "-"),
+        "near_dedup": ("all NVLink, once to each GPU", NVLINK, "--"),
+    }
+    return [(*labels[name], values) for name, values in curves.items()]
 
 
 def heights(curves):
@@ -91,7 +108,24 @@ def _draw(axes, title, curves, labelled=()):
                 ncols=1 + (len(curves) > 3), bbox_to_anchor=(0, -0.11))  # fmt: skip
 
 
-def save(path, cluster):
+def _panels(cluster, model):
+    """(title, curves, labels of numbers) of each."""
+    flat, near = "nodes of 8, each copy alone", "all NVLink, each copy alone"
+    if model:
+        title = f"{model.name}: D {model.d_model}, F {model.d_hidden}, E {model.experts}, K "
+        title += f"{model.top_k}; as many ranks a group as fit"
+        return [(title, model_curves(model, cluster), [(flat, 64, True), (near, 64, True)])]
+    mixtral = mixtral_curves(cluster)
+    deepseek = model_curves(_model("deepseek_v3"), cluster)
+    numbers = [(flat, 64, True), ("nodes of 8, once to each node", 64, True),
+               ("the same, to 4 nodes, fp8 dispatch", 64, True), (near, 64, False)]  # fmt: skip
+    return [
+        ("Mixtral 8x7B: 8 ranks a group", mixtral, [("8 ranks in one node (NVLink)", 64, True)]),
+        ("DeepSeek-V3: min(GPUs, 256) ranks a group", deepseek, numbers),
+    ]
+
+
+def save(path, cluster, model=None):
     """Writes a picture, .svg or .png; the same bytes for the same matplotlib."""
     if not str(path).endswith((".svg", ".png")):
         raise ValueError(f"--plot {path}: a name that ends in .svg or .png is needed")
@@ -103,20 +137,16 @@ def save(path, cluster):
     except ImportError as error:
         raise ValueError(f"--plot needs matplotlib: {error}") from error
 
+    panels = _panels(cluster, model)
+    low, high, ticks = heights([curve for _, curves, _ in panels for curve in curves])
     with plt.rc_context({"svg.hashsalt": "moe-cost", "svg.fonttype": "none", "font.size": 9}):
-        figure, axes = plt.subplots(1, 2, figsize=(10.4, 5.4), sharey=True)
-        mixtral, deepseek = mixtral_curves(cluster), deepseek_curves(cluster)
-        _draw(axes[0], "Mixtral 8x7B: 8 ranks a group", mixtral,
-              [("8 ranks in one node (NVLink)", 64, True)])  # fmt: skip
-        _draw(axes[1], "DeepSeek-V3: min(GPUs, 256) ranks a group", deepseek,
-              [("nodes of 8, each copy alone", 64, True),
-               ("nodes of 8, once to each node", 64, True),
-               ("the same, to 4 nodes, fp8 dispatch", 64, True),
-               ("all NVLink, each copy alone", 64, False)])  # fmt: skip
-        low, high, ticks = heights(mixtral + deepseek)
-        axes[0].set_ylim(low, high)
-        axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes[0].set_ylabel("R: communication over GEMM time, forward")
+        figure, axes = plt.subplots(1, len(panels), figsize=(10.4 if len(panels) > 1 else 7, 5.4),
+                                    sharey=True, squeeze=False)  # fmt: skip
+        for one, panel in zip(axes[0], panels):
+            _draw(one, *panel)
+        axes[0][0].set_ylim(low, high)
+        axes[0][0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes[0][0].set_ylabel("R: communication over GEMM time, forward")
         figure.suptitle(
             f"{cluster.name}: {cluster.peak_tflops:g} TFLOP/s x {cluster.efficiency:g}, "
             f"{cluster.node_gbs:g} GB/s in a node, {cluster.network_gbs:g} GB/s between nodes; "
