@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 enum { DEMO_STEPS = 4500, SWEEP_STEPS = 2000 };
 
@@ -177,7 +178,21 @@ static int check(const options *o)
         fprintf(stderr, "--sweep goes with none of --log, --save, --resume, --only\n");
         return -1;
     }
-    return check_files(o);
+    return 0;
+}
+
+/* A system may promise memory that it has not, and end the program when it is used: experts that
+ * cannot fit are refused before. */
+static int check_memory(const options *o, const ranks *r)
+{
+    const double arrays = 4 * sizeof(float); /* value, gradient and two moments */
+    double needed = arrays * 2 * WIDTH * (double)o->hidden * (double)o->experts / r->size;
+    double there = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    if (there <= 0 || needed <= there) return 0;
+    fprintf(stderr,
+            "--experts %lld --hidden %lld: %.1f GB for training, this machine has %.1f GB\n",
+            (long long)o->experts, (long long)o->hidden, needed / 1e9, there / 1e9);
+    return -1;
 }
 
 /* What the number of ranks decides. */
@@ -232,5 +247,7 @@ int options_read(options *o, const ranks *r, int argc, char **argv)
         return -1;
     }
     if (o->steps == 0) o->steps = o->sweep ? SWEEP_STEPS : DEMO_STEPS;
-    return check(o) != 0 ? -1 : settle(o, r);
+    if (check(o) != 0 || settle(o, r) != 0) return -1;
+    /* what depends on the machine is rank 0's to say, so that no rank goes on alone */
+    return r->rank == 0 && (check_files(o) != 0 || check_memory(o, r) != 0) ? -1 : 0;
 }

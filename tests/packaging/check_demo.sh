@@ -120,6 +120,10 @@ refused '--rate -1:' --rate -1
 refused '--top-k 5 is more than --experts 4' --experts 4 --top-k 5
 refused '--hidden 0:' --hidden 0
 refused '--only both:' --only both
+# Of 1.1 TB; a machine that has as much is not asked.
+if awk '/^MemTotal/ { exit $2 > 1e9 }' /proc/meminfo; then
+    refused '1099.5 GB for training, this machine has' --experts 4096 --hidden 65536
+fi
 refused '--save-every 5:' --save-every 5
 refused 'xyz' xyz
 refused '--log' --sweep --log "$work/x.csv"
