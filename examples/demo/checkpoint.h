@@ -5,7 +5,8 @@
 #include "trainer.h"
 
 /* Finds out before hours of work whether a checkpoint can be written at `path`; an old one stays,
- * and a file that is neither empty nor one, whole or damaged, is not to be overwritten. Returns 0, or -1 with a message on stderr. */
+ * and a file that is neither empty nor one, whole or damaged, is not to be overwritten. Returns 0,
+ * or -1 with a message on stderr. */
 int checkpoint_probe(const char *path);
 
 /* Rank 0 writes the run to a temporary file beside `path`, which then takes the name `path`: there
