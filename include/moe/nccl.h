@@ -39,9 +39,10 @@
  *               rows of host memory are copies in the group's own. If a non-blocking communicator
  *               of the host is still in progress at a deadline, the end is never known, and it
  *               stays for good
- *   ending      moe_comm_destroy waits for what this rank has put on streams, and with `duplicate`
+ *   ending      moe_comm_destroy waits for what this rank has given to NCCL, and with `duplicate`
  *               for the other ranks to destroy theirs, since NCCL finalises together; no longer
- *               than the timeout. Graphs that have been captured must not run any more
+ *               than the timeout. Graphs that have exchanges of the group are destroyed before,
+ *               their executables too: until then NCCL does not end a communicator
  *   order       NCCL serves exchanges of a communicator in the order of the calls, whatever their
  *               streams; the host's own calls on a borrowed communicator are between them, in the
  *               same places on every rank

@@ -221,7 +221,8 @@ static const char *nccl_why(void *user) { return ((moe__nccl_group *)user)->why;
 
 /* ---- meeting --------------------------------------------------------------------------------- */
 
-/* Of a communicator that does not block NCCL writes the duplicate when it is made. */
+/* Of a communicator that does not block NCCL writes the duplicate when it is made; the call may say
+ * ncclSuccess before. */
 static int32_t split(moe__nccl_group *g)
 {
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
@@ -230,16 +231,16 @@ static int32_t split(moe__nccl_group *g)
     if (!moe__nccl_begin(g)) return 1;
     ncclResult_t result = ncclCommSplit(g->nccl, 0, g->rank, &g->split, &config);
     moe__nccl_end(g);
-    if (result == ncclInProgress) {
-        g->in_progress = true;
-        int32_t answer = moe__nccl_settle(g, g->deadline);
-        g->splitting = answer != 0 && g->in_progress;
-        if (answer != 0) return answer;
-        result = ncclSuccess;
-    }
-    if (result != ncclSuccess || !g->split) return moe__nccl_say(g, "ncclCommSplit", result);
-    g->nccl = g->split;
-    g->owned = true;
+    if (result != ncclSuccess && result != ncclInProgress)
+        return moe__nccl_say(g, "ncclCommSplit", result);
+    g->in_progress = !g->split; /* as far as that shows */
+    int32_t answer = moe__nccl_settle(g, g->deadline);
+    g->splitting = answer != 0 && g->in_progress;
+    if (g->splitting) return answer;
+    g->owned = g->split != NULL;
+    if (g->owned) g->nccl = g->split;
+    if (answer != 0) return answer;
+    if (!g->owned) return moe__nccl_say(g, "ncclCommSplit", ncclInternalError);
     return moe__nccl_settle(g, g->deadline);
 }
 
@@ -248,6 +249,7 @@ static void *meet(void *argument)
     moe__nccl_group *g = argument;
     moe__nccl_scope scope;
     g->answer = 1;
+    (void)cudaSetDevice(g->device); /* to go back to device 0 would make a context there */
     if (moe__nccl_enter_call(g, &scope)) {
         g->answer = g->duplicate ? split(g) : 0;
         if (g->answer == 0 && g->warm_up) g->answer = moe__nccl_meet(g, g->deadline);

@@ -8,18 +8,16 @@
 /* ---- giving up ------------------------------------------------------------------------------- */
 
 /* The lock is held. What is owned is revoked, so that its streams go on; its handle stays valid
- * then, while one that is aborted is gone. */
+ * then, while one that is aborted is gone. Both set the device where they need it: a thread that
+ * has none would be given one by going back. */
 static void give_up(moe__nccl_group *g)
 {
-    moe__nccl_scope scope;
     if (atomic_exchange(&g->aborted, true) || !g->owned || !g->nccl) return;
-    bool entered = moe__nccl_enter(g, &scope);
     ncclResult_t result = g->revoke ? g->revoke(g->nccl, 0) : ncclInvalidUsage;
     if (result != ncclSuccess && result != ncclInProgress) {
         (void)ncclCommAbort(g->nccl);
         g->nccl = NULL;
     }
-    if (entered) moe__nccl_leave(&scope);
 }
 
 /* If the owner is inside NCCL, it gives up when it comes out. */
@@ -150,6 +148,7 @@ int32_t moe__nccl_post(moe__nccl_exchange *x, cudaStream_t stream)
     if (!moe__nccl_begin(g)) return 1;
     ncclResult_t result = ncclGroupStart();
     if (result == ncclSuccess) {
+        x->posted = true;
         result = x->together && x->round == 0 ? post_together(x, stream, &call)
                                               : post_all(x, stream, &call);
         ncclResult_t end = ncclGroupEnd();

@@ -152,14 +152,17 @@ void moe__nccl_unequip(moe__nccl_group *g)
 
 /* ---- what is under way ----------------------------------------------------------------------- */
 
-/* A device that failed does nothing any more. Later exchanges run after earlier ones, whatever
- * their streams, so that one event stands for all. The host's stream is not asked: it may be
- * captured. */
+/* A device that failed does nothing any more. NCCL runs later exchanges after earlier ones,
+ * whatever their streams, so that one event stands for all that it has; copies around them have
+ * those of the requests. The host's stream is not asked: it may be captured. */
 static bool is_idle(const moe__nccl_group *g)
 {
     bool own = g->own_stream && g->stream;
     bool idle = !g->unsettled && (!own || cudaStreamQuery(g->stream) != cudaErrorNotReady) &&
                 (!g->side || cudaStreamQuery(g->side) != cudaErrorNotReady);
+    for (int i = 0; i < MOE_COMM_REQUESTS && idle; i++)
+        idle = !g->exchange[i].recorded ||
+               cudaEventQuery(g->exchange[i].done) != cudaErrorNotReady;
     return idle && (!g->last_recorded || cudaEventQuery(g->last) != cudaErrorNotReady);
 }
 

@@ -28,10 +28,8 @@ static int32_t record(moe__nccl_exchange *x, cudaStream_t stream)
     cudaError_t error = cudaSuccess;
     if (x->done) error = cudaEventRecord(x->done, stream);
     if (x->done && error == cudaSuccess) x->recorded = true;
-    if (error == cudaSuccess) error = cudaEventRecord(g->last, stream);
-    if (error != cudaSuccess) return moe__nccl_say_cuda(g, "cudaEventRecord", error);
-    g->last_recorded = true;
-    return 0;
+    if (error == cudaSuccess && x->posted) error = cudaEventRecord(g->last, stream);
+    return error == cudaSuccess ? 0 : moe__nccl_say_cuda(g, "cudaEventRecord", error);
 }
 
 /* Notes the end of what was put on the stream, also if that failed half way; keeps why it did. */
@@ -175,7 +173,7 @@ static moe__nccl_exchange *take_slot(moe__nccl_group *g, const moe_exchange *e)
     x->number = g->next++;
     x->round = x->last_round = 0;
     x->deadline = moe__nccl_seconds() + g->timeout;
-    x->recorded = x->bad = false;
+    x->recorded = x->posted = x->bad = false;
     x->active = !e->ordered;
     return x;
 }

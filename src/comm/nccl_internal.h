@@ -49,6 +49,7 @@ typedef struct moe__nccl_exchange {
     bool on_host;  /* rows of host memory */
     bool together; /* their first round is one ncclAlltoAll, else sends and receives */
     bool recorded; /* done tells when the round is over; else nothing was put on the stream */
+    bool posted;   /* NCCL has something of it */
     bool bad;      /* not all of it could be put there */
     bool active;
 } moe__nccl_exchange;
@@ -78,7 +79,7 @@ struct moe__nccl_group {
     int64_t pinned_bytes, staged_bytes, memory_bytes;
     void *memory;     /* of the host: the exchanges' arrays */
     int64_t *no_rows; /* [P+1] zeros */
-    cudaEvent_t last; /* of all that was put on streams, whichever */
+    cudaEvent_t last; /* of all that NCCL has, whichever streams it is on */
     bool last_recorded;
     ncclResult_t (*revoke)(ncclComm_t comm, int flags); /* NULL before 2.28.7 */
     ncclResult_t (*all_to_all)(const void *send, void *recv, size_t count, ncclDataType_t type,

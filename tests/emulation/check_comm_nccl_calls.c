@@ -137,6 +137,33 @@ static void *give_up(void *argument)
     return NULL;
 }
 
+/* A thread that no rank is: CUDA makes a context on every device that it is put on. */
+static _Thread_local bool of_rank;
+static atomic_int strayed; /* such threads that were on more than one */
+cudaError_t __real_cudaSetDevice(int device);
+cudaError_t __wrap_cudaSetDevice(int device);
+cudaError_t __wrap_cudaSetDevice(int device)
+{
+    static _Thread_local int first = -1;
+    if (first < 0) first = device;
+    if (!of_rank && device != first) (void)atomic_fetch_add(&strayed, 1);
+    return __real_cudaSetDevice(device);
+}
+
+static void body_devices(struct rank_case *r)
+{
+    rank_comm c;
+    pthread_t thread;
+    of_rank = true;
+    join(r, &c, how, 20);
+    giving_up g = {c.comm, 0};
+    EXPECT(pthread_create(&thread, NULL, give_up, &g) == 0);
+    EXPECT(pthread_join(thread, NULL) == 0);
+    REFUSED(MOE_ERROR_TRANSPORT, moe_comm_barrier(c.comm));
+    leave_after_failure(r, &c);
+    EXPECT(atomic_load(&strayed) == 0);
+}
+
 /* Another thread of rank 0 ends its wait for rank 1; with a duplicate the stream goes on too. */
 static void body_abort(struct rank_case *r)
 {
@@ -186,7 +213,10 @@ START_TEST(test_giving_up)
 {
     for (int kind = 0; kind < 4; kind++) {
         how = kind;
-        int bad = on_threads(2, body_abort);
+        atomic_store(&strayed, 0);
+        int bad = on_threads(2, body_devices);
+        ck_assert_msg(bad == 0 && all_is_gone(), "devices, kind %d: %d failures", kind, bad);
+        bad = on_threads(2, body_abort);
         ck_assert_msg(bad == 0 && all_is_gone(), "kind %d: %d failures", kind, bad);
         for (int i = 0; i < 5; i++) {
             bad = on_threads(4, body_abort_storm);

@@ -26,6 +26,7 @@ enum { NOT_BLOCKING = 1, DUPLICATE = 2, COLD = 4 };
 typedef struct rank_comm {
     moe_context *context;
     moe_comm *comm;
+    moe_comm *node_comm, *rail_comm; /* of layers in two stages, or NULL */
     moe_nccl_config config;
 } rank_comm;
 

@@ -96,6 +96,15 @@ static void make_parts(struct rank_case *r, rank_layer *l)
     GOOD(moe_experts_create(&l->experts, l->c->context, &e));
 }
 
+static void put_beside(struct rank_case *r, rank_layer *l)
+{
+    moe_cuda_pass_config c;
+    CUDA(cudaStreamCreateWithFlags(&l->beside, cudaStreamNonBlocking));
+    GOOD(moe_cuda_pass_config_init(&c, sizeof c));
+    c.exchange_stream = l->beside;
+    GOOD(moe_cuda_pass_set(l->pass, &c));
+}
+
 static void make_objects(struct rank_case *r, rank_layer *l, bool alone)
 {
     const layer_kind *kind = l->kind;
@@ -109,10 +118,13 @@ static void make_objects(struct rank_case *r, rank_layer *l, bool alone)
         c.placement = l->numbers;
         c.received = kind->received, c.max_received = kind->max_received;
         if (kind->padded_rows) c.exchange = MOE_EXCHANGE_PADDED, c.padded_rows = kind->padded_rows;
+        if (kind->chunks) c.exchange_chunks = kind->chunks;
+        c.node_comm = l->c->node_comm, c.rail_comm = l->c->rail_comm;
     }
     GOOD(moe_layer_create(&l->layer, &c));
     GOOD(moe_layer_init_parameters(l->layer, 1));
     GOOD(moe_pass_create(&l->pass, l->layer, NULL));
+    if (kind->beside && !alone) put_beside(r, l);
     make_arrays(r, l);
 }
 
@@ -130,6 +142,7 @@ void free_layer(struct rank_case *r, rank_layer *l)
     moe_pass_destroy(l->pass), moe_layer_destroy(l->layer);
     moe_experts_destroy(l->experts), moe_gate_destroy(l->gate);
     CUDA(cudaFree(l->x)), CUDA(cudaFree(l->y)), CUDA(cudaFree(l->dy)), CUDA(cudaFree(l->dx));
+    if (l->beside) CUDA(cudaStreamDestroy(l->beside));
 }
 
 /* ---- calls ----------------------------------------------------------------------------------- */

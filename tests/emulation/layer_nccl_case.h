@@ -15,8 +15,11 @@ typedef struct layer_kind {
     int64_t max_received;
     int64_t padded_rows; /* 0: exact */
     int64_t slices;      /* 0: whole experts */
+    int64_t chunks;      /* 0: rows in one part */
     bool last_first;     /* experts are placed from the last rank on; rank 0 has none of few */
     bool global;         /* losses of all ranks */
+    bool beside;         /* rows travel on a stream of their own */
+    bool stages;         /* in two, over the rank's node_comm and rail_comm */
 } layer_kind;
 
 typedef struct rank_layer {
@@ -27,6 +30,7 @@ typedef struct rank_layer {
     moe_experts *experts;
     moe_layer *layer;
     moe_pass *pass;
+    cudaStream_t beside;
     void *x, *y, *dy, *dx;
 } rank_layer;
 

@@ -162,6 +162,8 @@ ncclResult_t ncclCommInitAll(ncclComm_t *comms, int count, const int *devices)
 
 /* ---- parts of one ---------------------------------------------------------------------------- */
 
+/* As the real one does: of a communicator that does not block only ncclCommGetAsyncError tells that
+ * the split is in progress. */
 ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t *out,
                            ncclConfig_t *config)
 {
@@ -181,5 +183,6 @@ ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t *out,
     *out = NULL;
     comm->split = s;
     comm->job = NCCL_SPLIT;
-    return nccl_leave(comm, nccl_put_job(comm));
+    result = nccl_put_job(comm);
+    return nccl_leave(comm, result == ncclInProgress ? ncclSuccess : result);
 }
