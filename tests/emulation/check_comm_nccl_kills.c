@@ -154,7 +154,7 @@ START_TEST(test_rank_that_is_killed)
 {
     const char *count = getenv("MOE_KILLS"), *seed = getenv("MOE_EMULATION_SEED");
     uint64_t state = (seed ? strtoull(seed, NULL, 10) : 1) * 1000 + (uint64_t)_i;
-    int kills = count ? atoi(count) : 1;
+    int kills = count ? atoi(count) : getenv("MOE_LONG") ? 8 : 1;
     for (int n = 0; n < kills; n++) {
         char text[80], number[24];
         int ranks = 2 + (int)(next_number(&state) % 3), how = (int)(next_number(&state) % 4);

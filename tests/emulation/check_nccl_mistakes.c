@@ -237,7 +237,7 @@ static void body_stream_in_progress(struct rank_case *r)
     CUDA(cudaFree(x));
 }
 
-/* A graph whose communicator is gone. */
+/* A graph that is there when its communicator ends, and runs after that. */
 static void body_graph_after_end(struct rank_case *r)
 {
     cudaGraph_t graph;
@@ -250,6 +250,7 @@ static void body_graph_after_end(struct rank_case *r)
     CUDA(cudaGraphInstantiate(&exec, graph, 0));
     CUDA(cudaGraphDestroy(graph));
     end_comm(r);
+    MISTAKE("ncclCommDestroy of a communicator that a graph has");
     CUDA(cudaGraphLaunch(exec, r->stream));
     CUDA(cudaStreamSynchronize(r->stream));
     MISTAKE("a graph runs with a communicator that was destroyed");

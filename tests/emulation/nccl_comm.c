@@ -251,6 +251,15 @@ static void end(struct ncclComm *comm, bool aborted)
     emu_notify();
 }
 
+/* The real one waits, without a deadline, until the graphs are destroyed. */
+static void check_graphs(const char *name, const struct ncclComm *comm)
+{
+    if (comm->captured > 0) {
+        emu_mistake("NCCL: rank %d of %d: %s of a communicator that a graph has", comm->rank,
+                    comm->ranks, name);
+    }
+}
+
 /* Waits for what was put, as the real one does: for good when a peer never comes. */
 ncclResult_t ncclCommDestroy(ncclComm_t comm)
 {
@@ -258,6 +267,7 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm)
     ncclResult_t result = nccl_enter("ncclCommDestroy", comm, NCCL_READY);
     if (result != ncclSuccess) return nccl_leave(comm, result);
     nccl_record_comm("ncclCommDestroy", comm);
+    check_graphs("ncclCommDestroy", comm);
     while (!nccl_dead(comm) && (comm->active || comm->tickets_done < comm->tickets)) {
         if (!emu_run_one()) emu_wait();
     }
@@ -272,6 +282,7 @@ ncclResult_t ncclCommAbort(ncclComm_t comm)
     ncclResult_t result = nccl_enter("ncclCommAbort", comm, NCCL_ANY);
     if (result != ncclSuccess) return nccl_leave(NULL, result);
     nccl_record_comm("ncclCommAbort", comm);
+    check_graphs("ncclCommAbort", comm);
     comm->family->dead = true;
     end(comm, true);
     return nccl_leave(NULL, result);
@@ -302,6 +313,7 @@ ncclResult_t ncclCommFinalize(ncclComm_t comm)
     if (result == ncclSuccess && comm == NULL) result = ncclInvalidArgument;
     if (result != ncclSuccess) return nccl_leave(comm, result);
     nccl_record_comm("ncclCommFinalize", comm);
+    check_graphs("ncclCommFinalize", comm);
     comm->finalized = true;
     comm->job = NCCL_FINALIZE;
     return nccl_leave(comm, nccl_put_job(comm));

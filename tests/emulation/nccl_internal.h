@@ -143,6 +143,7 @@ struct ncclComm {
     uint64_t calls, groups, splits;
     uint64_t tickets, tickets_done; /* operations not captured: put, complete */
     int operations;                 /* that hold it, in queues and graphs */
+    int captured;                   /* of these, in graphs */
     bool active;                    /* one has begun */
 };
 

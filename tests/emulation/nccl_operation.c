@@ -162,8 +162,10 @@ static void give_up(void *closure, void *state)
 
 static void drop(void *closure)
 {
-    struct ncclComm *comm = ((struct nccl_operation *)closure)->comm;
+    const struct nccl_operation *o = closure;
+    struct ncclComm *comm = o->comm;
     comm->operations--;
+    comm->captured -= o->ticket == 0;
     nccl_comm_release(comm);
 }
 
@@ -175,6 +177,7 @@ struct emu_work *nccl_work(const struct nccl_operation *o)
     work->give_up = give_up;
     work->drop = drop;
     o->comm->operations++;
+    o->comm->captured += o->ticket == 0;
     return work;
 }
 

@@ -161,7 +161,7 @@ check-emulation-plain: $(EMU_PROGRAMS_plain)
 NCCL_RANKS ?= 2
 NCCL_JOBS ?= 4
 NCCL_TESTED_SUITES := $(if $(EMU_NCCL),$(NCCL_SUITES:%=%_nccl))
-NCCL_ASAN := $(if $(EMU_NCCL),check_comm_nccl_layers check_comm_nccl_layer_faults)
+NCCL_ASAN := $(if $(EMU_NCCL),check_comm_nccl_layers check_comm_nccl_layer_faults check_comm_nccl_kills)
 NCCL_PROGRAMS := $(NCCL_TESTED_SUITES:%=$(EMU)/plain/suites/%) $(COMM_PROGRAMS:%=$(EMU)/plain/kernels/%)
 NCCL_OLD = LD_LIBRARY_PATH=$(abspath $(EMU)/lib/nccl_218)
 # $(1) the environment
