@@ -68,7 +68,8 @@ typedef struct moe_nccl_config {
                           host's, which outlives the group; default NULL: one of the group's own */
     double timeout;    /* seconds that any wait may take, above 0, at most 1e9; default 60 */
     int32_t duplicate; /* 1: a communicator of the group's own (ncclCommSplit of all ranks, without
-                          shared resources, non-blocking); default 0 */
+                          shared resources, non-blocking); nothing may be under way on `comm` then,
+                          or NCCL may hang; default 0 */
     int32_t warm_up;   /* 1 (default): every rank meets every other at creation. 0: the first
                           exchange makes the connections, and on a blocking communicator it
                           blocks in NCCL, whatever the deadline, for as long as a rank does not

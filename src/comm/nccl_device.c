@@ -161,8 +161,7 @@ static bool is_idle(const moe__nccl_group *g)
     bool idle = !g->unsettled && (!own || cudaStreamQuery(g->stream) != cudaErrorNotReady) &&
                 (!g->side || cudaStreamQuery(g->side) != cudaErrorNotReady);
     for (int i = 0; i < MOE_COMM_REQUESTS && idle; i++)
-        idle = !g->exchange[i].recorded ||
-               cudaEventQuery(g->exchange[i].done) != cudaErrorNotReady;
+        idle = !g->exchange[i].recorded || cudaEventQuery(g->exchange[i].done) != cudaErrorNotReady;
     return idle && (!g->last_recorded || cudaEventQuery(g->last) != cudaErrorNotReady);
 }
 

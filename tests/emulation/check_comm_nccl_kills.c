@@ -127,8 +127,7 @@ static void body_killed(struct rank_case *r)
     EXPECT(emu_live_objects() == 1); /* the rank's stream */
 }
 
-static const struct named_body BODIES[] = {{.name = "killed", .body = body_killed},
-                                           {.name = NULL}};
+static const struct named_body BODIES[] = {{.name = "killed", .body = body_killed}, {.name = NULL}};
 
 /* ---- in turn --------------------------------------------------------------------------------- */
 
@@ -137,8 +136,8 @@ static const char TRIAL[] = "MOE_TEST_TRIAL"; /* what a process is told by its p
 static int run_told(char **argv)
 {
     const char *text = getenv(TRIAL);
-    if (!text || sscanf(text, "%d %d %d %ld", &trial.kind, &trial.how, &trial.victim,
-                        &trial.after) != 4)
+    if (!text ||
+        sscanf(text, "%d %d %d %ld", &trial.kind, &trial.how, &trial.victim, &trial.after) != 4)
         return 126;
     return run_as_rank(argv, BODIES);
 }
