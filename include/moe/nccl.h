@@ -34,7 +34,9 @@
  *               without, a stream waits until the host aborts its communicator
  *   memory      4 to 8 MiB of device memory by cudaMalloc and as much pinned memory, up to 1024
  *               ranks or so; allocated at creation, nothing after that. After a failure none is
- *               freed before the work that may touch it is known to be done: until then it stays.
+ *               freed before the work that may touch it is known to be done: until then it stays,
+ *               also when the group is destroyed, or could not be created; a thread then waits for
+ *               that, with the group's memory and a reference to the context, and frees it.
  *               Rows of device memory that are under way are counted in moe_comm_pending_bytes;
  *               rows of host memory are copies in the group's own. If a non-blocking communicator
  *               of the host is still in progress at a deadline, the end is never known, and it

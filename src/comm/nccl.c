@@ -8,6 +8,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 /* ---- config ---------------------------------------------------------------------------------- */
@@ -199,20 +200,74 @@ static void close_duplicate(moe__nccl_group *g)
     g->unsettled = false; /* it is gone */
 }
 
-/* Device memory that work may still touch stays. */
-static void end_group(moe__nccl_group *g)
+/* The thread's device stays: to go back to device 0 would make a context there. */
+static bool enter_thread(moe__nccl_group *g, moe__nccl_scope *scope)
 {
+    (void)cudaSetDevice(g->device);
+    return moe__nccl_enter_call(g, scope);
+}
+
+/* Signals are for the host's threads. */
+static int start_thread(pthread_t *thread, void *(*body)(void *), moe__nccl_group *g)
+{
+    sigset_t all, before;
+    (void)sigfillset(&all);
+    (void)pthread_sigmask(SIG_SETMASK, &all, &before);
+    int error = pthread_create(thread, NULL, body, g);
+    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return error;
+}
+
+static void nap(void)
+{
+    const struct timespec pause = {0, 10000000};
+    (void)nanosleep(&pause, NULL);
+}
+
+/* A duplicate that was given up: NCCL hands it out when the split ends, also without success, and
+ * is done with it soon. */
+static void drop_split(moe__nccl_group *g)
+{
+    while (!__atomic_load_n(&g->split, __ATOMIC_ACQUIRE)) nap();
+    nap();
+    (void)ncclCommAbort(g->split);
+    g->splitting = false;
+}
+
+/* Until the host has aborted its communicator, or a silent rank comes. */
+static void *wait_for_nccl(void *argument)
+{
+    moe__nccl_group *g = argument;
     moe__nccl_scope scope;
-    if (atomic_load(&g->wanted)) moe__nccl_abort(g);
-    bool alive = g->process == getpid() && g->memory && moe__nccl_enter(g, &scope);
-    if (alive) {
-        bool idle = moe__nccl_is_idle(g, atomic_load(&g->aborted) ? 0.1 : g->timeout);
-        if (!idle) atomic_store(&g->aborted, true);
-        close_duplicate(g);
-        if (moe__nccl_is_idle(g, idle ? 0 : 0.1)) moe__nccl_unequip(g);
+    if (enter_thread(g, &scope)) {
+        if (g->splitting) drop_split(g);
+        while (!moe__nccl_is_idle(g, 0)) nap();
+        moe__nccl_unequip(g);
         moe__nccl_leave(&scope);
     }
     free_group(g);
+    return NULL;
+}
+
+/* What NCCL may still touch stays until it is done, with a thread that waits for that. */
+static void end_group(moe__nccl_group *g)
+{
+    moe__nccl_scope scope;
+    pthread_t thread;
+    bool done = true;
+    if (atomic_load(&g->wanted)) moe__nccl_abort(g);
+    if (g->process == getpid() && g->memory && moe__nccl_enter(g, &scope)) {
+        bool idle = moe__nccl_is_idle(g, atomic_load(&g->aborted) ? 0.1 : g->timeout);
+        if (!idle) atomic_store(&g->aborted, true);
+        close_duplicate(g);
+        done = !g->splitting && moe__nccl_is_idle(g, idle ? 0 : 0.1);
+        if (done) moe__nccl_unequip(g);
+        moe__nccl_leave(&scope);
+    }
+    if (done || g->unsettled || start_thread(&thread, wait_for_nccl, g) != 0)
+        free_group(g);
+    else
+        (void)pthread_detach(thread);
 }
 
 static void nccl_release(void *user) { end_group(user); }
@@ -222,7 +277,7 @@ static const char *nccl_why(void *user) { return ((moe__nccl_group *)user)->why;
 /* ---- meeting --------------------------------------------------------------------------------- */
 
 /* Of a communicator that does not block NCCL writes the duplicate when it is made; the call may say
- * ncclSuccess before. */
+ * ncclSuccess before. One that failed is handed out too, and owned: it ends with the group. */
 static int32_t split(moe__nccl_group *g)
 {
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
@@ -231,12 +286,15 @@ static int32_t split(moe__nccl_group *g)
     if (!moe__nccl_begin(g)) return 1;
     ncclResult_t result = ncclCommSplit(g->nccl, 0, g->rank, &g->split, &config);
     moe__nccl_end(g);
-    if (result != ncclSuccess && result != ncclInProgress)
-        return moe__nccl_say(g, "ncclCommSplit", result);
-    g->in_progress = !g->split; /* as far as that shows */
-    int32_t answer = moe__nccl_settle(g, g->deadline);
-    g->splitting = answer != 0 && g->in_progress;
-    if (g->splitting) return answer;
+    int32_t answer = 0;
+    if (result == ncclSuccess || result == ncclInProgress) {
+        g->in_progress = !g->split; /* as far as that shows */
+        answer = moe__nccl_settle(g, g->deadline);
+        g->splitting = answer != 0 && g->in_progress;
+        if (g->splitting) return answer;
+    } else {
+        answer = moe__nccl_say(g, "ncclCommSplit", result);
+    }
     g->owned = g->split != NULL;
     if (g->owned) g->nccl = g->split;
     if (answer != 0) return answer;
@@ -249,8 +307,7 @@ static void *meet(void *argument)
     moe__nccl_group *g = argument;
     moe__nccl_scope scope;
     g->answer = 1;
-    (void)cudaSetDevice(g->device); /* to go back to device 0 would make a context there */
-    if (moe__nccl_enter_call(g, &scope)) {
+    if (enter_thread(g, &scope)) {
         g->answer = g->duplicate ? split(g) : 0;
         if (g->answer == 0 && g->warm_up) g->answer = moe__nccl_meet(g, g->deadline);
         moe__nccl_leave(&scope);
@@ -291,18 +348,14 @@ static moe_status bring_together(moe__nccl_group **group, const char *function)
 {
     moe__nccl_group *g = *group;
     pthread_t thread;
-    sigset_t all, before;
     char text[160];
     if (g->size == 1 || (!g->duplicate && !g->warm_up)) return MOE_OK;
     (void)snprintf(
         text, sizeof text,
         "rank %d of %d waited %g s for all ranks to make this call; NCCL has not returned",
         (int)g->rank, (int)g->size, g->timeout);
-    (void)sigfillset(&all); /* signals are for the host's threads */
-    (void)pthread_sigmask(SIG_SETMASK, &all, &before);
-    int error = pthread_create(&thread, NULL, meet, g);
-    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (error != 0) return moe__module_fail(MOE_ERROR_SYSTEM, function, "no thread");
+    if (start_thread(&thread, meet, g) != 0)
+        return moe__module_fail(MOE_ERROR_SYSTEM, function, "no thread");
     if (!wait_for(g, thread)) {
         *group = NULL;
         return moe__module_fail(MOE_ERROR_TIMEOUT, function, text);

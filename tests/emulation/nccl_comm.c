@@ -242,6 +242,7 @@ static void end(struct ncclComm *comm, bool aborted)
 {
     nccl_launch_drop(comm);
     nccl_unreserve(comm);
+    if (comm->job == NCCL_SPLIT) nccl_split_ends(comm);
     comm->job = NCCL_NO_JOB;
     comm->life = aborted ? NCCL_ABORTED : NCCL_DESTROYED;
     nccl_board_lock(comm->world->board);

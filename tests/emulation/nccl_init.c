@@ -25,6 +25,16 @@ static struct ncclComm *new_comm(struct nccl_world *w, int ranks, int rank, int 
     return comm;
 }
 
+struct ncclComm *nccl_stillborn(struct ncclComm *parent)
+{
+    struct ncclComm *comm = new_comm(parent->world, parent->ranks, parent->rank, parent->device);
+    comm->world->references++;
+    comm->family->dead = true;
+    comm->blocking = false;
+    comm->job = NCCL_NO_JOB;
+    return comm;
+}
+
 ncclResult_t nccl_join(struct ncclComm **out, const char *path, int ranks, int rank, int device,
                        bool create)
 {

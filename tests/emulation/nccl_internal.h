@@ -171,6 +171,8 @@ ncclResult_t nccl_refuse(ncclResult_t result, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 void nccl_record_comm(const char *name, const struct ncclComm *comm);
 
+/* What a split that ends without one hands out: good for its abort. */
+struct ncclComm *nccl_stillborn(struct ncclComm *parent);
 /* Takes a seat on a board, with a communicator whose job is to wait for the others. */
 ncclResult_t nccl_join(struct ncclComm **out, const char *path, int ranks, int rank, int device,
                        bool create);
@@ -189,6 +191,8 @@ const void *nccl_this_thread(void);
 void nccl_group_failed(ncclResult_t result);
 
 bool nccl_job_over(struct ncclComm *comm, ncclResult_t *result);
+/* A split is over, whatever came of it: hands out a communicator. */
+void nccl_split_ends(struct ncclComm *comm);
 /* Waits on the host, without the lock, until the job is over. */
 ncclResult_t nccl_job_wait(struct ncclComm *comm);
 /* What a call on a communicator that does not block returns. */

@@ -102,9 +102,16 @@ static bool split(struct ncclComm *comm, ncclResult_t *result)
     if (s->color == NCCL_SPLIT_NOCOLOR) return true;
     if (s->child == NULL) *result = make_child(comm);
     if (*result != ncclSuccess) return true;
-    if (!nccl_job_over(s->child, result)) return false;
-    if (*result == ncclSuccess) *s->out = s->child;
-    return true;
+    return nccl_job_over(s->child, result);
+}
+
+/* As the real one does, also without success. */
+void nccl_split_ends(struct ncclComm *comm)
+{
+    struct nccl_split *s = &comm->split;
+    if (s->color == NCCL_SPLIT_NOCOLOR) return;
+    if (s->child == NULL) s->child = nccl_stillborn(comm);
+    *s->out = s->child;
 }
 
 /* ---- finalizing ------------------------------------------------------------------------------ */
@@ -141,6 +148,7 @@ bool nccl_job_over(struct ncclComm *comm, ncclResult_t *result)
         over = nccl_connected(comm, comm->launch, false);
     }
     if (!over) return false;
+    if (job == NCCL_SPLIT) nccl_split_ends(comm);
     comm->job = NCCL_NO_JOB;
     if (job == NCCL_CONNECT && *result == ncclSuccess) *result = nccl_launch_now(comm);
     if (job == NCCL_JOIN && *result != ncclSuccess && comm->blocking) {
