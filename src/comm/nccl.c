@@ -1,14 +1,12 @@
-/* nccl.c - groups of ranks over NCCL: creation and end of a communicator.
+/* nccl.c - groups of ranks over NCCL: creation of a communicator.
  *
  * A first contact of two ranks blocks inside NCCL when one of them does not come, so the ranks meet
  * on a thread of the creation; the caller waits for that, not for NCCL. */
 #include "nccl_internal.h"
 
 #include <dlfcn.h>
-#include <signal.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 /* ---- config ---------------------------------------------------------------------------------- */
@@ -81,15 +79,6 @@ static int64_t lay_out(moe__nccl_group *g, void *memory)
         x->recv_bytes = moe__arena_take(&arena, g->size, sizeof *x->recv_bytes);
     }
     return arena.used;
-}
-
-static void free_group(moe__nccl_group *g)
-{
-    moe_context *context = g->context;
-    (void)pthread_mutex_destroy(&g->lock);
-    moe__module_free(context, g->memory, g->memory_bytes);
-    if (!g->splitting) moe__module_free(context, g, sizeof *g); /* else NCCL may write to it */
-    moe_context_destroy(context);
 }
 
 /* What the host's communicator says of itself, once it is ready. */
@@ -180,97 +169,9 @@ static moe_status equip(moe__nccl_group *g, const char *function)
                 function);
 }
 
-/* ---- the end --------------------------------------------------------------------------------- */
+/* ---- the table --------------------------------------------------------------------------------- */
 
-/* What was sent may still be on its way though the streams are done: only finalising waits for
- * that. */
-static void close_duplicate(moe__nccl_group *g)
-{
-    bool good = !atomic_load(&g->aborted);
-    if (!g->owned || !g->nccl) return;
-    if (good) {
-        ncclResult_t result = ncclCommFinalize(g->nccl);
-        good = result == ncclSuccess ||
-               (result == ncclInProgress &&
-                moe__nccl_settle(g, moe__nccl_seconds() + g->timeout) == 0);
-    }
-    if (good && g->nccl) good = ncclCommDestroy(g->nccl) == ncclSuccess;
-    if (!good && g->nccl) (void)ncclCommAbort(g->nccl);
-    g->nccl = NULL;
-    g->unsettled = false; /* it is gone */
-}
-
-/* The thread's device stays: to go back to device 0 would make a context there. */
-static bool enter_thread(moe__nccl_group *g, moe__nccl_scope *scope)
-{
-    (void)cudaSetDevice(g->device);
-    return moe__nccl_enter_call(g, scope);
-}
-
-/* Signals are for the host's threads. */
-static int start_thread(pthread_t *thread, void *(*body)(void *), moe__nccl_group *g)
-{
-    sigset_t all, before;
-    (void)sigfillset(&all);
-    (void)pthread_sigmask(SIG_SETMASK, &all, &before);
-    int error = pthread_create(thread, NULL, body, g);
-    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return error;
-}
-
-static void nap(void)
-{
-    const struct timespec pause = {0, 10000000};
-    (void)nanosleep(&pause, NULL);
-}
-
-/* A duplicate that was given up: NCCL hands it out when the split ends, also without success, and
- * is done with it soon. */
-static void drop_split(moe__nccl_group *g)
-{
-    while (!__atomic_load_n(&g->split, __ATOMIC_ACQUIRE)) nap();
-    nap();
-    (void)ncclCommAbort(g->split);
-    g->splitting = false;
-}
-
-/* Until the host has aborted its communicator, or a silent rank comes. */
-static void *wait_for_nccl(void *argument)
-{
-    moe__nccl_group *g = argument;
-    moe__nccl_scope scope;
-    if (enter_thread(g, &scope)) {
-        if (g->splitting) drop_split(g);
-        while (!moe__nccl_is_idle(g, 0)) nap();
-        moe__nccl_unequip(g);
-        moe__nccl_leave(&scope);
-    }
-    free_group(g);
-    return NULL;
-}
-
-/* What NCCL may still touch stays until it is done, with a thread that waits for that. */
-static void end_group(moe__nccl_group *g)
-{
-    moe__nccl_scope scope;
-    pthread_t thread;
-    bool done = true;
-    if (atomic_load(&g->wanted)) moe__nccl_abort(g);
-    if (g->process == getpid() && g->memory && moe__nccl_enter(g, &scope)) {
-        bool idle = moe__nccl_is_idle(g, atomic_load(&g->aborted) ? 0.1 : g->timeout);
-        if (!idle) atomic_store(&g->aborted, true);
-        close_duplicate(g);
-        done = !g->splitting && moe__nccl_is_idle(g, idle ? 0 : 0.1);
-        if (done) moe__nccl_unequip(g);
-        moe__nccl_leave(&scope);
-    }
-    if (done || g->unsettled || start_thread(&thread, wait_for_nccl, g) != 0)
-        free_group(g);
-    else
-        (void)pthread_detach(thread);
-}
-
-static void nccl_release(void *user) { end_group(user); }
+static void nccl_release(void *user) { moe__nccl_end_group(user); }
 
 static const char *nccl_why(void *user) { return ((moe__nccl_group *)user)->why; }
 
@@ -307,14 +208,14 @@ static void *meet(void *argument)
     moe__nccl_group *g = argument;
     moe__nccl_scope scope;
     g->answer = 1;
-    if (enter_thread(g, &scope)) {
+    if (moe__nccl_enter_thread(g, &scope)) {
         g->answer = g->duplicate ? split(g) : 0;
         if (g->answer == 0 && g->warm_up) g->answer = moe__nccl_meet(g, g->deadline);
         moe__nccl_leave(&scope);
     }
     if (atomic_exchange(&g->meeting, MOE__NCCL_MET) == MOE__NCCL_LEFT) {
         atomic_store(&g->aborted, true);
-        end_group(g);
+        moe__nccl_end_group(g);
     }
     return NULL;
 }
@@ -354,7 +255,7 @@ static moe_status bring_together(moe__nccl_group **group, const char *function)
         text, sizeof text,
         "rank %d of %d waited %g s for all ranks to make this call; NCCL has not returned",
         (int)g->rank, (int)g->size, g->timeout);
-    if (start_thread(&thread, meet, g) != 0)
+    if (moe__nccl_start_thread(&thread, meet, g) != 0)
         return moe__module_fail(MOE_ERROR_SYSTEM, function, "no thread");
     if (!wait_for(g, thread)) {
         *group = NULL;
@@ -401,7 +302,7 @@ moe_status moe_comm_create_nccl(moe_comm **comm, moe_context *context,
         return moe__module_fail(MOE_ERROR_INVALID_ARGUMENT, function, "context is not on a GPU");
     moe_status status = make_ready(&g, context, &k, function);
     if (status != MOE_OK) {
-        if (g) end_group(g);
+        if (g) moe__nccl_end_group(g);
         return status;
     }
     moe_collectives table = {.struct_size = sizeof table,

@@ -168,6 +168,16 @@ int32_t moe__nccl_settle(moe__nccl_group *g, double deadline);
 /* Sends and receives what is laid out. Returns as settle. */
 int32_t moe__nccl_post(moe__nccl_exchange *x, cudaStream_t stream);
 
+/* ---- nccl_end.c ------------------------------------------------------------------------------ */
+
+/* As enter_call, of a thread of the library. Its device stays: to go back to device 0 would make a
+ * context there. */
+bool moe__nccl_enter_thread(moe__nccl_group *g, moe__nccl_scope *scope);
+/* Signals are for the host's threads. Returns as pthread_create. */
+int moe__nccl_start_thread(pthread_t *thread, void *(*body)(void *), moe__nccl_group *g);
+/* The group is gone; what NCCL may still touch stays until it is done, with a thread that waits. */
+void moe__nccl_end_group(moe__nccl_group *g);
+
 /* ---- nccl_exchange.c ------------------------------------------------------------------------- */
 
 /* Meets every other rank, no later than the deadline. */

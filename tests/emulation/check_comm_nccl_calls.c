@@ -1,5 +1,6 @@
-/* check_comm_nccl_calls.c - every call of NCCL and of CUDA that a group makes fails in turn, and
- * groups are given up from another thread: all waits end, nothing is left. */
+/* check_comm_nccl_calls.c - every call of NCCL and of CUDA that a group makes fails in turn, groups
+ * are given up from another thread, and end while work is under way: all waits end, nothing is
+ * left. */
 #include "comm_nccl_case.h"
 #include "support/suite.h"
 
@@ -226,6 +227,54 @@ START_TEST(test_giving_up)
 }
 END_TEST
 
+/* ---- the end --------------------------------------------------------------------------------- */
+
+/* The end of a group waits for what is on another stream than the last exchange, which had no rows
+ * for anybody: of host memory, or ordered. After the deadline the staging stays until the host has
+ * aborted its communicator. */
+static bool of_host;
+
+static void body_end_under_way(struct rank_case *r)
+{
+    rank_comm c;
+    rank_rows rows;
+    moe_exchange none;
+    const int64_t zeros[MOST_RANKS + 1] = {0};
+    int32_t request;
+    cudaStream_t stream;
+    prepare(r, &c, 0, 30);
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    c.config.stream = stream;
+    meet(r);
+    GOOD(moe_comm_create_nccl(&c.comm, c.context, &c.config));
+    shorten(c.comm, SHORT);
+    fill_rows(r, &rows, 3, NARROW); /* two rows of each */
+    if (!of_host) rows_to_device(r, &rows), rows.e.ordered = 1, rows.e.stream = stream;
+    meet(r);
+    if (r->rank == 0) { /* rank 1 does not come */
+        GOOD(moe_exchange_init(&none, sizeof none));
+        none.recv_begin = none.send_begin = zeros, none.row_bytes = 1;
+        none.memory = MOE_COMM_DEVICE_MEMORY, none.stream = r->stream, none.ordered = 1;
+        GOOD(moe_comm_exchange_start(c.comm, &rows.e, &request));
+        GOOD(moe_comm_exchange(c.comm, &none));
+        double begin = seconds();
+        moe_comm_destroy(c.comm), c.comm = NULL;
+        EXPECT(seconds() - begin >= SHORT && seconds() - begin < 20);
+    }
+    leave_after_failure(r, &c);
+    CUDA(cudaStreamSynchronize(stream));
+    CUDA(cudaStreamDestroy(stream));
+    free_rows(r, &rows);
+}
+
+START_TEST(test_end_under_way)
+{
+    of_host = _i == 0;
+    int bad = on_threads(2, body_end_under_way);
+    ck_assert_msg(bad == 0 && all_is_gone(), "%d failures", bad);
+}
+END_TEST
+
 int main(void)
 {
     begin_program();
@@ -234,6 +283,7 @@ int main(void)
     tcase_set_timeout(tcase, 600);
     tcase_add_loop_test(tcase, test_every_call_fails, 0, NCCL_COUNT + CUDA_COUNT);
     tcase_add_test(tcase, test_giving_up);
+    tcase_add_loop_test(tcase, test_end_under_way, 0, 2);
     suite_add_tcase(suite, tcase);
     return run_suite(suite, 1);
 }

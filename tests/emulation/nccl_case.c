@@ -86,7 +86,8 @@ int on_threads(int ranks, rank_body *body)
         if (pthread_create(&threads[i].thread, NULL, run_thread, &threads[i]) != 0) abort();
     }
     for (int i = 0; i < ranks; i++) pthread_join(threads[i].thread, NULL);
-    for (int i = 0; i < 1000 && emu_nccl_live() != 0; i++) sleep_ms(1); /* other threads may end it */
+    for (int i = 0; i < 1000 && emu_nccl_live() != 0; i++)
+        sleep_ms(1); /* other threads may end it */
     return shared.failures + (emu_nccl_live() != 0);
 }
 
