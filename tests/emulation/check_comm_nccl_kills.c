@@ -100,7 +100,6 @@ static void join_stages(struct rank_case *r, rank_comm *c, stages *s)
     int nodes = r->ranks % 2 ? r->ranks : 2, node = r->rank % nodes, number = r->rank / nodes;
     part_of(r, c, node, number, &s->node, &c->node_comm);
     part_of(r, c, number, node, &s->rail, &c->rail_comm);
-    shorten(c->node_comm, SHORT), shorten(c->rail_comm, SHORT);
 }
 
 /* ---- the loop -------------------------------------------------------------------------------- */
@@ -149,6 +148,7 @@ static void body_killed(struct rank_case *r)
     (void)layer_step(r, &l);
     CUDA(cudaStreamSynchronize(r->stream));
     shorten(c.comm, SHORT);
+    if (s.node) shorten(c.node_comm, SHORT), shorten(c.rail_comm, SHORT);
     meet(r);
     begin_end(r);
     run_loop(r, &l);
