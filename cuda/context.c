@@ -198,9 +198,10 @@ moe_status moe__cuda_may_wait(const moe__workers *workers)
     moe_status status = find_capture(workers, &capture);
     moe__cuda_leave(&scope);
     if (status != MOE_OK || capture == cudaStreamCaptureStatusNone) return status;
-    return moe__cuda_fail(MOE_ERROR_INVALID_STATE, workers,
-                          "the stream is being captured, and this call waits for the device: use "
-                          "padded rows and moe_pass_reserve, or do not capture it");
+    return moe__cuda_fail(
+        MOE_ERROR_INVALID_STATE, workers,
+        "the stream is being captured, and this call waits for the device or takes "
+        "memory: use padded rows and moe_pass_reserve, or do not capture it");
 }
 
 cublasComputeType_t moe__cuda_compute_type(const moe__workers *workers, int32_t dtype)

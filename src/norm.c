@@ -154,11 +154,23 @@ static void end_waits(const moe_layer *layer)
     if (layer->comm && layer->comm->size > 1) moe_comm_abort(layer->comm);
 }
 
+/* A stream that is being captured is refused on every rank alike: nothing has been sent, so that
+ * the group goes on. */
+static moe_status check_capture(const moe_layer *layer, void *stream, const char *function)
+{
+    moe__workers workers = moe__workers_of(layer->context, function, stream);
+    const moe__memory *memory = layer->context->memory;
+    moe_status status = memory->may_wait ? memory->may_wait(&workers) : MOE_OK;
+    if (status != MOE_OK && status != MOE_ERROR_INVALID_STATE) end_waits(layer);
+    return status;
+}
+
 moe_status moe_layer_gradient_norm(moe_layer *layer, double *squared, void *stream)
 {
     const char *function = __func__;
     if (!layer || !squared) REFUSE_ARGUMENT("%s is NULL", layer ? "squared" : "layer");
     MOE_TRY(moe__check_stream(layer->context, stream, function));
+    MOE_TRY(check_capture(layer, stream, function));
     int64_t count = layer->where ? layer->where->most_parameters : 0;
     int64_t most = 0, own = layer->experts->config.num_experts;
     for (int64_t i = 0; i < layer->listing.count; i++)

@@ -140,6 +140,16 @@ static moe_status run(moe_layer *layer, reduction *r)
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
+/* A stream that is being captured is refused what would wait or allocate, on every rank alike:
+ * nothing has been sent, so that the group goes on. */
+static moe_status check_capture(const moe_layer *layer, const reduction *r)
+{
+    const moe__memory *memory = layer->context->memory;
+    bool grows = r->dense_bytes + r->slices_bytes > layer->reduction_bytes;
+    if (!memory->may_wait || (!grows && moe__comm_takes(r->comm, layer->context))) return MOE_OK;
+    return memory->may_wait(&r->workers);
+}
+
 /* The layer keeps it where it is not the host's: to give it back would wait for the stream. */
 static moe_status make_rows(moe_layer *layer, reduction *r)
 {
@@ -150,7 +160,6 @@ static moe_status make_rows(moe_layer *layer, reduction *r)
         r->slices = moe__alloc(layer->context, r->slices_bytes);
     } else {
         if (bytes > layer->reduction_bytes) {
-            if (memory->may_wait) MOE_TRY(memory->may_wait(&r->workers));
             void *larger = memory->alloc(layer->context, bytes, false);
             if (larger) memory->free(layer->context, layer->reduction, layer->reduction_bytes);
             if (larger) layer->reduction = larger, layer->reduction_bytes = bytes;
@@ -204,7 +213,9 @@ moe_status moe_layer_reduce_gradients(moe_layer *layer, void *stream)
                    .begin_bytes = (P + 1) * (int64_t)sizeof(int64_t),
                    .dense_bytes = (most * size + 255) / 256 * 256,
                    .slices_bytes = (most / P + 1) * P * size};
-    moe_status status = make_rows(layer, &r);
+    moe_status status = check_capture(layer, &r);
+    if (status == MOE_ERROR_INVALID_STATE) return status;
+    if (status == MOE_OK) status = make_rows(layer, &r);
     if (status == MOE_OK) status = run(layer, &r);
     if (status != MOE_OK) moe_comm_abort(layer->comm); /* the others wait for this rank */
     free_rows(layer, &r);

@@ -1,12 +1,14 @@
 /* moe/comm.h - a group of ranks and its collectives.
  *
  * A communicator is a table of collectives with a deadline. There is the group of one rank, a world
- * of threads in one process, groups over MPI (moe/mpi.h), and over the host's own collectives.
+ * of threads in one process, groups over MPI (moe/mpi.h) and NCCL (moe/nccl.h), and over the host's
+ * own collectives.
  *
  * Every rank of a group makes the same calls in the same order; no call waits longer than the
  * group's timeout. After a failure a communicator has failed for good: its later calls return
- * MOE_ERROR_TRANSPORT at once, and all that is left is to destroy it. A communicator belongs to one
- * thread at a time, moe_comm_abort excepted. docs/expert-parallel.md has the whole picture. */
+ * MOE_ERROR_TRANSPORT at once, and all that is left is to destroy it. A communicator, and with it
+ * all layers made with it, belongs to one thread at a time, moe_comm_abort excepted.
+ * docs/expert-parallel.md has the whole picture. */
 #ifndef MOE_COMM_H
 #define MOE_COMM_H
 
@@ -180,9 +182,8 @@ MOE_API moe_status moe_comm_exchange_start(moe_comm *comm, const moe_exchange *e
                                            int32_t *request);
 
 /* Tells whether an exchange is done, without waiting. done: out: MOE_COMM_DONE or MOE_COMM_PENDING.
- * A request that is done is gone; MOE_COMM_NO_REQUEST is always done. Returns as
- * moe_comm_exchange; MOE_ERROR_INVALID_ARGUMENT also for
- * a number that is no request. Since 0.1. */
+ * A request that is done is gone; MOE_COMM_NO_REQUEST is always done. Returns as moe_comm_exchange;
+ * MOE_ERROR_INVALID_ARGUMENT also for a number that is no request. Since 0.1. */
 MOE_API moe_status moe_comm_exchange_test(moe_comm *comm, int32_t request, int32_t *done);
 
 /* Waits until an exchange is done. Returns as moe_comm_exchange_test. Since 0.1. */

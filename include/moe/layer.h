@@ -152,7 +152,8 @@ MOE_API moe_status moe_layer_get_config(const moe_layer *layer, moe_layer_config
  * capacity).
  *   pass  made for this layer; what it held before is lost
  *   args  T = 0 is legal and needs no pointers
- * May run at once with other passes over the same layer. Returns
+ * May run at once with other passes over the same layer, but for one on several ranks: a
+ * communicator and the layers on it belong to one thread at a time. Returns
  *   MOE_ERROR_INVALID_ARGUMENT  a NULL or bad field; the message names it and its value
  *   MOE_ERROR_INVALID_STATE     a parameter is not bound; MOE_FORWARD_RECOMPUTE without a kept plan
  *   MOE_ERROR_NOT_SUPPORTED, MOE_ERROR_OVERFLOW, MOE_ERROR_OUT_OF_MEMORY,
@@ -223,9 +224,11 @@ MOE_API int64_t moe_layer_expert_number(const moe_layer *layer, int64_t index);
  * nothing.
  *   stream  NULL on CPU; elsewhere the sums are put on it, and the call waits only where the group
  *           takes memory of the host alone. Calls of a layer are on one stream, or ordered
- * Allocates for the largest gradient while it runs; on a GPU the layer keeps that. Returns MOE_OK,
- * MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_TRANSPORT, MOE_ERROR_TIMEOUT, an
- * error of the device. Since 0.1. */
+ * Allocates for the largest gradient while it runs; on a GPU the layer keeps that. So it may be
+ * captured in a graph after one call that was not; else that is MOE_ERROR_INVALID_STATE, nothing is
+ * sent and the group goes on. Returns MOE_OK, MOE_ERROR_INVALID_ARGUMENT, MOE_ERROR_INVALID_STATE,
+ * MOE_ERROR_OUT_OF_MEMORY, MOE_ERROR_TRANSPORT, MOE_ERROR_TIMEOUT, an error of the device. Since
+ * 0.1. */
 MOE_API moe_status moe_layer_reduce_gradients(moe_layer *layer, void *stream);
 
 /* The squared Euclidean norm of the layer's gradient over all ranks: the routed experts of all of
@@ -235,7 +238,7 @@ MOE_API moe_status moe_layer_reduce_gradients(moe_layer *layer, void *stream);
  * call, after moe_layer_reduce_gradients.
  *   squared  out, the host's; untouched on error
  *   stream   NULL on CPU; elsewhere the gradients are read behind what is on it, expert by expert
- *            into the host's memory, and the call waits
+ *            into the host's memory, and the call waits; one that is being captured is refused
  * Returns as moe_layer_reduce_gradients. Since 0.1. */
 MOE_API moe_status moe_layer_gradient_norm(moe_layer *layer, double *squared, void *stream);
 

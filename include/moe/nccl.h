@@ -15,10 +15,11 @@
  *               expected is found on both sides, and every pair of ranks meets in it. Rows of
  *               device memory have no note: counts must have been agreed on before
  *   waiting     on the host by asking an event and ncclCommGetAsyncError until the deadline;
- *               nothing is synchronised. Host memory of more than about 256 KiB / P for one rank
- *               goes in rounds, and all but the last are waited for where the exchange is started.
- *               Ordered exchanges wait for nothing, except that a non-blocking communicator is
- *               asked until it has put the work on the stream
+ *               nothing is synchronised. Host memory of more than 1984 bytes for one rank goes in
+ *               rounds, of these bytes first and then of 256 KiB / P for each rank, 8 KiB at least;
+ *               all but the last are waited for where the exchange is started. Ordered exchanges
+ *               wait for nothing, except that a non-blocking communicator is asked until it has put
+ *               the work on the stream
  *   capture     ordered exchanges may be captured in a graph; capture is a collective property:
  *               all ranks capture the same ones, and connections must have been made. An exchange
  *               that would wait is refused with MOE_ERROR_INVALID_STATE if its stream is being
@@ -32,18 +33,20 @@
  *               this rank alone. With `duplicate` it also revokes the group's communicator (aborts
  *               it, before NCCL 2.28.7), so that streams go on, with rows that are undefined;
  *               without, a stream waits until the host aborts its communicator
- *   memory      4 to 8 MiB of device memory by cudaMalloc and as much pinned memory, up to 1024
- *               ranks or so; allocated at creation, nothing after that. After a failure none is
- *               freed before the work that may touch it is known to be done: until then it stays,
- *               also when the group is destroyed, or could not be created; a thread then waits for
- *               that, with the group's memory and a reference to the context, and frees it.
+ *   memory      4 MiB of device memory by cudaMalloc for up to 32 ranks, above that 128 KiB for
+ *               each rank; as much pinned memory, and 2 KiB more for each rank; none for one rank.
+ *               Allocated at creation, nothing after that. NCCL's own buffers come on top. After a
+ *               failure none is freed before the work that may touch it is known to be done: until
+ *               then it stays, also when the group is destroyed, or could not be created; a thread
+ *               then waits for that, with the group's memory and a reference to the context, and
+ *               frees it.
  *               Rows of device memory that are under way are counted in moe_comm_pending_bytes;
  *               rows of host memory are copies in the group's own. If a non-blocking communicator
  *               of the host is still in progress at a deadline, the end is never known, and it
  *               stays for good
  *   ending      moe_comm_destroy waits for what this rank has given to NCCL, and with `duplicate`
- *               for the other ranks to destroy theirs, since NCCL finalises together; no longer
- *               than the timeout. Graphs that have exchanges of the group are destroyed before,
+ *               for the other ranks to destroy theirs, since NCCL finalises together; neither
+ *               longer than the timeout. Graphs that have exchanges of the group are destroyed before,
  *               their executables too: until then NCCL does not end a communicator
  *   order       NCCL serves exchanges of a communicator in the order of the calls, whatever their
  *               streams; the host's own calls on a borrowed communicator are between them, in the
@@ -60,7 +63,7 @@
 MOE_BEGIN_DECLS
 
 /* How a group over NCCL is made. Fill with moe_nccl_config_init, then set `comm`. `duplicate` and
- * `warm_up` are the same on every rank. */
+ * `warm_up` are the same on every rank: where they differ creation or the first exchange fails. */
 typedef struct moe_nccl_config {
     uint64_t struct_size;
     void *comm;        /* ncclComm_t, blocking or not; the host's. Required. Not used any more after
@@ -92,7 +95,8 @@ MOE_API moe_status moe_nccl_config_init(moe_nccl_config *config, size_t size);
  * gives that back, when NCCL returns, which it does when the host aborts config->comm.
  * Returns MOE_OK or
  *   MOE_ERROR_INVALID_ARGUMENT  also for a context that is not on a GPU, or on another device than
- *                               config->comm: the message has both
+ *                               config->comm: the message has both; and for a config->stream of
+ *                               another device
  *   MOE_ERROR_INVALID_STATE     config->stream is being captured
  *   MOE_ERROR_TIMEOUT           not all ranks came
  *   MOE_ERROR_TRANSPORT         NCCL failed, with its words, or another rank has another version of

@@ -124,6 +124,7 @@ static moe_status make_group(moe__nccl_group **group, moe_context *context,
     g->deadline = moe__nccl_seconds() + k->timeout;
     g->duplicate = k->duplicate != 0;
     g->warm_up = k->warm_up != 0;
+    g->next = !g->warm_up; /* the meeting is number 0, also where there is none */
     g->process = getpid();
     *(void **)&g->revoke = dlsym(RTLD_DEFAULT, "ncclCommRevoke");
     *(void **)&g->all_to_all = dlsym(RTLD_DEFAULT, "ncclAlltoAll");
@@ -158,12 +159,18 @@ static moe_status equip(moe__nccl_group *g, const char *function)
     if (!moe__nccl_enter_call(g, &scope)) return fail(g, MOE_ERROR_DEVICE, function);
     cudaError_t error = cudaSuccess;
     if (!g->own_stream) error = moe__nccl_captured(g->stream, &captured);
-    if (error == cudaSuccess && !captured) error = moe__nccl_equip(g);
+    bool fits = error != cudaSuccess || captured || moe__nccl_has_stream(g);
+    if (error == cudaSuccess && !captured && fits) error = moe__nccl_equip(g);
     if (error != cudaSuccess) (void)moe__nccl_say_cuda(g, "streams and staging", error);
     moe__nccl_leave(&scope);
     if (captured)
         return moe__module_fail(MOE_ERROR_INVALID_STATE, function,
                                 "config->stream is being captured");
+    if (!fits) {
+        (void)snprintf(g->why, sizeof g->why, "config->stream is no stream of device %d",
+                       (int)g->device);
+        return fail(g, MOE_ERROR_INVALID_ARGUMENT, function);
+    }
     if (error == cudaSuccess) return MOE_OK;
     return fail(g, error == cudaErrorMemoryAllocation ? MOE_ERROR_OUT_OF_MEMORY : MOE_ERROR_DEVICE,
                 function);

@@ -105,7 +105,8 @@ static void lay_out(moe__nccl_group *g)
     g->peek = g->pinned ? g->pinned + 2 * MOE_COMM_REQUESTS * part : NULL;
 }
 
-/* Zeros, so that no note is in the staging before it has come. */
+/* Zeros, so that no note is in the staging before it has come. The group's own stream writes them,
+ * which is asked before the staging goes if something fails here. */
 static cudaError_t make_staging(moe__nccl_group *g)
 {
     void *pinned = NULL, *staged = NULL;
@@ -121,7 +122,11 @@ static cudaError_t make_staging(moe__nccl_group *g)
     g->staged = staged;
     memset(g->pinned, 0, (size_t)g->pinned_bytes);
     lay_out(g);
-    return cudaMemsetAsync(g->staged, 0, (size_t)g->staged_bytes, g->stream);
+    error = cudaMemsetAsync(g->staged, 0, (size_t)g->staged_bytes, g->side);
+    if (error == cudaSuccess) error = cudaEventRecord(g->last, g->side);
+    if (error != cudaSuccess) return error;
+    g->last_recorded = true;
+    return cudaStreamWaitEvent(g->stream, g->last, 0);
 }
 
 cudaError_t moe__nccl_equip(moe__nccl_group *g)
@@ -132,11 +137,18 @@ cudaError_t moe__nccl_equip(moe__nccl_group *g)
     if (error == cudaSuccess) error = cudaEventCreateWithFlags(&g->last, cudaEventDisableTiming);
     for (int i = 0; i < MOE_COMM_REQUESTS && error == cudaSuccess; i++)
         error = cudaEventCreateWithFlags(&g->exchange[i].done, cudaEventDisableTiming);
-    if (error == cudaSuccess) error = make_staging(g);
-    if (error != cudaSuccess) return error;
-    error = cudaEventRecord(g->last, g->stream);
-    g->last_recorded = error == cudaSuccess;
-    return error;
+    return error == cudaSuccess ? make_staging(g) : error;
+}
+
+bool moe__nccl_has_stream(const moe__nccl_group *g)
+{
+    cudaEvent_t event;
+    if (g->own_stream) return true;
+    cudaError_t error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    if (error != cudaSuccess) return true; /* the next call tells */
+    error = cudaEventRecord(event, g->stream);
+    (void)cudaEventDestroy(event);
+    return error != cudaErrorInvalidResourceHandle;
 }
 
 void moe__nccl_unequip(moe__nccl_group *g)

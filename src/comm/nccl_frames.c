@@ -14,7 +14,7 @@
 #include <stdio.h>
 #include <string.h>
 
-static const uint64_t PROTOCOL = 0x6d6f656e63636c32; /* "moenccl2" */
+static const uint64_t PROTOCOL = 0x6d6f656e63636c33; /* "moenccl3" */
 
 static int64_t bytes_to(const moe__nccl_exchange *x, int32_t p)
 {

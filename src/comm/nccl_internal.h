@@ -116,6 +116,9 @@ void moe__nccl_rest(double waited);
 int32_t moe__nccl_say_cuda(moe__nccl_group *g, const char *call, cudaError_t error);
 int32_t moe__nccl_say(moe__nccl_group *g, const char *call, ncclResult_t result);
 
+/* Whether the host's stream takes work of the group's device: an event of that says so. It is not
+ * being captured. */
+bool moe__nccl_has_stream(const moe__nccl_group *g);
 /* Streams, events, staging; a failure leaves what there is to moe__nccl_unequip. */
 cudaError_t moe__nccl_equip(moe__nccl_group *g);
 /* Frees them. */

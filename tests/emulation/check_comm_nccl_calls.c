@@ -79,9 +79,9 @@ static const char *const NCCL_CALLS[] = {
     "ncclAlltoAll",   "ncclCommFinalize", "ncclCommDestroy",  "ncclCommGetAsyncError"};
 static const char *const CUDA_CALLS[] = {
     "cudaStreamCreate", /* as the emulator calls both */
-    "cudaEventCreate",       "cudaHostAlloc",   "cudaMalloc",     "cudaMemsetAsync",
-    "cudaMemcpyAsync",       "cudaEventRecord", "cudaEventQuery", "cudaStreamQuery",
-    "cudaStreamIsCapturing", "cudaSetDevice",   "cudaGetDevice"};
+    "cudaEventCreate",       "cudaHostAlloc",       "cudaMalloc",     "cudaMemsetAsync",
+    "cudaMemcpyAsync",       "cudaEventRecord",     "cudaEventQuery", "cudaStreamQuery",
+    "cudaStreamIsCapturing", "cudaStreamWaitEvent", "cudaSetDevice",  "cudaGetDevice"};
 enum {
     NCCL_COUNT = sizeof NCCL_CALLS / sizeof *NCCL_CALLS,
     CUDA_COUNT = sizeof CUDA_CALLS / sizeof *CUDA_CALLS

@@ -222,6 +222,81 @@ START_TEST(test_every_send_has_its_receive)
 }
 END_TEST
 
+/* ---- calls in a capture ---------------------------------------------------------------------- */
+
+static const layer_kind PADDED = {.name = "padded, captured", .padded_rows = 44};
+
+static cudaGraphExec_t end_capture(struct rank_case *r)
+{
+    cudaGraph_t graph;
+    cudaGraphExec_t exec = NULL;
+    CUDA(cudaStreamEndCapture(r->stream, &graph));
+    CUDA(cudaGraphInstantiate(&exec, graph, 0));
+    CUDA(cudaGraphDestroy(graph));
+    return exec;
+}
+
+/* What would wait or allocate is refused, on all ranks, and the group goes on. */
+static void refuse_in_capture(struct rank_case *r, rank_layer *l)
+{
+    double squared = -1;
+    moe_losses losses;
+    GOOD(moe_losses_init(&losses, sizeof losses));
+    CUDA(cudaStreamBeginCapture(r->stream, cudaStreamCaptureModeThreadLocal));
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_gradient_norm(l->layer, &squared, r->stream));
+    SAID("the stream is being captured");
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_layer_reduce_gradients(l->layer, r->stream));
+    SAID("the stream is being captured");
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_pass_losses(l->pass, &losses));
+    CUDA(cudaGraphExecDestroy(end_capture(r)));
+    EXPECT(squared == -1);
+    GOOD(moe_comm_poll(l->c->comm));
+}
+
+/* The sums of gradients, once they have been made, are in the graph. */
+static void body_captured(struct rank_case *r)
+{
+    rank_comm c;
+    rank_layer l;
+    double squared = -1;
+    join(r, &c, how, 30);
+    make_layer(r, &l, &c, kind);
+    GOOD(layer_forward(r, &l, l.tokens));
+    GOOD(layer_backward(r, &l));
+    CUDA(cudaStreamSynchronize(r->stream));
+    refuse_in_capture(r, &l);
+    (void)layer_step(r, &l);
+    if (kind->padded_rows) {
+        CUDA(cudaStreamBeginCapture(r->stream, cudaStreamCaptureModeThreadLocal));
+        GOOD(layer_forward(r, &l, l.tokens));
+        GOOD(layer_backward(r, &l));
+        GOOD(moe_layer_reduce_gradients(l.layer, r->stream));
+        cudaGraphExec_t exec = end_capture(r);
+        for (int i = 0; i < 2; i++) CUDA(cudaGraphLaunch(exec, r->stream));
+        GOOD(moe_layer_gradient_norm(l.layer, &squared, r->stream));
+        CUDA(cudaGraphExecDestroy(exec));
+    } else {
+        squared = layer_step(r, &l);
+    }
+    compare_with_one(r, &l, squared);
+    free_layer(r, &l);
+    leave(r, &c);
+}
+
+START_TEST(test_calls_in_a_capture)
+{
+    for (int ranks = 2; ranks <= 4; ranks *= 2) {
+        if (!ranks_asked(ranks, ranks == 2)) continue;
+        for (int i = 0; i < 4; i++) {
+            kind = i % 2 ? &KINDS[0] : &PADDED, how = i / 2 ? DUPLICATE : 0;
+            int failures = on_threads(ranks, body_captured);
+            ck_assert_msg(failures == 0 && all_is_gone(), "%s on %d ranks: %d failures", kind->name,
+                          ranks, failures);
+        }
+    }
+}
+END_TEST
+
 int main(int argc, char **argv)
 {
     begin_program();
@@ -232,6 +307,7 @@ int main(int argc, char **argv)
     tcase_add_loop_test(tcase, test_layers_on_threads, 0, KIND_COUNT);
     tcase_add_test(tcase, test_layers_on_processes);
     tcase_add_loop_test(tcase, test_every_send_has_its_receive, 0, KIND_COUNT);
+    tcase_add_test(tcase, test_calls_in_a_capture);
     suite_add_tcase(suite, tcase);
     return run_suite(suite, 0);
 }

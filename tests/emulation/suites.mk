@@ -14,7 +14,7 @@ CUDA_RANKS_PROGRAMS := check_cuda_ranks check_cuda_overlap check_cuda_chunks
 CALL_PROGRAMS := check_calls check_cuda_context check_cuda_host check_cuda_host_calls $(CUDA_RANKS_PROGRAMS)
 # Of libmoe_nccl, where there is nccl.h.
 COMM_PROGRAMS := $(if $(EMU_NCCL),check_comm_nccl check_comm_nccl_faults check_comm_nccl_calls \
-    check_comm_nccl_layers check_comm_nccl_layer_faults check_comm_nccl_kills)
+    check_comm_nccl_terms check_comm_nccl_layers check_comm_nccl_layer_faults check_comm_nccl_kills)
 COMM_SUPPORT := comm_nccl_case comm_nccl_deadline layer_nccl_case
 NCCL_SUITES := check_ranks check_ranks_bounds check_ranks_calls
 NCCL_SUPPORT := crew device/device_nccl
@@ -22,6 +22,8 @@ NCCL_SUPPORT := crew device/device_nccl
 LINK_check_comm_nccl_faults := -Wl,--wrap=ncclGetVersion
 # Whose device threads are on.
 LINK_check_comm_nccl_calls := -Wl,--wrap=cudaSetDevice
+# Where there are no threads.
+LINK_check_comm_nccl_terms := -Wl,--wrap=pthread_create
 # Where a rank dies, and who aborts.
 LINK_check_comm_nccl_layer_faults := -Wl,--wrap=ncclGroupEnd,--wrap=ncclCommAbort
 EMU_MOE := $(EMU)/moe/libmoe.a
