@@ -513,7 +513,7 @@ help:
 #: make check-nccl-links  what libmoe_nccl takes of NCCL
 #: make check-cuda     the layer's suites, vectors and example on a GPU (GPU_REQUIRED=1 fails without one)
 #: make check-cuda-sanitizer  the same under compute-sanitizer (SANITIZERS="memcheck racecheck initcheck synccheck")
-#: make check-cuda-users      example, Python and benchmark of a GPU in emulation
+#: make check-cuda-users      examples, Python and benchmark of a GPU in emulation
 #: make check-demo-cuda       the demo on one and two emulated GPUs beside the CPU
 #: make check-abi      map, headers, symbols, layouts, abidiff
 #: make check-format   clang-format

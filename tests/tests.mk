@@ -24,7 +24,7 @@ IO_EXAMPLES := $(patsubst examples/%.c,$(BUILD)/examples/%,$(shell grep -l 'moe/
 ifeq ($(HAVE_IO),)
 EXAMPLES := $(filter-out $(IO_EXAMPLES),$(EXAMPLES))
 endif
-# That of a GPU is built and run by check-cuda and check-cuda-users.
+# Those of GPUs are built and run by check-cuda and check-cuda-users.
 CUDA_EXAMPLES := $(patsubst examples/%.c,$(BUILD)/examples/%,$(shell grep -l 'moe/cuda\.h' examples/*.c))
 EXAMPLES := $(filter-out $(CUDA_EXAMPLES),$(EXAMPLES))
 CXX_EXAMPLES := $(filter-out %libtorch,$(patsubst examples/%.cpp,$(BUILD)/examples/%,$(wildcard examples/*.cpp)))

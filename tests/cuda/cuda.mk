@@ -1,5 +1,5 @@
 # cuda.mk - what runs on a GPU: the layer's suites, compute-sanitizer, the benchmark; and what users touch
-# (example, Python, benchmark) in emulation.
+# (examples, Python, benchmark) in emulation.
 #
 # Without a GPU check-cuda and bench-cuda say so and succeed; GPU_REQUIRED=1 makes that a failure.
 
@@ -35,12 +35,15 @@ NO_GPU = { echo '$@: no GPU here; nothing was run'; test -z '$(GPU_REQUIRED)'; }
 IF_GPU = $(if $(HAVE_CUDA),if ! $(GPU_DIR)/device_here; then $(NO_GPU); else,echo '$@: $(NO_CUDA_REASON)'; $(NO_GPU); if false; then)
 
 GPU_SUITES := $(DEVICE_SUITES:%=$(GPU_DIR)/%)
-GPU_TESTED := $(if $(HAVE_CUDA),$(GPU_DIR)/device_here $(GPU_SUITES) $(GPU_DIR)/run_vectors $(BUILD)/examples/13_cuda)
+GPU_TESTED := $(if $(HAVE_CUDA),$(GPU_DIR)/device_here $(GPU_SUITES) $(GPU_DIR)/run_vectors $(BUILD)/examples/13_cuda) \
+    $(if $(HAVE_NCCL),$(BUILD)/examples/14_nccl)
 .PHONY: check-cuda check-cuda-sanitizer bench-cuda check-cuda-users
-# A process that has a context of CUDA cannot be forked: no test has one of its own.
+# A process that has a context of CUDA cannot be forked: no test has one of its own. The example of NCCL may find
+# one GPU only.
 check-cuda: $(GPU_TESTED)
 	@$(IF_GPU) CK_FORK=no $(RUN_ALONE) $(GPU_SUITES) "$(GPU_DIR)/run_vectors tests/vectors" \
-	    "sh tests/cuda/check_example.sh $(BUILD)/examples/13_cuda"; fi
+	    "sh tests/cuda/check_example.sh $(BUILD)/examples/13_cuda" \
+	    $(if $(HAVE_NCCL),"sh tests/cuda/check_example.sh $(BUILD)/examples/14_nccl 'no 2 GPUs here'"); fi
 
 # memcheck finds bad addresses and leaks, racecheck races in shared memory, initcheck reads of what was never
 # written, synccheck barriers that not all reach. SANITIZERS= chooses, SANITIZED= the programs.
@@ -65,16 +68,20 @@ BENCH_CUDA_ARGS = $(if $(SHAPES),shape=$(SHAPES)) $(if $(DTYPES),dtype=$(DTYPES)
 bench-cuda: $(if $(HAVE_CUDA),$(BUILD)/bench_cuda $(GPU_DIR)/device_here)
 	@$(IF_GPU) $(BUILD)/bench_cuda $(BENCH_CUDA_ARGS); fi
 
-# ---- the example --------------------------------------------------------------------------------------
+# ---- the examples -------------------------------------------------------------------------------------
 
 $(BUILD)/examples/13_cuda: examples/13_cuda.c $(LIB)/libmoe_cuda.so
 	@mkdir -p $(@D)
 	$(CC) -std=c11 $(EXAMPLE_FLAGS) -isystem $(CUDA_INCLUDE) $< -L$(LIB) -lmoe_cuda -lmoe -L$(CUDA_LIB) -lcudart \
 	    $(RPATH) -Wl,-rpath,$(CUDA_LIB) -lm -o $@
+$(BUILD)/examples/14_nccl: examples/14_nccl.c $(LIB)/libmoe_nccl.so
+	@mkdir -p $(@D)
+	$(CC) -std=c11 $(EXAMPLE_FLAGS) -isystem $(NCCL_INCLUDE) -isystem $(CUDA_INCLUDE) $< -L$(LIB) -lmoe_nccl -lmoe_cuda \
+	    -lmoe -L$(NCCL_LIB) -lnccl -L$(CUDA_LIB) -lcudart $(RPATH) -Wl,-rpath,$(CUDA_LIB) -Wl,-rpath,$(NCCL_LIB) -lm -o $@
 
 # ---- in emulation -------------------------------------------------------------------------------------
 
-# Example, Python and benchmark with the fake libraries. Python takes a shared library.
+# Examples, Python and benchmark with the fake libraries. Python takes a shared library.
 EMU_USER := $(EMU)/users
 EMU_USER_RPATH = -Wl,-rpath,$(abspath $(EMU_USER)) -Wl,-rpath,$(abspath $(EMU)/lib) $(RPATH)
 $(EMU_USER)/libmoe_cuda.so: $(EMU_CUDA_OBJECTS_plain) $(EMU_LIBS) $(LIB)/libmoe.so cuda/libmoe_cuda.map
@@ -115,6 +122,10 @@ $(EMU_USER)/fake/libmoe_nccl.so: $(EMU_NCCL_OBJECTS_plain) $(EMU_USER)/libmoe_cu
 	$(CC) -shared -Wl,-soname,$(NCCL_SONAME) -Wl,--version-script=src/comm/libmoe_nccl.map -Wl,-z,defs -o $@ \
 	    $(EMU_NCCL_OBJECTS_plain) -L$(EMU_USER) -lmoe_cuda -L$(LIB) -lmoe -L$(EMU)/lib -lnccl -lcudart $(EMU_USER_RPATH) \
 	    -ldl -pthread
+	ln -sf libmoe_nccl.so $(@D)/$(NCCL_SONAME)
+$(EMU_USER)/14_nccl: examples/14_nccl.c $(EMU_USER)/fake/libmoe_nccl.so
+	$(CC) -std=c11 $(EXAMPLE_FLAGS) -isystem $(CUDA_INCLUDE) $< -L$(EMU_USER)/fake -lmoe_nccl -L$(EMU_USER) -lmoe_cuda \
+	    -L$(LIB) -lmoe -L$(EMU)/lib -lnccl -lcudart -Wl,-rpath,$(abspath $(EMU_USER))/fake $(EMU_USER_RPATH) -lm -o $@
 .PHONY: check-nccl-links
 ifneq ($(wildcard $(NCCL_LIB)/libnccl.so),)
 check-nccl-links: $(EMU_USER)/libmoe_nccl.so
@@ -125,8 +136,9 @@ check-nccl-links:
 endif
 
 EMU_BENCH := $(EMU_USER)/bench_cuda shape=tiny tokens=24 dtype=f32,bf16 rounds=1
-check-cuda-users: $(EMU_USER)/13_cuda $(EMU_USER)/bench_cuda $(if $(EMU_NCCL),$(EMU_USER)/fake/libmoe_nccl.so)
+check-cuda-users: $(EMU_USER)/13_cuda $(EMU_USER)/bench_cuda $(if $(EMU_NCCL),$(EMU_USER)/14_nccl)
 	@$(RUN) "sh tests/cuda/check_example.sh $(EMU_USER)/13_cuda" "$(EMU_BENCH)" "$(EMU_BENCH) mode=padded" \
+	    $(if $(EMU_NCCL),"sh tests/cuda/check_example.sh $(EMU_USER)/14_nccl") \
 	    "env PYTHONPATH=examples/python MOE_CUDA_LIB=$(abspath $(EMU_USER))/libmoe_cuda.so $(PYTHON) -m pytest -q \
 	        -p no:cacheprovider tests/python/test_cuda.py" \
 	    $(if $(EMU_NCCL),"env PYTHONPATH=examples/python MOE_CUDA_LIB=$(abspath $(EMU_USER))/libmoe_cuda.so \

@@ -1,7 +1,7 @@
 #!/bin/sh
 # check_examples.sh [BUILD [WORD]] - runs every numbered example that was built (those with WORD in their
 # name) and compares what it prints with examples/expected. C examples must be there; C++ ones and those of
-# libmoe_io may be left out where their compiler or library is, and are named; so is the one for a GPU, which
+# libmoe_io may be left out where their compiler or library is, and are named; so are those for GPUs, which
 # check-cuda runs. At the end a spoiled expectation must be found.
 cd "$(dirname "$0")/../.." || exit 1
 build=${1:-build}
