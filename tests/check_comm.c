@@ -578,6 +578,14 @@ START_TEST(test_comm_calls_refuse)
     REFUSED(MOE_ERROR_OVERFLOW, moe_comm_exchange(comm, &e));
     e = fine, e.to_all = 2;
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_comm_exchange(comm, &e));
+    int32_t pair[3] = {1, 2, 3};
+    e = fine, e.recv = pair, e.send = pair + 1; /* two rows of each */
+    REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_comm_exchange(comm, &e));
+    ck_assert_ptr_nonnull(strstr(moe_last_error(), "recv, 8 bytes at 0x"));
+    ck_assert_ptr_nonnull(strstr(moe_last_error(), "overlaps send, 8 bytes at 0x"));
+    begin[1] = 1;
+    MUST(moe_comm_exchange(comm, &e)); /* one beside the other */
+    ck_assert(pair[0] == 2 && pair[1] == 2 && pair[2] == 3);
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_comm_exchange(NULL, &fine));
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_comm_exchange_test(comm, 0, &done));
     REFUSED(MOE_ERROR_INVALID_ARGUMENT, moe_comm_all_to_all(comm, &a, &a, -1));

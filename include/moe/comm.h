@@ -45,9 +45,9 @@ typedef struct moe_exchange {
     int32_t to_all;            /* 1: rows 0 to send_begin[1] - 1 go to every rank; default 0 */
     int32_t memory;            /* of recv and send: MOE_COMM_HOST_MEMORY or MOE_COMM_DEVICE_MEMORY;
                                   default 0: of the host */
-    void *stream;              /* a table with MOE_COMM_STREAM_ORDERED sends rows of device memory
-                                  behind what is on it, others do not read it; default NULL: the
-                                  device's legacy default stream */
+    void *stream;              /* of the context's device: a table with MOE_COMM_STREAM_ORDERED
+                                  sends rows of device memory behind what is on it, others do not
+                                  read it; default NULL: the device's legacy default stream */
     int32_t ordered;           /* 1: nobody waits: what is put on the stream later finds the rows
                                   there. For device memory on a table with MOE_COMM_STREAM_ORDERED;
                                   default 0 */
@@ -165,7 +165,8 @@ MOE_API uint64_t moe_comm_capabilities(const moe_comm *comm);
  *             its stream when the call returns
  * Returns MOE_OK or
  *   MOE_ERROR_INVALID_ARGUMENT  nothing was sent; also for a memory or an order that the table's
- *                               capabilities lack
+ *                               capabilities lack, and for recv and send that overlap
+ *   MOE_ERROR_OVERFLOW          the bytes do not fit in 63 bits; nothing was sent
  *   MOE_ERROR_TIMEOUT           the message names the ranks that did not come
  *   MOE_ERROR_TRANSPORT         a rank gave up, sent another number of rows or bytes than expected
  *                               here (the message has both), or this communicator had failed

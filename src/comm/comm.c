@@ -254,8 +254,13 @@ static moe_status check_exchange(const moe_comm *c, const moe_exchange *e, const
     if (e->reserved != 0) REFUSE_ARGUMENT("reserved is %d", (int)e->reserved);
     MOE_TRY(check_memory(c, e, function));
     MOE_TRY(check_begins("recv", e->recv_begin, c->size, e->recv, e->row_bytes, function));
-    return check_begins("send", e->send_begin, e->to_all ? 1 : c->size, e->send, e->row_bytes,
-                        function);
+    int32_t parts = e->to_all ? 1 : c->size;
+    MOE_TRY(check_begins("send", e->send_begin, parts, e->send, e->row_bytes, function));
+    int64_t in = e->recv_begin[c->size] * e->row_bytes, out = e->send_begin[parts] * e->row_bytes;
+    if (overlap(e->recv, in, e->send, out))
+        REFUSE_ARGUMENT("recv, %lld bytes at %p, overlaps send, %lld bytes at %p", (ll)in, e->recv,
+                        (ll)out, e->send);
+    return MOE_OK;
 }
 
 /* Nobody asks for an ordered exchange again, so that it takes no slot. */
