@@ -59,10 +59,16 @@ void moe__ranks_trim(moe_pass *pass)
     moe__ranks_give_back(pass, &k->rows, MOE__ON_BACKEND);
 }
 
+/* Rows in the order of streams are in no request, but the others wait for the rest of the call. */
+static bool is_left_in_a_call(const moe_pass *pass)
+{
+    return pass->call.phase != MOE__PHASE_NONE && pass->layer && pass->layer->where;
+}
+
 void moe__ranks_free(moe_pass *pass)
 {
     moe__ranks *k = &pass->ranks;
-    if (moe__ranks_give_up(pass)) moe__ranks_abort(pass);
+    if (moe__ranks_give_up(pass) || is_left_in_a_call(pass)) moe__ranks_abort(pass);
     moe__second_free(pass);
     moe__ranks_give_back(pass, &k->relay.room, MOE__ON_BACKEND);
     moe__ranks_give_back(pass, &k->keep, MOE__ON_HOST);

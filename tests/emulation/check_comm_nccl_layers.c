@@ -297,6 +297,53 @@ START_TEST(test_calls_in_a_capture)
 }
 END_TEST
 
+/* ---- a pass that goes in the middle ---------------------------------------------------------- */
+
+/* That ends the group of its rank; the others' streams wait for the rest of the call. */
+static void body_pass_that_goes(struct rank_case *r)
+{
+    rank_comm c;
+    rank_layer l;
+    moe_backward_args b;
+    bool backward = mistake == WRONG_BACKWARD;
+    join(r, &c, how, 30);
+    make_layer(r, &l, &c, kind);
+    (void)layer_step(r, &l);
+    CUDA(cudaStreamSynchronize(r->stream));
+    moe_forward_args f;
+    GOOD(moe_forward_args_init(&f, sizeof f));
+    GOOD(moe_backward_args_init(&b, sizeof b));
+    f.tokens = l.tokens, f.token_first = l.first, f.x = l.x, f.y = l.y, f.stream = r->stream;
+    b.dy = l.dy, b.dx = l.dx, b.stream = r->stream;
+    GOOD(backward ? moe_layer_backward_start(l.layer, l.pass, &b)
+                  : moe_layer_forward_start(l.layer, l.pass, &f));
+    meet(r);
+    if (r->rank == 1) {
+        moe_pass_destroy(l.pass), l.pass = NULL;
+        REFUSED(MOE_ERROR_TRANSPORT, moe_comm_poll(c.comm));
+        SAID("rank 1 of 2: the communicator has failed before");
+    }
+    meet(r);
+    NCCL(ncclCommAbort(r->comm));
+    r->comm = NULL;
+    meet(r);
+    CUDA(cudaStreamSynchronize(r->stream));
+    free_layer(r, &l);
+    moe_comm_destroy(c.comm), moe_context_destroy(c.context);
+}
+
+START_TEST(test_pass_that_goes_ends_the_group)
+{
+    for (int i = 0; i < 8; i++) {
+        kind = i % 2 ? &KINDS[0] : &PADDED, how = i / 2 % 2 ? DUPLICATE : 0;
+        mistake = i / 4 ? WRONG_BACKWARD : WRONG_FORWARD;
+        int failures = on_threads(2, body_pass_that_goes);
+        ck_assert_msg(failures == 0 && all_is_gone(), "%s, kind %d, call %d: %d failures",
+                      kind->name, how, mistake, failures);
+    }
+}
+END_TEST
+
 int main(int argc, char **argv)
 {
     begin_program();
@@ -308,6 +355,7 @@ int main(int argc, char **argv)
     tcase_add_test(tcase, test_layers_on_processes);
     tcase_add_loop_test(tcase, test_every_send_has_its_receive, 0, KIND_COUNT);
     tcase_add_test(tcase, test_calls_in_a_capture);
+    tcase_add_test(tcase, test_pass_that_goes_ends_the_group);
     suite_add_tcase(suite, tcase);
     return run_suite(suite, 0);
 }
