@@ -71,7 +71,10 @@ typedef struct moe_nccl_config {
                           failed */
     void *stream;      /* cudaStream_t of the context's device for exchanges of host memory, the
                           host's, which outlives the group; default NULL: one of the group's own */
-    double timeout;    /* seconds that any wait may take, above 0, at most 1e9; default 60 */
+    double timeout;    /* seconds that any wait of the group may take, above 0, at most 1e9; default
+                          60. What is read behind an ordered exchange, such as the counts of a
+                          layer's forward, is waited for by the context: wait_seconds of
+                          moe_cuda_config */
     int32_t duplicate; /* 1: a communicator of the group's own (ncclCommSplit of all ranks, without
                           shared resources, non-blocking); nothing may be under way on `comm` then,
                           or NCCL may hang; default 0 */

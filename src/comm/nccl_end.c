@@ -27,12 +27,12 @@ int moe__nccl_start_thread(pthread_t *thread, void *(*body)(void *), moe__nccl_g
 /* ---- the end --------------------------------------------------------------------------------- */
 
 /* What was sent may still be on its way though the streams are done: only finalising waits for
- * that. */
+ * that. One that has been aborted is gone. */
 static void close_duplicate(moe__nccl_group *g)
 {
     bool good = !atomic_load(&g->aborted);
-    if (!g->owned || !g->nccl) return;
-    if (good) {
+    if (!g->owned) return;
+    if (good && g->nccl) {
         ncclResult_t result = ncclCommFinalize(g->nccl);
         good = result == ncclSuccess ||
                (result == ncclInProgress &&
@@ -41,7 +41,7 @@ static void close_duplicate(moe__nccl_group *g)
     if (good && g->nccl) good = ncclCommDestroy(g->nccl) == ncclSuccess;
     if (!good && g->nccl) (void)ncclCommAbort(g->nccl);
     g->nccl = NULL;
-    g->unsettled = false; /* it is gone */
+    g->unsettled = false;
 }
 
 static void free_group(moe__nccl_group *g)

@@ -5,6 +5,7 @@
 #include "support/suite.h"
 
 #include <check.h>
+#include <dlfcn.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -94,6 +95,7 @@ static void fail_in_turn(const char *name, bool nccl)
     int step = getenv("MOE_LONG") ? 1 : 2;
     int noticed = 0;
     function = name, of_nccl = nccl;
+    if (strcmp(name, "ncclAlltoAll") == 0 && !dlsym(RTLD_DEFAULT, name)) return; /* an old NCCL */
     for (int i = 0; i < 4 && (i == 0 || atomic_load(&failures) > 0); i += step) {
         number = numbers[i];
         atomic_store(&failures, 0);

@@ -213,6 +213,10 @@ static void body_warm_up_differs(struct rank_case *r)
 
 START_TEST(test_refused_at_creation)
 {
+    moe_nccl_config c = {.timeout = 7};
+    ck_assert_int_eq(moe_nccl_config_init(NULL, sizeof c), MOE_ERROR_INVALID_ARGUMENT);
+    ck_assert_int_eq(moe_nccl_config_init(&c, 4), MOE_ERROR_STRUCT_SIZE);
+    ck_assert(c.timeout == 7);
     for (how = 0; how <= DUPLICATE; how += DUPLICATE) {
         run(2, body_stream_elsewhere, "a stream of another device");
         run(2, body_warm_up_differs, "warm_up differs");
