@@ -26,6 +26,29 @@ static void test_the_same_bytes(void)
         }
 }
 
+/* Ranks may differ in it; and rows that go by way of nodes do so beside. */
+static void test_ranks_that_differ(void)
+{
+    static const struct {
+        int padded_rows, nodes, beside;
+    } WAYS[] = {{0, 0, 2}, {26, 0, 2}, {0, 2, 1}, {0, 2, 2}};
+    for (int i = 0; i < 2 * 4; i++) {
+        group g = {.ranks = 4,
+                   .transport = i / 4 ? OVER_NCCL : DIRECT,
+                   .padded_rows = WAYS[i % 4].padded_rows,
+                   .branches = 1,
+                   .beside = WAYS[i % 4].beside,
+                   .nodes = WAYS[i % 4].nodes,
+                   .run = run_twice};
+        emu_set_seed((uint64_t)i + 1);
+        run_group(&g);
+        for (int r = 0; r < g.ranks; r++)
+            MUST((g.seat[r].beside != NULL) == (g.beside == 1 || r % 2 == 1));
+        compare(&g);
+        end_group(&g);
+    }
+}
+
 /* ---- what runs beside ------------------------------------------------------------------------ */
 
 /* Until nothing moves any more, as long as the other ranks do nothing. */
@@ -408,6 +431,7 @@ int main(int count, char **arguments)
     (void)setenv("MOE_EMULATION_DEVICES", "8", 1);
     static const host_test TESTS[] = {
         {"the same bytes", test_the_same_bytes},
+        {"ranks that differ", test_ranks_that_differ},
         {"branches run while rows travel", test_branches_run_while_rows_travel},
         {"exact rows travel beside", test_exact_rows_travel_beside},
         {"two batches", test_two_batches},

@@ -98,7 +98,8 @@ void make_arrays(seat *s, int first, int count)
     s->a.y = on_device(s->device, NULL, bytes), s->a.dx = on_device(s->device, NULL, bytes);
     CUDA(cudaSetDevice(s->device));
     CUDA(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking));
-    if (s->g->beside) CUDA(cudaStreamCreateWithFlags(&s->beside, cudaStreamNonBlocking));
+    if (s->g->beside == 1 || (s->g->beside == 2 && s->rank % 2))
+        CUDA(cudaStreamCreateWithFlags(&s->beside, cudaStreamNonBlocking));
 }
 
 void set_beside(const seat *s, moe_pass *pass)

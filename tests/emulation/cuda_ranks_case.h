@@ -49,7 +49,7 @@ struct group {
     int padded_rows; /* 0: exact */
     int global;      /* losses of all ranks */
     int branches;    /* shared experts and a residual branch */
-    int beside;      /* ranks have an exchange_stream */
+    int beside;      /* 1: ranks have an exchange_stream; 2: every other has */
     int chunks;      /* exchange_chunks; 0: the default */
     int nodes;       /* 0: rows go straight; else ranks in turn are on so many; not THROUGH_HOST */
     void (*run)(seat *s);
