@@ -148,7 +148,7 @@ bool moe__nccl_has_stream(const moe__nccl_group *g)
     if (error != cudaSuccess) return true; /* the next call tells */
     error = cudaEventRecord(event, g->stream);
     (void)cudaEventDestroy(event);
-    return error != cudaErrorInvalidResourceHandle;
+    return error != cudaErrorInvalidResourceHandle && error != cudaErrorInvalidValue;
 }
 
 void moe__nccl_unequip(moe__nccl_group *g)

@@ -195,6 +195,22 @@ static void body_stream_elsewhere(struct rank_case *r)
     leave(r, &c);
 }
 
+static _Thread_local bool other_version;
+int32_t __real_moe__module_version(void);
+int32_t __wrap_moe__module_version(void);
+int32_t __wrap_moe__module_version(void) { return __real_moe__module_version() + other_version; }
+
+/* A libmoe that this library was not made for. */
+static void body_other_version(struct rank_case *r)
+{
+    rank_comm c;
+    prepare(r, &c, how, 5);
+    other_version = true;
+    refuse(r, &c, MOE_ERROR_NOT_SUPPORTED, "this module needs interface ");
+    other_version = false;
+    leave(r, &c);
+}
+
 /* Rank 0 waits for all to meet, rank 1 does not: what it sends later is not taken for that. */
 static void body_warm_up_differs(struct rank_case *r)
 {
@@ -218,6 +234,7 @@ START_TEST(test_refused_at_creation)
     ck_assert_int_eq(moe_nccl_config_init(&c, 4), MOE_ERROR_STRUCT_SIZE);
     ck_assert(c.timeout == 7);
     for (how = 0; how <= DUPLICATE; how += DUPLICATE) {
+        run(1, body_other_version, "another libmoe");
         run(2, body_stream_elsewhere, "a stream of another device");
         run(2, body_warm_up_differs, "warm_up differs");
     }

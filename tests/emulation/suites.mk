@@ -22,8 +22,8 @@ NCCL_SUPPORT := crew device/device_nccl
 LINK_check_comm_nccl_faults := -Wl,--wrap=ncclGetVersion
 # Whose device threads are on.
 LINK_check_comm_nccl_calls := -Wl,--wrap=cudaSetDevice
-# Where there are no threads.
-LINK_check_comm_nccl_terms := -Wl,--wrap=pthread_create
+# Where there are no threads, or another libmoe.
+LINK_check_comm_nccl_terms := -Wl,--wrap=pthread_create,--wrap=moe__module_version
 # Where a rank dies, and who aborts.
 LINK_check_comm_nccl_layer_faults := -Wl,--wrap=ncclGroupEnd,--wrap=ncclCommAbort
 EMU_MOE := $(EMU)/moe/libmoe.a
