@@ -46,7 +46,7 @@ static moe_status order(const moe__workers *workers, void *stream, void *before,
     MOE_TRY(
         moe__cuda_status(cudaEventRecord(event, (cudaStream_t)before), workers, "cudaEventRecord"));
     return moe__cuda_status(cudaStreamWaitEvent((cudaStream_t)stream, event, 0), workers,
-                            "cudaStreamWaitEvent");
+                            "cudaStreamWaitEvent of exchange_stream");
 }
 
 moe_status moe__cuda_fork(const moe__workers *workers, void **stream)

@@ -125,8 +125,9 @@ MOE_API moe_status moe_cuda_pass_config_init(moe_cuda_pass_config *config, size_
  *
  * An exchange_stream is none of CUDA's default streams, which are ordered with others or belong to
  * a thread. Make it with cudaStreamNonBlocking if calls are on the default stream: others wait for
- * that one, and nothing overlaps. It must not be in a capture of its own; a capture of the call's
- * stream takes it in until the call ends.
+ * that one, and nothing overlaps. It must not be in a capture of its own: a call with it then fails
+ * with MOE_ERROR_DEVICE and ends the group. A capture of the call's stream takes it in until the
+ * call ends.
  *
  *   pass    of a context on a GPU
  *   config  NULL: the pass uses its own again

@@ -286,6 +286,33 @@ static void test_refusals(void)
     end_group(&g);
 }
 
+/* A capture of its own cannot wait for the call's stream: no row travels. */
+static void run_captured_beside(seat *s)
+{
+    cudaGraph_t graph = NULL;
+    run_step(s);
+    CUDA(cudaStreamSynchronize(s->stream));
+    (void)pthread_barrier_wait(&meeting);
+    CUDA(cudaStreamBeginCapture(s->beside, cudaStreamCaptureModeThreadLocal));
+    MUST(forward_of(s, TOKENS[s->rank]) == MOE_ERROR_DEVICE && SAID("of exchange_stream"));
+    (void)cudaStreamEndCapture(s->beside, &graph);
+    if (graph) CUDA(cudaGraphDestroy(graph));
+    MUST(moe_comm_poll(s->comm) == MOE_ERROR_TRANSPORT);
+}
+
+static void test_stream_in_a_capture_of_its_own(void)
+{
+    for (int i = 0; i < 2 && HAS_NCCL; i++) {
+        group g = {.ranks = 2,
+                   .transport = OVER_NCCL,
+                   .padded_rows = i ? 26 : 0,
+                   .beside = 1,
+                   .run = run_captured_beside};
+        run_with_barrier(&g);
+        end_group(&g);
+    }
+}
+
 /* The last rank gets a call wrong: its stream has what it took part with all the same. */
 static void run_declined(seat *s)
 {
@@ -438,6 +465,7 @@ int main(int count, char **arguments)
         {"padded rows do not wait", test_padded_rows_do_not_wait},
         {"graphs", test_graphs},
         {"refusals", test_refusals},
+        {"stream in a capture of its own", test_stream_in_a_capture_of_its_own},
         {"rank that declines", test_rank_that_declines},
         {"captured exchange that fails", test_captured_exchange_that_fails},
         {"calls that fail", test_calls_that_fail},
