@@ -46,8 +46,8 @@
  *               stays for good
  *   ending      moe_comm_destroy waits for what this rank has given to NCCL, and with `duplicate`
  *               for the other ranks to destroy theirs, since NCCL finalises together; neither
- *               longer than the timeout. Graphs that have exchanges of the group are destroyed before,
- *               their executables too: until then NCCL does not end a communicator
+ *               longer than the timeout. Graphs that have exchanges of the group are destroyed
+ *               before, their executables too: until then NCCL does not end a communicator
  *   order       NCCL serves exchanges of a communicator in the order of the calls, whatever their
  *               streams; the host's own calls on a borrowed communicator are between them, in the
  *               same places on every rank

@@ -176,7 +176,7 @@ static moe_status equip(moe__nccl_group *g, const char *function)
                 function);
 }
 
-/* ---- the table --------------------------------------------------------------------------------- */
+/* ---- the table ------------------------------------------------------------------------------- */
 
 static void nccl_release(void *user) { moe__nccl_end_group(user); }
 

@@ -1,5 +1,5 @@
-/* nccl_end.c - the end of a group: a duplicate is finalised or aborted, and what NCCL may still touch
- * is given back when it is done. Also how the library's threads begin. */
+/* nccl_end.c - the end of a group: a duplicate is finalised or aborted, and what NCCL may still
+ * touch is given back when it is done. Also how the library's threads begin. */
 #include "nccl_internal.h"
 
 #include <signal.h>
