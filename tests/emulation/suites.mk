@@ -169,7 +169,7 @@ NCCL_OLD = LD_LIBRARY_PATH=$(abspath $(EMU)/lib/nccl_218)
 # $(1) the environment
 NCCL_RUNS = $(foreach t,$(NCCL_TESTED_SUITES),"$(EMU_ENV) $(1) $(EMU)/plain/suites/$(t)") \
     $(call EMU_COMM_RUNS,plain,$(COMM_PROGRAMS),$(1)) \
-    $(call EMU_COMM_RUNS,plain,$(filter-out %faults,$(COMM_PROGRAMS)),$(1) $(NCCL_OLD))
+    $(call EMU_COMM_RUNS,plain,$(filter-out %faults %kills,$(COMM_PROGRAMS)),$(1) $(NCCL_OLD))
 .PHONY: check-nccl check-nccl-long
 ifneq ($(EMU_NCCL),)
 check-nccl: $(NCCL_PROGRAMS)
