@@ -85,7 +85,7 @@ typedef struct batch {
     float *x, *y, *dy, *dx;
 } batch;
 
-static void make_batch(batch *b, int64_t first, int64_t tokens)
+static void make_batch(batch *b, int64_t first, int64_t tokens, cudaStream_t stream)
 {
     static const uint64_t SEEDS[2] = {7, 8};
     float all[P * T * D], **of_seed[2] = {&b->x, &b->dy};
@@ -96,7 +96,7 @@ static void make_batch(batch *b, int64_t first, int64_t tokens)
     for (int i = 0; i < 2; i++) {
         fill(all, P * T * D, SEEDS[i]);
         CUDA(cudaMalloc((void **)of_seed[i], bytes));
-        CUDA(cudaMemcpy(*of_seed[i], all + first * D, bytes, cudaMemcpyHostToDevice));
+        CUDA(cudaMemcpyAsync(*of_seed[i], all + first * D, bytes, cudaMemcpyHostToDevice, stream));
     }
 }
 
@@ -165,7 +165,7 @@ static void compare(const model *m, const batch *b, moe_context *context, cudaSt
     model one;
     batch all;
     make(&one, context, NULL);
-    make_batch(&all, 0, P * T);
+    make_batch(&all, 0, P * T, stream);
     step(&one, &all, stream);
     CUDA(cudaStreamSynchronize(stream));
     near(b->y, all.y + b->first * D, T * D);
@@ -240,7 +240,7 @@ static void *run(void *argument)
     /* end snippet */
 
     CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    make_batch(&b, r->number * T, T);
+    make_batch(&b, r->number * T, T, stream);
     step(&m, &b, stream);
     wait_for(stream, comm);
     compare(&m, &b, context, stream);
