@@ -4,24 +4,12 @@
  *
  * Introduces: moe_cuda_context_create, moe_cuda_device, moe_cuda_poll, stream, losses_out,
  * MOE_EXCHANGE_PADDED, moe_pass_reserve. */
-#include "example.h"
+#include "example_cuda.h"
 
-#include <moe/cuda.h>
-
-#include <cuda_runtime_api.h>
 #include <math.h>
 #include <string.h>
 
 enum { T = 64, D = 32, F = 48, E = 8, K = 2, ROOM = 24, BYTES = T * D * sizeof(float) };
-
-#define CUDA(call)                                                                        \
-    do {                                                                                  \
-        cudaError_t cuda = (call);                                                        \
-        if (cuda != cudaSuccess) {                                                        \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(cuda)); \
-            exit(1);                                                                      \
-        }                                                                                 \
-    } while (0)
 
 /* A layer on any context. Nothing here knows where it computes. */
 typedef struct model {

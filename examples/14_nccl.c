@@ -6,12 +6,10 @@
  *
  * Introduces: moe_comm_create_nccl, comm, token_first, group_begin, moe_layer_reduce_gradients,
  * moe_comm_abort. */
-#include "example.h"
+#include "example_cuda.h"
 
-#include <moe/cuda.h>
 #include <moe/nccl.h>
 
-#include <cuda_runtime_api.h>
 #include <math.h>
 #include <nccl.h>
 #include <pthread.h>
@@ -20,14 +18,6 @@
 
 enum { P = 2, T = 48, D = 32, F = 48, E = 8, K = 2, ROOM = 24, SECONDS = 60 };
 
-#define CUDA(call)                                                                        \
-    do {                                                                                  \
-        cudaError_t cuda = (call);                                                        \
-        if (cuda != cudaSuccess) {                                                        \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(cuda)); \
-            exit(1);                                                                      \
-        }                                                                                 \
-    } while (0)
 #define NCCL(call)                                                                          \
     do {                                                                                    \
         ncclResult_t result = (call);                                                       \

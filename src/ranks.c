@@ -162,7 +162,7 @@ static void report_rows(moe_pass *pass)
 moe_status moe__ranks_receive(moe_pass *pass)
 {
     int64_t bytes = pass->ranks.size.out;
-    MOE_TRY(moe__ranks_wait_for(pass, moe__ranks_chunks(pass)));
+    MOE_TRY(moe__ranks_wait_chunks(pass));
     MOE_TRY(moe__ranks_collect(pass, bytes));
     MOE_TRY(note_record(pass));
     report_rows(pass);
@@ -354,7 +354,7 @@ moe_status moe__ranks_receive_backward(moe_pass *pass)
 {
     back_row b = back_row_of(pass);
     if (b.bytes == 0) return MOE_OK;
-    MOE_TRY(moe__ranks_wait_for(pass, moe__ranks_chunks(pass)));
+    MOE_TRY(moe__ranks_wait_chunks(pass));
     MOE_TRY(moe__ranks_collect(pass, b.bytes));
     MOE_TRY(note_record(pass));
     MOE_TRY(moe__ranks_merge(pass, b.bytes, b.width, b.real_at));

@@ -176,9 +176,9 @@ moe_status moe__ranks_wait(moe_pass *pass)
     return status;
 }
 
-moe_status moe__ranks_wait_for(moe_pass *pass, int64_t exchanges)
+moe_status moe__ranks_wait_chunks(moe_pass *pass)
 {
-    for (int64_t i = 0; i < exchanges; i++) MOE_TRY(moe__ranks_wait(pass));
+    for (int64_t i = 0; i < moe__ranks_chunks(pass); i++) MOE_TRY(moe__ranks_wait(pass));
     return MOE_OK;
 }
 

@@ -77,9 +77,9 @@ typedef struct moe__block_header {
  * of the first chunk begin. header: of blocks from `here`; NULL: what goes back has none. */
 moe_status moe__ranks_start(moe_pass *pass, void *recv, const void *send, int64_t row_bytes,
                             bool back, const moe__block_header *header);
-/* For the exchange that was started first of those not waited for; for so many. */
+/* For the exchange that was started first of those not waited for; for those of all chunks. */
 moe_status moe__ranks_wait(moe_pass *pass);
-moe_status moe__ranks_wait_for(moe_pass *pass, int64_t exchanges);
+moe_status moe__ranks_wait_chunks(moe_pass *pass);
 /* An exchange on any of the layer's communicators, waited for likewise. */
 moe_status moe__ranks_start_on(moe_pass *pass, moe_comm *comm, moe_exchange *exchange);
 /* Gives up what is in flight: whether something was. */

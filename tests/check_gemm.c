@@ -186,13 +186,12 @@ typedef struct gemm_case {
 static void describe(char *text, size_t size, const gemm_case *c, const char *kind,
                      const char *name)
 {
-    snprintf(
-        text, size,
-        "%s %s k %lld n %lld experts %lld x %lld form %d each %d padded %d gather %d scale %d bias %d"
-        " out_index %d add %d skip %d",
-        kind, name, (long long)c->k, (long long)c->n, (long long)c->experts,
-        (long long)c->segments_per_expert, c->form, c->each, c->padded, c->gather, c->scale,
-        c->bias, c->out_index, c->add, c->skip);
+    snprintf(text, size,
+             "%s %s k %lld n %lld experts %lld x %lld form %d each %d padded %d gather %d scale %d"
+             " bias %d out_index %d add %d skip %d",
+             kind, name, (long long)c->k, (long long)c->n, (long long)c->experts,
+             (long long)c->segments_per_expert, c->form, c->each, c->padded, c->gather, c->scale,
+             c->bias, c->out_index, c->add, c->skip);
 }
 
 static int64_t row_limits(const gemm_case *c, int64_t *begin)

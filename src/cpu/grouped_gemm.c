@@ -72,7 +72,13 @@ static micro_job right_operand(tile_scratch *s, const moe__matrices *m, const vo
     int64_t row = m->stride_row * bytes, col = m->stride_col * bytes;
     int by_columns = m->stride_row == 1 && m->stride_col != 1, in_panel = m->panel % TILE_N == 0;
     const char *next = place_at(b, element_of(m, p, j + n), m->wide);
-    micro_job job = {.k = k, .b = s->b, .b_stride = TILE_N, .b_step = VEC_N, .from_stride = BLOCK_N};
+    micro_job job = {
+        .k = k,
+        .b = s->b,
+        .b_stride = TILE_N,
+        .b_step = VEC_N,
+        .from_stride = BLOCK_N,
+    };
     if (WIDE(m->wide) && m->stride_col == 1 && in_panel &&
         (m->panel || (rows <= IN_PLACE_M && n == TILE_N))) {
         job.b = place_at(b, element_of(m, p, j), m->wide);

@@ -399,7 +399,8 @@ static const fault FAULTS[] = {
     {"cublasSgemm", 14, MOE_ERROR_DEVICE}};
 enum { LONGEST = 120, ALLOWED_WITHOUT = 3 };
 
-/* One run with the n-th call failing, from nothing, or from the second step on. Whether it failed. */
+/* One run with the n-th call failing, from nothing, or from the second step on. Whether it
+ * failed. */
 static int run_with(const fault *x, int n, int padded, int later)
 {
     rig r;

@@ -39,14 +39,6 @@ static void join_hasty(struct rank_case *r, rank_comm *c)
 
 /* ---- refused --------------------------------------------------------------------------------- */
 
-static void refuse(struct rank_case *r, rank_comm *c, moe_status code, const char *text)
-{
-    moe_comm *comm = NULL;
-    EXPECT(moe_comm_create_nccl(&comm, c->context, &c->config) == code);
-    said(r, text, __FILE__, __LINE__);
-    EXPECT(comm == NULL);
-}
-
 static void body_refused(struct rank_case *r)
 {
     rank_comm c;

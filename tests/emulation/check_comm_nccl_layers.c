@@ -304,19 +304,11 @@ static void body_pass_that_goes(struct rank_case *r)
 {
     rank_comm c;
     rank_layer l;
-    moe_backward_args b;
-    bool backward = mistake == WRONG_BACKWARD;
     join(r, &c, how, 30);
     make_layer(r, &l, &c, kind);
     (void)layer_step(r, &l);
     CUDA(cudaStreamSynchronize(r->stream));
-    moe_forward_args f;
-    GOOD(moe_forward_args_init(&f, sizeof f));
-    GOOD(moe_backward_args_init(&b, sizeof b));
-    f.tokens = l.tokens, f.token_first = l.first, f.x = l.x, f.y = l.y, f.stream = r->stream;
-    b.dy = l.dy, b.dx = l.dx, b.stream = r->stream;
-    GOOD(backward ? moe_layer_backward_start(l.layer, l.pass, &b)
-                  : moe_layer_forward_start(l.layer, l.pass, &f));
+    GOOD(layer_start(r, &l, mistake == WRONG_BACKWARD));
     meet(r);
     if (r->rank == 1) {
         moe_pass_destroy(l.pass), l.pass = NULL;

@@ -166,14 +166,6 @@ END_TEST
 
 /* ---- refused at creation --------------------------------------------------------------------- */
 
-static void refuse(struct rank_case *r, rank_comm *c, moe_status code, const char *text)
-{
-    moe_comm *comm = NULL;
-    EXPECT(moe_comm_create_nccl(&comm, c->context, &c->config) == code);
-    said(r, text, __FILE__, __LINE__);
-    EXPECT(comm == NULL);
-}
-
 /* A stream of another device: nothing is put on it. */
 static void body_stream_elsewhere(struct rank_case *r)
 {

@@ -69,6 +69,14 @@ void join(struct rank_case *r, rank_comm *c, int how, double timeout)
     EXPECT(moe_comm_capabilities(c->comm) == 15);
 }
 
+void refuse(struct rank_case *r, const rank_comm *c, moe_status code, const char *text)
+{
+    moe_comm *comm = NULL;
+    EXPECT(moe_comm_create_nccl(&comm, c->context, &c->config) == code);
+    said(r, text, __FILE__, __LINE__);
+    EXPECT(comm == NULL);
+}
+
 void leave(struct rank_case *r, rank_comm *c)
 {
     ncclResult_t state = ncclInProgress;

@@ -50,6 +50,8 @@ moe_context *context_of_rank(struct rank_case *r);
 /* Both, and the config of a group; then the group. */
 void prepare(struct rank_case *r, rank_comm *c, int how, double timeout);
 void join(struct rank_case *r, rank_comm *c, int how, double timeout);
+/* The group is not made, and the message has the text. */
+void refuse(struct rank_case *r, const rank_comm *c, moe_status code, const char *text);
 /* From now on no call of the group waits longer, and twice as long for the device. */
 void shorten(moe_comm *comm, double timeout);
 /* The end of all of it, the host's communicator aborted or destroyed. */

@@ -147,21 +147,41 @@ void free_layer(struct rank_case *r, rank_layer *l)
 
 /* ---- calls ----------------------------------------------------------------------------------- */
 
-moe_status layer_forward(struct rank_case *r, rank_layer *l, int64_t tokens)
+static moe_forward_args forward_args(struct rank_case *r, const rank_layer *l, int64_t tokens)
 {
     moe_forward_args f;
     GOOD(moe_forward_args_init(&f, sizeof f));
     f.tokens = tokens, f.token_first = l->first, f.x = l->x, f.y = l->y, f.stream = r->stream;
     f.flags = MOE_FORWARD_TRAIN;
+    return f;
+}
+
+static moe_backward_args backward_args(struct rank_case *r, const rank_layer *l)
+{
+    moe_backward_args b;
+    GOOD(moe_backward_args_init(&b, sizeof b));
+    b.dy = l->dy, b.dx = l->dx, b.flags = MOE_BACKWARD_OVERWRITE, b.stream = r->stream;
+    return b;
+}
+
+moe_status layer_forward(struct rank_case *r, rank_layer *l, int64_t tokens)
+{
+    moe_forward_args f = forward_args(r, l, tokens);
     return moe_layer_forward(l->layer, l->pass, &f);
 }
 
 moe_status layer_backward(struct rank_case *r, rank_layer *l)
 {
-    moe_backward_args b;
-    GOOD(moe_backward_args_init(&b, sizeof b));
-    b.dy = l->dy, b.dx = l->dx, b.flags = MOE_BACKWARD_OVERWRITE, b.stream = r->stream;
+    moe_backward_args b = backward_args(r, l);
     return moe_layer_backward(l->layer, l->pass, &b);
+}
+
+moe_status layer_start(struct rank_case *r, rank_layer *l, bool backward)
+{
+    moe_forward_args f = forward_args(r, l, l->tokens);
+    moe_backward_args b = backward_args(r, l);
+    return backward ? moe_layer_backward_start(l->layer, l->pass, &b)
+                    : moe_layer_forward_start(l->layer, l->pass, &f);
 }
 
 double layer_step(struct rank_case *r, rank_layer *l)

@@ -42,6 +42,8 @@ int64_t layer_tokens(int rank);
 void make_layer(struct rank_case *r, rank_layer *l, const rank_comm *c, const layer_kind *kind);
 moe_status layer_forward(struct rank_case *r, rank_layer *l, int64_t tokens);
 moe_status layer_backward(struct rank_case *r, rank_layer *l);
+/* The first of the three calls that either can be made in. */
+moe_status layer_start(struct rank_case *r, rank_layer *l, bool backward);
 /* Forward, backward, the sums of gradients, the norm: all must succeed. */
 double layer_step(struct rank_case *r, rank_layer *l);
 /* Not the group. Nothing is under way. */
