@@ -25,7 +25,7 @@ ifeq ($(HAVE_IO),)
 EXAMPLES := $(filter-out $(IO_EXAMPLES),$(EXAMPLES))
 endif
 # Those of GPUs are built and run by check-cuda and check-cuda-users.
-CUDA_EXAMPLES := $(patsubst examples/%.c,$(BUILD)/examples/%,$(shell grep -l 'moe/cuda\.h' examples/*.c))
+CUDA_EXAMPLES := $(patsubst examples/%.c,$(BUILD)/examples/%,$(shell grep -l 'example_cuda\.h' examples/*.c))
 EXAMPLES := $(filter-out $(CUDA_EXAMPLES),$(EXAMPLES))
 CXX_EXAMPLES := $(filter-out %libtorch,$(patsubst examples/%.cpp,$(BUILD)/examples/%,$(wildcard examples/*.cpp)))
 TORCH_EXAMPLES := $(filter %libtorch,$(patsubst examples/%.cpp,$(BUILD)/examples/%,$(wildcard examples/*.cpp)))

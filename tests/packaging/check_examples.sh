@@ -27,10 +27,10 @@ for source in examples/[0-9]*.c examples/[0-9]*.cpp; do
     name=${source#examples/}
     name=${name%.*}
     case $name in *"$word"*) ;; *) continue ;; esac
-    if [ ! -x "$build/examples/$name" ] || grep -q 'moe/cuda\.h' "$source"; then
+    if [ ! -x "$build/examples/$name" ] || grep -q 'example_cuda\.h' "$source"; then
         case $source in
         *.cpp) ;;
-        *) grep -qE 'moe/(io|cuda)\.h' "$source" || { echo "FAILED: $build/examples/$name was not built"; exit 1; } ;;
+        *) grep -qE '(moe/io|example_cuda)\.h' "$source" || { echo "FAILED: $build/examples/$name was not built"; exit 1; } ;;
         esac
         left_out="$left_out $name"
         continue
