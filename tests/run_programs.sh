@@ -1,6 +1,7 @@
 #!/bin/sh
 # run_programs.sh COMMAND... - runs the commands, JOBS at a time (default 1); as each ends prints its last line,
-# whether it passed and its seconds, and at last "N passed, M failed". A failing command's output is printed whole.
+# whether it passed and its seconds, and at last "N passed, M failed". A failing command's output is printed whole,
+# and its end once more at the end of all, where the tail of a long log shows it.
 if [ "$1" != --one ]; then
     dir=$(mktemp -d) || exit 1
     trap 'rm -rf "$dir"' EXIT
@@ -8,6 +9,11 @@ if [ "$1" != --one ]; then
     printf '%s\0' "$@" | xargs -0 -n 1 -P "${JOBS:-1}" sh "$0" --one "$dir"
     passed=$(find "$dir" -name '*.ok' | wc -l)
     failed=$(($# - passed))
+    for log in "$dir"/*.FAILED; do
+        [ -f "$log" ] || continue
+        printf '\nFAILED: %s\n' "$(cat "$log.name")"
+        grep -av ':P:' "$log" | tail -n 12 | cut -c1-400
+    done
     echo "$passed passed, $failed failed"
     test "$failed" -eq 0
     exit
@@ -22,7 +28,10 @@ sh -c "$command" >"$log" 2>&1 </dev/null || word=FAILED
 end=$(date +%s)
 name=$(echo "$command" | sed 's|[^ ]*/tests/||; s|^sh tests/||; s|^valgrind.* ||')
 until mkdir "$2/printing" 2>/dev/null; do sleep 0.1; done
-[ $word = ok ] || cat "$log"
+if [ $word != ok ]; then
+    cat "$log"
+    echo "$command" >"$log.$word.name"
+fi
 printf '%-6s %4ds  %-34s %s\n' $word "$((end - begin))" "$name" "$(tail -n 1 "$log" | cut -c1-110)"
 rmdir "$2/printing"
 mv "$log" "$log.$word"
