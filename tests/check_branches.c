@@ -390,6 +390,7 @@ int main(void)
 {
     Suite *suite = suite_create("branches");
     TCase *c = tcase_create("branches");
+    tcase_set_timeout(c, 120);
     tcase_add_loop_test(c, test_branches_are_added_with_their_coefficients, 0, 8);
     tcase_add_test(c, test_branches_leave_masked_tokens_alone);
     tcase_add_loop_test(c, test_dropped_tokens_get_what_was_asked, 0, 6);

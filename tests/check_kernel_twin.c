@@ -469,6 +469,7 @@ int main(void)
 {
     Suite *suite = suite_create("kernel twin");
     TCase *tests = tcase_create("kernel twin");
+    tcase_set_timeout(tests, 120);
     tcase_add_loop_test(tests, test_twin_finds_wrong_bit_in_a_step, 0, IN_A_STEP);
     tcase_add_test(tests, test_twin_right_table_changes_nothing);
     tcase_add_test(tests, test_twin_calls_the_host_once);

@@ -526,6 +526,7 @@ int main(void)
 {
     Suite *suite = suite_create("preset");
     TCase *c = tcase_create("presets");
+    tcase_set_timeout(c, 120);
     tcase_add_loop_test(c, test_preset_computes_the_formulas_of_its_source, 0, COUNT(SOURCES));
     tcase_add_loop_test(c, test_preset_sets_losses_and_leaves_sizes, 0, COUNT(SOURCES));
     tcase_add_test(c, test_preset_refuses);
