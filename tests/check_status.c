@@ -465,7 +465,8 @@ int main(void)
     TCase *status = tcase_create("status"), *structs = tcase_create("structs"),
           *constants = tcase_create("constants");
     Suite *suite = suite_create("status");
-    tcase_set_timeout(status, 120), tcase_set_timeout(structs, 120), tcase_set_timeout(constants, 120);
+    tcase_set_timeout(status, 120), tcase_set_timeout(structs, 120),
+        tcase_set_timeout(constants, 120);
     tcase_add_test(status, test_status_numbers_are_permanent);
     tcase_add_test(status, test_status_texts_differ);
     tcase_add_test(status, test_status_unknown);
