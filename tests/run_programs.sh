@@ -6,7 +6,12 @@ if [ "$1" != --one ]; then
     dir=$(mktemp -d) || exit 1
     trap 'rm -rf "$dir"' EXIT
     trap 'exit 1' INT TERM
-    printf '%s\0' "$@" | xargs -0 -n 1 -P "${JOBS:-1}" sh "$0" --one "$dir"
+    # Logs are named by number of the command: process numbers come round within a run of many threads.
+    number=1000
+    for command; do
+        number=$((number + 1))
+        printf '%s\0%s\0' "$number" "$command"
+    done | xargs -0 -n 2 -P "${JOBS:-1}" sh "$0" --one "$dir"
     passed=$(find "$dir" -name '*.ok' | wc -l)
     failed=$(($# - passed))
     for log in "$dir"/*.FAILED; do
@@ -19,9 +24,9 @@ if [ "$1" != --one ]; then
     exit
 fi
 
-# --one DIRECTORY COMMAND
-log=$2/$$
-command=$3
+# --one DIRECTORY NUMBER COMMAND
+log=$2/$3
+command=$4
 word=ok
 begin=$(date +%s)
 sh -c "$command" >"$log" 2>&1 </dev/null || word=FAILED

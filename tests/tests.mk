@@ -116,7 +116,8 @@ RUN_ALONE := JOBS=1 sh tests/run_programs.sh
 RUN := JOBS=$(JOBS) sh tests/run_programs.sh
 VECTORS = "$(BUILD)/run_vectors tests/vectors"
 SCRIPTS = "sh tests/headers/check.sh $(LIB)" "sh tests/abi/check.sh $(LIB)" \
-    "sh tests/packaging/check_install.sh $(BUILD)" "sh tests/packaging/check_options.sh"
+    "sh tests/packaging/check_install.sh $(BUILD)" "sh tests/packaging/check_options.sh" \
+    "sh tests/packaging/check_runs.sh"
 
 RUN_EXAMPLES = "sh tests/packaging/check_examples.sh $(BUILD)"
 
