@@ -247,6 +247,22 @@ START_TEST(test_world_ends_every_wait)
 }
 END_TEST
 
+/* A rank that has left cannot come again, and who asks for it again hides that from nobody. */
+START_TEST(test_rank_that_left_stays_away)
+{
+    moe_context *context = new_context();
+    moe_world *world = NULL;
+    moe_comm *comm[2] = {NULL, NULL};
+    MUST(moe_world_create(&world, context, 2));
+    for (int32_t p = 0; p < 2; p++) MUST(moe_comm_create_in_world(&comm[p], world, context, p, 10));
+    moe_comm_destroy(comm[1]);
+    REFUSED(MOE_ERROR_INVALID_STATE, moe_comm_create_in_world(&comm[1], world, context, 1, 10));
+    REFUSED(MOE_ERROR_TRANSPORT, moe_comm_barrier(comm[0]));
+    ck_assert_msg(strstr(moe_last_error(), "rank 1 has left"), "%s", moe_last_error());
+    moe_comm_destroy(comm[0]), moe_world_destroy(world), moe_context_destroy(context);
+}
+END_TEST
+
 /* ---- a host's collectives -------------------------------------------------------------------- */
 
 typedef struct host {
@@ -609,6 +625,7 @@ int main(void)
     tcase_add_test(c, test_self_is_a_world_of_one);
     tcase_add_test(c, test_world_names_the_rank_that_does_not_come);
     tcase_add_test(c, test_world_ends_every_wait);
+    tcase_add_test(c, test_rank_that_left_stays_away);
     tcase_add_test(c, test_host_failures_end_the_communicator);
     tcase_add_test(c, test_abort_gives_up_what_is_in_flight);
     tcase_add_test(c, test_answers_of_a_table);

@@ -658,6 +658,7 @@ int main(void)
     TCase *values = tcase_create("values"), *layers = tcase_create("layers"),
           *memory = tcase_create("memory");
     tcase_set_timeout(values, 120), tcase_set_timeout(layers, 120);
+    tcase_set_timeout(memory, 120);
     tcase_add_loop_test(values, test_export_records_of_panels, 0, 2);
     tcase_add_loop_test(values, test_export_first_values_are_the_same_in_every_mode, 0, 4);
     tcase_add_loop_test(values, test_export_is_what_the_record_shows, 0, 4);

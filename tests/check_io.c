@@ -455,7 +455,7 @@ static void *part_thread(void *argument)
     moe_comm *comm = NULL;
     int64_t step = 5, bad = 0;
     const char *key = "k", *value = p->trouble == OTHER_METADATA && p->rank == 1 ? "w" : "v";
-    MUST(moe_comm_create_in_world(&comm, p->world, context, p->rank, 30));
+    MUST(moe_comm_create_in_world(&comm, p->world, context, p->rank, 120));
     int64_t numbers[9], experts = placement_of(p->ranks, p->rank, numbers);
     moe_layer *layer = make_placed(context, p->rank % 2, p->rank, MOE_DTYPE_F32, 1, comm,
                                    p->placed ? numbers : NULL, experts, 9);
@@ -567,7 +567,7 @@ static void *two_level_thread(void *argument)
     part *p = argument;
     moe_context *context = new_context();
     moe_comm *comm = NULL;
-    MUST(moe_comm_create_in_world(&comm, p->world, context, p->rank, 30));
+    MUST(moe_comm_create_in_world(&comm, p->world, context, p->rank, 120));
     moe_layer *layer = make_two_levels(context, comm, p->rank + 1);
     MUST(moe_layer_init_parameters(layer, 7));
     save(p->out, "m.", layer);

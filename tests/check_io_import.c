@@ -433,7 +433,7 @@ static void *part_thread(void *argument)
     moe_context *context = new_context();
     moe_comm *comm = NULL;
     moe_file *file = NULL;
-    MUST(moe_comm_create_in_world(&comm, p->world, context, p->rank, 30));
+    MUST(moe_comm_create_in_world(&comm, p->world, context, p->rank, 120));
     setup s = {.layout = p->rank % 2, .glu_order = p->rank, .comm = comm, .local = local[p->rank]};
     moe_layer *layer = make_layer(context, &s);
     MUST(moe_file_open(&file, files_directory));

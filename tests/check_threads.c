@@ -191,7 +191,7 @@ static int count_threads(void)
 static void expect_threads(int count)
 {
 #ifndef WITH_TSAN
-    for (int i = 0; i < 1000 && count_threads() != count; i++) sleep_ms(1);
+    for (int i = 0; i < 60000 && count_threads() != count; i++) sleep_ms(1);
     ck_assert_int_eq(count_threads(), count);
 #else
     (void)count;
@@ -362,7 +362,7 @@ START_TEST(test_signals_reach_main)
         ck_assert_int_eq(kill(getpid(), SIGUSR1), 0);
         ck_assert_int_eq(moe__parallel(context, 20, hit, &h, "test"), MOE_OK);
         ck_assert(each_once(&h, 20));
-        for (int wait = 0; wait < 2000 && atomic_load(&signals_seen) < i; wait++) sleep_ms(1);
+        for (int wait = 0; wait < 60000 && atomic_load(&signals_seen) < i; wait++) sleep_ms(1);
         ck_assert_int_eq(atomic_load(&signals_seen), i);
     }
     ck_assert_int_eq(atomic_load(&signals_elsewhere), 0);
@@ -588,7 +588,7 @@ static void use_in_child(moe_context *context, int what)
 {
     pthread_t other;
     (void)signal(SIGALRM, SIG_DFL);
-    (void)alarm(10);
+    (void)alarm(60);
     if (what & CHILD_USES_TWICE_AT_ONCE) {
         if (pthread_create(&other, NULL, use_in_thread, context) != 0) _exit(5);
         use(context);

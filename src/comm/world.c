@@ -290,7 +290,7 @@ static moe_status join(moe_comm **comm, moe_world *world, moe_context *context, 
     world_rank *me = &world->ranks[rank];
     (void)pthread_mutex_lock(&world->lock);
     bool taken = me->here || me->next > 0;
-    me->here = true;
+    if (!taken) me->here = true; /* one that has left stays away */
     (void)pthread_mutex_unlock(&world->lock);
     if (taken) REFUSE(MOE_ERROR_INVALID_STATE, "rank %d of the world is taken", (int)rank);
     atomic_fetch_add(&world->references, 1);
