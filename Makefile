@@ -152,7 +152,7 @@ MPIS ?=
 else ifneq ($(MPICC),)
 MPIS ?= $(MPI_NAME)
 else
-MPIS ?= $(or $(foreach f,openmpi mpich,$(if $(call have,$(MPICC_$(f))),$(f))),$(if $(call have,mpicc),mpi))
+MPIS ?= $(or $(strip $(foreach f,openmpi mpich,$(if $(call have,$(MPICC_$(f))),$(f)))),$(if $(call have,mpicc),mpi))
 endif
 MPI_SONAME = libmoe_mpi_$(1).so.$(shell cat src/soname)
 MPI_LIBRARIES := $(foreach f,$(MPIS),$(LIB)/libmoe_mpi_$(f).a $(LIB)/libmoe_mpi_$(f).so)

@@ -72,5 +72,13 @@ use "of the install with LIBDIR" "$out/root/usr/lib/triplet/pkgconfig" "$out/roo
 in_root PREFIX=/usr LIBDIR=/usr/lib/triplet INCLUDEDIR=/usr/include/api uninstall
 gone
 
+# Where there is no MPI its libraries are left out, and that is all.
+in_root have= PREFIX=/opt/moe install
+installed /opt/moe/lib /opt/moe/include
+left=$(find "$out/root" -name '*mpi*' ! -name mpi.h)
+test -z "$left" || fail "without MPI there is $left"
+in_root have= PREFIX=/opt/moe uninstall
+gone
+
 use "of the tree" "$lib/pkgconfig" "" "$lib"
 echo "install: $(cat "$out/shared.out")"
