@@ -494,7 +494,7 @@ help:
 #: make check-torch-current  the same with PyPI's PyTorch (gigabytes)
 #: make check-transformers  against the MoE blocks of transformers (gigabytes)
 #: make check-mpi      ranks as processes (MPI_TESTED="openmpi mpich", RANKS="2 3 4 8")
-#: make check-asan     suites, hosts and vectors under AddressSanitizer and UBSan
+#: make check-asan     suites, hosts and vectors under AddressSanitizer and UBSan; check-asan-long with every case
 #: make check-tsan     threaded suites and hosts under ThreadSanitizer
 #: make check-valgrind hosts under valgrind
 #: make check-twin     the suites on a library (TWIN=1) that compares every fast kernel with its plain twin

@@ -86,18 +86,19 @@ START_TEST(test_determinism_over_threads_and_instruction_sets)
 END_TEST
 
 /* Every configuration of the table, ten times as many tokens: each step has several tasks. Under a
- * sanitizer the element types take turns. */
+ * sanitizer the element types take turns, and AUTO, which is one of the others, is left out. */
 START_TEST(test_determinism_of_every_configuration)
 {
     layer_case c = layer_cases[_i];
     if (c.T > 3) c.T *= 10;
     if (c.capacity > 0) c.capacity *= 8;
+    int32_t first = getenv("MOE_SANITIZED") ? MOE_ISA_PLAIN : MOE_ISA_AUTO;
     layer_case_make(&c, 7);
     for (int32_t dtype = MOE_DTYPE_F32; dtype <= MOE_DTYPE_F16; dtype++) {
         if (getenv("MOE_SANITIZED") && dtype != _i % 4) continue;
         moe_context_config k = with(1, MOE_ISA_PLAIN);
         uint64_t want = step_hash(&c, dtype, &k);
-        for (int32_t isa = MOE_ISA_AUTO; isa <= MOE_ISA_AVX512; isa++) {
+        for (int32_t isa = first; isa <= MOE_ISA_AVX512; isa++) {
             moe_context *probe;
             k = with(2 + isa, isa);
             if (moe_context_create(&probe, &k) == MOE_ERROR_NOT_SUPPORTED) continue;

@@ -243,6 +243,16 @@ static double element(const operand *o, int64_t r, int64_t i)
     return o->rows.scale ? mul_of(o->data.f64, value, get(&o->scale, r)) : value;
 }
 
+/* Its logical rows one after the other, so that a reference finds each element once. */
+static double *new_dense_operand(const operand *o, int64_t rows, int64_t columns)
+{
+    double *dense = malloc(sizeof *dense * (size_t)(rows * columns + 1));
+    ck_assert_ptr_nonnull(dense);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < columns; i++) dense[r * columns + i] = element(o, r, i);
+    return dense;
+}
+
 static void free_operand(operand *o)
 {
     free(o->data.memory);
@@ -307,6 +317,17 @@ static int64_t place_of(const matrices *w, const gemm_case *c, int64_t e, int64_
     return first + i * m->stride_row + j * m->stride_col;
 }
 
+/* The matrix [k,n] of expert e, row by row. */
+static double *new_dense_matrix(const matrices *w, const gemm_case *c, int64_t e)
+{
+    double *dense = malloc(sizeof *dense * (size_t)(c->k * c->n + 1));
+    ck_assert_ptr_nonnull(dense);
+    for (int64_t i = 0; i < c->k; i++)
+        for (int64_t j = 0; j < c->n; j++)
+            dense[i * c->n + j] = get(&w->data, place_of(w, c, e, i, j));
+    return dense;
+}
+
 /* The same matrices in a copy of their memory. */
 static void copy_matrices(matrices *to, const matrices *from)
 {
@@ -365,22 +386,32 @@ static void run_tiles(tile_run *run, int threads)
 
 /* ---- rows times weights ---------------------------------------------------------------------- */
 
+/* a[k] times column j of b[k,n], one fma after the other. */
+static double chain_of(bool f64, const double *a, const double *b, int64_t k, int64_t n, int64_t j)
+{
+    double acc = 0;
+    for (int64_t p = 0; p < k; p++) acc = fma_of(f64, a[p], b[p * n + j], acc);
+    return acc;
+}
+
 static void reference_rows(const gemm_case *c, const int64_t *begin, const operand *a,
                            const matrices *b, const matrices *bias, const moe__gemm_rows_job *job,
                            buffer *out)
 {
     bool f64 = out->f64;
-    for (int64_t e = 0; e < c->experts; e++)
+    double *left = new_dense_operand(a, begin[c->experts], c->k);
+    for (int64_t e = 0; e < c->experts; e++) {
+        double *right = new_dense_matrix(b, c, e);
         for (int64_t r = begin[e]; r < begin[e + 1]; r++)
             for (int64_t j = 0; j < c->n; j++) {
-                double acc = 0;
-                for (int64_t p = 0; p < c->k; p++)
-                    acc = fma_of(f64, element(a, r, p), get(&b->data, place_of(b, c, e, p, j)),
-                                 acc);
+                double acc = chain_of(f64, left + r * c->k, right, c->k, c->n, j);
                 if (c->bias) acc = add_of(f64, acc, get(&bias->data, place_of(bias, c, e, 0, j)));
                 int64_t at = (c->out_index ? job->out_index[r] : r) * job->out_stride + j;
                 set(out, at, c->add ? add_of(f64, get(out, at), acc) : acc);
             }
+        free(right);
+    }
+    free(left);
 }
 
 static void check_rows_type(const gemm_case *c, bool f64, int threads)
@@ -434,9 +465,14 @@ static void check_rows(gemm_case c, int threads)
 
 /* ---- dW -------------------------------------------------------------------------------------- */
 
+/* Both operands of a dW job, their rows one after the other. */
+typedef struct dense_pair {
+    double *a, *g;
+} dense_pair;
+
 /* The sum over the segments of expert e of a[r,i] g[r,j], or, i = -1, of g[r,j]. */
-static double reference_sum(const gemm_case *c, bool f64, const int64_t *begin, const operand *a,
-                            const operand *g, int64_t e, int64_t i, int64_t j)
+static double reference_sum(const gemm_case *c, bool f64, const int64_t *begin,
+                            const dense_pair *of, int64_t e, int64_t i, int64_t j)
 {
     double sum = 0;
     int64_t first = e * c->segments_per_expert, any = 0;
@@ -445,8 +481,8 @@ static double reference_sum(const gemm_case *c, bool f64, const int64_t *begin, 
         for (int64_t r = begin[s]; r < begin[s + 1]; r += 4096) {
             double acc = 0;
             for (int64_t q = r; q < r + 4096 && q < begin[s + 1]; q++)
-                acc = i < 0 ? add_of(f64, acc, element(g, q, j))
-                            : fma_of(f64, element(a, q, i), element(g, q, j), acc);
+                acc = i < 0 ? add_of(f64, acc, of->g[q * c->n + j])
+                            : fma_of(f64, of->a[q * c->k + i], of->g[q * c->n + j], acc);
             segment = r == begin[s] ? acc : add_of(f64, segment, acc);
         }
         if (begin[s + 1] > begin[s]) sum = any++ ? add_of(f64, sum, segment) : segment;
@@ -455,8 +491,8 @@ static double reference_sum(const gemm_case *c, bool f64, const int64_t *begin, 
 }
 
 /* to (=|+=) sums over rows, for [k,n] or, k = 0 and as_bias, for [n]. */
-static void reference_dw(const gemm_case *c, const int64_t *begin, const operand *a,
-                         const operand *g, matrices *to, int as_bias)
+static void reference_dw(const gemm_case *c, const int64_t *begin, const dense_pair *of,
+                         matrices *to, int as_bias)
 {
     bool f64 = to->data.f64;
     for (int64_t e = 0; e < c->experts; e++) {
@@ -465,11 +501,23 @@ static void reference_dw(const gemm_case *c, const int64_t *begin, const operand
         if (c->add && begin[first + c->segments_per_expert] == begin[first]) continue;
         for (int64_t i = 0; i < (as_bias ? 1 : c->k); i++)
             for (int64_t j = 0; j < c->n; j++) {
-                double sum = reference_sum(c, f64, begin, a, g, e, as_bias ? -1 : i, j);
+                double sum = reference_sum(c, f64, begin, of, e, as_bias ? -1 : i, j);
                 int64_t at = place_of(to, c, e, i, j);
                 set(&to->data, at, c->add ? add_of(f64, get(&to->data, at), sum) : sum);
             }
     }
+}
+
+/* What both gradients must be, over what they are. */
+static void reference_gradients(const gemm_case *c, const int64_t *begin, const operand *a,
+                                const operand *g, matrices *dw, matrices *dbias)
+{
+    int64_t rows = begin[c->experts * c->segments_per_expert];
+    dense_pair of = {new_dense_operand(a, rows, c->k), new_dense_operand(g, rows, c->n)};
+    reference_dw(c, begin, &of, dw, 0);
+    if (c->bias) reference_dw(c, begin, &of, dbias, 1);
+    free(of.a);
+    free(of.g);
 }
 
 static void check_dw_type(const gemm_case *c, bool f64, int threads)
@@ -481,8 +529,7 @@ static void check_dw_type(const gemm_case *c, bool f64, int threads)
     new_matrices(&dbias, c, f64, c->form % PANELS, 1, c->n, 1);
     copy_matrices(&want, &dw);
     copy_matrices(&want_bias, &dbias);
-    reference_dw(c, begin, &a, &g, &want, 0);
-    if (c->bias) reference_dw(c, begin, &a, &g, &want_bias, 1);
+    reference_gradients(c, begin, &a, &g, &want, &want_bias);
     for (int i = 0; i < VARIANTS; i++) {
         const variant *v = &variants[i];
         if (v->f64 != f64 || !can_run(v)) continue;

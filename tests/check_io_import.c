@@ -118,13 +118,15 @@ static void make_gpt_oss(files_maker *m, int mx)
 static void check_tensor(const moe_layer *layer, const setup *s, int tensor, int64_t first,
                          int64_t count, int64_t out, int64_t in)
 {
+    tensor_place p = find_tensor(layer, s, tensor);
     for (int64_t e = first; e < first + count; e++)
         for (int64_t j = 0; j < out; j++)
             for (int64_t i = 0; i < in; i++) {
-                double got = element(layer, s, tensor, e - first, j, i);
+                double got = element_of(&p, e - first, j, i);
                 double want = (double)number(tensor, e, j, i);
-                ck_assert_msg(got == want, "tensor %d [%d,%d,%d] is %g, not %g", tensor, (int)e,
-                              (int)j, (int)i, got, want);
+                if (got != want)
+                    ck_abort_msg("tensor %d [%d,%d,%d] is %g, not %g", tensor, (int)e, (int)j,
+                                 (int)i, got, want);
             }
 }
 
@@ -296,6 +298,7 @@ END_TEST
 static const double FOUR[16] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.0, -.5, -1, -1.5, -2, -3, -4, -6};
 static int nibble(int64_t n) { return (int)((uint64_t)n * 2654435761u >> 7 & 15); }
 static int scale_byte(int64_t n) { return 120 + (int)(n % 11); }
+static double four(int64_t n) { return ldexp(FOUR[nibble(n)], scale_byte(n / 32) - 127); }
 
 START_TEST(test_import_of_mxfp4)
 {
@@ -325,16 +328,16 @@ START_TEST(test_import_of_mxfp4)
                    .dtype = way % 3 ? MOE_DTYPE_F32 : MOE_DTYPE_F64};
         moe_layer *layer = make_layer(context, &s);
         MUST(moe_import(layer, file, MOE_FAMILY_GPT_OSS, 3, NULL));
+        tensor_place w1 = find_tensor(layer, &s, W1), w3 = find_tensor(layer, &s, W3),
+                     w2 = find_tensor(layer, &s, W2);
         for (int64_t e = 0; e < E; e++)
             for (int64_t f = 0; f < F; f++)
                 for (int64_t d = 0; d < D; d++) {
                     int64_t g = (e * 64 + 2 * f) * D + d, u = g + D, w = (e * D + d) * F + f;
-                    ck_assert(element(layer, &s, W1, e, f, d) ==
-                              ldexp(FOUR[nibble(g)], scale_byte(g / 32) - 127));
-                    ck_assert(element(layer, &s, W3, e, f, d) ==
-                              ldexp(FOUR[nibble(u)], scale_byte(u / 32) - 127));
-                    ck_assert(element(layer, &s, W2, e, d, f) ==
-                              ldexp(FOUR[nibble(w)], scale_byte(w / 32) - 127));
+                    int same = element_of(&w1, e, f, d) == four(g) &&
+                               element_of(&w3, e, f, d) == four(u) &&
+                               element_of(&w2, e, d, f) == four(w);
+                    if (!same) ck_abort_msg("expert %d, %d, %d", (int)e, (int)f, (int)d);
                 }
         moe_layer_destroy(layer);
     }
@@ -358,6 +361,7 @@ START_TEST(test_import_of_f8)
     moe_file *file = NULL;
     setup s = {.d_model = WIDE, .width = HIDDEN, .dtype = MOE_DTYPE_F64, .layout = 1};
     const char *names[3] = {"gate_proj", "up_proj", "down_proj"};
+    const int tensors[3] = {W1, W3, W2};
     float *g = files_add(&m, "model.layers.0.mlp.gate.weight", "F32", "4,200", 4 * E * WIDE);
     for (int i = 0; i < E * WIDE; i++) g[i] = 0;
     for (int e = 0; e < E; e++)
@@ -381,15 +385,13 @@ START_TEST(test_import_of_f8)
     for (int e = 0; e < E; e++)
         for (int k = 0; k < 3; k++) {
             int rows = k == 2 ? WIDE : HIDDEN, cols = k == 2 ? HIDDEN : WIDE;
+            tensor_place p = find_tensor(layer, &s, tensors[k]);
             for (int j = 0; j < rows; j++)
                 for (int i = 0; i < cols; i++) {
                     double scale = (1 + j / 128 * 2 + i / 128 + e) / 8.0;
-                    ck_assert(element(layer, &s,
-                                      k == 0   ? W1
-                                      : k == 1 ? W3
-                                               : W2,
-                                      e, j,
-                                      i) == scale * eight((((j * cols + i) * 7 + e + k) % 127)));
+                    double want = scale * eight((((j * cols + i) * 7 + e + k) % 127));
+                    if (element_of(&p, e, j, i) != want)
+                        ck_abort_msg("matrix %d of expert %d, %d, %d", k, e, j, i);
                 }
         }
     moe_layer_destroy(layer), moe_file_close(file), moe_context_destroy(context);

@@ -109,13 +109,16 @@ START_TEST(test_upcycling_cuts_and_disturbs)
         }
         a.output_scale = 2;
         MUST(moe_upcycle(layer, &a));
+        tensor_place w1 = find_tensor(layer, &s, W1), w3 = find_tensor(layer, &s, W3),
+                     w2 = find_tensor(layer, &s, W2);
         for (int e = 0; e < E; e++)
             for (int f = 0; f < F; f++)
                 for (int d = 0; d < D; d++) {
                     int h = e % 2 * F + f;
-                    ck_assert(element(layer, &s, W1, e, f, d) == n.w1[h * D + d]);
-                    ck_assert(element(layer, &s, W3, e, f, d) == n.w3[h * D + d]);
-                    ck_assert(element(layer, &s, W2, e, d, f) == 2 * n.w2[d * H + h]);
+                    int same = element_of(&w1, e, f, d) == n.w1[h * D + d] &&
+                               element_of(&w3, e, f, d) == n.w3[h * D + d] &&
+                               element_of(&w2, e, d, f) == 2 * n.w2[d * H + h];
+                    if (!same) ck_abort_msg("way %d, expert %d, %d, %d", way, e, f, d);
                 }
         moe_layer_destroy(layer);
     }
@@ -126,12 +129,13 @@ START_TEST(test_upcycling_cuts_and_disturbs)
     MUST(moe_upcycle(other, &a));
     double sum = 0, square = 0, most = 0;
     int disturbed = 0, alike = 0;
+    tensor_place w1 = find_tensor(layer, &s, W1), other_w1 = find_tensor(other, &t, W1);
     for (int e = 0; e < E; e++)
         for (int f = 0; f < F; f++)
             for (int d = 0; d < D; d++) {
-                double x = element(layer, &s, W1, e, f, d), by = x - n.w1[(e % 2 * F + f) * D + d];
-                ck_assert(x == element(other, &t, W1, e, f, d)); /* in any layout */
-                alike += e >= 2 && x == element(layer, &s, W1, e - 2, f, d);
+                double x = element_of(&w1, e, f, d), by = x - n.w1[(e % 2 * F + f) * D + d];
+                if (x != element_of(&other_w1, e, f, d)) ck_abort_msg("not in any layout");
+                alike += e >= 2 && x == element_of(&w1, e - 2, f, d);
                 disturbed += by != 0, sum += by, square += by * by, most = fmax(most, fabs(by));
             }
     ck_assert_int_gt(disturbed, E * F * D * 48 / 100);

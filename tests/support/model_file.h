@@ -70,35 +70,57 @@ static inline uint16_t bf16(float x)
 
 /* ---- what a layer has ------------------------------------------------------------------------ */
 
-/* Element [out,in] of an expert's logical tensor in the layer, found from its config by itself. */
-static inline double element(const moe_layer *layer, const setup *s, int tensor, int64_t e,
-                             int64_t out, int64_t in)
+/* A tensor of the numbers in a layer: the record of the parameter that holds it. */
+typedef struct tensor_place {
+    const setup *s;
+    moe_parameter_record r;
+    int tensor, pool, half, fused;
+} tensor_place;
+
+static inline tensor_place find_tensor(const moe_layer *layer, const setup *s, int tensor)
 {
     static const char *const NAMES[] = {
         "gate.weight", "experts.w1",          "experts.w3", "experts.w2", "experts.b1",
         "experts.b3",  "experts.b2",          "shared.w1",  "shared.w3",  "shared.w2",
         "gate.bias",   "gate.selection_bias", "shared_gate"};
     char name[40];
-    moe_parameter_record r;
-    int pool = (tensor >= W1 && tensor <= B2) || (tensor >= S1 && tensor <= S2);
+    tensor_place p = {.s = s, .tensor = tensor};
+    p.pool = (tensor >= W1 && tensor <= B2) || (tensor >= S1 && tensor <= S2);
     (void)snprintf(name, sizeof name, "%s", NAMES[tensor]);
     char *last = name + strlen(name) - 1;
-    int half = *last == '3', fused = pool && *last != '2' && s->glu_order != MOE_GLU_SEPARATE;
-    if (fused) (void)snprintf(last, 3, "13");
+    p.half = *last == '3';
+    p.fused = p.pool && *last != '2' && s->glu_order != MOE_GLU_SEPARATE;
+    if (p.fused) (void)snprintf(last, 3, "13");
     int64_t index = moe_layer_parameter_find(layer, name);
     ck_assert_msg(index >= 0, "%s", name);
-    MUST(moe_parameter_record_init(&r, sizeof r));
-    MUST(moe_layer_parameter(layer, index, &r));
-    if (fused && s->glu_order == MOE_GLU_INTERLEAVED) out = 2 * out + half;
-    if (fused && s->glu_order == MOE_GLU_GATE_UP) out += half ? F : 0;
-    if (fused && s->glu_order == MOE_GLU_UP_GATE) out += half ? 0 : F;
-    int64_t at = tensor == GATE ? in * r.data_stride[0] + out * r.data_stride[1]
-                 : !pool        ? out * r.data_stride[0]
-                 : r.dims == 2  ? e * r.data_stride[0] + out * r.data_stride[1]
+    MUST(moe_parameter_record_init(&p.r, sizeof p.r));
+    MUST(moe_layer_parameter(layer, index, &p.r));
+    return p;
+}
+
+/* Element [out,in] of an expert's logical tensor, found from the layer's config by itself. */
+static inline double element_of(const tensor_place *p, int64_t e, int64_t out, int64_t in)
+{
+    const setup *s = p->s;
+    const moe_parameter_record *r = &p->r;
+    if (p->fused && s->glu_order == MOE_GLU_INTERLEAVED) out = 2 * out + p->half;
+    if (p->fused && s->glu_order == MOE_GLU_GATE_UP) out += p->half ? F : 0;
+    if (p->fused && s->glu_order == MOE_GLU_UP_GATE) out += p->half ? 0 : F;
+    int64_t at = p->tensor == GATE ? in * r->data_stride[0] + out * r->data_stride[1]
+                 : !p->pool        ? out * r->data_stride[0]
+                 : r->dims == 2    ? e * r->data_stride[0] + out * r->data_stride[1]
                  : s->layout
-                     ? e * r.data_stride[0] + out * r.data_stride[1] + in * r.data_stride[2]
-                     : e * r.data_stride[0] + in * r.data_stride[1] + out * r.data_stride[2];
-    return r.data_dtype == MOE_DTYPE_F64 ? ((double *)r.data)[at] : (double)((float *)r.data)[at];
+                     ? e * r->data_stride[0] + out * r->data_stride[1] + in * r->data_stride[2]
+                     : e * r->data_stride[0] + in * r->data_stride[1] + out * r->data_stride[2];
+    return r->data_dtype == MOE_DTYPE_F64 ? ((double *)r->data)[at]
+                                          : (double)((float *)r->data)[at];
+}
+
+static inline double element(const moe_layer *layer, const setup *s, int tensor, int64_t e,
+                             int64_t out, int64_t in)
+{
+    tensor_place p = find_tensor(layer, s, tensor);
+    return element_of(&p, e, out, in);
 }
 
 static inline double silu(double z) { return z / (1 + exp(-z)); }
