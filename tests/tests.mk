@@ -276,12 +276,12 @@ check-cuda-missing: cuda $(LIB)/libmoe.a
 
 # ---- sanitizers and valgrind ------------------------------------------------------------------------
 
-# With a sanitizer -O3 and -g take three times as long to compile as -O1 and the lines that a report names. Without
-# FMA in the instruction set a fused multiply-add is a call, which takes most of a plain kernel's time: the same lines
-# of C, with that instruction where it is there.
-SANITIZED_FMA = $(if $(HAVE_X86),$(shell grep -qw fma /proc/cpuinfo && echo '-mfma -ffp-contract=off'))
-SANITIZED_CFLAGS = -O1 -g1 $(SANITIZED_FMA) $(CFLAGS)
-ASAN_SUITES = $(MAKE) BUILD=build-asan SANITIZE=address,undefined CFLAGS='$(SANITIZED_CFLAGS)' check-suites
+# With a sanitizer -O3 and -g take three times as long to compile as -O1 and the lines that a report names.
+SANITIZED_CFLAGS = -O1 -g1 $(CFLAGS)
+# Without FMA in the instruction set a fused multiply-add is a call, which takes most of a plain kernel's time: the
+# same lines of C, with that instruction where it is there.
+ASAN_FMA = $(if $(HAVE_X86),$(shell grep -qw fma /proc/cpuinfo && echo '-mfma -ffp-contract=off'))
+ASAN_SUITES = $(MAKE) BUILD=build-asan SANITIZE=address,undefined CFLAGS='$(ASAN_FMA) $(SANITIZED_CFLAGS)' check-suites
 check-asan:
 	+CK_FORK=no MOE_SANITIZED=1 $(ASAN_SUITES)
 # Every case at its full size.
