@@ -129,8 +129,9 @@ check:
 	@$(RUN) $(SUITES) $(HOSTS) $(VECTORS) $(SCRIPTS) $(RUN_EXAMPLES) "sh tests/packaging/check_tutorial.sh" \
 	    "sh tests/packaging/check_demo.sh $(BUILD)" "sh tests/packaging/check_bench.sh $(BUILD)"
 
+# The examples, which run one after the other, take longest under a sanitizer and are started first.
 check-suites: test-programs
-	@$(RUN) $(SUITES) $(HOSTS) $(VECTORS) $(RUN_EXAMPLES)
+	@$(RUN) $(RUN_EXAMPLES) $(SUITES) $(HOSTS) $(VECTORS)
 check-examples: $(EXAMPLES)
 	@$(RUN) $(RUN_EXAMPLES)
 check-tutorial:
