@@ -153,6 +153,7 @@ static void *allocate_filled(int64_t count, const bench_shape *s)
         CUDA(
             cudaMemcpy(memory + at * s->size, here, (size_t)(n * s->size), cudaMemcpyHostToDevice));
     }
+    CUDA(cudaDeviceSynchronize()); /* a copy may return before the device has its bytes */
     return memory;
 }
 

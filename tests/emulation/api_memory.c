@@ -1,8 +1,9 @@
 /* api_memory.c - cudaMalloc and the rest that gives, takes, copies and fills memory.
  *
  * Copies from pageable memory take the bytes at the call; copies to it return when they are done.
- * Pinned memory is read and written when the copy runs, which may be late. Each side of a copy must
- * be of the kind that its direction says. */
+ * So a blocking copy from it to the device waits for its stream, takes the bytes and returns: it is
+ * ordered with the legacy default stream only. Pinned memory is read and written when the copy
+ * runs, which may be late. Each side of a copy must be of the kind that its direction says. */
 #include "internal.h"
 
 #include <stdlib.h>
@@ -234,6 +235,13 @@ static struct emu_work *copy_work(const struct copy *c, bool staged)
     return work;
 }
 
+static cudaError_t wait_for_stream(const char *name, struct CUstream_st *s)
+{
+    emu_record(EMU_CALL_SYNCHRONIZE, name, s, 0, NULL, NULL);
+    emu_finish_stream(s);
+    return emu_sticky(s->device);
+}
+
 static cudaError_t copy(const char *name, const struct copy *c, enum cudaMemcpyKind kind,
                         cudaStream_t handle, bool blocking)
 {
@@ -255,14 +263,13 @@ static cudaError_t copy(const char *name, const struct copy *c, enum cudaMemcpyK
         return emu_refuse(cudaErrorStreamCaptureUnsupported, "%s of pageable memory is captured",
                           name);
     }
+    bool returns_staged = blocking && staged && !to_host;
+    if (returns_staged) status = wait_for_stream(name, s);
+    if (status != cudaSuccess) return status;
     emu_record(call_of(kind), name, s, c->width * c->height, c->to, c->from);
     status = emu_put(s, copy_work(c, staged));
-    if (status == cudaSuccess && (waits || (blocking && (to_host || from_host)))) {
-        emu_record(EMU_CALL_SYNCHRONIZE, name, s, 0, NULL, NULL);
-        emu_finish_stream(s);
-        status = emu_sticky(s->device);
-    }
-    return status;
+    if (status != cudaSuccess || returns_staged) return status;
+    return waits || (blocking && (to_host || from_host)) ? wait_for_stream(name, s) : cudaSuccess;
 }
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind)

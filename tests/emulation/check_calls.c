@@ -134,7 +134,7 @@ static void rig_memory(rig *r, const shape *s, int device)
     }
     for (int i = 0; i < ARRAYS; i++) {
         CUDA(cudaMalloc(&r->array[i], r->bytes));
-        CUDA(cudaMemcpy(r->array[i], numbers, r->bytes, cudaMemcpyHostToDevice));
+        CUDA(cudaMemcpyAsync(r->array[i], numbers, r->bytes, cudaMemcpyHostToDevice, r->stream));
     }
     free(numbers);
     CUDA(cudaSetDevice(before));

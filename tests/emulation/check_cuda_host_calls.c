@@ -21,7 +21,7 @@ static void *put(place *p, const void *from, size_t bytes)
 {
     void *to = p->gpu ? on_device(0, NULL, bytes) : malloc(bytes);
     MUST(to && p->arrays < 64);
-    if (from && p->gpu) CUDA(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+    if (from && p->gpu) upload(to, from, bytes);
     if (from && !p->gpu) memcpy(to, from, bytes);
     return p->array[p->arrays++] = to;
 }
@@ -286,7 +286,7 @@ static void bound(place *p)
           *g2 = put(p, NULL, E * D * F * sizeof(float));
     float big[E * D * F];
     for (int i = 0; i < E * D * F; i++) big[i] = (float)(i % 13) / 13 - 0.5f;
-    if (p->gpu) CUDA(cudaMemcpy(w2, big, sizeof big, cudaMemcpyHostToDevice));
+    if (p->gpu) upload(w2, big, sizeof big);
     if (!p->gpu) memcpy(w2, big, sizeof big);
     b.data = w2 + (E - 1) * F * D, b.grad = g2 + (E - 1) * F * D;
     b.data_stride[0] = b.grad_stride[0] = -F * D;
@@ -380,7 +380,7 @@ static void test_init_parameters_are_there_for_any_stream(void)
         CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
         GOOD(moe_parameter_record_init(&r, sizeof r));
         GOOD(moe_gate_parameter(m.gate, moe_gate_parameter_find(m.gate, "selection_bias"), &r));
-        CUDA(cudaMemcpy(r.data, bias, sizeof bias, cudaMemcpyHostToDevice));
+        upload(r.data, bias, sizeof bias);
         GOOD(moe_gate_init_parameters(m.gate, 1));
         CUDA(cudaStreamQuery(NULL)); /* all is done */
         GOOD(forward(&m, &a, T, 0, stream));

@@ -264,6 +264,58 @@ START_TEST(test_stream_pageable_copy_is_staged)
 }
 END_TEST
 
+/* What another stream reads after a blocking copy from `host`: how often the old bytes. */
+static int reads_too_early(const float *host, float *d, int times)
+{
+    int early = 0;
+    for (int i = 0; i < times; i++) {
+        float found = -1;
+        OK(cudaMemsetAsync(d, 0, sizeof *d, stream));
+        OK(cudaStreamSynchronize(stream));
+        OK(cudaMemcpy(d, host, sizeof *d, cudaMemcpyHostToDevice));
+        from_device(&found, d, sizeof found);
+        ck_assert(found == 0 || found == *host);
+        early += found == 0;
+        OK(cudaMemcpy(&found, d, sizeof found, cudaMemcpyDeviceToHost)); /* behind it */
+        ck_assert(found == *host);
+    }
+    return early;
+}
+
+/* From pageable memory the default stream alone may count on the bytes, from pinned everybody. */
+START_TEST(test_stream_blocking_copy_to_the_device)
+{
+    enum { TIMES = 60 };
+    float x = 7, *pinned = NULL, *d = on_device(NULL, sizeof x);
+    OK(cudaMallocHost((void **)&pinned, sizeof x));
+    *pinned = 8;
+    int early = reads_too_early(&x, d, TIMES);
+    ck_assert_msg(early > 0 && early < TIMES, "%d of %d read old bytes", early, TIMES);
+    ck_assert_int_eq(reads_too_early(pinned, d, TIMES), 0);
+    OK(cudaFreeHost(pinned));
+    OK(cudaFree(d));
+}
+END_TEST
+
+/* It waits for what its stream has, then takes the bytes. */
+START_TEST(test_stream_blocking_copy_waits_before)
+{
+    float x = 7, *pinned = NULL, *d = on_device(&x, sizeof x), *e = on_device(NULL, sizeof x);
+    OK(cudaStreamSynchronize(stream));
+    OK(cudaMallocHost((void **)&pinned, sizeof x));
+    *pinned = 0;
+    OK(cudaMemcpyAsync(pinned, d, sizeof x, cudaMemcpyDeviceToHost, NULL));
+    OK(cudaMemcpy(e, &x, sizeof x, cudaMemcpyHostToDevice));
+    ck_assert(*pinned == 7);
+    x = 9;
+    OK(cudaMemcpy(&x, e, sizeof x, cudaMemcpyDeviceToHost));
+    ck_assert(x == 7);
+    OK(cudaFreeHost(pinned));
+    OK(cudaFree(d));
+    OK(cudaFree(e));
+}
+END_TEST
+
 START_TEST(test_event_query_comes_to_an_end)
 {
     cudaEvent_t e;
@@ -538,6 +590,8 @@ int main(void)
                                   test_stream_order_by_events,
                                   test_stream_default_orders,
                                   test_stream_pageable_copy_is_staged,
+                                  test_stream_blocking_copy_to_the_device,
+                                  test_stream_blocking_copy_waits_before,
                                   test_event_query_comes_to_an_end,
                                   test_graph_of_two_streams,
                                   test_product_types_and_transposes,

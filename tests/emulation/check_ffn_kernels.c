@@ -37,7 +37,8 @@ static void *device(int64_t bytes, const void *from)
 {
     void *p = NULL;
     MUST(cudaMalloc(&p, (size_t)(bytes > 0 ? bytes : 1)));
-    if (from && bytes > 0) MUST(cudaMemcpy(p, from, (size_t)bytes, cudaMemcpyHostToDevice));
+    if (from && bytes > 0)
+        MUST(cudaMemcpyAsync(p, from, (size_t)bytes, cudaMemcpyHostToDevice, stream));
     blocks[block_count++] = p;
     return p;
 }
@@ -175,11 +176,11 @@ static void set_up(run *r, ffn_case *c, void *of_pass)
     r->plan.weight_of_entry = upload(c->weight, c->N, MOE_DTYPE_F32);
     lay_out(r, NULL);
     r->arena = device(r->arena_bytes, NULL);
-    if (r->arena_bytes > 0) MUST(cudaMemset(r->arena, 0xff, (size_t)r->arena_bytes));
+    if (r->arena_bytes > 0) MUST(cudaMemsetAsync(r->arena, 0xff, (size_t)r->arena_bytes, stream));
     lay_out(r, r->arena);
     moe__experts_job *j = &r->job;
     j->workers = (moe__workers){context, device(scratch, NULL), scratch, "check", stream, of_pass};
-    MUST(cudaMemset(j->workers.scratch, 0xff, (size_t)scratch));
+    MUST(cudaMemsetAsync(j->workers.scratch, 0xff, (size_t)scratch, stream));
     j->config = &c->config;
     j->plan = &r->plan;
     j->padded_rows = c->C;
@@ -311,8 +312,8 @@ static void restore_gradients(run *r)
             for (int64_t k = 0; k < t->stride_expert; k++)
                 put_element(host, k, t->value[e * t->stride_expert + k], t->dtype);
             if (to)
-                MUST(cudaMemcpy(to, host, (size_t)(t->stride_expert * size),
-                                cudaMemcpyHostToDevice));
+                MUST(cudaMemcpyAsync(to, host, (size_t)(t->stride_expert * size),
+                                     cudaMemcpyHostToDevice, stream));
             free(host);
         }
     }

@@ -244,7 +244,7 @@ static void body_init_all(struct rank_case *r)
         CUDA(cudaMalloc((void **)&x[p], P * sizeof(float)));
         CUDA(cudaMalloc((void **)&y[p], P * sizeof(float)));
         float value[P] = {(float)p, (float)p, (float)p, (float)p};
-        CUDA(cudaMemcpy(x[p], value, sizeof value, cudaMemcpyHostToDevice));
+        CUDA(cudaMemcpyAsync(x[p], value, sizeof value, cudaMemcpyHostToDevice, streams[p]));
         NCCL(ncclCommCuDevice(comms[p], &device));
         EXPECT(device == p);
     }

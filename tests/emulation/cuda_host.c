@@ -79,13 +79,20 @@ void fill(float *a, int count, int salt)
     for (int i = 0; i < count; i++) a[i] = (float)((i * 37 + salt * 101) % 97) / 97 - 0.5f;
 }
 
+/* For any stream: such a copy may return before the device has its bytes. */
+void upload(void *to, const void *from, size_t bytes)
+{
+    CUDA(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+    CUDA(cudaStreamSynchronize(cudaStreamLegacy));
+}
+
 void *on_device(int device, const void *from, size_t bytes)
 {
     void *p = NULL;
     int before = current();
     CUDA(cudaSetDevice(device));
     CUDA(cudaMalloc(&p, bytes));
-    if (from) CUDA(cudaMemcpy(p, from, bytes, cudaMemcpyHostToDevice));
+    if (from) upload(p, from, bytes);
     CUDA(cudaSetDevice(before));
     return p;
 }

@@ -58,6 +58,7 @@ void drop(model *m);
 moe_cuda_config config_of(int32_t device);
 moe_context *context_of(int32_t device);
 void fill(float *a, int count, int salt);
+void upload(void *to, const void *from, size_t bytes);
 void *on_device(int device, const void *from, size_t bytes);
 arrays arrays_on(int device, int tokens, int salt);
 void free_arrays(const arrays *a);

@@ -20,9 +20,11 @@ class There:
         self.copy(self.address, self.values.ctypes.data)
 
     def copy(self, to, source):
+        """After what is queued, before what will be: a copy to a GPU may return before its end."""
         size = ctypes.c_size_t(self.size)
         assert self.runtime.cudaDeviceSynchronize() == 0
         assert self.runtime.cudaMemcpy(ctypes.c_void_p(to), ctypes.c_void_p(source), size, 4) == 0
+        assert self.runtime.cudaDeviceSynchronize() == 0
 
     def host(self):
         found = np.empty_like(self.values)
