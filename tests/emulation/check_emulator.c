@@ -10,6 +10,7 @@
 #include <check.h>
 #include <cublas_v2.h>
 #include <math.h>
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -316,6 +317,46 @@ START_TEST(test_stream_blocking_copy_waits_before)
 }
 END_TEST
 
+typedef struct polled {
+    uint64_t *word, wrong;
+    int stop;
+} polled;
+
+static void *poll_word(void *data)
+{
+    polled *p = data;
+    while (!__atomic_load_n(&p->stop, __ATOMIC_ACQUIRE)) {
+        uint64_t word = __atomic_load_n(p->word, __ATOMIC_RELAXED);
+        p->wrong += word != 0 && word != UINT64_MAX;
+    }
+    return NULL;
+}
+
+/* The host may poll an aligned word of pinned memory that copies go to: no race, nor half a word. */
+START_TEST(test_stream_copies_a_word_whole)
+{
+    const uint64_t both[2] = {0, UINT64_MAX};
+    uint64_t *d = on_device(both, sizeof both);
+    polled p = {NULL, 0, 0};
+    pthread_t thread;
+    OK(cudaMallocHost((void **)&p.word, sizeof *p.word));
+    *p.word = 0;
+    ck_assert_int_eq(pthread_create(&thread, NULL, poll_word, &p), 0);
+    for (int i = 0; i < 200; i++) {
+        char *half = (char *)p.word + i % 4 / 2 * 4; /* then its halves, both to the same */
+        OK(cudaMemcpyAsync(p.word, d + i % 2, sizeof *d, cudaMemcpyDeviceToHost, stream));
+        OK(cudaMemcpyAsync(half, d + i % 2, 4, cudaMemcpyDeviceToHost, stream));
+        OK(cudaStreamSynchronize(stream));
+    }
+    __atomic_store_n(&p.stop, 1, __ATOMIC_RELEASE);
+    ck_assert_int_eq(pthread_join(thread, NULL), 0);
+    ck_assert_uint_eq(p.wrong, 0);
+    ck_assert(*p.word == UINT64_MAX);
+    OK(cudaFreeHost(p.word));
+    OK(cudaFree(d));
+}
+END_TEST
+
 START_TEST(test_event_query_comes_to_an_end)
 {
     cudaEvent_t e;
@@ -592,6 +633,7 @@ int main(void)
                                   test_stream_pageable_copy_is_staged,
                                   test_stream_blocking_copy_to_the_device,
                                   test_stream_blocking_copy_waits_before,
+                                  test_stream_copies_a_word_whole,
                                   test_event_query_comes_to_an_end,
                                   test_graph_of_two_streams,
                                   test_product_types_and_transposes,

@@ -23,6 +23,10 @@
 #pragma weak __tsan_switch_to_fiber
 #pragma weak __tsan_acquire
 #pragma weak __tsan_release
+#pragma weak __tsan_atomic32_load
+#pragma weak __tsan_atomic32_store
+#pragma weak __tsan_atomic64_load
+#pragma weak __tsan_atomic64_store
 void __sanitizer_start_switch_fiber(void **fake, const void *bottom, size_t size);
 void __sanitizer_finish_switch_fiber(void *fake, const void **bottom, size_t *size);
 void __asan_unpoison_memory_region(const volatile void *p, size_t bytes);
@@ -32,6 +36,10 @@ void *__tsan_get_current_fiber(void);
 void __tsan_switch_to_fiber(void *fiber, unsigned flags);
 void __tsan_acquire(void *p);
 void __tsan_release(void *p);
+uint32_t __tsan_atomic32_load(const volatile uint32_t *p, int order);
+void __tsan_atomic32_store(volatile uint32_t *p, uint32_t v, int order);
+uint64_t __tsan_atomic64_load(const volatile uint64_t *p, int order);
+void __tsan_atomic64_store(volatile uint64_t *p, uint64_t v, int order);
 
 enum { STACK_BYTES = 256 * 1024, GUARD_BYTES = 4096, NO_SYNC = 1 };
 
@@ -56,6 +64,28 @@ void emu_forget(void *p, size_t bytes)
     if (emu_threads_sanitized()) {
         mmap(p, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
     }
+}
+
+/* ThreadSanitizer is told, so that it still finds who reads the word without an atomic. */
+#define COPY_WORD(bits)                                                                      \
+    static void copy_word##bits(uint##bits##_t *to, const uint##bits##_t *from)              \
+    {                                                                                        \
+        if (emu_threads_sanitized()) {                                                       \
+            uint##bits##_t word = __tsan_atomic##bits##_load(from, __ATOMIC_RELAXED);        \
+            __tsan_atomic##bits##_store(to, word, __ATOMIC_RELAXED);                         \
+        } else {                                                                             \
+            __atomic_store_n(to, __atomic_load_n(from, __ATOMIC_RELAXED), __ATOMIC_RELAXED); \
+        }                                                                                    \
+    }
+COPY_WORD(32)
+COPY_WORD(64)
+
+void emu_copy_word(void *to, const void *from, size_t bytes)
+{
+    if (bytes == sizeof(uint32_t))
+        copy_word32(to, from);
+    else
+        copy_word64(to, from);
 }
 
 /* ---- the switch ------------------------------------------------------------------------------ */

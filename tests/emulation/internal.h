@@ -155,6 +155,8 @@ bool emu_threads_sanitized(void);
 void emu_acquire(void *p);
 void emu_release_to(void *p);
 void emu_forget(void *p, size_t bytes); /* TSan: nobody has touched these bytes */
+/* 4 or 8 aligned bytes, as one access each way. */
+void emu_copy_word(void *to, const void *from, size_t bytes);
 
 /* ---- traffic. traffic.c ---------------------------------------------------------------------- */
 
