@@ -85,7 +85,7 @@ def test_the_wheel_is_for_the_platform_and_any_python(wheel):
     assert not [name for name in names if "csource" in name or "setup" in name]
 
 
-def test_an_installed_wheel_works_far_from_the_tree(wheel, tmp_path):
+def test_an_installed_wheel_works_far_from_the_tree(wheel, tree, tmp_path):
     run(sys.executable, "-m", "venv", tmp_path / "venv")
     python = tmp_path / "venv/bin/python"
     run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel)
@@ -105,6 +105,11 @@ def test_an_installed_wheel_works_far_from_the_tree(wheel, tmp_path):
     assert str(tmp_path / "venv") in first and first.endswith("moe/libmoe.so (3, 4)")
     if knows_jansson():
         assert str(tmp_path / "venv") in second and second.endswith("moe/libmoe_io.so")
+    # A program of the tree finds the tree's package, which nobody built, beside itself.
+    shutil.copytree(tree / "examples/python/moe", tmp_path / "program/moe")
+    (tmp_path / "program/run.py").write_text(program + "print(moe.__file__)\n")
+    shown = run(python, tmp_path / "program/run.py").splitlines()
+    assert shown[0] == first and shown[-1] == str(tmp_path / "program/moe/__init__.py")
 
 
 def test_without_jansson_the_package_says_so(tree, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NoReturn, Optional, Tuple, Type, TypeVar, Union
@@ -102,13 +103,15 @@ _loaded_path = ""
 
 
 def _candidates() -> List[str]:
-    """Where the library may be: in the package, in the tree the package lies in, in the system."""
+    """Where the library may be: in the package, in the tree the package lies in, in an installed
+    package that this one hides, as it does from a program in its directory, in the system."""
     here = Path(__file__).resolve().parent
     found = [here / "libmoe.so"]
     if len(here.parents) > 2:
         root = here.parents[2]
         if (root / "include" / "moe" / "moe.h").exists():
             found.append(root / "lib" / "libmoe.so")
+    found += [Path(entry or ".").resolve() / "moe" / "libmoe.so" for entry in sys.path]
     return [str(path) for path in found if path.exists()] + [SYSTEM_NAME]
 
 
@@ -153,8 +156,8 @@ def _open(path: str) -> ctypes.CDLL:
 def load(path: Union[str, "os.PathLike[str]", None] = None) -> ctypes.CDLL:
     """Load the library: from `path`, or from the first place that has it.
 
-    The places are the package itself, lib/ of the source tree the package lies in, and the system's
-    libmoe.so.0. The library is loaded once; a second path is refused.
+    The places are the package itself, lib/ of the source tree the package lies in, a package moe in
+    another place of sys.path, and the system's libmoe.so.0. The library is loaded once; a second path is refused.
     """
     global _loaded, _loaded_path
     with _lock:
