@@ -389,8 +389,7 @@ END_TEST
 int main(void)
 {
     Suite *suite = suite_create("branches");
-    TCase *c = tcase_create("branches");
-    tcase_set_timeout(c, 120);
+    TCase *c = add_case(suite, "branches");
     tcase_add_loop_test(c, test_branches_are_added_with_their_coefficients, 0, 8);
     tcase_add_test(c, test_branches_leave_masked_tokens_alone);
     tcase_add_loop_test(c, test_dropped_tokens_get_what_was_asked, 0, 6);
@@ -398,6 +397,5 @@ int main(void)
     tcase_add_test(c, test_layer_init_makes_its_pools_differ);
     tcase_add_test(c, test_layer_refuses_branches_that_clash);
     tcase_add_test(c, test_branch_pools_count_touched_experts);
-    suite_add_tcase(suite, c);
     return run_suite(suite, 1);
 }

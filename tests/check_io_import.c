@@ -389,7 +389,7 @@ START_TEST(test_import_of_f8)
             for (int j = 0; j < rows; j++)
                 for (int i = 0; i < cols; i++) {
                     double scale = (1 + j / 128 * 2 + i / 128 + e) / 8.0;
-                    double want = scale * eight((((j * cols + i) * 7 + e + k) % 127));
+                    double want = scale * eight(((j * cols + i) * 7 + e + k) % 127);
                     if (element_of(&p, e, j, i) != want)
                         ck_abort_msg("matrix %d of expert %d, %d, %d", k, e, j, i);
                 }

@@ -134,7 +134,7 @@ START_TEST(test_upcycling_cuts_and_disturbs)
         for (int f = 0; f < F; f++)
             for (int d = 0; d < D; d++) {
                 double x = element_of(&w1, e, f, d), by = x - n.w1[(e % 2 * F + f) * D + d];
-                if (x != element_of(&other_w1, e, f, d)) ck_abort_msg("not in any layout");
+                if (x != element_of(&other_w1, e, f, d)) ck_abort_msg("layouts differ");
                 alike += e >= 2 && x == element_of(&w1, e - 2, f, d);
                 disturbed += by != 0, sum += by, square += by * by, most = fmax(most, fabs(by));
             }

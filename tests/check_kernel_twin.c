@@ -468,8 +468,7 @@ END_TEST
 int main(void)
 {
     Suite *suite = suite_create("kernel twin");
-    TCase *tests = tcase_create("kernel twin");
-    tcase_set_timeout(tests, 120);
+    TCase *tests = add_case(suite, "kernel twin");
     tcase_add_loop_test(tests, test_twin_finds_wrong_bit_in_a_step, 0, IN_A_STEP);
     tcase_add_test(tests, test_twin_right_table_changes_nothing);
     tcase_add_test(tests, test_twin_calls_the_host_once);
@@ -479,6 +478,5 @@ int main(void)
     tcase_add_test(tests, test_twin_finds_wrong_bit_of_counts);
     tcase_add_test(tests, test_twin_compares_matrices_and_nans);
     tcase_add_test(tests, test_twin_replays_a_hook);
-    suite_add_tcase(suite, tests);
     return run_suite(suite, 1);
 }

@@ -427,20 +427,16 @@ END_TEST
 int main(void)
 {
     Suite *suite = suite_create("pass");
-    TCase *cases = tcase_create("trim");
-    tcase_set_timeout(cases, 120);
+    TCase *cases = add_case(suite, "trim");
     tcase_add_test(cases, test_pass_trim_keeps_the_routing_and_nothing_else);
     tcase_add_test(cases, test_pass_trim_leaves_activations_alone);
     tcase_add_test(cases, test_pass_trim_makes_an_idle_pass_new);
     tcase_add_test(cases, test_pass_trim_leaves_the_hosts_workspace_alone);
     tcase_add_test(cases, test_pass_trim_without_memory_changes_nothing);
-    suite_add_tcase(suite, cases);
-    cases = tcase_create("backward");
-    tcase_set_timeout(cases, 120);
+    cases = add_case(suite, "backward");
     tcase_add_test(cases, test_pass_backward_takes_x_where_it_lies_now);
     tcase_add_test(cases, test_pass_backward_of_the_first_release);
     tcase_add_test(cases, test_pass_without_gate_or_plan_visits_the_one_expert);
     tcase_add_test(cases, test_pass_without_gate_or_plan_refuses_a_choice);
-    suite_add_tcase(suite, cases);
     return run_suite(suite, 1);
 }

@@ -525,14 +525,12 @@ END_TEST
 int main(void)
 {
     Suite *suite = suite_create("preset");
-    TCase *c = tcase_create("presets");
-    tcase_set_timeout(c, 120);
+    TCase *c = add_case(suite, "presets");
     tcase_add_loop_test(c, test_preset_computes_the_formulas_of_its_source, 0, COUNT(SOURCES));
     tcase_add_loop_test(c, test_preset_sets_losses_and_leaves_sizes, 0, COUNT(SOURCES));
     tcase_add_test(c, test_preset_refuses);
     tcase_add_loop_test(c, test_describe_keeps_to_its_size, 0, COUNT(SOURCES));
     tcase_add_test(c, test_describe_says_what_is_configured);
     tcase_add_test(c, test_describe_refuses_what_create_refuses);
-    suite_add_tcase(suite, c);
     return run_suite(suite, 1);
 }

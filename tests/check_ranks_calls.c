@@ -53,7 +53,7 @@ static void take_gradients(member *m, step *s)
 static void run(int32_t ranks, void (*call)(member *), void (*configure)(member *), void *test,
                 member *m, step *s)
 {
-    crew c = {.ranks = ranks, .run = call, .configure = configure, .test = test, .timeout = 60};
+    crew c = {.ranks = ranks, .run = call, .configure = configure, .test = test};
     memset(m, 0, (size_t)ranks * sizeof *m);
     if (s) memset(s, 0, (size_t)ranks * sizeof *s);
     for (int32_t r = 0; s && r < ranks; r++) m[r].own = &s[r];
@@ -450,7 +450,7 @@ START_TEST(test_losses_of_all_need_no_logits_of_a_rank_without_tokens)
     step s[4][RANKS];
     for (int i = 0; i < 4; i++) {
         member m[RANKS];
-        crew c = {.ranks = RANKS, .run = run_hashed, .configure = hashed, .test = &i, .timeout = 60};
+        crew c = {.ranks = RANKS, .run = run_hashed, .configure = hashed, .test = &i};
         memset(m, 0, sizeof m), memset(s[i], 0, sizeof s[i]);
         for (int32_t r = 0; r < RANKS; r++) {
             m[r].own = &s[i][r];
@@ -564,11 +564,7 @@ START_TEST(test_norm_of_experts_of_different_kinds)
 {
     member m[RANKS];
     summed n[RANKS];
-    crew c = {.ranks = RANKS,
-              .run = run_norm,
-              .configure = configure_kinds,
-              .test = &_i,
-              .timeout = 60};
+    crew c = {.ranks = RANKS, .run = run_norm, .configure = configure_kinds, .test = &_i};
     memset(m, 0, sizeof m), memset(n, 0, sizeof n);
     for (int32_t r = 0; r < RANKS; r++) m[r].own = &n[r];
     crew_run(&c, m);

@@ -32,7 +32,6 @@ static void run(int32_t nodes, void (*call)(member *), void (*configure)(member 
               .run = call,
               .configure = configure,
               .test = test,
-              .timeout = 60,
               .nodes = nodes};
     memset(m, 0, (size_t)c.ranks * sizeof *m);
     for (int32_t r = 0; r < c.ranks; r++) m[r].own = s ? &s[r] : NULL;

@@ -462,11 +462,9 @@ END_TEST
 
 int main(void)
 {
-    TCase *status = tcase_create("status"), *structs = tcase_create("structs"),
-          *constants = tcase_create("constants");
     Suite *suite = suite_create("status");
-    tcase_set_timeout(status, 120), tcase_set_timeout(structs, 120),
-        tcase_set_timeout(constants, 120);
+    TCase *status = add_case(suite, "status"), *structs = add_case(suite, "structs"),
+          *constants = add_case(suite, "constants");
     tcase_add_test(status, test_status_numbers_are_permanent);
     tcase_add_test(status, test_status_texts_differ);
     tcase_add_test(status, test_status_unknown);
@@ -485,8 +483,5 @@ int main(void)
     tcase_add_test(constants, test_constant_unknown);
     tcase_add_test(constants, test_constant_values);
     tcase_add_test(constants, test_constants_are_complete);
-    suite_add_tcase(suite, status);
-    suite_add_tcase(suite, structs);
-    suite_add_tcase(suite, constants);
     return run_suite(suite, 1);
 }

@@ -148,12 +148,4 @@ static inline moe_context *create_threads(int32_t threads)
     return create(&config);
 }
 
-static inline TCase *add_case(Suite *suite, const char *name)
-{
-    TCase *tests = tcase_create(name);
-    tcase_set_timeout(tests, 120);
-    suite_add_tcase(suite, tests);
-    return tests;
-}
-
 #endif

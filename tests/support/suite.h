@@ -19,6 +19,15 @@ enum { COUNTS_HOLD = 0 };
 enum { COUNTS_HOLD = 1 };
 #endif
 
+/* A group of the suite's tests, each of which may take two minutes on a busy machine. */
+static inline TCase *add_case(Suite *suite, const char *name)
+{
+    TCase *tests = tcase_create(name);
+    tcase_set_timeout(tests, 120);
+    suite_add_tcase(suite, tests);
+    return tests;
+}
+
 /* Runs a suite, each test in a process of its own unless `fork` is 0, prints Check's closing line
  * and returns what main returns. */
 static inline int run_suite(Suite *suite, int fork)

@@ -157,7 +157,8 @@ def load(path: Union[str, "os.PathLike[str]", None] = None) -> ctypes.CDLL:
     """Load the library: from `path`, or from the first place that has it.
 
     The places are the package itself, lib/ of the source tree the package lies in, a package moe in
-    another place of sys.path, and the system's libmoe.so.0. The library is loaded once; a second path is refused.
+    another place of sys.path, and the system's libmoe.so.0. The library is loaded once; a second
+    path is refused.
     """
     global _loaded, _loaded_path
     with _lock:
